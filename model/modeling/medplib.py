@@ -1,0 +1,435 @@
+"""MedPLIB: read an image, answer in text, paint a mask where the answer says ``<SEG>`` (arXiv 2412.09278)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from model.modeling.configuration import MedPLIBConfig
+from model.modeling.decoder import DecoderOutput, MedPLIBDecoder
+from model.modeling.in_context import MaskTokenEncoder, TokenCompressor
+from model.modeling.losses import causal_ce_loss, mask_losses
+from model.modeling.mask_head import MaskHead, restore_masks
+from model.modeling.projector import build_projector
+from model.modeling.region import RegionAdapter
+from model.modeling.sam_med2d import SamMed2D
+from model.modeling.splice import SplicePlan, plan_splice, splice_embeddings, splice_labels
+from model.modeling.vision_tower import VisionTower
+
+
+@dataclass
+class MedPLIBOutput(ModelOutput):
+    """What one forward pass gives.
+
+    Attributes:
+        loss: scalar, the weighted sum that training minimises; None without labels.
+        losses: its parts before weighting (``ce``, ``router_aux``, ``bce``, ``dice``, ``focal``, ``iou``), scalars.
+        logits: [B, L, V], or the kept last positions; None where training does not need them.
+        last_hidden_state: [B, L, D] after the final norm.
+        mask_logits: one [H, W] tensor per ``<SEG>``, rows in order, at the original image size.
+        low_res_masks: [M, 1, l, l] mask logits as SAM gives them.
+        iou_predictions: [M, 1], SAM's own estimate of each mask's IoU.
+        mask_rows: long [M], the batch row of each mask.
+        past_key_values: decoder cache.
+        router_stats: per mixture layer, what its router did.
+    """
+
+    loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    mask_logits: list[torch.Tensor] | None = None
+    low_res_masks: torch.Tensor | None = None
+    iou_predictions: torch.Tensor | None = None
+    mask_rows: torch.Tensor | None = None
+    past_key_values: Any = None
+    router_stats: tuple[Any, ...] | None = None
+
+
+@dataclass
+class MaskOutput:
+    """Masks of a batch of ``<SEG>`` states: see the fields of the same name in ``MedPLIBOutput``."""
+
+    mask_logits: list[torch.Tensor]
+    low_res_masks: torch.Tensor
+    iou_predictions: torch.Tensor
+
+
+@dataclass
+class SplicedInputs:
+    """A batch after its images and regions took their places.
+
+    Attributes:
+        embeds: [B, L, D].
+        plan: where each token went.
+        projector_aux_loss: scalar; zero for a dense projector.
+    """
+
+    embeds: torch.Tensor
+    plan: SplicePlan
+    projector_aux_loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+class MedPLIBModel(nn.Module):
+    """The parts of the network, under the names that checkpoints use."""
+
+    def __init__(self, config: MedPLIBConfig) -> None:
+        super().__init__()
+        text_dim, vision_dim = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.vision_tower = VisionTower(config.vision_config, config.vision_select_layer, config.vision_select_feature)
+        self.projector = build_projector(config.projector, vision_dim, text_dim)
+        if config.region.enabled:
+            self.region_adapter = RegionAdapter(config.region, vision_dim, text_dim, config.vision_grid)
+        if config.in_context.token_compressor:
+            self.token_compressor = TokenCompressor(text_dim, config.in_context.compressed_tokens)
+        if config.in_context.mask_encoder:
+            self.mask_encoder = MaskTokenEncoder(text_dim, config.in_context.mask_encoder_tokens)
+        self.decoder = MedPLIBDecoder(config.text_config, config.moe)
+        self.mask_head = MaskHead(text_dim, config.mask_query_dim)
+        self.sam = SamMed2D(config.sam_config, config.mask)
+
+
+class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
+    """A LLaVA-style LLaMA with a region adapter, a mixture of experts and a SAM-Med2D mask branch."""
+
+    config_class = MedPLIBConfig
+    config: MedPLIBConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MedPLIBDecoderLayer", "CLIPEncoderLayer", "SamMed2DLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: MedPLIBConfig) -> None:
+        super().__init__(config)
+        self.model = MedPLIBModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.decoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    # --- images and regions into the sequence ------------------------------------------------------------------
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """CLIP patch features [I, P, Dv] of CLIP inputs [I, 3, H, W]; they depend on the image alone, so cache them."""
+        return self.model.vision_tower(pixel_values)
+
+    def encode_segmented_images(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
+        """SAM embeddings [N, C, s, s] of SAM inputs [N, 3, S, S]; they depend on the image alone, so cache them."""
+        return self.model.sam.encode_image(sam_pixel_values)
+
+    def splice(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        region_masks: torch.Tensor | None = None,
+        region_image: torch.Tensor | None = None,
+        example_masks: torch.Tensor | None = None,
+        visual_kinds: list[str] | None = None,
+    ) -> SplicedInputs:
+        """Embed a batch and put its images and regions in place.
+
+        Args:
+            input_ids: long [B, T] with image and region placeholders.
+            attention_mask: [B, T]; all ones when absent.
+            image_features: [I, P, Dv] from ``encode_images``, one per image placeholder in reading order.
+            region_masks: [R, g, g] in {0, 1}, one per region placeholder in reading order.
+            region_image: long [R], the image each region lies on; required with ``region_masks``.
+            example_masks: [K, 1, H, W] masks that enter through the mask encoder (in-context prompts).
+            visual_kinds: per image placeholder ``image`` or ``mask``; all images when absent.
+
+        Raises:
+            ValueError: placeholders and images, regions or masks do not match in number.
+        """
+        embed = self.get_input_embeddings()
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if image_features is None:
+            image_features = self._no_features(embed.weight)
+        projected = self.model.projector(image_features)  # [I, P, D]
+        visual = self._visual_tokens(projected.features, example_masks, visual_kinds)
+        plan = plan_splice(input_ids, attention_mask, [len(tokens) for tokens in visual])
+        regions = self._region_features(image_features, region_masks, region_image, embed.weight)  # [R, D]
+        text = embed(input_ids.clamp(min=0))  # [B, T, D]
+        padding = embed.weight[self.config.pad_token_id or 0]
+        embeds = splice_embeddings(plan, input_ids, text, visual, regions, padding)  # [B, L, D]
+        if not visual:  # an empty sum ties the projector in: every rank of a distributed run has the same graph
+            embeds = embeds + projected.features.sum()
+        aux = projected.aux_loss if projected.aux_loss is not None else embeds.new_zeros(())
+        return SplicedInputs(embeds, plan, aux)
+
+    def _no_features(self, like: torch.Tensor) -> torch.Tensor:
+        vision = self.config.vision_config
+        return like.new_zeros(0, self.config.vision_grid**2, vision.hidden_size)
+
+    def _visual_tokens(
+        self, features: torch.Tensor, example_masks: torch.Tensor | None, visual_kinds: list[str] | None
+    ) -> list[torch.Tensor]:
+        if self.config.in_context.token_compressor:
+            features = self.model.token_compressor(features)
+        if not visual_kinds or "mask" not in visual_kinds:
+            return list(features)
+        if not self.config.in_context.mask_encoder or example_masks is None:
+            raise ValueError(
+                "the prompt has mask placeholders, but the model has no mask encoder or got no example masks"
+            )
+        images, masks = iter(features), iter(self.model.mask_encoder(example_masks))
+        return [next(masks) if kind == "mask" else next(images) for kind in visual_kinds]
+
+    def _region_features(
+        self,
+        image_features: torch.Tensor,
+        region_masks: torch.Tensor | None,
+        region_image: torch.Tensor | None,
+        like: torch.Tensor,
+    ) -> torch.Tensor:
+        """Region embeddings [R, D]; an empty batch passes through the adapter too (the same graph on every rank)."""
+        if not self.config.region.enabled:
+            if region_masks is not None and len(region_masks):
+                raise ValueError("the batch points at regions, but this model was built without a region adapter")
+            return like.new_zeros(0, like.shape[1])
+        if region_masks is None or region_image is None:
+            grid = self.config.vision_grid
+            region_masks, region_image = like.new_zeros(0, grid, grid), torch.zeros(0, dtype=torch.long)
+        patches = image_features[region_image.to(image_features.device)]  # [R, P, Dv]
+        return self.model.region_adapter(patches, region_masks)
+
+    # --- masks --------------------------------------------------------------------------------------------------
+
+    def decode_masks(
+        self,
+        seg_hidden: torch.Tensor,
+        image_embeddings: torch.Tensor,
+        image_index: torch.Tensor,
+        resized: list[tuple[int, int]],
+        originals: list[tuple[int, int]],
+    ) -> MaskOutput:
+        """Paint one mask per ``<SEG>``.
+
+        Args:
+            seg_hidden: [M, D], decoder states at the positions that predict ``<SEG>``.
+            image_embeddings: [N, C, s, s] from ``encode_segmented_images``.
+            image_index: long [M], the image of each mask.
+            resized: per mask (height, width) of the SAM input before its padding.
+            originals: per mask (height, width) of the image.
+        """
+        queries = self.model.mask_head(seg_hidden)  # [M, C]
+        low_res, iou = self.model.sam.decode(image_embeddings, queries, image_index)  # [M, 1, l, l], [M, 1]
+        size = self.config.sam_config.vision_config.image_size
+        masks = restore_masks(low_res, resized, originals, size, self.config.mask.geometry)
+        return MaskOutput(masks, low_res, iou)
+
+    def _decode_batch_masks(
+        self,
+        hidden: torch.Tensor,
+        seg_rows: torch.Tensor,
+        seg_places: torch.Tensor,
+        sam_pixel_values: torch.Tensor | None,
+        sam_embeddings: torch.Tensor | None,
+        sam_sizes: list[tuple[int, int]] | None,
+        image_sizes: list[tuple[int, int]] | None,
+    ) -> MaskOutput:
+        """Masks of all ``<SEG>`` in a batch; only images that are asked for a mask are encoded."""
+        rows, image_index = seg_rows.unique(return_inverse=True)
+        if len(rows) and (sam_sizes is None or image_sizes is None):
+            raise ValueError("masks are asked for, but sam_sizes or image_sizes is missing")
+        if sam_embeddings is not None:
+            embeddings = sam_embeddings[rows]
+        elif sam_pixel_values is not None:
+            embeddings = self.encode_segmented_images(sam_pixel_values[rows])
+        elif len(rows):
+            raise ValueError("masks are asked for, but neither sam_pixel_values nor sam_embeddings is given")
+        else:
+            size = self.config.sam_config.vision_config.image_size
+            embeddings = self.encode_segmented_images(hidden.new_zeros(0, 3, size, size))
+        states = hidden[seg_rows, seg_places - 1]  # [M, D], the state that predicts <SEG>
+        row_list = seg_rows.tolist()
+        resized = [sam_sizes[row] for row in row_list] if sam_sizes else []
+        originals = [image_sizes[row] for row in row_list] if image_sizes else []
+        return self.decode_masks(states, embeddings, image_index, resized, originals)
+
+    # --- the whole pass -------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        region_masks: torch.Tensor | None = None,
+        region_image: torch.Tensor | None = None,
+        sam_pixel_values: torch.Tensor | None = None,
+        sam_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        mask_targets: list[torch.Tensor] | None = None,
+        example_masks: torch.Tensor | None = None,
+        visual_kinds: list[str] | None = None,
+        image_features: torch.Tensor | None = None,
+        sam_embeddings: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MedPLIBOutput:
+        """Run the network.
+
+        Args:
+            input_ids: long [B, T] with placeholders (or ``inputs_embeds`` [B, L, D], already spliced).
+            attention_mask: [B, T], nonzero at real tokens.
+            labels: long [B, T], ``IGNORE_INDEX`` where unsupervised; gives ``loss``.
+            pixel_values: float [I, 3, H, W], CLIP input per image placeholder.
+            region_masks, region_image: see ``splice``.
+            sam_pixel_values: float [B, 3, S, S], SAM input of each row's segmented image.
+            sam_sizes, image_sizes: per row (height, width) of that input before padding, and of the original.
+            mask_targets: per row float [n, H, W] in {0, 1}, one per ``<SEG>`` of its labels.
+            example_masks, visual_kinds: in-context inputs, see ``splice``.
+            image_features, sam_embeddings: cached tower outputs, instead of the pixels.
+            logits_to_keep: only the last so many positions get logits; 0 keeps all.
+            return_logits: logits in training too (by default the loss computes only those it needs).
+
+        Raises:
+            ValueError: inputs do not match in number.
+        """
+        if inputs_embeds is not None or (past_key_values is not None and pixel_values is None and labels is None):
+            return self._decode_step(
+                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep
+            )
+        if input_ids is None:
+            raise ValueError("forward needs input_ids or inputs_embeds")
+        if image_features is None and pixel_values is not None:
+            image_features = self.encode_images(pixel_values)  # [I, P, Dv]
+        spliced = self.splice(
+            input_ids, attention_mask, image_features, region_masks, region_image, example_masks, visual_kinds
+        )
+        plan = spliced.plan
+        decoded = self.model.decoder(
+            spliced.embeds,
+            attention_mask=plan.attention_mask,
+            position_ids=plan.position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        hidden = decoded.last_hidden_state  # [B, L, D]
+        output = MedPLIBOutput(
+            last_hidden_state=hidden, past_key_values=decoded.past_key_values, router_stats=decoded.router_stats
+        )
+        if labels is None or return_logits:
+            output.logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        if labels is not None:
+            seg_rows, seg_tokens = (plan.valid & (labels == self.config.seg_token_id)).nonzero(as_tuple=True)
+            seg_places = plan.starts[seg_rows, seg_tokens]
+            masks = self._decode_batch_masks(
+                hidden, seg_rows, seg_places, sam_pixel_values, sam_embeddings, sam_sizes, image_sizes
+            )
+            output.mask_logits, output.low_res_masks = masks.mask_logits, masks.low_res_masks
+            output.iou_predictions, output.mask_rows = masks.iou_predictions, seg_rows
+            self._add_losses(output, decoded, spliced, splice_labels(plan, labels), mask_targets)
+        return output
+
+    def _decode_step(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Any,
+        use_cache: bool | None,
+        logits_to_keep: int,
+    ) -> MedPLIBOutput:
+        """A pass over embeddings or plain tokens, as ``generate`` makes them after the prompt."""
+        embeds = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
+        decoded = self.model.decoder(
+            embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        hidden = decoded.last_hidden_state
+        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        return MedPLIBOutput(
+            logits=self.lm_head(kept),
+            last_hidden_state=hidden,
+            past_key_values=decoded.past_key_values,
+            router_stats=decoded.router_stats,
+        )
+
+    def _add_losses(
+        self,
+        output: MedPLIBOutput,
+        decoded: DecoderOutput,
+        spliced: SplicedInputs,
+        labels: torch.Tensor,
+        mask_targets: list[torch.Tensor] | None,
+    ) -> None:
+        """Fill ``loss`` and its parts (reference §4)."""
+        weights, hidden = self.config.loss, output.last_hidden_state
+        ce = causal_ce_loss(hidden, labels, self.lm_head)
+        router_aux = (
+            self.config.moe.router_aux_loss_coef * decoded.aux_loss
+            + self.config.projector.router_aux_loss_coef * spliced.projector_aux_loss
+        )
+        targets = [mask for row in mask_targets or [] for mask in row]
+        if len(targets) != len(output.mask_logits or []):
+            raise ValueError(f"the labels hold {len(output.mask_logits or [])} <SEG> for {len(targets)} target masks")
+        parts = mask_losses(output.mask_logits or [], targets, output.iou_predictions)
+        # Without a mask in the batch the mask branch still belongs to the graph (the same on every rank).
+        anchor = output.low_res_masks.sum() + output.iou_predictions.sum() if not targets else 0.0
+        output.losses = {"ce": ce, "router_aux": router_aux, **parts}
+        output.loss = (
+            weights.ce * (ce + router_aux)
+            + weights.bce * parts["bce"]
+            + weights.dice * parts["dice"]
+            + weights.focal * parts["focal"]
+            + weights.iou * parts["iou"]
+            + anchor
+        )
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' ``generate`` over a prompt with images and regions; returns the new tokens alone.
+
+        Takes the prompt inputs of ``forward`` (``input_ids``, ``attention_mask``, ``pixel_values`` or
+        ``image_features``, ``region_masks``, ``region_image``, ``example_masks``, ``visual_kinds``) and any
+        generation argument. For answers with masks use ``model.inference``.
+        """
+        if input_ids is None:
+            return super().generate(**kwargs)
+        pixel_values = kwargs.pop("pixel_values", None)
+        image_features = kwargs.pop("image_features", None)
+        if image_features is None and pixel_values is not None:
+            image_features = self.encode_images(pixel_values)
+        names = ("region_masks", "region_image", "example_masks", "visual_kinds")
+        spliced = self.splice(
+            input_ids, kwargs.pop("attention_mask", None), image_features, *(kwargs.pop(name, None) for name in names)
+        )
+
+
+X
+
+
+AutoModelForCausalLM.register(MedPLIBConfig, MedPLIBForCausalLM, exist_ok=True)

@@ -1,0 +1,116 @@
+"""Where text, image and region embeddings land in one sequence.
+
+``input_ids`` hold a placeholder for each image (it grows to that image's visual tokens) and each region (one
+embedding). A ``SplicePlan`` says, for every token of every row, where it starts in the grown sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
+
+
+@dataclass(frozen=True)
+class SplicePlan:
+    """Places of the tokens of a batch in its grown sequences.
+
+    Attributes:
+        starts: long [B, T], first position of each token in the grown sequence (undefined for padding).
+        valid: bool [B, T], False at padding.
+        attention_mask: bool [B, L], True where the grown sequence holds something.
+        length: L, the longest grown row.
+    """
+
+    starts: torch.Tensor
+    valid: torch.Tensor
+    attention_mask: torch.Tensor
+    length: int
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """Long [B, L]: rotary positions, counted from each row's first real token."""
+        return (self.attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def plan_splice(input_ids: torch.Tensor, attention_mask: torch.Tensor, visual_lengths: list[int]) -> SplicePlan:
+    """Lay out the grown sequences of a batch.
+
+    Args:
+        input_ids: long [B, T] with placeholders.
+        attention_mask: [B, T], nonzero where a token is real; padding may stand on either side and stays there.
+        visual_lengths: visual tokens of each image placeholder, in reading order over the whole batch.
+
+    Raises:
+        ValueError: the number of image placeholders differs from ``len(visual_lengths)``.
+    """
+    valid = attention_mask.bool()
+    is_image = (input_ids == IMAGE_PLACEHOLDER) & valid
+    if int(is_image.sum()) != len(visual_lengths):
+        raise ValueError(f"the batch has {int(is_image.sum())} image placeholders for {len(visual_lengths)} images")
+    lengths = valid.long()  # [B, T] places a token takes
+    lengths[is_image] = torch.tensor(visual_lengths, dtype=torch.long, device=input_ids.device)
+
+    ends = lengths.cumsum(dim=1)
+    totals = ends[:, -1]
+    length = int(totals.max())
+    left_padded = bool((~valid[:, 0]).any())
+    offsets = (length - totals) if left_padded else torch.zeros_like(totals)
+
+    places = torch.arange(length, device=input_ids.device)
+    grown_mask = (places >= offsets[:, None]) & (places < (offsets + totals)[:, None])
+    return SplicePlan(ends - lengths + offsets[:, None], valid, grown_mask, length)
+
+
+def splice_embeddings(
+    plan: SplicePlan,
+    input_ids: torch.Tensor,
+    text: torch.Tensor,
+    visual: list[torch.Tensor],
+    regions: torch.Tensor,
+    padding: torch.Tensor,
+) -> torch.Tensor:
+    """Put every embedding in its place.
+
+    Args:
+        plan: from ``plan_splice``.
+        input_ids: long [B, T] with placeholders.
+        text: [B, T, D] word embeddings (whatever stands at placeholders is not used).
+        visual: per image placeholder, [P, D].
+        regions: [R, D], one per region placeholder.
+        padding: [D], the embedding at padding.
+
+    Returns:
+        [B, L, D].
+
+    Raises:
+        ValueError: the number of region placeholders differs from ``len(regions)``.
+    """
+    is_image = (input_ids == IMAGE_PLACEHOLDER) & plan.valid
+    is_region = (input_ids == REGION_PLACEHOLDER) & plan.valid
+    if int(is_region.sum()) != len(regions):
+        raise ValueError(f"the batch has {int(is_region.sum())} region placeholders for {len(regions)} regions")
+    is_text = plan.valid & ~is_image & ~is_region
+
+    batch, _, width = text.shape
+    flat = padding.to(text.dtype).expand(batch * plan.length, width)  # [B·L, D]
+    flat_starts = plan.starts + torch.arange(batch, device=text.device)[:, None] * plan.length
+    flat = flat.index_copy(0, flat_starts[is_text], text[is_text])
+    flat = flat.index_copy(0, flat_starts[is_region], regions.to(text.dtype))
+    if visual:
+        spans = [
+            start + torch.arange(len(tokens), device=text.device)
+            for start, tokens in zip(flat_starts[is_image].tolist(), visual, strict=True)
+        ]
+        flat = flat.index_copy(0, torch.cat(spans), torch.cat(visual).to(text.dtype))
+    return flat.view(batch, plan.length, width)
+
+
+def splice_labels(plan: SplicePlan, labels: torch.Tensor) -> torch.Tensor:
+    """Labels of the grown sequence, long [B, L]: images and padding carry no supervision."""
+    grown = torch.full((labels.shape[0], plan.length), IGNORE_INDEX, dtype=torch.long, device=labels.device)
+    rows, tokens = (plan.valid & (labels != IGNORE_INDEX)).nonzero(as_tuple=True)
+    grown[rows, plan.starts[rows, tokens]] = labels[rows, tokens]
+    return grown
