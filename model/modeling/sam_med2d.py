@@ -1,0 +1,276 @@
+"""SAM-Med2D: SAM with an adapter in every image-encoder block and a text vector as one more prompt.
+
+The layers are transformers' SAM layers; what is ours is the adapter, the text prompt, and decoding many masks of many
+images in one batch. All sizes come from ``SamConfig``: ViT-B, L and H, the nano, any image size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import SamConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.sam.modeling_sam import (
+    SamMaskDecoder,
+    SamPatchEmbeddings,
+    SamPositionalEmbedding,
+    SamPromptEncoder,
+    SamVisionLayer,
+    SamVisionNeck,
+)
+
+from model.modeling.configuration import MaskConfig
+
+
+class SamAdapter(nn.Module):
+    """SAM-Med2D's adapter: gated channels through a stride-2 convolution and its transpose, beside a shortcut.
+
+    Args:
+        width: channels C of the image encoder.
+        mlp_ratio: hidden width of the channel gate as a fraction of C; 0.25 as published.
+    """
+
+    def __init__(self, width: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm = nn.LayerNorm(width)
+        self.channel = nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, width, bias=False), nn.Sigmoid()
+        )
+        self.spatial = nn.Sequential(
+            nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1, bias=False),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width, kernel_size=4, stride=2, padding=1, bias=False),
+            nn.ReLU(),
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map features [N, h, w, C] to features of the same shape; h and w must be even."""
+        features = hidden.permute(0, 3, 1, 2)  # [N, C, h, w]
+        gate = self.channel(features.mean(dim=(2, 3)))  # [N, C]
+        features = features + self.spatial(features * gate[:, :, None, None])
+        return self.norm(features.permute(0, 2, 3, 1))  # [N, h, w, C]
+
+
+class SamMed2DLayer(SamVisionLayer):
+    """An image-encoder block whose feed-forward half may have the adapter in parallel with its MLP."""
+
+    def __init__(self, config: PreTrainedConfig, window_size: int, mask: MaskConfig) -> None:
+        super().__init__(config, window_size)
+        self.adapter = SamAdapter(config.hidden_size, mask.adapter_mlp_ratio) if mask.adapter else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map features [N, h, w, C] to features of the same shape."""
+        hidden = hidden + self._attend(self.layer_norm1(hidden))
+        normed = self.layer_norm2(hidden)
+        hidden = hidden + self.mlp(normed)
+        return hidden if self.adapter is None else hidden + self.adapter(normed)
+
+    def _attend(self, normed: Tensor) -> Tensor:
+        if self.window_size == 0:  # global attention
+            return self.attn(normed)[0]
+        size = normed.shape[1:3]
+        windows, padded = self.window_partition(normed, self.window_size)
+        return self.window_unpartition(self.attn(windows)[0], self.window_size, padded, size)
+
+
+class SamMed2DImageEncoder(nn.Module):
+    """SAM's image encoder: patches, blocks with windowed or global attention, convolutional neck."""
+
+    def __init__(self, config: PreTrainedConfig, mask: MaskConfig) -> None:
+        super().__init__()
+        grid = config.image_size // config.patch_size
+        self.patch_embed = SamPatchEmbeddings(config)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, config.hidden_size))
+        self.layers = nn.ModuleList(
+            SamMed2DLayer(config, 0 if index in config.global_attn_indexes else config.window_size, mask)
+            for index in range(config.num_hidden_layers)
+        )
+        self.neck = SamVisionNeck(config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map normalised, padded images [N, 3, S, S] to embeddings [N, C, S/patch, S/patch]."""
+        hidden = self.patch_embed(pixel_values) + self.pos_embed  # [N, h, w, width]
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.neck(hidden)  # [N, C, h, w]
+
+
+class FourierPositions(SamPositionalEmbedding):
+    """SAM's random Fourier features of positions, computed in float32 whatever the weights' type.
+
+    In bfloat16 the phase would be off by some hundredths of a radian. The matrix is a fixed draw from a unit normal
+    distribution, as in the original SAM, and is never trained.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        nn.Module.__init__(self)
+        self.positional_embedding = nn.Parameter(torch.randn(2, num_features), requires_grad=False)
+
+    def forward(self, input_coords: Tensor, input_shape: tuple[int, int] | None = None) -> Tensor:
+        """Encode (x, y) positions [..., 2] as features [..., 2F].
+
+        Args:
+            input_coords: positions in pixels of an image of ``input_shape`` (height, width), or in [0, 1] without it.
+        """
+        coordinates = input_coords.float()
+        if input_shape is not None:
+            coordinates = coordinates / coordinates.new_tensor([input_shape[1], input_shape[0]])
+        with torch.autocast(coordinates.device.type, enabled=False):
+            phase = 2 * math.pi * ((2 * coordinates - 1) @ self.positional_embedding.float())
+        return torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.positional_embedding.dtype)
+
+
+class SamMed2DPromptEncoder(SamPromptEncoder):
+    """SAM's prompt encoder with one more kind of prompt: a vector made from text."""
+
+    def __init__(self, config: SamConfig) -> None:
+        super().__init__(config)
+        self.shared_embedding = FourierPositions(config.vision_config.num_pos_feats)
+
+    def forward(  # type: ignore[override]
+        self,
+        queries: Tensor | None,
+        boxes: Tensor | None = None,
+        points: Tensor | None = None,
+        point_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode the prompts of M masks; see `SamMed2D.decode` for the arguments.
+
+        Returns:
+            Sparse embeddings [M, 1, T, C], points before boxes before text; the dense no-mask embedding [1, C, h, w];
+            positional embeddings of the image grid [1, C, h, w].
+        """
+        sparse, dense = super().forward(
+            input_points=None if points is None else points[:, None],
+            input_labels=None if point_labels is None else point_labels[:, None],
+            input_boxes=None if boxes is None else boxes[:, None],
+            input_masks=None,
+        )
+        parts = [part for part in (sparse, None if queries is None else queries[:, None, None]) if part is not None]
+        if not parts:
+            raise ValueError("a mask needs a prompt: give queries, boxes or points")
+        embeddings = torch.cat([part.to(dense.dtype) for part in parts], dim=2)  # [M, 1, T, C]
+        return embeddings, dense[:1], self._grid_positions()
+
+    def _grid_positions(self) -> Tensor:
+        height, width = self.image_embedding_size
+        device = self.shared_embedding.positional_embedding.device
+        y = (torch.arange(height, device=device) + 0.5) / height
+        x = (torch.arange(width, device=device) + 0.5) / width
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2]
+        return self.shared_embedding(centres).permute(2, 0, 1)[None]
+
+
+class SamMed2D(nn.Module):
+    """Image encoder, prompt encoder and mask decoder (reference §1); one mask per prompt.
+
+    Args:
+        sam: sizes; ``vision_config.image_size`` is the side S of the square input, 256 as published.
+        mask: whether and how wide the adapter is.
+    """
+
+    def __init__(self, sam: SamConfig, mask: MaskConfig) -> None:
+        super().__init__()
+        sam = _with_sdpa(sam)
+        _check_widths(sam)
+        self.image_encoder = SamMed2DImageEncoder(sam.vision_config, mask)
+        self.prompt_encoder = SamMed2DPromptEncoder(sam)
+        self.mask_decoder = SamMaskDecoder(sam.mask_decoder_config)
+        grid = sam.prompt_encoder_config.image_embedding_size
+        self.embedding_shape = (sam.vision_config.output_channels, grid, grid)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """Encode images once for any number of masks; without gradients where the whole encoder is frozen.
+
+        Args:
+            pixel_values: [N, 3, S, S], normalised and padded (reference §3); N may be 0.
+
+        Returns:
+            Image embeddings [N, C, h, w] with h = w = S / patch size.
+        """
+        if not len(pixel_values):
+            return pixel_values.new_zeros((0, *self.embedding_shape))
+        weight = self.image_encoder.pos_embed
+        trained = any(parameter.requires_grad for parameter in self.image_encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self.image_encoder(pixel_values.to(weight.dtype))
+
+    def decode(
+        self,
+        image_embeddings: Tensor,
+        queries: Tensor | None,
+        image_index: Tensor,
+        *,
+        boxes: Tensor | None = None,
+        points: Tensor | None = None,
+        point_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode M masks, each of its own image; at least one kind of prompt is given.
+
+        With M = 0 the decoder still runs, on a placeholder that is cut off again, so that every parameter takes part in
+        the graph (with a zero gradient) and distributed ranks with and without masks stay in step.
+
+        Args:
+            image_embeddings: [N, C, h, w] of `encode_image`.
+            queries: text prompts [M, C] of the mask head.
+            image_index: [M] long, the image of each mask.
+            boxes: [M, 4] as (x1, y1, x2, y2) in pixels of the S × S input.
+            points: [M, P, 2] as (x, y) in the same pixels.
+            point_labels: [M, P] 1 inside, 0 outside, −1 "not a point", −10 ignored; ones if not given.
+
+        Returns:
+            Low-resolution logits [M, 1, 4h, 4w] and predicted IoU [M, 1].
+        """
+        num_masks = len(image_index)
+        if points is not None and point_labels is None:
+            point_labels = torch.ones(points.shape[:2], dtype=torch.long, device=points.device)
+        prompts = [queries, boxes, points, point_labels]
+        if num_masks == 0:
+            prompts = [None if prompt is None else _placeholder_row(prompt) for prompt in prompts]
+            image_index = image_index.new_zeros(1)
+            image_embeddings = image_embeddings if len(image_embeddings) else _placeholder_row(image_embeddings)
+        sparse, dense, positions = self.prompt_encoder(*prompts)
+        images = image_embeddings.index_select(0, image_index).to(dense.dtype)  # [M, C, h, w]
+        masks, iou = self.mask_decoder(
+            image_embeddings=images,
+            image_positional_embeddings=positions.expand_as(images),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )  # [M, 1, 1, 4h, 4w], [M, 1, 1]
+        return masks[:num_masks, 0], iou[:num_masks, 0]
+
+
+def _placeholder_row(tensor: Tensor) -> Tensor:
+    """Append one row of zeros to [0, ...], keeping the (empty) tensor in the graph."""
+    return functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, 1))
+
+
+def _with_sdpa(sam: SamConfig) -> SamConfig:
+    """A copy whose attention is torch's own; the parent's choice may be one that SAM's biased attention lacks."""
+    sam = copy.deepcopy(sam)
+    for config in (sam.vision_config, sam.mask_decoder_config):
+        config._attn_implementation = "sdpa"
+    return sam
+
+
+def _check_widths(sam: SamConfig) -> None:
+    width = sam.prompt_encoder_config.hidden_size
+    found = {
+        "vision_config.output_channels": sam.vision_config.output_channels,
+        "2 · vision_config.num_pos_feats": 2 * sam.vision_config.num_pos_feats,
+        "mask_decoder_config.hidden_size": sam.mask_decoder_config.hidden_size,
+    }
+    wrong = [f"{name} is {value}" for name, value in found.items() if value != width]
+    if wrong:
+        raise ValueError(f"SAM's prompts are {width} wide but {', '.join(wrong)}; make them equal")
+    if sam.vision_config.image_size != sam.prompt_encoder_config.image_size:
+        raise ValueError(
+            f"SAM's vision_config.image_size is {sam.vision_config.image_size} but prompt_encoder_config.image_size is "
+            f"{sam.prompt_encoder_config.image_size}; make them equal"
+        )
