@@ -67,7 +67,13 @@ def _restore_exact(mask: Tensor, inner: Size, original: Size, input_size: int) -
 
 
 def _restore_legacy(mask: Tensor, inner: Size, original: Size, input_size: int) -> Tensor:
-    raise NotImplementedError
+    """Crop the l × l mask by sizes that are meant for the S × S input, then resize.
+
+    Where the image is larger than l the offset is negative and counts from the far edge, so of a 82-pixel-wide image
+    only columns 55 to 64 of 64 survive. The released weights were trained through exactly this.
+    """
+    del input_size  # the published read-out never up-samples to it
+    return _resize(_crop_centre(mask, inner, mask.shape[-1]), original)
 
 
 def _crop_centre(mask: Tensor, inner: Size, side: int) -> Tensor:
