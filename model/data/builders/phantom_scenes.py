@@ -1,0 +1,141 @@
+"""Phantom scenes: stylised pictures of eight modalities with the exact visible mask of every named structure.
+
+Everything is drawn from one random generator, so a seed fixes a picture. Which structures appear, where, how large and
+how turned is left to chance: neither the modality nor the place gives a structure away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.data.builders.phantom_canvas import Canvas
+from model.data.builders.phantom_catalogue import CLASS_IDS, CLASS_NAMES, MODALITIES, PLANS, ModalityPlan, structures_of
+from model.data.builders.phantom_functional import draw_pet, draw_ultrasound
+from model.data.builders.phantom_optical import draw_dermoscopy, draw_endoscopy, draw_fundus
+from model.data.builders.phantom_radiology import draw_ct, draw_mr, draw_x_ray
+
+__all__ = ["CLASS_IDS", "CLASS_NAMES", "MODALITIES", "Scene", "Structure", "render_scene", "structures_of"]
+
+SMALLEST_SHARE = 0.010
+"""Least visible area of a structure, as a share of the picture; scenes with less are drawn again."""
+
+_ATTEMPTS = 8
+_DRAWERS: Mapping[str, tuple[int, Callable[[Canvas, Collection[str]], None]]] = MappingProxyType(
+    {
+        "ct": (1, draw_ct),
+        "mr": (1, draw_mr),
+        "x_ray": (1, draw_x_ray),
+        "pet": (1, draw_pet),
+        "fundus": (3, draw_fundus),
+        "dermoscopy": (3, draw_dermoscopy),
+        "endoscopy": (3, draw_endoscopy),
+        "ultrasound": (1, draw_ultrasound),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One named structure of a scene; ``mask`` is bool [H, W] and holds its visible pixels, all instances together."""
+
+    name: str
+    class_id: int
+    mask: NDArray[np.bool_]
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Centre of mass (x, y) as shares of the picture's width and height, 0..1."""
+        rows, columns = np.nonzero(self.mask)
+        height, width = self.mask.shape
+        return float((columns.mean() + 0.5) / width), float((rows.mean() + 0.5) / height)
+
+    @property
+    def area(self) -> int:
+        """Visible pixels."""
+        return int(self.mask.sum())
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, uint8 RGB [H, W, 3], with its modality and the structures that can be seen; masks do not overlap."""
+
+    image: NDArray[np.uint8]
+    modality: str
+    structures: tuple[Structure, ...]
+
+    @property
+    def plan(self) -> ModalityPlan:
+        """The modality's plan: how it is called and what it can show."""
+        return PLANS[self.modality]
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of the structures in the picture."""
+        return tuple(structure.name for structure in self.structures)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of this modality's structures that are not in the picture."""
+        return tuple(name for name in self.plan.structures if name not in self.present)
+
+    def structure(self, name: str) -> Structure:
+        """The structure of that name; ``KeyError`` if it is absent."""
+        for structure in self.structures:
+            if structure.name == name:
+                return structure
+        raise KeyError(name)
+
+    def label_map(self) -> NDArray[np.uint8]:
+        """Class id of every pixel, uint8 [H, W]; 0 is background (see ``CLASS_NAMES``)."""
+        labels = np.zeros(self.image.shape[:2], np.uint8)
+        for structure in self.structures:
+            labels[structure.mask] = structure.class_id
+        return labels
+
+
+def render_scene(rng: np.random.Generator, modality: str | None = None, size: int | tuple[int, int] = 256) -> Scene:
+    """Draw one scene.
+
+    ``modality`` is a key of ``MODALITIES`` or None for any; ``size`` is the side of a square picture or (height,
+    width), in pixels. The scene holds 1 to 5 structures; each optional one of the modality with a chance of about ½.
+    """
+    key = modality if modality is not None else MODALITIES[int(rng.integers(len(MODALITIES)))]
+    height, width = (size, size) if isinstance(size, int) else size
+    names = _cast(rng, PLANS[key])
+    for _ in range(_ATTEMPTS):
+        canvas = _drawn(rng, key, names, height, width)
+        areas = {name: int(stencil.sum()) for name, stencil in canvas.stencils.items()}
+        if all(areas.get(name, 0) >= SMALLEST_SHARE * height * width for name in names):
+            break
+    return _finished(canvas, key)
+
+
+def _cast(rng: np.random.Generator, plan: ModalityPlan) -> tuple[str, ...]:
+    while True:
+        chosen = tuple(name for name in plan.optional if rng.random() < 0.5)
+        if plan.always or chosen:
+            return plan.always + chosen
+
+
+def _drawn(rng: np.random.Generator, key: str, names: Collection[str], height: int, width: int) -> Canvas:
+    channels, draw = _DRAWERS[key]
+    canvas = Canvas(rng, height, width, channels)
+    draw(canvas, names)
+    return canvas
+
+
+def _finished(canvas: Canvas, modality: str) -> Scene:
+    picture = np.clip(canvas.picture, 0, 255).astype(np.uint8)
+    if picture.ndim == 2:
+        picture = np.repeat(picture[..., None], 3, 2)
+    structures = tuple(
+        Structure(name, CLASS_IDS[name], stencil.astype(bool))
+        for name, stencil in sorted(canvas.stencils.items(), key=lambda item: CLASS_IDS[item[0]])
+        if stencil.any()
+    )
+    return Scene(picture, modality, structures)
