@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import SamConfig
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamPatchEmbeddings,
@@ -59,11 +59,11 @@ class SamAdapter(nn.Module):
 class SamMed2DLayer(SamVisionLayer):
     """An image-encoder block whose feed-forward half may have the adapter in parallel with its MLP."""
 
-    def __init__(self, config: PreTrainedConfig, window_size: int, mask: MaskConfig) -> None:
+    def __init__(self, config: Any, window_size: int, mask: MaskConfig) -> None:
         super().__init__(config, window_size)
         self.adapter = SamAdapter(config.hidden_size, mask.adapter_mlp_ratio) if mask.adapter else None
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
         """Map features [N, h, w, C] to features of the same shape."""
         hidden = hidden + self._attend(self.layer_norm1(hidden))
         normed = self.layer_norm2(hidden)
@@ -73,15 +73,15 @@ class SamMed2DLayer(SamVisionLayer):
     def _attend(self, normed: Tensor) -> Tensor:
         if self.window_size == 0:  # global attention
             return self.attn(normed)[0]
-        size = normed.shape[1:3]
+        _, height, width, _ = normed.shape
         windows, padded = self.window_partition(normed, self.window_size)
-        return self.window_unpartition(self.attn(windows)[0], self.window_size, padded, size)
+        return self.window_unpartition(self.attn(windows)[0], self.window_size, padded, (height, width))
 
 
 class SamMed2DImageEncoder(nn.Module):
     """SAM's image encoder: patches, blocks with windowed or global attention, convolutional neck."""
 
-    def __init__(self, config: PreTrainedConfig, mask: MaskConfig) -> None:
+    def __init__(self, config: Any, mask: MaskConfig) -> None:
         super().__init__()
         grid = config.image_size // config.patch_size
         self.patch_embed = SamPatchEmbeddings(config)
@@ -130,7 +130,7 @@ class SamMed2DPromptEncoder(SamPromptEncoder):
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__(config)
-        self.shared_embedding = FourierPositions(config.vision_config.num_pos_feats)
+        self.shared_embedding = FourierPositions(_section(config.vision_config).num_pos_feats)
 
     def forward(  # type: ignore[override]
         self,
@@ -146,7 +146,7 @@ class SamMed2DPromptEncoder(SamPromptEncoder):
             positional embeddings of the image grid [1, C, h, w].
         """
         sparse, dense = super().forward(
-            input_points=None if points is None else points[:, None],
+            input_points=None if points is None else points[:, None],  # type: ignore[arg-type]
             input_labels=None if point_labels is None else point_labels[:, None],
             input_boxes=None if boxes is None else boxes[:, None],
             input_masks=None,
@@ -176,13 +176,16 @@ class SamMed2D(nn.Module):
 
     def __init__(self, sam: SamConfig, mask: MaskConfig) -> None:
         super().__init__()
-        sam = _with_sdpa(sam)
-        _check_widths(sam)
-        self.image_encoder = SamMed2DImageEncoder(sam.vision_config, mask)
+        sam = copy.deepcopy(sam)
+        vision, decoder = _section(sam.vision_config), _section(sam.mask_decoder_config)
+        _check_sizes(vision, _section(sam.prompt_encoder_config), decoder, mask)
+        for config in (vision, decoder):  # the parent's choice may be one that SAM's biased attention lacks
+            config._attn_implementation = "sdpa"
+        self.image_encoder = SamMed2DImageEncoder(vision, mask)
         self.prompt_encoder = SamMed2DPromptEncoder(sam)
-        self.mask_decoder = SamMaskDecoder(sam.mask_decoder_config)
-        grid = sam.prompt_encoder_config.image_embedding_size
-        self.embedding_shape = (sam.vision_config.output_channels, grid, grid)
+        self.mask_decoder = SamMaskDecoder(decoder)
+        grid = vision.image_size // vision.patch_size
+        self.embedding_shape = (vision.output_channels, grid, grid)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Encode images once for any number of masks; without gradients where the whole encoder is frozen.
@@ -251,26 +254,28 @@ def _placeholder_row(tensor: Tensor) -> Tensor:
     return functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, 1))
 
 
-def _with_sdpa(sam: SamConfig) -> SamConfig:
-    """A copy whose attention is torch's own; the parent's choice may be one that SAM's biased attention lacks."""
-    sam = copy.deepcopy(sam)
-    for config in (sam.vision_config, sam.mask_decoder_config):
-        config._attn_implementation = "sdpa"
-    return sam
+def _section(config: Any) -> Any:
+    """A sub-config as the object it is at run time; `SamConfig` annotates it as maybe a mapping."""
+    return config
 
 
-def _check_widths(sam: SamConfig) -> None:
-    width = sam.prompt_encoder_config.hidden_size
+def _check_sizes(vision: Any, prompt: Any, decoder: Any, mask: MaskConfig) -> None:
+    """Refuse sizes that do not fit together, each with its names, before torch complains about shapes."""
     found = {
-        "vision_config.output_channels": sam.vision_config.output_channels,
-        "2 · vision_config.num_pos_feats": 2 * sam.vision_config.num_pos_feats,
-        "mask_decoder_config.hidden_size": sam.mask_decoder_config.hidden_size,
+        "vision_config.output_channels": vision.output_channels,
+        "2 · vision_config.num_pos_feats": 2 * vision.num_pos_feats,
+        "mask_decoder_config.hidden_size": decoder.hidden_size,
     }
-    wrong = [f"{name} is {value}" for name, value in found.items() if value != width]
+    wrong = [f"{name} is {value}" for name, value in found.items() if value != prompt.hidden_size]
     if wrong:
-        raise ValueError(f"SAM's prompts are {width} wide but {', '.join(wrong)}; make them equal")
-    if sam.vision_config.image_size != sam.prompt_encoder_config.image_size:
+        raise ValueError(f"SAM's prompts are {prompt.hidden_size} wide but {', '.join(wrong)}; make them equal")
+    if (vision.image_size, vision.patch_size) != (prompt.image_size, prompt.patch_size):
         raise ValueError(
-            f"SAM's vision_config.image_size is {sam.vision_config.image_size} but prompt_encoder_config.image_size is "
-            f"{sam.prompt_encoder_config.image_size}; make them equal"
+            f"SAM's vision_config has image and patch size {vision.image_size} and {vision.patch_size} but "
+            f"prompt_encoder_config has {prompt.image_size} and {prompt.patch_size}; make them equal"
+        )
+    if mask.adapter and vision.image_size // vision.patch_size % 2:
+        raise ValueError(
+            f"SAM-Med2D's adapter halves the grid, but image size {vision.image_size} over patch size "
+            f"{vision.patch_size} is odd; choose an even grid"
         )
