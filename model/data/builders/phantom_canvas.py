@@ -159,7 +159,8 @@ class Canvas:
         Remembers the spot, so that later calls keep away from it. Returns (x, y) in picture pixels.
         """
         reach = radius * self.unit
-        room = cv2.distanceTransform(field, cv2.DIST_L2, 3)
+        framed = cv2.copyMakeBorder(field, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+        room = cv2.distanceTransform(framed, cv2.DIST_L2, 3)[1:-1, 1:-1]
         rows, columns = np.nonzero(room > min(0.8 * reach, 0.95 * float(room.max())))
         chosen = self.rng.integers(0, len(rows), tries)
         x, y = columns[chosen].astype(np.float64), rows[chosen].astype(np.float64)
@@ -170,6 +171,12 @@ class Canvas:
         best = int(np.argmax(slack))
         self._taken.append((x[best], y[best], reach))
         return float(x[best]), float(y[best])
+
+    def keep(self, spot: NDArray[Any], radius: float) -> tuple[float, float]:
+        """Remember a spot chosen without ``place``, so that later structures keep away from it; returns (x, y)."""
+        x, y = float(spot[0]), float(spot[1])
+        self._taken.append((x, y, radius * self.unit))
+        return x, y
 
     def _window(self, stencil: Stencil, margin: float) -> tuple[int, int, int, int]:
         x, y, width, height = cv2.boundingRect(stencil)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import cv2
 import numpy as np
 
 from model.data.builders.phantom_canvas import Canvas, Field, Stencil
@@ -109,7 +108,7 @@ def draw_ultrasound(canvas: Canvas, names: Collection[str]) -> None:
             paint(canvas, sector, shade, apex)
     for name in canvas.stencils:
         canvas.stencils[name] &= sector
-    speckle = np.hypot(canvas.noise(1.5), canvas.noise(1.5)) * 0.62 + 0.22
+    speckle = np.hypot(canvas.noise(1.9), canvas.noise(1.9)) * 0.42 + 0.5
     fade = np.clip(1.1 - depth / 900, 0.6, 1.1)
     canvas.picture *= np.clip(speckle, 0.15, 2.1) * canvas.soften(shade, 1.2) * fade * canvas.between(0.9, 1.2)
     canvas.picture *= canvas.soften(sector * np.float32(1), 0.7)
@@ -160,7 +159,7 @@ def _solid_mass(canvas: Canvas, sector: Stencil, shade: Field, apex: tuple[float
     radius = canvas.between(22, 32)
     spot = canvas.place(sector, radius)
     shape = canvas.blob(spot, (radius, radius * 0.75), canvas.between(-0.6, 0.6), 0.2, 9)
-    canvas.lay(shape, 40 + 9 * canvas.noise(6), 1.8)
+    canvas.lay(shape, 30 + 7 * canvas.noise(6), 1.6)
     canvas.claim("solid mass", shape)
 
 
@@ -187,8 +186,3 @@ def _fetal_head(canvas: Canvas, sector: Stencil, shade: Field, apex: tuple[float
     for x, y in plexus[: int(canvas.rng.integers(1, 5))]:
         canvas.lay(canvas.blob((x, y), (radius * 0.2, radius * 0.1), angle), 130.0, 1.5)
     canvas.claim("fetal head", shape)
-
-
-def contrast(picture: Field, low: float, high: float) -> Field:
-    """Stretch ``low``..``high`` to 0..255."""
-    return np.asarray(cv2.convertScaleAbs(picture, alpha=255 / (high - low), beta=-low * 255 / (high - low)), np.float32)

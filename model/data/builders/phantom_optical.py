@@ -255,7 +255,9 @@ def _instrument(canvas: Canvas, field: Stencil) -> None:
     half = canvas.between(8, 11)
     reach = canvas.between(230, 260)
     shaft = canvas.fill(canvas.turned(np.array([[0, -half], [reach, -half], [reach, half], [0, half]]), tip, angle))
-    jaws = np.array([[4, -half], [-24, -half * 1.7], [-24, -half * 1.0], [-4, 0], [-24, half], [-24, half * 1.7], [4, half]])
+    jaws = np.array(
+        [[4, -half], [-24, -half * 1.7], [-24, -half * 1.0], [-4, 0], [-24, half], [-24, half * 1.7], [4, half]]
+    )
     shape = (shaft | canvas.fill(canvas.turned(jaws, tip, angle))) & field
     x, y = canvas.grid()
     x = x - (tip[0] - (canvas.width - 1) / 2) / canvas.unit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import cv2
 import numpy as np
 
 from model.data.builders.phantom_canvas import Canvas, Stencil
@@ -173,9 +172,7 @@ def _ventricle(canvas: Canvas, brain: Stencil, tilt: float) -> None:
     for side in (-1, 1):
         spine = side * size * (0.14 + 0.42 * t**2)
         width = size * (0.10 + 0.14 * np.sqrt(np.clip(1 - t**2, 0, 1)))
-        local = np.concatenate(
-            [np.stack([spine - width, size * t], 1), np.stack([spine + width, size * t], 1)[::-1]]
-        )
+        local = np.concatenate([np.stack([spine - width, size * t], 1), np.stack([spine + width, size * t], 1)[::-1]])
         shape |= canvas.fill(canvas.turned(local, spot, angle))
     shape &= brain
     canvas.lay(shape, 16 + 3 * canvas.noise(4), 0.9)
@@ -228,9 +225,9 @@ def _mr_finish(canvas: Canvas) -> None:
 
 def draw_x_ray(canvas: Canvas, names: Collection[str]) -> None:
     """Shoulders, spine, ribs and lungs with the named structures."""
-    lungs, parts, tilt = _chest(canvas)
+    lungs, parts, middle, tilt = _chest(canvas)
     if "heart" in names:
-        _heart_shadow(canvas, lungs)
+        _heart_shadow(canvas, middle, tilt)
     if "pleural effusion" in names:
         _effusion(canvas, parts[int(canvas.rng.integers(2))])
     _rib_shadows(canvas, tilt)
@@ -243,12 +240,14 @@ def draw_x_ray(canvas: Canvas, names: Collection[str]) -> None:
     canvas.picture = np.maximum(canvas.picture * canvas.between(0.85, 1.1) + canvas.between(-10, 8), 0)
 
 
-def _chest(canvas: Canvas) -> tuple[Stencil, tuple[Stencil, Stencil], float]:
+def _chest(canvas: Canvas) -> tuple[Stencil, tuple[Stencil, Stencil], tuple[float, float], float]:
     tilt = canvas.between(-0.3, 0.3)
     scale = canvas.between(0.82, 1.12)
     middle = canvas.width / 2 + canvas.between(-18, 18), canvas.height / 2 + canvas.between(-16, 16)
     canvas.picture += 20
-    trunk = np.array([[-30, -150], [-34, -112], [-112, -84], [-128, 150], [128, 150], [112, -84], [34, -112], [30, -150]])
+    trunk = np.array(
+        [[-30, -150], [-34, -112], [-112, -84], [-128, 150], [128, 150], [112, -84], [34, -112], [30, -150]]
+    )
     body = canvas.fill(canvas.turned(trunk * scale, middle, tilt))
     canvas.lay(body, 150 + 6 * canvas.noise(40), 7)
     t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
@@ -272,17 +271,17 @@ def _chest(canvas: Canvas) -> tuple[Stencil, tuple[Stencil, Stencil], float]:
         bone = np.array([[side * 12, -76], [side * 50, -88], [side * 98, -84]]) * scale
         canvas.lay(canvas.strokes([canvas.turned(bone, middle, tilt)], 8), 190.0, 1.6, 0.7)
     canvas.claim("lungs", lungs)
-    return lungs, (parts[0], parts[1]), tilt
+    return lungs, (parts[0], parts[1]), middle, tilt
 
 
-def _lung_vessels(
-    canvas: Canvas, middle: tuple[float, float], parts: list[Stencil], tilt: float
-) -> None:
+def _lung_vessels(canvas: Canvas, middle: tuple[float, float], parts: list[Stencil], tilt: float) -> None:
     for side, part in zip((-1, 1), parts, strict=True):
         root = canvas.turned(np.array([[side * 24.0, 4.0]]), middle, tilt)[0]
         outward = tilt + (0 if side > 0 else np.pi)
-        lines = [canvas.wiggle((root[0], root[1]), outward + turn, canvas.between(35, 70), 0.7)
-                 for turn in np.linspace(-1.3, 1.3, 7)]
+        lines = [
+            canvas.wiggle((root[0], root[1]), outward + turn, canvas.between(35, 70), 0.7)
+            for turn in np.linspace(-1.3, 1.3, 7)
+        ]
         canvas.lay(canvas.strokes(lines, 2.2) & part, 104.0, 1.6, 0.6)
 
 
@@ -295,12 +294,13 @@ def _rib_shadows(canvas: Canvas, tilt: float) -> None:
     canvas.picture += 42 * bands * np.clip((115 - np.abs(along)) / 15, 0, 1)
 
 
-def _heart_shadow(canvas: Canvas, lungs: Stencil) -> None:
-    radius = canvas.between(30, 40)
-    spot = canvas.place(cv2.dilate(lungs, np.ones((9, 9), np.uint8)), radius * 0.55)
-    shape = canvas.blob(spot, (radius * 1.15, radius * 0.85), canvas.between(0.3, 1.1) * (-1) ** int(canvas.chance(0.5)),
-                        0.05, 3)
-    canvas.lay(shape, 198 + 4 * canvas.noise(14), 2.2)
+def _heart_shadow(canvas: Canvas, middle: tuple[float, float], tilt: float) -> None:
+    radius = canvas.between(31, 41)
+    side = 1 if canvas.chance(0.5) else -1
+    offset = np.array([[side * canvas.between(16, 44), canvas.between(-30, 46)]])
+    x, y = canvas.keep(canvas.turned(offset, middle, tilt)[0], radius * 0.8)
+    shape = canvas.blob((x, y), (radius * 1.15, radius * 0.85), tilt + side * canvas.between(0.4, 1.1), 0.05, 3)
+    canvas.lay(shape, 202 + 4 * canvas.noise(14), 2.2)
     canvas.claim("heart", shape)
 
 
@@ -329,8 +329,13 @@ def _pacemaker(canvas: Canvas, lungs: Stencil) -> None:
     angle = canvas.between(-0.7, 0.7)
     t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     power = 0.45
-    local = np.stack([np.sign(np.cos(t)) * np.abs(np.cos(t)) ** power * size,
-                      np.sign(np.sin(t)) * np.abs(np.sin(t)) ** power * size * 0.82], 1)
+    local = np.stack(
+        [
+            np.sign(np.cos(t)) * np.abs(np.cos(t)) ** power * size,
+            np.sign(np.sin(t)) * np.abs(np.sin(t)) ** power * size * 0.82,
+        ],
+        1,
+    )
     case = canvas.fill(canvas.turned(local, spot, angle))
     start = canvas.turned(np.array([[0.0, -size * 0.7]]), spot, angle)[0]
     wire = canvas.wiggle((start[0], start[1]), canvas.between(0, 6.28), canvas.between(60, 100), 1.6)
