@@ -66,7 +66,7 @@ def _myocardium(canvas: Canvas, trunk: Stencil) -> None:
     opening = np.array([[0, 0], [1.6, -0.42], [1.6, 0.42]]) * radius
     shape = ring & (1 - hollow) & (1 - canvas.fill(canvas.turned(opening, spot, angle)))
     canvas.lay(shape, 196 + 10 * canvas.noise(6), 0.8)
-    canvas.claim("heart", ring & (1 - canvas.fill(canvas.turned(opening, spot, angle))))
+    canvas.claim("heart", ring)
 
 
 def _bladder(canvas: Canvas, trunk: Stencil) -> None:
@@ -102,6 +102,9 @@ def draw_ultrasound(canvas: Canvas, names: Collection[str]) -> None:
     shade = np.ones((canvas.height, canvas.width), np.float32)
     depth = _layers(canvas, apex)
     canvas.picture[:] = 78 + 15 * np.sin(depth / canvas.between(9, 16) + 0.7 * canvas.noise(30)) + 10 * canvas.noise(22)
+    for reach in canvas.rng.uniform(90, 330, int(canvas.rng.integers(2, 6))):
+        band = np.exp(-(((depth - reach + 5 * canvas.noise(45)) / 2.2) ** 2))
+        canvas.picture += 75 * band * np.clip(0.6 + 0.6 * canvas.noise(50), 0, 1)
     painters = {"fetal head": _fetal_head, "solid mass": _solid_mass, "cyst": _cyst, "gallstone": _gallstone}
     for name, paint in painters.items():
         if name in names:
@@ -165,7 +168,7 @@ def _solid_mass(canvas: Canvas, sector: Stencil, shade: Field, apex: tuple[float
 
 def _gallstone(canvas: Canvas, sector: Stencil, shade: Field, apex: tuple[float, float]) -> None:
     for _ in range(2 if canvas.chance(0.35) else 1):
-        radius = canvas.between(15, 22)
+        radius = canvas.between(17, 23)
         spot = canvas.place(sector, radius)
         shape = canvas.blob(spot, (radius * 1.15, radius * 0.8), canvas.between(-0.5, 0.5), 0.07)
         shade *= 1 - 0.82 * canvas.soften(_behind(canvas, shape, apex, 400) * np.float32(1), 2)

@@ -78,7 +78,7 @@ def _macula(canvas: Canvas, view: Stencil) -> None:
 
 def _hemorrhage(canvas: Canvas, view: Stencil) -> None:
     for _ in range(int(canvas.rng.integers(1, 4))):
-        radius = canvas.between(14, 23)
+        radius = canvas.between(16, 24)
         spot = canvas.place(view, radius)
         shape = canvas.blob(spot, (radius * 1.2, radius * 0.7), canvas.between(0, 6.28), 0.26, 9)
         canvas.lay(shape, canvas.tinted((92, 6, 12), 0.16 * canvas.noise(4)), 1.1)

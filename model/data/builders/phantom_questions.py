@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from model.data.builders.phantom_catalogue import LESIONS, PLANS
-from model.data.builders.phantom_scenes import Scene
+from model.data.builders.phantom_scenes import Scene, Structure
 
 AnswerType = Literal["open", "closed"]
 PathOf = Callable[[str], str]
@@ -26,7 +26,7 @@ class Question:
     """One question with its answer.
 
     Texts hold bare markers: ``<region></region>`` in the question, one for each name in ``regions``, and ``<SEG>`` in
-    the answer, one for each name in ``targets``, in order. ``about`` is the structure that is asked for, if there is one.
+    the answer, one for each name in ``targets``, in order. ``about`` is the structure asked for, if there is one.
     """
 
     kind: str
@@ -163,18 +163,16 @@ def ask_region(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return asked + ([side] if side else [])
 
 
-def ask_grounding(scene: Scene, rng: np.random.Generator, absent_share: float = 0.25) -> list[Question]:
-    """Segmentation requests: each structure once, some pairs, and about ``absent_share`` requests for absent ones.
+def ask_grounding(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Segmentation requests: each structure once, some pairs, and about a quarter for absent structures.
 
     An absent target belongs to the same modality and is answered without ``<SEG>``.
     """
     asked = [_grounded(scene, name, rng) for name in scene.present]
     if len(scene.present) > 1 and rng.random() < 0.5:
         asked.append(_grounded_pair(scene, rng))
-    wanted = rng.binomial(2 * len(asked), absent_share / (1 - absent_share) / 2)
-    absent = list(scene.absent)
-    rng.shuffle(absent)
-    return asked + [_refused(scene, name, rng) for name in absent[: int(wanted)]]
+    absent = [name for name in scene.absent if rng.random() < 0.5]
+    return asked + [_refused(scene, name, rng) for name in absent]
 
 
 def ask_all(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -216,14 +214,13 @@ def _side(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _one_sided(scene: Scene, rng: np.random.Generator) -> tuple[str, Sequence[str], str] | None:
     """A structure that is clearly in one half: its name, the two words in random order and the right one."""
-    choices: list[tuple[str, tuple[str, str], str]] = []
-    for structure in scene.structures:
-        x, y = structure.centre
-        if abs(x - 0.5) > 0.08:
-            choices.append((structure.name, ("left", "right"), "left" if x < 0.5 else "right"))
-        if abs(y - 0.5) > 0.08:
-            choices.append((structure.name, ("upper", "lower"), "upper" if y < 0.5 else "lower"))
-    choices = [choice for choice in choices if choice[0] not in _PLURAL]
+    choices = [
+        (structure.name, words, answer)
+        for structure in scene.structures
+        for words in (("left", "right"), ("upper", "lower"))
+        for answer in words
+        if structure.share(answer) > 0.85
+    ]
     if not choices:
         return None
     name, words, answer = choices[int(rng.integers(len(choices)))]
@@ -231,11 +228,11 @@ def _one_sided(scene: Scene, rng: np.random.Generator) -> tuple[str, Sequence[st
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
-    names = [name for name in scene.present if name not in _PLURAL]
-    if len(names) < 2:
+    structures = [structure for structure in scene.structures if structure.compact]
+    if len(structures) < 2:
         return None
-    name, other = (names[int(index)] for index in rng.permutation(len(names))[:2])
-    (x, y), (other_x, other_y) = scene.structure(name).centre, scene.structure(other).centre
+    structure, beside = (structures[int(index)] for index in rng.permutation(len(structures))[:2])
+    (x, y), (other_x, other_y) = structure.centre, beside.centre
     if max(abs(x - other_x), abs(y - other_y)) < 0.12:
         return None
     if abs(x - other_x) > abs(y - other_y):
@@ -243,8 +240,8 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     else:
         words, answer = ("above", "below"), "above" if y < other_y else "below"
     first, second = _shuffled(words, rng)
-    text = _pick(_RELATION, rng).format(name=name, other=other, first=first, second=second)
-    return Question("relation", "vqa", text, _sentence(answer.replace(" of", "")), "closed", name)
+    text = _pick(_RELATION, rng).format(name=structure.name, other=beside.name, first=first, second=second)
+    return Question("relation", "vqa", text, _sentence(answer.replace(" of", "")), "closed", structure.name)
 
 
 def _list(scene: Scene, rng: np.random.Generator) -> Question:
@@ -255,8 +252,10 @@ def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
     """What is in a quarter of the picture; only asked where exactly one structure lies."""
     places: dict[str, list[str]] = {}
     for structure in scene.structures:
-        places.setdefault(_quarter(*structure.centre), []).append(structure.name)
-    clear = [(place, names[0]) for place, names in places.items() if len(names) == 1 and place != "central"]
+        places.setdefault(_quarter(structure), []).append(structure.name)
+    if "several" in places:
+        return None
+    clear = [(place, names[0]) for place, names in places.items() if len(names) == 1]
     if not clear:
         return None
     place, name = clear[int(rng.integers(len(clear)))]
@@ -265,12 +264,12 @@ def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _finding(scene: Scene, rng: np.random.Generator) -> Question | None:
     lesions = [structure for structure in scene.structures if structure.name in LESIONS]
-    if len(lesions) != 1:
+    if len(lesions) != 1 or _quarter(lesions[0]) == "several":
         return None
     lesion = lesions[0]
     size = "large" if lesion.area > 0.04 * lesion.mask.size else "small"
     article = "" if lesion.name in _MASS else "A "
-    answer = _sentence(f"{article}{size} {lesion.name} in the {_quarter(*lesion.centre)} part of the image.")
+    answer = _sentence(f"{article}{size} {lesion.name} in the {_quarter(lesion)} part of the image.")
     return Question("finding", "vqa", _pick(_FINDING, rng), answer, "open", lesion.name)
 
 
@@ -360,7 +359,12 @@ def _joined(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def _quarter(x: float, y: float) -> str:
-    if abs(x - 0.5) < 0.06 or abs(y - 0.5) < 0.06:
-        return "central"
-    return f"{'upper' if y < 0.5 else 'lower'} {'left' if x < 0.5 else 'right'}"
+def _quarter(structure: Structure) -> str:
+    """The quarter that holds nearly all of a structure, ``central``, or ``several`` if it is spread out."""
+    for vertical in ("upper", "lower"):
+        for horizontal in ("left", "right"):
+            if structure.share(vertical) > 0.8 and structure.share(horizontal) > 0.8:
+                return f"{vertical} {horizontal}"
+    x, y = structure.centre
+    central = structure.compact and max(abs(x - 0.5), abs(y - 0.5)) < 0.1
+    return "central" if central else "several"

@@ -95,7 +95,7 @@ def _kidneys(canvas: Canvas, cavity: Stencil) -> None:
 
 def _vertebra(canvas: Canvas, cavity: Stencil) -> None:
     size = canvas.between(19, 24)
-    spot = canvas.place(cavity, size * 1.3)
+    spot = canvas.place(cavity, size * 1.6)
     angle = canvas.between(-0.5, 0.5) + (np.pi if canvas.chance(0.25) else 0.0)
     body = canvas.blob(spot, (size * 1.05, size * 0.85), angle, 0.03, 3)
     back = canvas.turned(np.array([[0.0, size * 1.05]]), spot, angle)[0]
@@ -226,10 +226,10 @@ def _mr_finish(canvas: Canvas) -> None:
 def draw_x_ray(canvas: Canvas, names: Collection[str]) -> None:
     """Shoulders, spine, ribs and lungs with the named structures."""
     lungs, parts, middle, tilt = _chest(canvas)
-    if "heart" in names:
-        _heart_shadow(canvas, middle, tilt)
     if "pleural effusion" in names:
         _effusion(canvas, parts[int(canvas.rng.integers(2))])
+    if "heart" in names:
+        _heart_shadow(canvas, middle, tilt)
     _rib_shadows(canvas, tilt)
     if "lung nodule" in names:
         _nodule(canvas, lungs)
@@ -289,9 +289,10 @@ def _rib_shadows(canvas: Canvas, tilt: float) -> None:
     height = canvas.between(20, 25)
     x, y = canvas.grid()
     along, across = x * np.cos(tilt) + y * np.sin(tilt), y * np.cos(tilt) - x * np.sin(tilt)
-    phase = (across - 0.0034 * along**2 * np.sign(1) + canvas.between(0, 25)) / height * 2 * np.pi
+    phase = (across - 0.0034 * along**2 + canvas.between(0, 25)) / height * 2 * np.pi
     bands = np.clip(np.cos(phase) - 0.35, 0, 0.4) * np.clip(np.abs(along) / 30, 0, 1)
-    canvas.picture += 42 * bands * np.clip((115 - np.abs(along)) / 15, 0, 1)
+    within = np.clip((115 - np.abs(along)) / 15, 0, 1) * np.clip(canvas.picture / 45 - 0.6, 0, 1)
+    canvas.picture += 42 * bands * within
 
 
 def _heart_shadow(canvas: Canvas, middle: tuple[float, float], tilt: float) -> None:
@@ -308,15 +309,17 @@ def _effusion(canvas: Canvas, lung: Stencil) -> None:
     rows, columns = np.nonzero(lung)
     bottom, height = float(rows.max()), float(np.ptp(rows))
     x = (np.arange(canvas.width) - columns.mean()) / max(float(np.ptp(columns)) / 2, 1)
-    level = bottom - height * (canvas.between(0.3, 0.5) + 0.14 * x * x * np.sign(canvas.between(-1, 1) + 2))
+    level = bottom - height * (canvas.between(0.3, 0.5) + 0.14 * x * x)
     below = (np.arange(canvas.height)[:, None] > level[None, :]).astype(np.uint8)
     shape = lung & below
     canvas.lay(shape, 230 + 4 * canvas.noise(20), 1.8)
+    rows, columns = np.nonzero(shape)
+    canvas.keep(np.array([columns.mean(), rows.mean()]), 30)
     canvas.claim("pleural effusion", shape)
 
 
 def _nodule(canvas: Canvas, lungs: Stencil) -> None:
-    radius = canvas.between(16, 24)
+    radius = canvas.between(18, 25)
     spot = canvas.place(lungs, radius * 0.9)
     shape = canvas.blob(spot, (radius, radius * canvas.between(0.85, 1)), canvas.between(0, 6.28), 0.07, 7)
     canvas.lay(shape, 150 + 22 * canvas.depth(shape) + 7 * canvas.noise(3), 1.5, 0.95)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -47,17 +48,35 @@ class Structure:
     class_id: int
     mask: NDArray[np.bool_]
 
-    @property
+    @cached_property
     def centre(self) -> tuple[float, float]:
         """Centre of mass (x, y) as shares of the picture's width and height, 0..1."""
         rows, columns = np.nonzero(self.mask)
         height, width = self.mask.shape
         return float((columns.mean() + 0.5) / width), float((rows.mean() + 0.5) / height)
 
-    @property
+    @cached_property
     def area(self) -> int:
         """Visible pixels."""
         return int(self.mask.sum())
+
+    @cached_property
+    def compact(self) -> bool:
+        """Whether the structure is one piece rather than several scattered ones."""
+        rows, columns = np.nonzero(self.mask)
+        spread = float(rows.var() + columns.var())
+        return spread < 0.3 * self.area
+
+    def share(self, half: str) -> float:
+        """Share 0..1 of the structure's pixels in the ``left``, ``right``, ``upper`` or ``lower`` half."""
+        height, width = self.mask.shape
+        halves = {
+            "left": self.mask[:, : width // 2],
+            "right": self.mask[:, (width + 1) // 2 :],
+            "upper": self.mask[: height // 2],
+            "lower": self.mask[(height + 1) // 2 :],
+        }
+        return float(halves[half].sum()) / max(self.area, 1)
 
 
 @dataclass(frozen=True)
