@@ -18,7 +18,7 @@ _DEEPSPEED = r"mlp\.deepspeed_moe\."
 _TAIL = r"(.+)"
 _WEIGHTS = r"(weight|bias)"
 
-# (published pattern, published template, native pattern, native template): each pattern's groups fill the other's slots.
+# (published pattern, published template, native pattern, native template): a pattern's groups fill the other's slots.
 _RULES = tuple(
     (re.compile(published), to_published, re.compile(native), to_native)
     for published, to_published, native, to_native in (
