@@ -17,7 +17,6 @@ from transformers import SamConfig
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamPatchEmbeddings,
-    SamPositionalEmbedding,
     SamPromptEncoder,
     SamVisionLayer,
     SamVisionNeck,
@@ -100,16 +99,18 @@ class SamMed2DImageEncoder(nn.Module):
         return self.neck(hidden)  # [N, C, h, w]
 
 
-class FourierPositions(SamPositionalEmbedding):
+class FourierPositions(nn.Module):
     """SAM's random Fourier features of positions, computed in float32 whatever the weights' type.
 
     In bfloat16 the phase would be off by some hundredths of a radian. The matrix is a fixed draw from a unit normal
-    distribution, as in the original SAM, and is never trained.
+    distribution and, as in the original SAM, a buffer: it is never trained.
     """
 
+    positional_embedding: Tensor
+
     def __init__(self, num_features: int) -> None:
-        nn.Module.__init__(self)
-        self.positional_embedding = nn.Parameter(torch.randn(2, num_features), requires_grad=False)
+        super().__init__()
+        self.register_buffer("positional_embedding", torch.randn(2, num_features))
 
     def forward(self, input_coords: Tensor, input_shape: tuple[int, int] | None = None) -> Tensor:
         """Encode (x, y) positions [..., 2] as features [..., 2F].
@@ -120,8 +121,9 @@ class FourierPositions(SamPositionalEmbedding):
         coordinates = input_coords.float()
         if input_shape is not None:
             coordinates = coordinates / coordinates.new_tensor([input_shape[1], input_shape[0]])
-        with torch.autocast(coordinates.device.type, enabled=False):
-            phase = 2 * math.pi * ((2 * coordinates - 1) @ self.positional_embedding.float())
+        x, y = (2 * coordinates - 1).unsqueeze(-1).unbind(-2)
+        weight_x, weight_y = self.positional_embedding.float()
+        phase = 2 * math.pi * (x * weight_x + y * weight_y)  # not a matrix product: autocast leaves it in float32
         return torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.positional_embedding.dtype)
 
 
@@ -130,7 +132,8 @@ class SamMed2DPromptEncoder(SamPromptEncoder):
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__(config)
-        self.shared_embedding = FourierPositions(_section(config.vision_config).num_pos_feats)
+        features = _section(config.vision_config).num_pos_feats
+        self.shared_embedding = FourierPositions(features)  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
         self,
@@ -196,12 +199,15 @@ class SamMed2D(nn.Module):
         Returns:
             Image embeddings [N, C, h, w] with h = w = S / patch size.
         """
-        if not len(pixel_values):
-            return pixel_values.new_zeros((0, *self.embedding_shape))
-        weight = self.image_encoder.pos_embed
+        num_images = len(pixel_values)
+        pixel_values = pixel_values.to(self.image_encoder.pos_embed.dtype)
         trained = any(parameter.requires_grad for parameter in self.image_encoder.parameters())
+        if num_images == 0 and not trained:
+            return pixel_values.new_zeros((0, *self.embedding_shape))
+        if num_images == 0:  # a trained encoder stays in the graph, as the decoder does
+            pixel_values = _placeholder_row(pixel_values)
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return self.image_encoder(pixel_values.to(weight.dtype))
+            return self.image_encoder(pixel_values)[:num_images]
 
     def decode(
         self,
