@@ -26,7 +26,7 @@ def draw_pet(canvas: Canvas, names: Collection[str]) -> None:
 
 
 def _silhouette(canvas: Canvas) -> tuple[Stencil, Stencil, tuple[float, float, float]]:
-    tilt = canvas.between(-0.35, 0.35) + (np.pi if canvas.chance(0.3) else 0.0)
+    tilt = canvas.between(-0.35, 0.35) + (np.pi if canvas.chance(0.5) else 0.0)
     scale = canvas.between(0.88, 1.06)
     middle = canvas.width / 2 + canvas.between(-16, 16), canvas.height / 2 + canvas.between(-8, 8)
 

@@ -139,6 +139,8 @@ _REFUSALS = (
     "This image shows no {name}.",
 )
 _PLURAL = frozenset({"lungs"})
+_BOUND = frozenset({"lungs", "pleural effusion"})
+"""Structures whose height the anatomy fixes: asking whether they are above or below would give the answer away."""
 _MASS = frozenset({"edema", "bleeding"})
 
 
@@ -217,7 +219,7 @@ def _one_sided(scene: Scene, rng: np.random.Generator) -> tuple[str, Sequence[st
     choices = [
         (structure.name, words, answer)
         for structure in scene.structures
-        for words in (("left", "right"), ("upper", "lower"))
+        for words in (("left", "right"), ("upper", "lower"))[: 1 if structure.name in _BOUND else 2]
         for answer in words
         if structure.share(answer) > 0.85
     ]
@@ -233,9 +235,10 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     structure, beside = (structures[int(index)] for index in rng.permutation(len(structures))[:2])
     (x, y), (other_x, other_y) = structure.centre, beside.centre
-    if max(abs(x - other_x), abs(y - other_y)) < 0.12:
+    beside_only = bool({structure.name, beside.name} & _BOUND)
+    if max(abs(x - other_x), 0 if beside_only else abs(y - other_y)) < 0.12:
         return None
-    if abs(x - other_x) > abs(y - other_y):
+    if beside_only or abs(x - other_x) > abs(y - other_y):
         words, answer = ("left of", "right of"), "left of" if x < other_x else "right of"
     else:
         words, answer = ("above", "below"), "above" if y < other_y else "below"

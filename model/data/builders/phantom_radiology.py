@@ -298,7 +298,7 @@ def _rib_shadows(canvas: Canvas, tilt: float) -> None:
 def _heart_shadow(canvas: Canvas, middle: tuple[float, float], tilt: float) -> None:
     radius = canvas.between(31, 41)
     side = 1 if canvas.chance(0.5) else -1
-    offset = np.array([[side * canvas.between(16, 44), canvas.between(-30, 46)]])
+    offset = np.array([[side * canvas.between(16, 44), canvas.between(-44, 38)]])
     x, y = canvas.keep(canvas.turned(offset, middle, tilt)[0], radius * 0.8)
     shape = canvas.blob((x, y), (radius * 1.15, radius * 0.85), tilt + side * canvas.between(0.4, 1.1), 0.05, 3)
     canvas.lay(shape, 202 + 4 * canvas.noise(14), 2.2)
