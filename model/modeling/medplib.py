@@ -427,9 +427,8 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         spliced = self.splice(
             input_ids, kwargs.pop("attention_mask", None), image_features, *(kwargs.pop(name, None) for name in names)
         )
-
-
-X
+        mask = spliced.plan.attention_mask.long()
+        return super().generate(inputs_embeds=spliced.embeds, attention_mask=mask, **kwargs)
 
 
 AutoModelForCausalLM.register(MedPLIBConfig, MedPLIBForCausalLM, exist_ok=True)

@@ -1,0 +1,34 @@
+"""Package metadata; the pins and their reasons are in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements(file: str) -> list[str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+TRAIN = ["deepspeed==0.19.8", "tensorboard>=2.20"]
+
+setup(
+    name="medplib",
+    version="0.1.0",
+    description="A biomedical multimodal language model with pixel grounding",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["model", "model.*"]),
+    install_requires=requirements("requirements.txt"),
+    extras_require={
+        "train": TRAIN,  # staged training; deepspeed compiles a small op with g++ at its first run
+        "dev": [*TRAIN, "pytest>=9,<10", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"],
+        "gpu": ["flash-attn", "bitsandbytes"],  # CUDA only; install with --no-build-isolation
+        "sam": ["segment-anything", "torchvision"],  # cross-check of our SAM in the tests; CUDA builds of torch only
+    },
+    entry_points={"console_scripts": ["medplib=model.cli:main"]},
+)
