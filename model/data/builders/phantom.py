@@ -73,6 +73,8 @@ def build_phantoms(
     the same files whatever the number of ``workers``; different seeds give different case names. A tenth of the
     pictures is not square. ``progress(done, total)`` is called after every picture.
     """
+    if seed < 0:
+        raise MedPLIBError(f"The phantom seed is {seed}; give 0 or more.")
     if num_images < 1:
         raise MedPLIBError(f"The number of phantom images is {num_images}; give at least 1.")
     if not 64 <= size <= 2048:
@@ -88,9 +90,9 @@ def build_phantoms(
         if progress is not None:
             progress(done, num_images)
     for task in TASKS:
-        _write_json(out / f"{task}.json", records[task])
-    _write_json(out / "SAMed2D_phantom.json", index)
-    _write_json(out / "SAMed2D_phantom_class_mapping_id.json", {"Phantom": dict(enumerate(CLASS_NAMES))})
+        write_json(out / f"{task}.json", records[task])
+    write_json(out / "SAMed2D_phantom.json", index)
+    write_json(out / "SAMed2D_phantom_class_mapping_id.json", {"Phantom": dict(enumerate(CLASS_NAMES))})
     counts = {task: len(found) for task, found in records.items()}
     return PhantomReport(out, num_images, sum(map(len, index.values())), counts)
 
@@ -116,7 +118,8 @@ def _build_case(job: tuple[Path, int, int, int]) -> _Case:
     scene, questions = PhantomStream(seed, size=size, odd_shapes=True).item(index)
     stem = f"{scene.modality}_00--Phantom--seed{seed}case{index:06d}--0000"
     image = f"images/{stem}.png"
-    _write_png(out / image, scene.image[..., ::-1])
+    grey = bool((scene.image == scene.image[..., :1]).all())
+    _write_png(out / image, scene.image[..., 0] if grey else scene.image[..., ::-1])
     paths = {}
     for structure in scene.structures:
         paths[structure.name] = f"masks/{stem}--{CLASS_IDS[structure.name]:04d}_000.png"
@@ -132,7 +135,7 @@ def _build_case(job: tuple[Path, int, int, int]) -> _Case:
 def record_of(
     question: Question, name: str, image: str, modality: str, path_of: Callable[[str], str]
 ) -> dict[str, Any]:
-    """One question as a record of the published JSON (reference §8), with ``kind`` and ``modality`` added."""
+    """One question as a record of the published JSON (reference §8), plus ``task``, ``kind``, ``modality``, ``about``."""
     asked, answered = question.published(path_of)
     return {
         "id": name,
@@ -142,6 +145,7 @@ def record_of(
             {"from": "gpt", "value": answered},
         ],
         "answer_type": question.answer_type,
+        "task": question.task,
         "kind": question.kind,
         "modality": modality,
         "about": question.about,
@@ -156,13 +160,14 @@ def _shape(rng: np.random.Generator, size: int) -> tuple[int, int]:
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
-    done, buffer = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    done, buffer = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 4])
     if not done:
         raise OSError(f"cannot encode {path}")
     _replace(path, buffer.tobytes())
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Write indented UTF-8 JSON, whole or not at all."""
     _replace(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
