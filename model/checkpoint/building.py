@@ -1,0 +1,84 @@
+"""Build a network without its weights taking memory, and give it tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from model.checkpoint.report import Shape
+from model.errors import MedPLIBError
+from model.modeling.configuration import MedPLIBConfig, MoEConfig
+from model.modeling.medplib import MedPLIBForCausalLM
+
+
+def empty_network(config: MedPLIBConfig) -> MedPLIBForCausalLM:
+    """A network whose parameters are on the meta device; its buffers (positions, rotary frequencies) are real.
+
+    Raises:
+        MedPLIBError: the sizes contradict one another.
+    """
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            return MedPLIBForCausalLM(config)
+    except ValueError as error:
+        raise MedPLIBError(f"the checkpoint's configuration contradicts itself: {error}") from error
+
+
+def network_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Shape of every parameter and stored buffer by name."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def take_over(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put tensors in place of the parameters of the same names, without a copy; the rest stays as it is.
+
+    Trainability of each parameter is kept.
+    """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.load_state_dict(dict(state), strict=False, assign=True)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+        elif name in state:
+            parameter.requires_grad_(parameter.is_floating_point())
+
+
+def convert(
+    tensors: Iterable[tuple[str, Tensor]], device: str | torch.device, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Move tensors one at a time, floating ones to ``dtype`` (their own where None)."""
+    return {
+        name: value.to(device=device, dtype=dtype if dtype is not None and value.is_floating_point() else value.dtype)
+        for name, value in tensors
+    }
+
+
+def fresh_parts(config: MedPLIBConfig, names: Iterable[str]) -> dict[str, Tensor]:
+    """Newly initialised float32 tensors of parts around the decoder, drawn from torch's generator.
+
+    Args:
+        config: the network's sizes.
+        names: our names of the parameters wanted; none of the decoder or of ``lm_head``.
+
+    Raises:
+        MedPLIBError: a name belongs to the language model, which is never started from nothing beside loaded parts.
+    """
+    wanted = list(names)
+    lost = [name for name in wanted if name.startswith(("model.decoder.", "lm_head."))]
+    if lost:
+        raise MedPLIBError(f"the language model's {lost[0]} is in none of the given files ({len(lost)} such tensors)")
+    if not wanted:
+        return {}
+    small = copy.deepcopy(config)  # the parts around the decoder have their sizes whatever its depth
+    small.moe = MoEConfig()
+    small.text_config.num_hidden_layers = 1
+    small.text_config.vocab_size = 2
+    small.text_config.intermediate_size = 1
+    small.text_config.pad_token_id = 0
+    state = MedPLIBForCausalLM(small).state_dict()
+    return {name: state[name].detach() for name in wanted}

@@ -1,0 +1,207 @@
+"""Open a checkpoint directory of either layout: sizes and tensors under our names, read when asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
+
+from model.checkpoint.names import is_empty_buffer, native_to_published, published_to_native
+from model.checkpoint.published_config import NATIVE_SECTION, infer_config
+from model.checkpoint.report import Shape
+from model.checkpoint.shards import WeightFiles, find_weights
+from model.checkpoint.starting_points import (
+    CLIP_PREFIX,
+    SAM_PREFIX,
+    clip_difference,
+    find_vision_tower,
+    read_clip_config,
+    read_clip_tensors,
+    read_sam,
+    read_settings,
+)
+from model.errors import MedPLIBError
+from model.modeling.configuration import MedPLIBConfig
+from model.processing.tokens import SEG_TOKEN, build_tokenizer
+
+Layout = Literal["native", "published"]
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint whose values are not read yet.
+
+    Attributes:
+        directory: where it lies.
+        layout: ``native`` or ``published``.
+        config: the network's sizes.
+        shapes: shape of every tensor by our name.
+        weights: its own weight files.
+        unexpected: stored names that are nobody's.
+        ignored: number of stored buffers without content.
+        added: tensors by our name that came from elsewhere (CLIP directory, SAM file).
+        dtype: of the weights, by config.json; None where it does not say.
+        notes: what was decided on the way.
+    """
+
+    directory: Path
+    layout: Layout
+    config: MedPLIBConfig
+    shapes: Mapping[str, Shape]
+    weights: WeightFiles
+    unexpected: tuple[str, ...] = ()
+    ignored: int = 0
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    notes: tuple[str, ...] = ()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every known tensor by our name, one at a time."""
+        for stored, value in self.weights.tensors():
+            name = stored if self.layout == "native" else published_to_native(stored)
+            if name is not None and name in self.shapes:
+                yield name, value
+        yield from self.added.items()
+
+
+def is_native(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of ours."""
+    return settings.get("model_type") == MedPLIBConfig.model_type
+
+
+def open_checkpoint(
+    directory: str | Path, *, vision_tower: str | Path | None = None, sam: str | Path | None = None
+) -> OpenedCheckpoint:
+    """Open a native or published directory.
+
+    Args:
+        directory: the checkpoint.
+        vision_tower: CLIP directory, for published checkpoints: sizes, and weights if the checkpoint has none.
+        sam: SAM-Med2D file, for published checkpoints without SAM weights.
+
+    Raises:
+        MedPLIBError: the directory is no checkpoint, or a part is found nowhere.
+    """
+    directory = Path(directory)
+    settings = read_settings(directory)
+    if is_native(settings):
+        return _open_native(directory, settings)
+    return _open_published(directory, settings, _path(vision_tower), _path(sam))
+
+
+def read_seg_token_id(tokenizer: PreTrainedTokenizerFast, directory: Path) -> int:
+    """Id of ``<SEG>``.
+
+    Raises:
+        MedPLIBError: the tokenizer does not know it.
+    """
+    token_id = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+    if not isinstance(token_id, int) or token_id == tokenizer.unk_token_id:
+        raise MedPLIBError(
+            f"the tokenizer of {directory} has no {SEG_TOKEN}; give the directory of a MedPLIB checkpoint"
+        )
+    return token_id
+
+
+def _open_native(directory: Path, settings: dict[str, Any]) -> OpenedCheckpoint:
+    try:
+        config = MedPLIBConfig.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise MedPLIBError(
+            f"{directory / 'config.json'} is not understood: {error}; save the checkpoint again"
+        ) from error
+    weights = find_weights(directory)
+    return OpenedCheckpoint(
+        directory, "native", config, weights.shapes(), weights, dtype=_dtype(settings), notes=weights.notes
+    )
+
+
+def _open_published(
+    directory: Path, settings: dict[str, Any], vision_tower: Path | None, sam: Path | None
+) -> OpenedCheckpoint:
+    weights = find_weights(directory)
+    stored = weights.shapes()
+    _refuse_unmerged(directory, stored)
+    notes = list(weights.notes)
+    clip_directory, clip = _clip(directory, settings, stored, vision_tower, notes)
+    added = _missing_parts(directory, stored, clip_directory, sam, notes)
+    shapes = {**stored, **{str(native_to_published(name)): tuple(value.shape) for name, value in added.items()}}
+    seg_token_id = read_seg_token_id(build_tokenizer(directory), directory)
+    inferred = infer_config(settings, shapes, clip, seg_token_id)
+    named = {name: published_to_native(name) for name in stored}
+    buffers = [name for name in stored if is_empty_buffer(name)]
+    native = {str(ours): stored[name] for name, ours in named.items() if ours is not None}
+    return OpenedCheckpoint(
+        directory=directory,
+        layout="published",
+        config=inferred.config,
+        shapes={**native, **{name: tuple(value.shape) for name, value in added.items()}},
+        weights=weights,
+        unexpected=tuple(name for name, ours in named.items() if ours is None and not is_empty_buffer(name)),
+        ignored=len(buffers),
+        added=added,
+        dtype=_dtype(settings),
+        notes=(*notes, *inferred.notes),
+    )
+
+
+def _clip(
+    directory: Path,
+    settings: Mapping[str, Any],
+    stored: Mapping[str, Shape],
+    vision_tower: Path | None,
+    notes: list[str],
+) -> tuple[Path | None, CLIPVisionConfig | None]:
+    """The CLIP directory in use and its sizes: the one given, else the one config.json names if it is here and fits."""
+    found = vision_tower or find_vision_tower(settings.get("mm_vision_tower"), directory)
+    if found is None:
+        return None, None
+    config = read_clip_config(found)
+    difference = clip_difference(config, stored) if NATIVE_SECTION not in settings else None
+    if difference and vision_tower:
+        raise MedPLIBError(f"{found} is another CLIP: {difference}; give the directory it was trained with")
+    if difference:
+        notes.append(f"{found} was not used, it is another CLIP: {difference}")
+        return None, None
+    notes.append(f"CLIP's sizes come from {found}")
+    return found, config
+
+
+def _missing_parts(
+    directory: Path, stored: Mapping[str, Shape], clip_directory: Path | None, sam: Path | None, notes: list[str]
+) -> dict[str, Tensor]:
+    """CLIP's and SAM's tensors where the checkpoint lacks them."""
+    added: dict[str, Tensor] = {}
+    if clip_directory is not None and not any(name.startswith("model.vision_tower.") for name in stored):
+        added.update({CLIP_PREFIX + name: value for name, value in read_clip_tensors(clip_directory)})
+        notes.append(f"the checkpoint holds no CLIP weights; they come from {clip_directory}")
+    if not any(name.startswith("model.visual_model.") for name in stored):
+        if sam is None:
+            raise MedPLIBError(f"{directory} holds no SAM weights; give the SAM-Med2D file (sam=, --vision_pretrained)")
+        added.update({SAM_PREFIX + name: value for name, value in read_sam(sam)[2].items()})
+        notes.append(f"the checkpoint holds no SAM weights; they come from {sam}")
+    elif sam is not None:
+        notes.append(f"{sam} was not read: the checkpoint holds its own SAM weights")
+    return added
+
+
+def _refuse_unmerged(directory: Path, stored: Mapping[str, Shape]) -> None:
+    lora = [name for name in stored if re.search(r"\.lora_[AB]\.", name)]
+    if lora:
+        raise MedPLIBError(f"{directory} holds unmerged LoRA weights ({lora[0]}, …); merge them into the weights first")
+
+
+def _dtype(settings: Mapping[str, Any]) -> torch.dtype | None:
+    name = settings.get("dtype") or settings.get("torch_dtype")
+    dtype = getattr(torch, str(name).removeprefix("torch."), None) if name else None
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
