@@ -54,8 +54,8 @@ def blind_baseline(train_records: Iterable[Record], test_records: Iterable[Recor
 def position_prior_dice(train_records: Iterable[Record], test_records: Iterable[Record], root: Path) -> float:
     """Mean Dice 0..1 of masks painted blind: each structure's average training mask, thresholded at its best.
 
-    Averages are kept for each modality and structure. Looks at grounding records with exactly one mask; ``root`` is the folder of the mask paths. Masks are compared on a
-    64 × 64 grid.
+    Averages are kept for each modality and structure. Looks at grounding records with exactly one mask; ``root`` is the
+    folder of the mask paths. Masks are compared on a 64 × 64 grid.
     """
     shown: dict[tuple[str, str], list[NDArray[np.bool_]]] = defaultdict(list)
     for key, mask in _single_masks(train_records, root):

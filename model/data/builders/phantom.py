@@ -135,7 +135,7 @@ def _build_case(job: tuple[Path, int, int, int]) -> _Case:
 def record_of(
     question: Question, name: str, image: str, modality: str, path_of: Callable[[str], str]
 ) -> dict[str, Any]:
-    """One question as a record of the published JSON (reference §8), plus ``task``, ``kind``, ``modality``, ``about``."""
+    """One question as a published record (reference §8), plus ``task``, ``kind``, ``modality``, ``about``."""
     asked, answered = question.published(path_of)
     return {
         "id": name,
