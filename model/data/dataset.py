@@ -1,0 +1,300 @@
+"""A data file as a PyTorch data set: records are checked on opening, pixels are read on access."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from model.data.readers import ReadLimits, read_image, read_mask
+from model.data.records import open_records
+from model.data.schema import Sample, parse_record, with_default_id
+from model.data.validate import PixelCheck, Problem, Progress, RecordFacts, inspect_all
+from model.errors import MedPLIBError
+from model.processing.conversation import Turn
+
+logger = logging.getLogger(__name__)
+
+OnBadRecord = Literal["refuse", "skip"]
+
+_LISTED = 20  # bad records named in the refusal; `medplib data check` names them all
+
+
+class Encoder(Protocol):
+    """The part of ``MedPLIBProcessor`` that a data set needs."""
+
+    def encode(self, turns: list[Turn], images: list[np.ndarray], **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class LoadedSample:
+    """A sample with its pixels.
+
+    Attributes:
+        sample: the record it was read from.
+        images: uint8 [H, W, 3] each, in placeholder order.
+        regions: bool [H, W] each, of the size of its image.
+        masks: bool [H, W] each, of the size of the segmented image.
+        spacing_mm: (row, column) pixel distance of the segmented image, None where its file does not say.
+    """
+
+    sample: Sample
+    images: tuple[np.ndarray, ...]
+    regions: tuple[np.ndarray, ...]
+    masks: tuple[np.ndarray, ...]
+    spacing_mm: tuple[float, float] | None = None
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return self.sample.turns
+
+
+class MedPLIBDataset(Dataset):
+    """The usable records of one data file, encoded on access.
+
+    Items are reproducible: the randomness of item ``i`` comes from (seed, epoch, record number) alone, not from workers
+    or from what was read before.
+
+    Args:
+        path: JSON list, JSON lines or Parquet file.
+        images_root: folder the records' paths are relative to.
+        processor: encodes a sample; anything with ``MedPLIBProcessor.encode``.
+        training: passed to the processor (random sub-regions and the like).
+        on_bad_record: ``refuse`` raises if any record is unusable; ``skip`` leaves such records out and counts them.
+        seed: of the random parts of items.
+        check_pixels: also decode every file once on opening, so that damaged files are found before training starts.
+        progress: called with (records checked, records in all) while opening.
+
+    Raises:
+        MedPLIBError: the file is unreadable, has unusable records (``refuse``), or has no usable one.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        images_root: str | Path,
+        processor: Encoder,
+        *,
+        training: bool,
+        on_bad_record: OnBadRecord = "refuse",
+        seed: int = 0,
+        check_pixels: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        if on_bad_record not in ("refuse", "skip"):
+            raise MedPLIBError(f"on_bad_record is {on_bad_record!r}; expected refuse or skip")
+        self.path, self.images_root = Path(path), Path(images_root)
+        self.processor, self.training, self.seed = processor, training, seed
+        self.on_bad_record = on_bad_record
+        self.records = open_records(path)
+        facts, self.problems = self._check(check_pixels, progress)
+        self.indices = np.asarray([number for number, _ in facts], dtype=np.int64)
+        self.tasks = [fact.task for _, fact in facts]
+        self.modalities = [fact.modality for _, fact in facts]
+        self.lengths = np.asarray([fact.length for _, fact in facts], dtype=np.int64)
+        # Shared memory: loader workers see the epoch, and the main process sees what they could not read.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._unreadable = torch.zeros(len(facts), dtype=torch.bool).share_memory_()
+
+    def _check(
+        self, check_pixels: bool, progress: Progress | None
+    ) -> tuple[list[tuple[int, RecordFacts]], list[Problem]]:
+        if not self.images_root.is_dir():
+            raise MedPLIBError(f"the image folder {self.images_root} does not exist; give the folder of the images")
+        pixels = PixelCheck(ReadLimits()) if check_pixels else None
+        usable: list[tuple[int, RecordFacts]] = []
+        problems: list[Problem] = []
+        for number, facts, found in inspect_all(
+            self.records, self.images_root, len(self.records), pixels, progress=progress, in_context=False
+        ):
+            problems += found
+            if facts is not None:
+                usable.append((number, facts))
+        self._refuse(problems, len(self.records) - len(usable))
+        if not usable:
+            raise MedPLIBError(f"{self.path} holds no usable record; run `medplib data check` on it")
+        return usable, problems
+
+    def _refuse(self, problems: list[Problem], bad: int) -> None:
+        if not bad:
+            return
+        if self.on_bad_record == "skip":
+            logger.warning("%s: %d of %d records are unusable and skipped", self.path, bad, len(self.records))
+            return
+        faults = [str(problem) for problem in problems if problem.severity == "error"]
+        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise MedPLIBError(
+            f"{self.path}: {bad} of {len(self.records)} records are unusable: {'; '.join(faults[:_LISTED])}{more}; "
+            "mend them (`medplib data check` lists all) or skip them with --on-bad-record skip"
+        )
+
+    @property
+    def skipped(self) -> int:
+        """Records left out so far: unusable ones found on opening and unreadable ones met since."""
+        return len(self.records) - len(self.indices) + int(self._unreadable.sum())
+
+    @property
+    def repaired(self) -> int:
+        """Usable records that were mended on the way (a missing ``.png``)."""
+        usable = set(self.indices.tolist())
+        return len({p.record for p in self.problems if p.severity == "repaired" and p.record in usable})
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the randomness of items from now on, also in running loader workers."""
+        self._epoch.fill_(epoch)
+
+    def sample(self, index: int) -> Sample:
+        """The validated record of item ``index``, without pixels."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        number = int(self.indices[index])
+        return with_default_id(parse_record(self.records[number], self.images_root), number)
+
+    def load(self, index: int) -> LoadedSample:
+        """Item ``index`` with its pixels, at the size of their files.
+
+        Raises:
+            MedPLIBError: a file cannot be read, a mask or region is empty or is not of its image's size.
+        """
+        sample = self.sample(index)
+        try:
+            return load_sample(sample)
+        except MedPLIBError as error:
+            raise MedPLIBError(f"{self.path}, record {self.indices[index]} ({sample.id}): {error}") from error
+
+    def __getitem__(self, index: int) -> Any:
+        """``EncodedSample`` of item ``index``; in ``skip`` mode the next readable item stands in for a bad one."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            try:
+                loaded = self.load(candidate)
+            except MedPLIBError as error:
+                if self.on_bad_record == "refuse":
+                    raise
+                self._note_unreadable(candidate, error)
+            else:
+                return self._encode(loaded, candidate)
+        raise MedPLIBError(f"{self.path} holds no readable record any more; run `medplib data check` on it")
+
+    def _note_unreadable(self, index: int, error: MedPLIBError) -> None:
+        if not self._unreadable[index]:
+            self._unreadable[index] = True
+            logger.warning("skipped: %s", error)
+
+    def _encode(self, loaded: LoadedSample, index: int) -> Any:
+        sample = loaded.sample
+        rng = np.random.default_rng([self.seed, int(self._epoch), int(self.indices[index])])
+        return self.processor.encode(
+            list(sample.turns),
+            list(loaded.images),
+            regions=list(loaded.regions),
+            region_images=list(sample.region_images),
+            masks=list(loaded.masks),
+            segment_image=sample.segment_image,
+            training=self.training,
+            rng=rng,
+        )
+
+
+def load_sample(sample: Sample) -> LoadedSample:
+    """Read the pixels of a validated record.
+
+    Raises:
+        MedPLIBError: a file cannot be read, a mask or region is empty or is not of its image's size.
+    """
+    images = [read_image(path) for path in sample.images]
+    sizes = [image.size for image in images]
+    regions = [
+        _mask_of_size(path, sizes[image] if sizes else None)
+        for path, image in zip(sample.regions, sample.region_images, strict=True)
+    ]
+    masks = [_mask_of_size(path, sizes[sample.segment_image]) for path in sample.masks]
+    spacing = images[sample.segment_image].spacing_mm if images else None
+    return LoadedSample(sample, tuple(image.pixels for image in images), tuple(regions), tuple(masks), spacing)
+
+
+def _mask_of_size(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+    mask = read_mask(path)
+    if not mask.any():
+        raise MedPLIBError(f"the mask {path} has no foreground pixel")
+    if size is not None and mask.shape != size:
+        raise MedPLIBError(
+            f"the mask {path} is {mask.shape[0]} × {mask.shape[1]} pixels, its image {size[0]} × {size[1]}; "
+            "they must have the same size"
+        )
+    return mask
+
+
+class MixedDataset(Dataset):
+    """Several data sets in one row, each with a share of the draws.
+
+    Args:
+        datasets: their items follow each other in this order.
+        shares: relative share of draws of each data set; by default in proportion to their sizes. Shares act through
+            ``weights``, which the sampler takes.
+    """
+
+    def __init__(self, datasets: Sequence[MedPLIBDataset], shares: Sequence[float] | None = None) -> None:
+        if not datasets:
+            raise MedPLIBError("a mixture needs at least one data set")
+        if shares is not None and (len(shares) != len(datasets) or min(shares) < 0 or sum(shares) <= 0):
+            raise MedPLIBError(f"got shares {list(shares)} for {len(datasets)} data sets; give one each, none negative")
+        self.datasets = list(datasets)
+        self.shares = None if shares is None else [float(share) for share in shares]
+        self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
+        self.lengths = np.concatenate([dataset.lengths for dataset in self.datasets])
+        self.tasks = [task for dataset in self.datasets for task in dataset.tasks]
+        self.modalities = [modality for dataset in self.datasets for modality in dataset.modalities]
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """float64 [N] chance of each item for ``ResumableSampler``; None where every item is seen once an epoch."""
+        if self.shares is None:
+            return None
+        parts = [np.full(len(d), share / len(d)) for d, share in zip(self.datasets, self.shares, strict=True)]
+        return np.concatenate(parts) / sum(self.shares)
+
+    @property
+    def skipped(self) -> int:
+        """Records left out so far over all data sets."""
+        return sum(dataset.skipped for dataset in self.datasets)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the randomness of items from now on, also in running loader workers."""
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
+
+    def sample(self, index: int) -> Sample:
+        """The validated record of item ``index``, without pixels."""
+        dataset, inner = self._locate(index)
+        return dataset.sample(inner)
+
+    def load(self, index: int) -> LoadedSample:
+        """Item ``index`` with its pixels."""
+        dataset, inner = self._locate(index)
+        return dataset.load(inner)
+
+    def __getitem__(self, index: int) -> Any:
+        dataset, inner = self._locate(index)
+        return dataset[inner]
+
+    def _locate(self, index: int) -> tuple[MedPLIBDataset, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        index %= len(self)
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.datasets[which], index - int(self._ends[which - 1] if which else 0)

@@ -1,0 +1,333 @@
+"""One raw record of a data file → one validated ``Sample`` (reference §8).
+
+Paths written inside the text (``<mask>…</mask>``, ``<region>…</region>``) leave it here and become ordered lists; the
+markers that the processor needs (``<SEG>``, ``<region></region>``, ``<image>``) stay. Raw records are never changed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from model.data.readers import is_file, mask_files
+from model.errors import MedPLIBError
+from model.processing.conversation import Turn
+
+Task = Literal["vqa", "region", "grounding", "caption"]
+Severity = Literal["error", "repaired", "warning"]
+
+TASKS: tuple[str, ...] = get_args(Task)
+MODALITIES = ("ct", "mr", "x_ray", "pet", "fundus", "dermoscopy", "endoscopy", "ultrasound")
+IMAGE_TAG, SEG_TAG, REGION_MARKER = "<image>", "<SEG>", "<region></region>"
+
+_PATH_TAG = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.DOTALL) for name in ("mask", "region")}
+_NUMBERED_IMAGE = re.compile(r"image(\d+)")
+_SA_MED2D_NAME = re.compile(r"([a-z]+)_\d+--")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong with one record; ``kind`` is a stable word, ``message`` a sentence for people."""
+
+    kind: str
+    message: str
+    severity: Severity = "error"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A solved example shown before the question of an in-context record."""
+
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One validated record.
+
+    Attributes:
+        id: the record's own id as text; empty where it has none.
+        images: image files, in the order of their ``<image>`` placeholders; empty for a text-only record.
+        turns: the conversation, user first, without paths.
+        regions: mask files of the ``<region></region>`` markers, in text order.
+        region_images: for each region, the index of its image: the last ``<image>`` before the marker, else the first.
+        masks: mask files of the ``<SEG>`` markers, in text order; a merged mask keeps its published name, which
+            ``read_mask`` resolves.
+        segment_image: index of the image that ``masks`` lie on (the last one); −1 without images.
+        answer_type: ``open``, ``closed`` or None.
+        task: what the record trains; inferred unless the record has a ``task`` key.
+        modality: from the last image's file name; None where the name does not say.
+        raw: the record as read.
+        examples: the solved examples of an in-context record; their images come first in ``images``.
+        repairs: sentences about what was mended on the way.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    turns: tuple[Turn, ...]
+    regions: tuple[Path, ...]
+    region_images: tuple[int, ...]
+    masks: tuple[Path, ...]
+    segment_image: int
+    answer_type: str | None
+    task: Task
+    modality: str | None
+    raw: Mapping[str, Any] = field(repr=False, compare=False)
+    examples: tuple[Example, ...] = ()
+    repairs: tuple[str, ...] = ()
+
+
+def parse_record(raw: Mapping[str, Any], images_root: str | Path) -> Sample:
+    """Turn one raw record into a ``Sample``; the same record gives the same sample however often it is read.
+
+    Args:
+        raw: a record of the published layout; never changed.
+        images_root: folder that the paths inside the record are relative to.
+
+    Raises:
+        MedPLIBError: anything is wrong with the record; all of it is in the one sentence.
+    """
+    sample, findings = inspect_record(raw, images_root)
+    if sample is None:
+        name = _text(raw.get("id")) if isinstance(raw, Mapping) else ""
+        faults = "; ".join(finding.message for finding in findings if finding.severity == "error")
+        raise MedPLIBError(f"record {name or '(no id)'}: {faults}")
+    return sample
+
+
+def inspect_record(raw: Mapping[str, Any], images_root: str | Path) -> tuple[Sample | None, list[Finding]]:
+    """Everything wrong with one record, found without decoding pixels, and the sample if nothing is.
+
+    Returns:
+        The sample, or None where a finding of severity ``error`` exists; and all findings.
+    """
+    if not isinstance(raw, Mapping):
+        return None, [Finding("bad_field", f"the record is {type(raw).__name__}, expected an object")]
+    return _Inspection(raw, Path(images_root)).run()
+
+
+class _Inspection:
+    """Walks one record once and collects every finding instead of stopping at the first."""
+
+    def __init__(self, raw: Mapping[str, Any], root: Path) -> None:
+        self.raw, self.root = raw, root
+        self.findings: list[Finding] = []
+        self.turns: list[Turn] = []
+        self.regions: list[Path] = []
+        self.region_images: list[int] = []
+        self.masks: list[Path] = []
+        self.images_seen = 0
+
+    def run(self) -> tuple[Sample | None, list[Finding]]:
+        examples, images = self._images()
+        conversations = self.raw.get("conversations")
+        target = self._in_context_target() if examples else None
+        if examples and not conversations:
+            conversations = _default_in_context_turns(len(examples))
+        self._conversation(conversations, target)
+        self._compare_image_count(len(images), len(examples))
+        if self.masks and not images:
+            self._report("missing_image", "the answer has a mask but the record names no image")
+        if any(finding.severity == "error" for finding in self.findings):
+            return None, self.findings
+        return self._sample(tuple(images), tuple(examples)), self.findings
+
+    def _sample(self, images: tuple[Path, ...], examples: tuple[Example, ...]) -> Sample:
+        answer_type = self.raw.get("answer_type")
+        return Sample(
+            id=_text(self.raw.get("id", self.raw.get("question_id"))),
+            images=images,
+            turns=tuple(self.turns),
+            regions=tuple(self.regions),
+            region_images=tuple(self.region_images),
+            masks=tuple(self.masks),
+            segment_image=len(images) - 1,
+            answer_type=str(answer_type).lower() if answer_type else None,
+            task=self._task(),
+            modality=modality_of(images[-1].name) if images else None,
+            raw=self.raw,
+            examples=examples,
+            repairs=tuple(finding.message for finding in self.findings if finding.severity == "repaired"),
+        )
+
+    def _report(self, kind: str, message: str, severity: Severity = "error") -> None:
+        self.findings.append(Finding(kind, message, severity))
+
+    # ---- images ----------------------------------------------------------------------------------------------------
+
+    def _images(self) -> tuple[list[Example], list[Path]]:
+        """In-context examples (if any) and all images, the query last."""
+        numbered = sorted((int(m[1]), key) for key in self.raw if (m := _NUMBERED_IMAGE.fullmatch(str(key))))
+        if "icl_examples" in self.raw:
+            pairs, own = self._listed_examples(), self.raw.get("image")
+        elif numbered:
+            pairs = [(self.raw[key], self.raw.get(f"mask{number}")) for number, key in numbered[:-1]]
+            own = self.raw[numbered[-1][1]]
+        else:
+            pairs, own = [], self.raw.get("image")
+        examples = [
+            Example(
+                self._find(image, "image", f"image of example {i}"), self._find(mask, "mask", f"mask of example {i}")
+            )
+            for i, (image, mask) in enumerate(pairs, start=1)
+        ]
+        if own is None or own == "" or own == []:
+            if examples:
+                self._report("missing_image", "the record has examples but no query image")
+            return examples, []
+        names = own if isinstance(own, Sequence) and not isinstance(own, str) else [own]
+        return examples, [example.image for example in examples] + [
+            self._find(name, "image", "image") for name in names
+        ]
+
+    def _listed_examples(self) -> list[tuple[Any, Any]]:
+        listed = self.raw["icl_examples"]
+        if not isinstance(listed, Sequence) or not all(isinstance(entry, Mapping) for entry in listed):
+            self._report("bad_field", "icl_examples must be a list of objects with image and mask")
+            return []
+        return [(entry.get("image"), entry.get("mask")) for entry in listed]
+
+    def _in_context_target(self) -> Any:
+        if "target_mask" in self.raw:
+            return self.raw["target_mask"]
+        numbers = [int(m[1]) for key in self.raw if (m := _NUMBERED_IMAGE.fullmatch(str(key)))]
+        return (
+            self.raw.get(f"mask{max(numbers)}") if numbers and "icl_examples" not in self.raw else self.raw.get("mask")
+        )
+
+    def _find(self, name: Any, kind: Literal["image", "mask", "region"], what: str) -> Path:
+        """The file that ``name`` means; a missing ``.png`` is put back where that file exists."""
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            self._report(f"missing_{kind}", f"the {what} is {name!r}, expected a path")
+            return self.root
+        path = self.root / name.strip()
+        if is_file(path) or (kind != "image" and mask_files(path)):
+            return path
+        with_suffix = path.with_name(path.name + ".png")
+        if is_file(with_suffix) or (kind != "image" and mask_files(with_suffix)):
+            self._report("suffix_missing", f"the {what} {name} lacks .png; {with_suffix.name} is used", "repaired")
+            return with_suffix
+        self._report(f"missing_{kind}", f"the {what} {name} does not exist under {self.root}")
+        return path
+
+    # ---- conversation ----------------------------------------------------------------------------------------------
+
+    def _conversation(self, conversations: Any, target: Any) -> None:
+        if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
+            self._report("empty_conversation", "conversations is absent or empty; expected human and gpt turns")
+            return
+        for number, entry in enumerate(conversations):
+            expected = ("human", "gpt")[number % 2]
+            if not isinstance(entry, Mapping) or "from" not in entry or "value" not in entry:
+                self._report("bad_field", f"turn {number} is {entry!r:.60}, expected {{from, value}}")
+                continue
+            if entry["from"] != expected:
+                self._report("turn_order", f"turn {number} is from {entry['from']!r}, expected {expected!r}")
+            text = _text(entry["value"])
+            if entry["from"] == "gpt":
+                self._answer(text, number, target)
+            else:
+                self._question(text, number)
+        if len(conversations) % 2:
+            self._report("turn_order", "the conversation does not end with an answer of gpt")
+
+    def _question(self, text: str, number: int) -> None:
+        for tag in (SEG_TAG, "<mask>"):
+            if tag in text:
+                self._report("misplaced_tag", f"the question of turn {number} holds {tag}, which belongs in answers")
+        pieces: list[str] = []
+        end = 0
+        for match in _PATH_TAG["region"].finditer(text):
+            pieces.append(text[end : match.start()])
+            end = match.end()
+            self.images_seen += pieces[-1].count(IMAGE_TAG)
+            self._region(match[1], number)
+        pieces.append(text[end:])
+        self.images_seen += pieces[-1].count(IMAGE_TAG)
+        if any("<region>" in piece or "</region>" in piece for piece in pieces):
+            self._report("broken_tag", f"the question of turn {number} holds a <region> tag without its partner")
+        if not text.strip():
+            self._report("empty_question", f"the question of turn {number} is empty")
+        self.turns.append(Turn("human", REGION_MARKER.join(pieces)))
+
+    def _region(self, name: str, number: int) -> None:
+        if not name.strip():
+            self._report("broken_tag", f"the <region></region> of turn {number} holds no path")
+            return
+        self.regions.append(self._find(name, "region", f"region of turn {number}"))
+        self.region_images.append(max(self.images_seen - 1, 0))
+
+    def _answer(self, text: str, number: int, target: Any) -> None:
+        if "<region>" in text:
+            self._report("misplaced_tag", f"the answer of turn {number} holds <region>, which belongs in questions")
+        if IMAGE_TAG in text:
+            self._report("misplaced_tag", f"the answer of turn {number} holds <image>, which belongs in questions")
+        names = _PATH_TAG["mask"].findall(text)
+        clean = _PATH_TAG["mask"].sub("", text)
+        if "<mask>" in clean or "</mask>" in clean:
+            self._report("broken_tag", f"the answer of turn {number} holds a <mask> tag without its partner")
+        places = clean.count(SEG_TAG)
+        if target is not None and places and not names:
+            names = [target] * places
+        if places > len(names):
+            self._report("seg_without_mask", f"the answer of turn {number} has {places} <SEG> and {len(names)} <mask>")
+        if places < len(names):
+            self._report("mask_without_seg", f"the answer of turn {number} has {len(names)} <mask> and {places} <SEG>")
+        if not clean.strip():
+            self._report("empty_answer", f"the answer of turn {number} is empty")
+        self.masks += [self._find(name, "mask", f"mask of turn {number}") for name in names]
+        self.turns.append(Turn("gpt", clean))
+
+    def _compare_image_count(self, images: int, examples: int) -> None:
+        """In-context questions may show each example's mask as an image of its own."""
+        if self.turns and self.images_seen not in {images, images + examples}:
+            self._report("image_count", f"the questions hold {self.images_seen} <image> for {images} images")
+
+    def _task(self) -> Task:
+        named = self.raw.get("task")
+        if named in TASKS:
+            return named
+        if self.masks:
+            return "grounding"
+        if self.regions:
+            return "region"
+        questions = [turn.text for turn in self.turns if turn.role == "human"]
+        bare = all(not text.replace(IMAGE_TAG, "").strip() for text in questions)
+        return "caption" if bare else "vqa"
+
+
+def modality_of(file_name: str) -> str | None:
+    """Modality that a file name of the SA-Med2D layout begins with, ``x`` read as ``x_ray``; None if it has none."""
+    prefix = file_name.split("_", 1)[0].lower() if "_" in file_name else ""
+    if prefix == "x":
+        return "x_ray"
+    if prefix in MODALITIES:
+        return prefix
+    other = _SA_MED2D_NAME.match(file_name)
+    return other[1] if other else None
+
+
+def with_default_id(sample: Sample, index: int) -> Sample:
+    """The sample itself, or one that carries its record number where the record names no id."""
+    return sample if sample.id else replace(sample, id=str(index))
+
+
+def _default_in_context_turns(examples: int) -> list[dict[str, str]]:
+    shown = "".join(
+        f"Example {number}: {IMAGE_TAG}\nThe blue overlay is the reference segmentation mask.\n"
+        for number in range(1, examples + 1)
+    )
+    question = "Refer to the previous examples and segment the corresponding target in this image."
+    return [
+        {"from": "human", "value": f"{shown}Query: {IMAGE_TAG}\n{question}"},
+        {"from": "gpt", "value": SEG_TAG},
+    ]
+
+
+def _text(value: Any) -> str:
+    """Published answers may be bare numbers."""
+    return "" if value is None else value if isinstance(value, str) else str(value)

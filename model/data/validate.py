@@ -1,0 +1,271 @@
+"""Everything wrong with a data file, found in one pass and told at once with record numbers."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.data.readers import ReadLimits, read_image, read_mask
+from model.data.records import Records, open_records
+from model.data.schema import Finding, Sample, Severity, inspect_record
+from model.errors import MedPLIBError
+
+Progress = Callable[[int, int], None]
+
+_CHUNK = 512  # records in flight: bounds memory whatever the file's length
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of one record.
+
+    Attributes:
+        record: number of the record in the file, from 0 (blank lines of JSON lines are not counted).
+        kind: stable word, ``missing_image`` say.
+        message: what is wrong, for people.
+        id: the record's own id, empty where it has none or cannot be parsed.
+        severity: ``error`` keeps the record out of training, ``repaired`` was mended on the way, ``warning`` is all.
+    """
+
+    record: int
+    kind: str
+    message: str
+    id: str = ""
+    severity: Severity = "error"
+
+    def __str__(self) -> str:
+        name = f" ({self.id})" if self.id else ""
+        note = "" if self.severity == "error" else f" [{self.severity}]"
+        return f"record {self.record}{name}: {self.kind}: {self.message}{note}"
+
+
+@dataclass(frozen=True)
+class RecordFacts:
+    """What a data set keeps in memory about one usable record."""
+
+    id: str
+    task: str
+    modality: str | None
+    answer_type: str | None
+    length: int  # characters of the conversation
+
+
+@dataclass
+class DataReport:
+    """Outcome of ``check_file``: all problems in record order, and counts of what is in the file."""
+
+    path: Path
+    images_root: Path
+    total: int
+    checked: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """No problem but warnings: a repaired record is still one to mend."""
+        return all(problem.severity == "warning" for problem in self.problems)
+
+    @property
+    def bad_records(self) -> tuple[int, ...]:
+        """Numbers of the records that training cannot use, ascending."""
+        return tuple(sorted({problem.record for problem in self.problems if problem.severity == "error"}))
+
+    def format(self, max_problems: int | None = None) -> str:
+        """The report as text: problems one a line (all of them by default), their counts, and what the file holds."""
+        shown = self.problems if max_problems is None else self.problems[:max_problems]
+        lines = [str(problem) for problem in shown]
+        if len(shown) < len(self.problems):
+            lines.append(f"… and {len(self.problems) - len(shown)} more")
+        if self.problems:
+            kinds = Counter(problem.kind for problem in self.problems)
+            lines += ["", "problems: " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())]
+        for name, values in self.counts.items():
+            lines.append(f"{name}: " + ", ".join(f"{value} {count}" for value, count in values.items()))
+        scope = f"{self.checked} records" if self.checked == self.total else f"{self.checked} of {self.total} records"
+        verdict = "no problems" if not self.problems else f"{len(self.problems)} problems"
+        unusable = len(self.bad_records)
+        lines.append(f"{self.path}: {scope}, {verdict}" + (f", {unusable} records unusable" if unusable else ""))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "path": str(self.path),
+            "images": str(self.images_root),
+            "total": self.total,
+            "checked": self.checked,
+            "ok": self.ok,
+            "problems": [dict(vars(problem)) for problem in self.problems],
+            "counts": self.counts,
+        }
+
+
+def check_file(
+    path: str | Path,
+    images_root: str | Path,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    check_pixels: bool = True,
+    workers: int | None = None,
+    limits: ReadLimits | None = None,
+) -> DataReport:
+    """Check every record of a data file and report all problems at once.
+
+    Kinds: ``invalid_json``, ``bad_field``, ``missing_image``, ``missing_mask``, ``missing_region``, ``suffix_missing``
+    (repaired), ``image_count``, ``empty_conversation``, ``turn_order``, ``empty_question``, ``empty_answer``,
+    ``broken_tag``, ``misplaced_tag``, ``seg_without_mask``, ``mask_without_seg``, ``duplicate_id`` (warning); with
+    ``check_pixels`` also ``unreadable_image``, ``unreadable_mask``, ``empty_mask``, ``empty_region`` and
+    ``size_mismatch``.
+    Keys the format does not know are no problem.
+
+    Args:
+        path: JSON list, JSON lines or Parquet file.
+        images_root: folder the records' paths are relative to.
+        limit: check only the first so many records.
+        progress: called with (records done, records in all) now and then.
+        check_pixels: decode every image and mask once; without it only their existence is checked.
+        workers: threads; by default as many as processors, at most 16.
+        limits: size limits of image files.
+
+    Raises:
+        MedPLIBError: the file itself cannot be read as a list of records, or ``images_root`` is no folder.
+    """
+    records, root = open_records(path), Path(images_root)
+    if not root.is_dir():
+        raise MedPLIBError(
+            f"the image folder {root} does not exist; give the folder that the records' paths start from"
+        )
+    if limit is not None and limit < 1:
+        raise MedPLIBError(f"limit is {limit}; give at least 1")
+    count = len(records) if limit is None else min(limit, len(records))
+    report = DataReport(Path(path), root, total=len(records), checked=count)
+    pixels = PixelCheck(limits or ReadLimits()) if check_pixels else None
+    tallies: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "modalities", "answer types")}
+    seen: dict[str, int] = {}
+    for number, facts, problems in inspect_all(records, root, count, pixels, workers, progress):
+        report.problems += problems
+        if facts is None:
+            continue
+        tallies["tasks"][facts.task] += 1
+        tallies["modalities"][facts.modality or "unknown"] += 1
+        tallies["answer types"][facts.answer_type or "unknown"] += 1
+        if facts.id and seen.setdefault(facts.id, number) != number:
+            message = f"record {seen[facts.id]} has the same id"
+            report.problems.append(Problem(number, "duplicate_id", message, facts.id, "warning"))
+    report.counts = {name: dict(sorted(tally.items())) for name, tally in tallies.items() if tally}
+    return report
+
+
+def inspect_all(
+    records: Records,
+    root: Path,
+    count: int,
+    pixels: PixelCheck | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    in_context: bool = True,
+) -> Iterator[tuple[int, RecordFacts | None, list[Problem]]]:
+    """(number, facts or None where the record is unusable, problems) of the first ``count`` records, in order.
+
+    Without ``in_context``, records that carry solved examples are unusable: their reader shows the examples' masks.
+    """
+
+    def one(number: int) -> tuple[int, RecordFacts | None, list[Problem]]:
+        return number, *_inspect(records, number, root, pixels, in_context)
+
+    threads = workers or min(os.cpu_count() or 1, 16)
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        for start in range(0, count, _CHUNK):
+            chunk = range(start, min(start + _CHUNK, count))
+            yield from pool.map(one, chunk) if threads > 1 else map(one, chunk)
+            if progress:
+                progress(chunk.stop, count)
+
+
+def _inspect(
+    records: Records, number: int, root: Path, pixels: PixelCheck | None, in_context: bool
+) -> tuple[RecordFacts | None, list[Problem]]:
+    try:
+        raw = records[number]
+    except MedPLIBError as error:
+        return None, [Problem(number, "invalid_json", str(error))]
+    sample, findings = inspect_record(raw, root)
+    if sample is not None and sample.examples and not in_context:
+        findings.append(Finding("in_context", "the record shows solved examples, which this data set does not read"))
+    if sample is not None and pixels is not None:
+        findings = findings + pixels(sample)
+    name = str(raw.get("id") or "")
+    problems = [Problem(number, finding.kind, finding.message, name, finding.severity) for finding in findings]
+    if sample is None or any(problem.severity == "error" for problem in problems):
+        return None, problems
+    length = sum(len(turn.text) for turn in sample.turns)
+    return RecordFacts(name, sample.task, sample.modality, sample.answer_type, length), problems
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """What is remembered of one decoded file: records share images, and each is decoded once."""
+
+    size: tuple[int, int] | None  # None where the file is unreadable
+    empty: bool = False
+    fault: str = ""
+
+
+class PixelCheck:
+    """Decodes the images, regions and masks of a sample and compares them."""
+
+    def __init__(self, limits: ReadLimits) -> None:
+        self._limits = limits
+        self._known: dict[tuple[str, Path], _Pixels] = {}
+
+    def __call__(self, sample: Sample) -> list[Finding]:
+        findings: list[Finding] = []
+        sizes = [self._image(path, findings) for path in sample.images]
+        for path, image in zip(sample.regions, sample.region_images, strict=True):
+            self._mask(path, sizes[image] if image < len(sizes) else None, "region", findings)
+        for path in sample.masks:
+            self._mask(path, sizes[sample.segment_image], "mask", findings)
+        for number, example in enumerate(sample.examples):
+            self._mask(example.mask, sizes[number], "mask", findings)
+        return findings
+
+    def _image(self, path: Path, findings: list[Finding]) -> tuple[int, int] | None:
+        pixels = self._remember("image", path, self._decode_image)
+        if pixels.size is None:
+            findings.append(Finding("unreadable_image", pixels.fault))
+        return pixels.size
+
+    def _mask(self, path: Path, image: tuple[int, int] | None, what: str, findings: list[Finding]) -> None:
+        pixels = self._remember("mask", path, self._decode_mask)
+        if pixels.size is None:
+            findings.append(Finding("unreadable_mask", pixels.fault))
+            return
+        if pixels.empty:
+            findings.append(Finding(f"empty_{what}", f"the {what} {path.name} has no foreground pixel"))
+        if image is not None and pixels.size != image:
+            ours, theirs = (f"{height} × {width}" for height, width in (pixels.size, image))
+            findings.append(Finding("size_mismatch", f"the {what} {path.name} is {ours} (h × w), its image {theirs}"))
+
+    def _remember(self, kind: str, path: Path, decode: Callable[[Path], _Pixels]) -> _Pixels:
+        if (kind, path) not in self._known:  # two threads may decode the same file: harmless
+            try:
+                self._known[kind, path] = decode(path)
+            except MedPLIBError as error:
+                self._known[kind, path] = _Pixels(None, fault=str(error))
+        return self._known[kind, path]
+
+    def _decode_image(self, path: Path) -> _Pixels:
+        return _Pixels(read_image(path, self._limits).size)
+
+    def _decode_mask(self, path: Path) -> _Pixels:
+        mask: np.ndarray = read_mask(path, self._limits)
+        return _Pixels((mask.shape[0], mask.shape[1]), empty=not mask.any())
