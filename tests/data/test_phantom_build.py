@@ -110,7 +110,8 @@ def test_committed_sample_is_what_the_builder_makes(tmp_path: Path) -> None:
         assert np.abs(first - second).mean() < 0.5, name  # processors round differently
 
 
-def test_sample_covers_all_modalities_twice_over() -> None:
-    held_out = {record["modality"] for record in json.loads((SAMPLE / "held_out.json").read_text())}
-    training = {record["modality"] for record in json.loads((SAMPLE / "grounding.json").read_text())}
-    assert held_out == training == set(MODALITIES)
+def test_sample_covers_all_modalities_and_structures() -> None:
+    held_out, training = (json.loads((SAMPLE / f"{name}.json").read_text()) for name in ("held_out", "grounding"))
+    assert {record["modality"] for record in held_out} == {record["modality"] for record in training} == set(MODALITIES)
+    shown = {record["about"] for record in held_out + training if record["kind"] == "grounding"}
+    assert shown == set(CLASS_NAMES[1:])

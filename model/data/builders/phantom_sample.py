@@ -8,14 +8,14 @@ from pathlib import Path
 
 from model.data.builders.phantom import TASKS, build_phantoms, write_json
 
-TRAINING_SEED, HELD_OUT_SEED = 2024, 2025
+TRAINING_SEED, HELD_OUT_SEED = 61, 505
 TRAINING_IMAGES, HELD_OUT_IMAGES = 16, 8
 
 
 def build_sample(out: Path) -> None:
     """Write the sample: 16 pictures with ``{vqa,region,grounding}.json`` and 8 others with ``held_out.json``.
 
-    Both parts cover all eight modalities; ``held_out.json`` holds the questions of all three kinds.
+    Both parts cover all eight modalities, and together every structure; ``held_out.json`` holds the questions of all three kinds.
     """
     build_phantoms(out, TRAINING_IMAGES, TRAINING_SEED)
     with tempfile.TemporaryDirectory(dir=out) as folder:
