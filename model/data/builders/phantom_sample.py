@@ -15,7 +15,8 @@ TRAINING_IMAGES, HELD_OUT_IMAGES = 16, 8
 def build_sample(out: Path) -> None:
     """Write the sample: 16 pictures with ``{vqa,region,grounding}.json`` and 8 others with ``held_out.json``.
 
-    Both parts cover all eight modalities, and together every structure; ``held_out.json`` holds the questions of all three kinds.
+    Both parts cover all eight modalities, and together every structure; ``held_out.json`` holds questions of all three
+    kinds.
     """
     build_phantoms(out, TRAINING_IMAGES, TRAINING_SEED)
     with tempfile.TemporaryDirectory(dir=out) as folder:
