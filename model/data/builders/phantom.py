@@ -64,14 +64,15 @@ def build_phantoms(
     *,
     size: int = 256,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> PhantomReport:
     """Write ``num_images`` phantom cases below ``out``.
 
     Makes ``images/``, ``masks/``, ``vqa.json``, ``region.json``, ``grounding.json`` and the two SA-Med2D-20M style
     indices ``SAMed2D_phantom.json`` (image → masks) and ``SAMed2D_phantom_class_mapping_id.json``. The same seed gives
     the same files whatever the number of ``workers``; different seeds give different case names. A tenth of the
-    pictures is not square. ``progress(done, total)`` is called after every picture.
+    pictures is not square. ``progress(1)`` is called after every picture, as a progress bar's
+    ``update`` wants it.
     """
     if seed < 0:
         raise MedPLIBError(f"The phantom seed is {seed}; give 0 or more.")
@@ -83,12 +84,12 @@ def build_phantoms(
         (out / folder).mkdir(parents=True, exist_ok=True)
     records: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
     index: dict[str, list[str]] = {}
-    for done, case in enumerate(_cases(out, num_images, seed, size, workers), 1):
+    for case in _cases(out, num_images, seed, size, workers):
         index[case.image] = case.masks
         for task in TASKS:
             records[task] += case.records[task]
         if progress is not None:
-            progress(done, num_images)
+            progress(1)
     for task in TASKS:
         write_json(out / f"{task}.json", records[task])
     write_json(out / "SAMed2D_phantom.json", index)
