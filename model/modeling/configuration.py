@@ -184,7 +184,7 @@ class MedPLIBConfig(PreTrainedConfig):
     ) -> None:
         self.text_config = _sub_config(LlamaConfig, text_config, {"vocab_size": 32267, "pad_token_id": 0})
         self.vision_config = _sub_config(CLIPVisionConfig, vision_config, _CLIP_L_336)
-        self.sam_config = _sub_config(SamConfig, sam_config, _SAM_MED2D_B)
+        self.sam_config = _sub_config(SamConfig, _with_decoder_epsilon(sam_config), _SAM_MED2D_B)
         self.projector = _section(ProjectorConfig, projector)
         self.moe = _section(MoEConfig, moe)
         self.region = _section(RegionConfig, region)
@@ -229,8 +229,15 @@ _CLIP_L_336 = {
 _SAM_MED2D_B = {
     "vision_config": {"image_size": 256, "patch_size": 16},
     "prompt_encoder_config": {"image_size": 256, "patch_size": 16},
-    "mask_decoder_config": {},
+    "mask_decoder_config": {"layer_norm_eps": 1e-5},
 }
+
+
+def _with_decoder_epsilon(value: Any) -> Any:
+    """SAM's mask decoder normalises with an epsilon of 1e-5; transformers' default of 1e-6 moves logits by up to 1 %."""
+    if not isinstance(value, dict) or not isinstance(value.get("mask_decoder_config"), dict):
+        return value
+    return {**value, "mask_decoder_config": {"layer_norm_eps": 1e-5, **value["mask_decoder_config"]}}
 
 
 def _sub_config(kind: type[PreTrainedConfig], value: Any, default: dict[str, Any]) -> Any:

@@ -37,6 +37,9 @@ def test_sizes_inferred_from_the_published_shapes_rebuild_it(published: dict[str
     assert (vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads) == (768, 12, 12)
     assert (vision.image_size, vision.window_size, vision.global_attn_indexes) == (256, 14, [2, 5, 8, 11])
     assert (mask.adapter, mask.adapter_mlp_ratio) == (True, 0.25)
+    default = MedPLIBConfig().sam_config
+    assert sizes.mask_decoder_config.to_dict() == default.mask_decoder_config.to_dict()
+    assert sizes.prompt_encoder_config.to_dict() == default.prompt_encoder_config.to_dict()
     with torch.device("meta"):
         sam = SamMed2D(sizes, mask)
     assert shapes(sam.state_dict()) == shapes(state_to_native(state))
