@@ -1,0 +1,97 @@
+"""Losses: next-token cross-entropy and four mask losses (reference §4).
+
+Every loss is a float32 scalar; with nothing to supervise it is 0 and still attached to the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.modeling.configuration import IGNORE_INDEX
+
+DICE_EPSILON = 1e-6
+IOU_EPSILON = 1e-7
+FOCAL_GAMMA = 2.0
+FOCAL_ALPHA = 0.25
+
+
+def causal_ce_loss(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean cross-entropy over supervised tokens, each predicted from the position before it.
+
+    Logits are computed at those positions alone: of a grounding sample's hundreds of tokens a dozen are supervised.
+
+    Args:
+        hidden: [B, L, D], the decoder's last hidden states.
+        labels: long [B, L], ``IGNORE_INDEX`` where unsupervised.
+        lm_head: maps [n, D] to logits [n, V], n = 0 included.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX  # [B, L - 1]
+    logits = lm_head(hidden[:, :-1][supervised]).float()  # [n, V]
+    total = functional.cross_entropy(logits, targets[supervised], reduction="sum")
+    return total / max(len(logits), 1)
+
+
+def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor], iou_predictions: Tensor) -> dict[str, Tensor]:
+    """All four mask losses, each averaged over the masks of the batch, unweighted.
+
+    Args:
+        logits: M tensors [H, W], sizes may differ.
+        targets: M tensors [H, W] in {0, 1}.
+        iou_predictions: [M, 1], what SAM expects each mask's IoU to be.
+
+    Returns:
+        ``bce``, ``dice``, ``focal``, ``iou``.
+
+    Raises:
+        ValueError: logits and targets differ in number or shape.
+    """
+    if len(logits) != len(targets):
+        raise ValueError(f"{len(logits)} predicted masks for {len(targets)} target masks")
+    for index, (mask, target) in enumerate(zip(logits, targets, strict=True)):
+        if mask.shape != target.shape:
+            raise ValueError(f"mask {index} is {tuple(mask.shape)}, its target {tuple(target.shape)}")
+    attached = iou_predictions.float().sum() * 0
+    if not logits:
+        return dict.fromkeys(("bce", "dice", "focal", "iou"), attached)
+    pairs = [(mask.float(), target.float()) for mask, target in zip(logits, targets, strict=True)]
+    predictions = iou_predictions.float().flatten()
+    return {
+        "bce": torch.stack([mask_bce_loss(*pair) for pair in pairs]).mean(),
+        "dice": torch.stack([mask_dice_loss(*pair) for pair in pairs]).mean(),
+        "focal": torch.stack([mask_focal_loss(*pair) for pair in pairs]).mean(),
+        "iou": torch.stack([mask_iou_loss(*pair, iou) for pair, iou in zip(pairs, predictions, strict=True)]).mean(),
+    }
+
+
+def mask_bce_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of one mask, mean over its pixels. Logits and target [H, W]."""
+    return functional.binary_cross_entropy_with_logits(logits, target)
+
+
+def mask_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 − soft Dice of one mask. Logits and target [H, W]."""
+    probability = logits.sigmoid()
+    overlap = 2 * (probability * target).sum()
+    return 1 - (overlap + DICE_EPSILON) / (probability.sum() + target.sum() + DICE_EPSILON)
+
+
+def mask_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Focal loss (γ 2, α 0.25) of one mask, mean over its pixels. Logits and target [H, W]."""
+    cross_entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    probability = logits.sigmoid()
+    wrongness = probability + target - 2 * probability * target  # 1 − p of the true class
+    balance = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
+    return (balance * wrongness**FOCAL_GAMMA * cross_entropy).mean()
+
+
+def mask_iou_loss(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> Tensor:
+    """Squared error of SAM's IoU estimate (scalar) against the mask's soft IoU. Logits and target [H, W]."""
+    probability = logits.sigmoid()
+    overlap = (probability * target).sum()
+    union = probability.sum() + target.sum() - overlap
+    return (predicted_iou - (overlap + IOU_EPSILON) / (union + IOU_EPSILON)) ** 2

@@ -1,0 +1,282 @@
+"""Mixture of experts: router, capacity, dispatch, load-balancing loss, up-cycling (reference §5).
+
+The semantics are those of DeepSpeed's MoE layer, which the published weights were trained with; the code needs no
+process group. A router turns tokens into a small [T, E] matrix of weights; each expert then sees exactly its own tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SYNC_FREE_TOKENS = 8
+"""On an accelerator, so few tokens (decoding) pass through every expert rather than waiting for the host."""
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """What a router decided for T tokens, E experts and k choices a token. Detached from the graph.
+
+    Attributes:
+        combine: float32 [T, E], the share of each expert in each token's output; 0 where the token was not sent.
+        kept: bool [T, E], which tokens each expert took.
+        assignment: long [T, k], experts in order of choice, before dropping.
+        expert_counts: long [E], tokens whose first choice an expert is, before dropping.
+        dropped: long scalar, choices that found their expert full.
+        capacity: float32 scalar, tokens an expert takes at most; infinite where nothing is dropped.
+    """
+
+    combine: Tensor
+    kept: Tensor
+    assignment: Tensor
+    expert_counts: Tensor
+    dropped: Tensor
+    capacity: Tensor
+
+
+@dataclass(frozen=True)
+class MoEOutput:
+    """A mixture's output.
+
+    Attributes:
+        hidden: [..., D'], zero for tokens that no expert took.
+        aux_loss: float32 scalar, the load-balancing loss; 1 where experts are used evenly, E where one is used alone.
+        router: what the router decided.
+    """
+
+    hidden: Tensor
+    aux_loss: Tensor
+    router: RouterStats
+
+
+class Router(nn.Linear):
+    """Bias-free gate whose arithmetic is float32 whatever the model runs in: near ties decide who computes a token."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits, float32 [T, E], of tokens [T, D]."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return functional.linear(tokens.float(), self.weight.float())
+
+
+class MoEFeedForward(nn.Module):
+    """A mixture in the place of one feed-forward network.
+
+    Args:
+        experts: E modules that map [n, D] to [n, D'], n = 0 included.
+        hidden_size: width D of the tokens.
+        top_k: experts per token, 1 or 2.
+        capacity_factor: room of an expert in training, as a multiple of an even share of the choices.
+        eval_capacity_factor: the same in evaluation. Nothing is dropped from a value of E / top_k on.
+        min_capacity: an expert takes at least so many tokens.
+        random_token_priority: in top-1 training, chance rather than position decides who a full expert takes.
+        drop_tokens: False gives every expert room for all.
+        renormalise: a token's shares sum to one in value also for top-1, while gradients still reach the router.
+        residual_expert: DeepSpeed's residual expert [n, D] → [n, D'], mixed in by a learnt coefficient.
+
+    Raises:
+        ValueError: the choices are not 1 or 2, or more than there are experts.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[nn.Module],
+        hidden_size: int,
+        *,
+        top_k: int = 1,
+        capacity_factor: float = 1.5,
+        eval_capacity_factor: float = 2.0,
+        min_capacity: int = 0,
+        random_token_priority: bool = True,
+        drop_tokens: bool = True,
+        renormalise: bool = False,
+        residual_expert: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.num_experts = len(self.experts)
+        if top_k not in (1, 2) or top_k > self.num_experts:
+            raise ValueError(
+                f"top_k is {top_k} with {self.num_experts} experts; it must be 1 or 2 and no more than those"
+            )
+        self.router = Router(hidden_size, self.num_experts)
+        self.top_k = top_k
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.min_capacity = min_capacity
+        self.random_token_priority = random_token_priority
+        self.drop_tokens = drop_tokens
+        self.renormalise = renormalise
+        if residual_expert is not None:
+            self.residual_expert = residual_expert
+            self.residual_coefficient = nn.Linear(hidden_size, 2)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        priority: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> MoEOutput:
+        """Send every token to its experts and mix what they answer.
+
+        Args:
+            hidden: [..., D].
+            token_mask: [...] nonzero at real tokens; padding is neither routed nor counted. All are real when absent.
+            priority: [T, E], replaces this pass's random numbers: the uniform priority of tokens for top-1, the Gumbel
+                noise on second choices for top-2. For replaying a recorded pass.
+            kept: bool [T, E], replaces the capacity's decision who is kept. For replaying a recorded pass.
+        """
+        tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
+        real = None if token_mask is None else token_mask.reshape(-1, 1).bool()  # [T, 1]
+        combine, aux_loss, stats = self.route(tokens, real, priority, kept)
+        mix = mix_by_scan if self._avoids_sync(tokens) else mix_by_index
+        mixed = mix(tokens, combine, stats.kept, self.experts)  # [T, D']
+        if hasattr(self, "residual_expert"):
+            shares = self.residual_coefficient(tokens).softmax(dim=-1)  # [T, 2]
+            mixed = mixed * shares[:, :1] + self.residual_expert(tokens) * shares[:, 1:]
+        return MoEOutput(mixed.view(*hidden.shape[:-1], -1), aux_loss, stats)
+
+    def route(
+        self, tokens: Tensor, real: Tensor | None, priority: Tensor | None, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor, RouterStats]:
+        """Shares [T, E] with their graph, the load-balancing loss, and the decision they stand for."""
+        logits = self.router(tokens)  # [T, E]
+        probabilities = logits.softmax(dim=-1)
+        choices = self._choose(logits, priority)  # k × bool [T, E]
+        if real is not None:
+            choices = [choice & real for choice in choices]
+        capacity = self._capacity(tokens, real)
+        places = self._queue(choices, priority)
+        taken = [choice & (place < capacity) for choice, place in zip(choices, places, strict=True)]
+        survivors = torch.stack(taken).any(dim=0)  # [T, E]
+        if kept is not None:
+            survivors = torch.stack(choices).any(dim=0) & kept
+        combine = self._shares(probabilities * survivors)
+        stats = RouterStats(
+            combine=combine.detach(),
+            kept=survivors,
+            assignment=torch.stack([choice.long().argmax(dim=-1) for choice in choices], dim=-1),
+            expert_counts=choices[0].sum(dim=0),
+            dropped=torch.stack(choices).sum() - survivors.sum(),
+            capacity=capacity,
+        )
+        return combine, load_balancing_loss(probabilities, choices[0], real), stats
+
+    def _choose(self, logits: Tensor, noise: Tensor | None) -> list[Tensor]:
+        """First and, for top-2, second choices as one-hot bool [T, E]."""
+        first = _one_hot(logits.argmax(dim=-1), self.num_experts)
+        if self.top_k == 1:
+            return [first]
+        if noise is None and self.training:  # sampled second choices explore; evaluation takes the second best
+            noise = -torch.empty_like(logits).exponential_().log()
+        noisy = logits.detach() if noise is None else logits.detach() + noise
+        second = noisy.masked_fill(first, -torch.inf).argmax(dim=-1)
+        return [first, _one_hot(second, self.num_experts)]
+
+    def _capacity(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        """Tokens an expert takes at most; a tensor, so that no host waits for the number of real tokens."""
+        if not self.drop_tokens:
+            return torch.full((), torch.inf, device=tokens.device)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        count = torch.tensor(float(len(tokens)), device=tokens.device) if real is None else real.sum().float()
+        return (count / self.num_experts * (factor * self.top_k)).ceil().clamp(min=self.min_capacity)
+
+    def _queue(self, choices: list[Tensor], priority: Tensor | None) -> list[Tensor]:
+        """Each choice's place in its expert's queue, long [T, E], 0 served first; second choices queue last."""
+        first = choices[0]
+        if self.top_k == 2:
+            return [_arrival(first), _arrival(choices[1]) + first.sum(dim=0)]
+        if priority is None and self.training and self.random_token_priority and self.drop_tokens:
+            priority = torch.rand(first.shape, device=first.device)
+        if priority is None:
+            return [_arrival(first)]
+        order = priority.masked_fill(~first, -torch.inf).argsort(dim=0, descending=True, stable=True)
+        return [order.argsort(dim=0)]
+
+    def _shares(self, weights: Tensor) -> Tensor:
+        """Shares of the kept experts, from probabilities [T, E] that are 0 elsewhere.
+
+        Top-1 leaves the probability as it is, top-2 makes the kept ones sum to one, as DeepSpeed does. A renormalised
+        top-1 share is p / p with the divisor held constant: one in value, with the gradient of log p.
+        """
+        if self.top_k == 1 and not self.renormalise:
+            return weights
+        total = weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
+        return weights / (total.detach() if self.top_k == 1 else total)
+
+    def _avoids_sync(self, tokens: Tensor) -> bool:
+        return tokens.is_cuda and len(tokens) <= SYNC_FREE_TOKENS and not torch.is_grad_enabled()
+
+
+def load_balancing_loss(probabilities: Tensor, first_choice: Tensor, real: Tensor | None = None) -> Tensor:
+    """E · Σ_e mean(probability of e) · mean(first choice is e), over real tokens (reference §5).
+
+    Args:
+        probabilities: float32 [T, E].
+        first_choice: one-hot bool [T, E], zero at padding.
+        real: bool [T, 1]; all tokens are real when absent.
+    """
+    if real is not None:
+        probabilities = probabilities * real
+    count = max(len(probabilities), 1) if real is None else real.sum().clamp(min=1)
+    shares = probabilities.sum(dim=0) / count
+    loads = first_choice.sum(dim=0) / count
+    return (shares * loads).sum() * probabilities.shape[-1]
+
+
+def mix_by_index(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterable[nn.Module]) -> Tensor:
+    """Mix expert outputs [T, D'], each expert computing its own tokens alone.
+
+    Every expert is called, in order, also with no token at all: under ZeRO all ranks must run the same modules, or
+    gradients are silently averaged wrongly.
+
+    Args:
+        tokens: [T, D].
+        combine: float32 [T, E], shares.
+        kept: bool [T, E], who computes what.
+        experts: E modules.
+    """
+    expert_ids, rows = kept.t().nonzero(as_tuple=True)  # grouped by expert
+    groups = tokens[rows].split(kept.sum(dim=0).tolist())  # E × [n_e, D]
+    outputs = torch.cat([expert(group) for expert, group in zip(experts, groups, strict=True)])  # [Σ n_e, D']
+    outputs = outputs * combine[rows, expert_ids, None].to(outputs.dtype)
+    return outputs.new_zeros(len(tokens), outputs.shape[-1]).index_add(0, rows, outputs)
+
+
+def mix_by_scan(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterable[nn.Module]) -> Tensor:
+    """The same mix with every expert computing every token: no host–device traffic, fixed shapes, for few tokens."""
+    del kept  # the shares are 0 where an expert did not take a token
+    outputs = torch.stack([expert(tokens) for expert in experts], dim=1)  # [T, E, D']
+    return (outputs * combine[:, :, None].to(outputs.dtype)).sum(dim=1)
+
+
+def upcycle(dense: Sequence[nn.Module], hidden_size: int, **options: object) -> MoEFeedForward:
+    """A mixture whose experts start as copies of dense networks; the published order is grounding, then VQA.
+
+    The router is new, so with the published top-1 shares the output starts as a *scaled* dense output.
+
+    Args:
+        dense: one network per expert (the same one several times is fine; each expert is its own copy).
+        hidden_size: width D of the tokens.
+        **options: of ``MoEFeedForward``.
+    """
+    mixture = MoEFeedForward([copy.deepcopy(network) for network in dense], hidden_size, **options)  # type: ignore[arg-type]
+    like = next((parameter for network in dense for parameter in network.parameters()), None)
+    return mixture if like is None else mixture.to(device=like.device, dtype=like.dtype)
+
+
+def _one_hot(index: Tensor, size: int) -> Tensor:
+    return index[:, None] == torch.arange(size, device=index.device)
+
+
+def _arrival(choice: Tensor) -> Tensor:
+    return choice.long().cumsum(dim=0) - 1
