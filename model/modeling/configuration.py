@@ -234,7 +234,7 @@ _SAM_MED2D_B = {
 
 
 def _with_decoder_epsilon(value: Any) -> Any:
-    """SAM's mask decoder normalises with an epsilon of 1e-5; transformers' default of 1e-6 moves logits by up to 1 %."""
+    """SAM's mask decoder normalises with an epsilon of 1e-5; transformers' 1e-6 moves logits by up to 1 %."""
     if not isinstance(value, dict) or not isinstance(value.get("mask_decoder_config"), dict):
         return value
     return {**value, "mask_decoder_config": {"layer_norm_eps": 1e-5, **value["mask_decoder_config"]}}
