@@ -1,0 +1,111 @@
+"""Load a checkpoint with one call, strictly, without holding its weights twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint.building import convert, empty_network, fresh_parts, network_shapes, take_over
+from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
+from model.checkpoint.processors import read_processor
+from model.checkpoint.report import LoadReport, compare
+from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.processor import MedPLIBProcessor
+
+
+def load(
+    directory: str | Path,
+    *,
+    vision_tower: str | Path | None = None,
+    sam: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
+    """Load a native or published checkpoint directory.
+
+    Args:
+        directory: config.json, weights (safetensors or ``.bin``, whatever an index says) and tokenizer.
+        vision_tower: CLIP directory, for published checkpoints: CLIP's sizes, and its weights if they are not inside.
+        sam: SAM-Med2D file, for published checkpoints without SAM weights.
+        device: where the weights go.
+        dtype: floating type of the weights; the one config.json names when absent.
+        strict: refuse any missing, unexpected or mis-shaped tensor. Otherwise parts around the language model that are
+            missing start from new values (see ``load_with_report`` for what happened).
+
+    Returns:
+        The network in eval mode, and its processor.
+
+    Raises:
+        MedPLIBError: the directory is no checkpoint, or something does not fit; the message lists it.
+    """
+    model, processor, _ = load_with_report(
+        directory, vision_tower=vision_tower, sam=sam, device=device, dtype=dtype, strict=strict
+    )
+    return model, processor
+
+
+def load_with_report(
+    directory: str | Path,
+    *,
+    vision_tower: str | Path | None = None,
+    sam: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, LoadReport]:
+    """The same as ``load``, and what was found."""
+    opened = open_checkpoint(directory, vision_tower=vision_tower, sam=sam)
+    processor = read_processor(opened)
+    model, report = build_network(opened, device=device, dtype=dtype, strict=strict)
+    return model, processor, report
+
+
+def check(opened: OpenedCheckpoint, model: MedPLIBForCausalLM) -> LoadReport:
+    """How an opened checkpoint fits a network, by names and shapes alone."""
+    return compare(
+        str(opened.directory),
+        opened.shapes,
+        network_shapes(model),
+        unexpected=opened.unexpected,
+        ignored=opened.ignored,
+        notes=opened.notes,
+    )
+
+
+def build_network(
+    opened: OpenedCheckpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+) -> tuple[MedPLIBForCausalLM, LoadReport]:
+    """The network of an opened checkpoint, in eval mode; arguments and errors as of ``load``."""
+    model = empty_network(opened.config)
+    report = check(opened, model)
+    if strict:
+        report.raise_unless_fits()
+    dtype = dtype or opened.dtype or torch.float32
+    usable = ((name, value) for name, value in opened.tensors() if name not in report.misshaped)
+    state = convert(usable, device, dtype)
+    lacking = [*report.missing, *report.misshaped]
+    state.update(convert(fresh_parts(opened.config, lacking).items(), device, dtype))
+    if lacking:
+        report = replace(report, notes=(*report.notes, f"{len(lacking)} tensors start from new values"))
+    return finish(model, state, device), report
+
+
+def finish(
+    model: MedPLIBForCausalLM, state: Mapping[str, Tensor], device: str | torch.device = "cpu"
+) -> MedPLIBForCausalLM:
+    """Fill an empty network with a complete state dict and make it ready for use, in eval mode."""
+    take_over(model, state)
+    model.to(device)  # buffers; the weights are there already
+    if model.config.text_config.tie_word_embeddings:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    model.config.dtype = model.lm_head.weight.dtype
+    return model.eval()
