@@ -84,7 +84,7 @@ class MedPLIBDecoder(PreTrainedModel):
     """LLaMA over ready-made embeddings.
 
     Padding tokens are not routed to experts, so a sequence's answer does not depend on what it is batched with. The
-    published system routed them like any token; set ``route_padding`` to reproduce its capacities and losses.
+    published system routed them like any token; set ``moe.route_padding`` to reproduce its capacities and losses.
 
     Args:
         text_config: sizes of the language model.
@@ -110,14 +110,14 @@ class MedPLIBDecoder(PreTrainedModel):
         self.layers = nn.ModuleList(MedPLIBDecoderLayer(text_config, moe, index) for index in range(depth))
         self.norm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=text_config)
-        self.route_padding = False
+        self.route_padding = moe.route_padding
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     def forward(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,7 +40,7 @@ class MaskTokenEncoder(nn.Module):
         self.tokens = tokens
         channels = (1, 64, 128, 256, 256)
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(channels, channels[1:], strict=False):
+        for fan_in, fan_out in pairwise(channels):
             layers += [nn.Conv2d(fan_in, fan_out, kernel_size=3, stride=2, padding=1), nn.GELU()]
         self.encoder = nn.Sequential(*layers)
         self.proj = nn.Linear(channels[-1], width)

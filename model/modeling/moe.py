@@ -1,7 +1,7 @@
 """Mixture of experts: router, capacity, dispatch, load-balancing loss, up-cycling (reference §5).
 
-The semantics are those of DeepSpeed's MoE layer, which the published weights were trained with; the code needs no
-process group. A router turns tokens into a small [T, E] matrix of weights; each expert then sees exactly its own tokens.
+The semantics are those of DeepSpeed's MoE layer, with which the published weights were trained; the code needs no
+process group. A router turns tokens into a small [T, E] matrix of shares; each expert then sees its own tokens alone.
 """
 
 from __future__ import annotations

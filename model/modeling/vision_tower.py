@@ -18,7 +18,7 @@ class VisionTower(nn.Module):
 
     Args:
         config: sizes of the tower.
-        select_layer: hidden state to read; 0 is the embedding, −1 the last layer's output, −2 (published) the one before.
+        select_layer: hidden state to read; 0 is the embedding, −1 the last layer's output, −2 as published.
         select_feature: ``patch`` drops the class token, ``cls_patch`` keeps it.
 
     Raises:
@@ -44,7 +44,7 @@ class VisionTower(nn.Module):
         self.keeps_class_token = select_feature == "cls_patch"
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Features [N, P, Dv] of CLIP inputs [N, 3, H, W]; N may be 0. P counts patches (and the class token if kept)."""
+        """Features [N, P, Dv] of CLIP inputs [N, 3, H, W]; N may be 0. A kept class token is one of the P."""
         embeddings = self.clip.embeddings
         if len(pixel_values) == 0:
             tokens = embeddings.num_patches + self.keeps_class_token
