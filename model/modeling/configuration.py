@@ -33,6 +33,7 @@ class MoEConfig:
     min_capacity: int = 0
     random_token_priority: bool = True  # which tokens survive a full expert in training
     drop_tokens: bool = True
+    route_padding: bool = False  # the published code routed and counted padding tokens too
     use_residual: bool = False  # DeepSpeed's residual expert beside the mixture
     router_aux_loss_coef: float = 0.0
 

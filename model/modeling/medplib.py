@@ -164,36 +164,43 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if image_features is None:
-            image_features = self._no_features(embed.weight)
+            size = self.config.vision_config.image_size
+            image_features = self.encode_images(embed.weight.new_zeros(0, 3, size, size))  # [0, P, Dv]
         projected = self.model.projector(image_features)  # [I, P, D]
-        visual = self._visual_tokens(projected.features, example_masks, visual_kinds)
+        masks = self._mask_tokens(example_masks, embed.weight)  # [K, Pm, D]
+        visual = self._visual_tokens(projected.features, masks, visual_kinds)
         plan = plan_splice(input_ids, attention_mask, [len(tokens) for tokens in visual])
         regions = self._region_features(image_features, region_masks, region_image, embed.weight)  # [R, D]
         text = embed(input_ids.clamp(min=0))  # [B, T, D]
         padding = embed.weight[self.config.pad_token_id or 0]
         embeds = splice_embeddings(plan, input_ids, text, visual, regions, padding)  # [B, L, D]
-        if not visual:  # an empty sum ties the projector in: every rank of a distributed run has the same graph
-            embeds = embeds + projected.features.sum()
+        # Empty sums tie every part in, used or not: all ranks of a distributed run must have the same graph.
+        embeds = embeds + projected.features[:0].sum() + masks[:0].sum()
         aux = projected.aux_loss if projected.aux_loss is not None else embeds.new_zeros(())
         return SplicedInputs(embeds, plan, aux)
 
-    def _no_features(self, like: torch.Tensor) -> torch.Tensor:
-        vision = self.config.vision_config
-        return like.new_zeros(0, self.config.vision_grid**2, vision.hidden_size)
+    def _mask_tokens(self, example_masks: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Tokens [K, Pm, D] of in-context masks [K, 1, H, W]; K is 0 without any."""
+        if not self.config.in_context.mask_encoder:
+            if example_masks is not None and len(example_masks):
+                raise ValueError("the prompt has example masks, but this model was built without a mask encoder")
+            return like.new_zeros(0, 1, like.shape[1])
+        if example_masks is None:
+            size = self.config.vision_config.image_size
+            example_masks = like.new_zeros(0, 1, size, size)
+        return self.model.mask_encoder(example_masks)
 
     def _visual_tokens(
-        self, features: torch.Tensor, example_masks: torch.Tensor | None, visual_kinds: list[str] | None
+        self, features: torch.Tensor, masks: torch.Tensor, visual_kinds: list[str] | None
     ) -> list[torch.Tensor]:
+        """Tokens of each image placeholder, in reading order."""
         if self.config.in_context.token_compressor:
             features = self.model.token_compressor(features)
-        if not visual_kinds or "mask" not in visual_kinds:
-            return list(features)
-        if not self.config.in_context.mask_encoder or example_masks is None:
-            raise ValueError(
-                "the prompt has mask placeholders, but the model has no mask encoder or got no example masks"
-            )
-        images, masks = iter(features), iter(self.model.mask_encoder(example_masks))
-        return [next(masks) if kind == "mask" else next(images) for kind in visual_kinds]
+        kinds = visual_kinds or ["image"] * len(features)
+        if kinds.count("image") != len(features) or kinds.count("mask") != len(masks):
+            raise ValueError(f"the prompt has {len(features)} images and {len(masks)} masks for {kinds}")
+        sources = {"image": iter(features), "mask": iter(masks)}
+        return [next(sources[kind]) for kind in kinds]
 
     def _region_features(
         self,
@@ -410,7 +417,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
     # --- generation -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """transformers' ``generate`` over a prompt with images and regions; returns the new tokens alone.
 
         Takes the prompt inputs of ``forward`` (``input_ids``, ``attention_mask``, ``pixel_values`` or
@@ -418,7 +425,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         generation argument. For answers with masks use ``model.inference``.
         """
         if input_ids is None:
-            return super().generate(**kwargs)
+            return super().generate(**kwargs)  # type: ignore[misc]
         pixel_values = kwargs.pop("pixel_values", None)
         image_features = kwargs.pop("image_features", None)
         if image_features is None and pixel_values is not None:
@@ -428,7 +435,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, kwargs.pop("attention_mask", None), image_features, *(kwargs.pop(name, None) for name in names)
         )
         mask = spliced.plan.attention_mask.long()
-        return super().generate(inputs_embeds=spliced.embeds, attention_mask=mask, **kwargs)
+        return super().generate(inputs_embeds=spliced.embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
 
 
 AutoModelForCausalLM.register(MedPLIBConfig, MedPLIBForCausalLM, exist_ok=True)

@@ -46,6 +46,9 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features [N, P, Dv] of CLIP inputs [N, 3, H, W]; N may be 0. A kept class token is one of the P."""
         embeddings = self.clip.embeddings
+        if len(pixel_values) == 0 and self._is_trainable():
+            # A tower in training stays in every rank's graph; CLIP's reshapes need a row, which is cut off again.
+            return self(pixel_values.new_zeros(1, *pixel_values.shape[1:]))[:0]
         if len(pixel_values) == 0:
             tokens = embeddings.num_patches + self.keeps_class_token
             return pixel_values.new_zeros(0, tokens, embeddings.embed_dim)
