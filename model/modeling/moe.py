@@ -143,7 +143,7 @@ class MoEFeedForward(nn.Module):
         if hasattr(self, "residual_expert"):
             shares = self.residual_coefficient(tokens).softmax(dim=-1)  # [T, 2]
             mixed = mixed * shares[:, :1] + self.residual_expert(tokens) * shares[:, 1:]
-        return MoEOutput(mixed.view(*hidden.shape[:-1], -1), aux_loss, stats)
+        return MoEOutput(mixed.view(*hidden.shape[:-1], mixed.shape[-1]), aux_loss, stats)
 
     def route(
         self, tokens: Tensor, real: Tensor | None, priority: Tensor | None, kept: Tensor | None

@@ -181,7 +181,7 @@ class PointwiseBlock(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Map [..., k, C] to [..., k, C']."""
         mapped = self.net(values.flatten(0, -3).transpose(1, 2)).transpose(1, 2)  # [·, k, C']
-        return self.norm(mapped).view(*values.shape[:-1], -1)
+        return self.norm(mapped).view(*values.shape[:-1], mapped.shape[-1])
 
 
 def farthest_points(points: Tensor, number: int) -> Tensor:
@@ -201,15 +201,13 @@ def farthest_points(points: Tensor, number: int) -> Tensor:
 
 def nearest_points(points: Tensor, centres: Tensor, number: int) -> Tensor:
     """Indices, long [R, n, k], of the k points [R, N, 2] nearest to each centre [R, n, 2]."""
-    products = centres @ points.transpose(1, 2)  # [R, n, N]
-    distance = centres.square().sum(dim=-1)[:, :, None] + points.square().sum(dim=-1)[:, None] - 2 * products
-    return distance.topk(number, dim=-1, largest=False).indices
+    return torch.cdist(centres, points).topk(number, dim=-1, largest=False).indices
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """Rows of [R, N, C] by an index [R, ...] within each R, as [R, ..., C]."""
     flat = index.flatten(1)[..., None].expand(-1, -1, values.shape[-1])
-    return values.gather(1, flat).view(*index.shape, -1)
+    return values.gather(1, flat).view(*index.shape, values.shape[-1])
 
 
 def _hat(position: Tensor, grid: int) -> Tensor:
