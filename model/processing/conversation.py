@@ -1,0 +1,240 @@
+"""Conversations → prompts → token ids with exact supervised spans. Prompts are built here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerFast
+
+from model.errors import MedPLIBError
+from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
+from model.processing.tokens import (
+    EOS_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    SEG_TOKEN,
+    tokenize,
+)
+
+WRAPPED_IMAGE = IMAGE_START_TOKEN + IMAGE_TOKEN + IMAGE_END_TOKEN
+
+_ALREADY_WRAPPED = re.compile(rf"{IMAGE_START_TOKEN}\s*{IMAGE_TOKEN}\s*{IMAGE_END_TOKEN}")
+_CONTROL_TOKEN = re.compile(rf"<(?=/?s>|{IMAGE_START_TOKEN[1:]}|{IMAGE_END_TOKEN[1:]})")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance. ``text`` may hold ``<image>``, ``<region></region>`` and ``<SEG>`` where those stand."""
+
+    role: Literal["human", "gpt"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns are written into one text.
+
+    Attributes:
+        system: what stands before the first turn; empty for none.
+        answer_end: closes an answer and is supervised with it.
+        chat: whether roles are written; without, a turn pair is its images and its answer alone.
+    """
+
+    system: str
+    answer_end: str
+    chat: bool = True
+
+
+_SYSTEM = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+)
+TEMPLATES: dict[str, Template] = {
+    "llava_v1": Template(_SYSTEM.format(who="human"), EOS_TOKEN),
+    "v1": Template(_SYSTEM.format(who="user"), EOS_TOKEN),
+    "plain": Template("", "\n", chat=False),
+}
+"""``llava_v1``: training and use. ``v1``: what published scores were measured with. ``plain``: stage I captions."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendered conversation, and whether the model is to learn it."""
+
+    text: str
+    supervised: bool
+
+
+def get_template(name: str) -> Template:
+    """Template of a name.
+
+    Raises:
+        MedPLIBError: there is none.
+    """
+    if name not in TEMPLATES:
+        raise MedPLIBError(f"there is no conversation template {name!r}; known: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def render(turns: Sequence[Turn], template: str = "llava_v1") -> str:
+    """The whole conversation as the text that is tokenised; a last human turn is followed by the opened answer."""
+    return "".join(piece.text for piece in render_pieces(turns, template))
+
+
+def render_pieces(turns: Sequence[Turn], template: str = "llava_v1") -> list[Piece]:
+    """The conversation in pieces; the supervised ones are the answers, from the character after their role on.
+
+    Raises:
+        MedPLIBError: no human turn, two turns of one side in a row, an image in an answer, or an unknown template.
+    """
+    style, turns = get_template(template), check_turns(turns)
+    pieces = [Piece(f"{style.system} ", False)] if style.system else []
+    for turn in turns:
+        if turn.role == "human":
+            asked = place_images(turn.text)
+            text = f"USER: {asked} ASSISTANT:" if style.chat else IMAGE_TOKEN * asked.count(IMAGE_TOKEN)
+            pieces.append(Piece(text, False))
+        else:
+            opening = " " if style.chat and turn.text else ""
+            pieces.append(Piece(f"{opening}{turn.text}{style.answer_end}", True))
+    return pieces
+
+
+def check_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns from the first human one on, which must alternate.
+
+    Raises:
+        MedPLIBError: there is no human turn, a side speaks twice in a row, or an answer holds ``<image>``.
+    """
+    first = next((index for index, turn in enumerate(turns) if turn.role == "human"), None)
+    if first is None:
+        raise MedPLIBError("the conversation has no human turn; start it with a question")
+    kept = list(turns[first:])
+    for number, turn in enumerate(kept):
+        expected = "gpt" if number % 2 else "human"
+        if turn.role != expected:
+            raise MedPLIBError(
+                f"turn {first + number + 1} of the conversation is of {turn.role!r}, expected {expected!r}; "
+                "let human and gpt take turns"
+            )
+        if turn.role == "gpt" and IMAGE_TOKEN in turn.text:
+            raise MedPLIBError(f"answer {number // 2 + 1} holds {IMAGE_TOKEN}; put images into the human turns")
+    return kept
+
+
+def place_images(text: str) -> str:
+    """A human turn with its images between their start and end tokens.
+
+    One image goes to the front, wherever it stood, as in the published training data. Several stay in place. (The
+    published code makes one of them.) Control tokens that a user wrote out are taken apart, so that text cannot end a
+    turn or pose as an image.
+    """
+    text = _CONTROL_TOKEN.sub("< ", _ALREADY_WRAPPED.sub(IMAGE_TOKEN, text))
+    count = text.count(IMAGE_TOKEN)
+    if count == 0:
+        return text
+    if count == 1:
+        rest = text.replace(IMAGE_TOKEN, "").strip()
+        return f"{WRAPPED_IMAGE}\n{rest}".strip()
+    return text.replace(IMAGE_TOKEN, WRAPPED_IMAGE).strip()
+
+
+def tokenize_conversation(
+    tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], template: str = "llava_v1"
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a conversation at full length; see ``encode_conversation``."""
+    pieces = render_pieces(turns, template)
+    tokenized = tokenize(tokenizer, "".join(piece.text for piece in pieces))
+    supervised = [flag for piece in pieces for flag in [piece.supervised] * len(piece.text)]  # per character
+    labels = [
+        token if start >= 0 and token >= 0 and supervised[start] else IGNORE_INDEX
+        for token, start in zip(tokenized.ids, tokenized.starts, strict=True)
+    ]
+    return tokenized.ids, labels
+
+
+def truncate(
+    tokenizer: PreTrainedTokenizerFast, input_ids: list[int], labels: list[int], max_length: int | None
+) -> tuple[list[int], list[int]]:
+    """Cut a conversation off on the right, if nothing that matters is lost.
+
+    Args:
+        tokenizer: for the id of ``<SEG>``.
+        input_ids, labels: of equal length.
+        max_length: most tokens to keep, an image or region placeholder counting as one; None keeps all.
+
+    Raises:
+        MedPLIBError: the cut would lose an image, a region, a ``<SEG>`` or all supervision.
+    """
+    if max_length is None or len(input_ids) <= max_length:
+        return input_ids, labels
+    lost = set(input_ids[max_length:])
+    names = {
+        IMAGE_PLACEHOLDER: "an image",
+        REGION_PLACEHOLDER: "a region",
+        tokenizer.convert_tokens_to_ids(SEG_TOKEN): SEG_TOKEN,
+    }
+    fatal = [name for token, name in names.items() if token in lost]
+    if all(label == IGNORE_INDEX for label in labels[:max_length]):
+        fatal.append("all of its answer")
+    if fatal:
+        raise MedPLIBError(
+            f"the conversation has {len(input_ids)} tokens, and cutting it to {max_length} would lose "
+            f"{' and '.join(fatal)}; shorten it or raise max_length"
+        )
+    return input_ids[:max_length], labels[:max_length]
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerFast,
+    turns: Sequence[Turn],
+    template: str = "llava_v1",
+    max_length: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a conversation to learn from.
+
+    The whole text is tokenised at once and the answers are found again by their characters, so what a question or an
+    answer says (a colon, ``ASSISTANT:``, ``</s>``) cannot shift what is supervised.
+
+    Args:
+        tokenizer: from ``build_tokenizer``.
+        turns: alternating, human first; a leading gpt turn is dropped, as in the published data.
+        template: a name in ``TEMPLATES``.
+        max_length: see ``truncate``.
+
+    Returns:
+        Ids, with ``IMAGE_PLACEHOLDER`` and ``REGION_PLACEHOLDER`` where those stand; and labels of the same length: the
+        id in each answer and at its end, ``IGNORE_INDEX`` elsewhere. An empty answer supervises its end alone.
+
+    Raises:
+        MedPLIBError: the conversation is malformed, or too long to be cut without loss.
+    """
+    return truncate(tokenizer, *tokenize_conversation(tokenizer, turns, template), max_length)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+    turns: Sequence[Turn],
+    template: str = "llava_v1",
+    max_length: int | None = None,
+) -> list[int]:
+    """Token ids of a conversation that waits for its next answer.
+
+    Args:
+        tokenizer, template: see ``encode_conversation``.
+        turns: alternating; the last is the question to answer.
+        max_length: most tokens it may have.
+
+    Raises:
+        MedPLIBError: the conversation is malformed, does not end in a question, or is too long.
+    """
+    if not turns or turns[-1].role != "human":
+        raise MedPLIBError("a conversation to be continued must end with a human turn; drop the last answer")
+    ids = tokenize(tokenizer, render(turns, template)).ids
+    if max_length is not None and len(ids) > max_length:
+        raise MedPLIBError(f"the prompt has {len(ids)} tokens, at most {max_length} fit; ask something shorter")
+    return ids
