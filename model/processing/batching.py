@@ -62,9 +62,9 @@ def collate(
         padding_side: ``right`` for training, ``left`` for generation.
 
     Returns:
-        ``input_ids``, ``attention_mask`` long [B, T]; ``labels`` long [B, T] and ``mask_targets`` (list of [n, H, W]) unless
-        the samples are prompts; ``pixel_values`` [I, 3, S, S], ``region_masks`` [R, g, g] and ``region_image`` [R] over all
-        rows; ``sam_pixel_values`` [B, 3, S', S']; ``sam_sizes``, ``image_sizes`` lists of (height, width);
+        ``input_ids``, ``attention_mask`` long [B, T]; ``labels`` long [B, T] and ``mask_targets`` (list of [n, H, W])
+        unless the samples are prompts; ``pixel_values`` [I, 3, S, S], ``region_masks`` [R, g, g] and ``region_image``
+        [R] over all rows; ``sam_pixel_values`` [B, 3, S', S']; ``sam_sizes``, ``image_sizes`` lists of (height, width);
         ``example_masks`` [K, 1, S, S] and ``visual_kinds`` only where a sample has them.
     """
     if not samples:

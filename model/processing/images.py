@@ -78,7 +78,7 @@ def clip_input(
     square[:] = np.asarray(pad_colour, dtype=np.uint8)
     _place_centred(square, resized)
     scaled = (square * np.float64(1 / 255)).astype(np.float32)  # the CLIP processor's own order of operations
-    normalised = (scaled - np.float32(mean)) / np.float32(std)
+    normalised = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
 
 
@@ -104,7 +104,7 @@ def sam_input(
     check_image(image)
     resized = resize_longest_side(image, size)  # [h, w, 3]
     square = np.zeros((size, size, 3), dtype=np.float32)
-    _place_centred(square, (resized.astype(np.float32) - np.float32(mean)) / np.float32(std))
+    _place_centred(square, (resized - np.asarray(mean, np.float32)) / np.asarray(std, np.float32))
     return torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1))), resized.shape[:2]  # type: ignore[return-value]
 
 

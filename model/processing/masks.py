@@ -99,7 +99,7 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def random_sub_region(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random connected part of a mask's largest component, so that training sees roughly drawn regions (reference §3).
+    """A random connected part of a mask's largest component, as training sees regions (reference §3).
 
     The part grows cell by cell from a random one until it has a random 20–100 % of the component's area. Meant for
     masks of patch-grid size.
@@ -149,7 +149,7 @@ def mask_to_image_size(mask: np.ndarray, size: Size) -> np.ndarray:
 
 
 def example_mask_input(mask: np.ndarray, clip_size: int = 336) -> torch.Tensor:
-    """A solved example's mask as the mask encoder takes it: float32 [1, S, S], centred like its image (reference §8)."""
+    """A solved example's mask for the mask encoder (reference §8): float32 [1, S, S], centred like its image."""
     resized = _nearest(check_mask(mask, "an example mask"), resized_size(mask.shape, clip_size))  # type: ignore[arg-type]
     top, left = centre_offset(resized.shape, clip_size)  # type: ignore[arg-type]
     square = torch.zeros(1, clip_size, clip_size)

@@ -303,7 +303,7 @@ class MedPLIBProcessor:
     def collate(
         self, samples: Sequence[EncodedSample], padding_side: Literal["right", "left"] = "right"
     ) -> dict[str, Any]:
-        """A batch of exactly the arguments of ``MedPLIBForCausalLM.forward``; see ``model.processing.batching.collate``."""
+        """A batch: exactly the arguments of ``MedPLIBForCausalLM.forward``; see ``batching.collate``."""
         return collate(samples, int(self.tokenizer.pad_token_id), padding_side)
 
     # --- and back ---------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def encode_with_placeholders(tokenizer: PreTrainedTokenizerFast, text: str, *, a
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> Path:
-    """Train a small LLaMA-style sentencepiece model (BPE, byte fallback, digits split); the same texts give the same file.
+    """Train a small LLaMA-style sentencepiece model (BPE, byte fallback); the same texts give the same file.
 
     Args:
         texts: what the tokenizer shall spell well, any number of strings.
