@@ -187,7 +187,7 @@ class MoEFeedForward(nn.Module):
         if not self.drop_tokens:
             return torch.full((), torch.inf, device=tokens.device)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        count = torch.tensor(float(len(tokens)), device=tokens.device) if real is None else real.sum().float()
+        count = torch.full((), float(len(tokens)), device=tokens.device) if real is None else real.sum().float()
         return (count / self.num_experts * (factor * self.top_k)).ceil().clamp(min=self.min_capacity)
 
     def _queue(self, choices: list[Tensor], priority: Tensor | None) -> list[Tensor]:
