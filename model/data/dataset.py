@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,7 +30,7 @@ _LISTED = 20  # bad records named in the refusal; `medplib data check` names the
 class Encoder(Protocol):
     """The part of ``MedPLIBProcessor`` that a data set needs."""
 
-    def encode(self, turns: list[Turn], images: list[np.ndarray], **options: Any) -> Any: ...
+    def encode(self, turns: Sequence[Turn], images: Sequence[np.ndarray], *args: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,17 @@ class MedPLIBDataset(Dataset):
         """Item ``index`` with its pixels, at the size of their files.
 
         Raises:
-            MedPLIBError: a file cannot be read, a mask or region is empty or is not of its image's size.
+            MedPLIBError: names the record whose file is unreadable or whose mask is empty or not of its image's size.
         """
         sample = self.sample(index)
-        try:
+        with self._naming(index, sample):
             return load_sample(sample)
+
+    @contextmanager
+    def _naming(self, index: int, sample: Sample) -> Iterator[None]:
+        """Errors inside tell which record they are about."""
+        try:
+            yield
         except MedPLIBError as error:
             raise MedPLIBError(f"{self.path}, record {self.indices[index]} ({sample.id}): {error}") from error
 
@@ -178,13 +185,11 @@ class MedPLIBDataset(Dataset):
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             try:
-                loaded = self.load(candidate)
+                return self._encoded(candidate)
             except MedPLIBError as error:
                 if self.on_bad_record == "refuse":
                     raise
                 self._note_unreadable(candidate, error)
-            else:
-                return self._encode(loaded, candidate)
         raise MedPLIBError(f"{self.path} holds no readable record any more; run `medplib data check` on it")
 
     def _note_unreadable(self, index: int, error: MedPLIBError) -> None:
@@ -192,19 +197,21 @@ class MedPLIBDataset(Dataset):
             self._unreadable[index] = True
             logger.warning("skipped: %s", error)
 
-    def _encode(self, loaded: LoadedSample, index: int) -> Any:
+    def _encoded(self, index: int) -> Any:
+        loaded = self.load(index)
         sample = loaded.sample
         rng = np.random.default_rng([self.seed, int(self._epoch), int(self.indices[index])])
-        return self.processor.encode(
-            list(sample.turns),
-            list(loaded.images),
-            regions=list(loaded.regions),
-            region_images=list(sample.region_images),
-            masks=list(loaded.masks),
-            segment_image=sample.segment_image,
-            training=self.training,
-            rng=rng,
-        )
+        with self._naming(index, sample):
+            return self.processor.encode(
+                sample.turns,
+                loaded.images,
+                regions=loaded.regions,
+                region_images=sample.region_images,
+                masks=loaded.masks,
+                segment_image=sample.segment_image,
+                training=self.training,
+                rng=rng,
+            )
 
 
 def load_sample(sample: Sample) -> LoadedSample:

@@ -32,13 +32,14 @@ def read_dicom(content: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, 
             decoded here.
     """
     data = _parse(content, name)
-    _check_image(data, name, max_pixels)
-    values = _decode_pixels(data, name)
     try:
-        pixels = _to_display(data, values)
-    except Exception as error:  # contradictory headers break pydicom in many ways
-        raise MedPLIBError(f"{name} has a display transform that cannot be applied ({_first_line(error)})") from error
-    return pixels, _spacing(data)
+        _check_image(data, name, max_pixels)
+        values = _decode_pixels(data, name)
+        return _to_display(data, values), _spacing(data)
+    except MedPLIBError:
+        raise
+    except Exception as error:  # header values are parsed on access, and contradictory ones break pydicom in many ways
+        raise MedPLIBError(f"{name} has a DICOM header that cannot be followed ({_first_line(error)})") from error
 
 
 def _parse(content: bytes, name: str) -> Any:
@@ -75,8 +76,8 @@ def _decode_pixels(data: Any, name: str) -> np.ndarray:
         _supply_transfer_syntax(data)
         return data.pixel_array
     except Exception as error:  # each decoder plug-in has errors of its own
-        syntax = getattr(getattr(data, "file_meta", None), "TransferSyntaxUID", None)
-        if syntax is not None and syntax.is_compressed:
+        syntax: Any = getattr(getattr(data, "file_meta", None), "TransferSyntaxUID", None)
+        if getattr(syntax, "is_compressed", False):
             raise MedPLIBError(
                 f"{name} is compressed as {syntax.name} and cannot be decoded here; "
                 "install pylibjpeg with its plug-ins, or convert the file to an uncompressed one if it is intact"

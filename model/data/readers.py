@@ -20,7 +20,7 @@ from model.errors import MedPLIBError
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 Result = TypeVar("Result")
 
-_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _FIRST_MERGED_INSTANCES = 8  # instance numbers may have gaps where small instances were dropped
 
@@ -205,8 +205,8 @@ def _open(name: str, content: bytes, limits: ReadLimits) -> Image.Image:
     except Exception as error:  # PIL's plugins raise whatever a broken header makes them
         raise MedPLIBError(f"{name} is not a readable image; PNG, JPEG, TIFF, BMP or DICOM was expected") from error
     _check_pixels(image.size[::-1], name, limits)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":
+    frames = _decode(name, lambda: getattr(image, "n_frames", 1))
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with its preview
         raise MedPLIBError(f"{name} holds {frames} images in one file; extract the one to look at")
     return image
 

@@ -25,6 +25,7 @@ Record = Mapping[str, Any]
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _STRING = rb'"(?:[^"\\\r\n]++|\\.)*+"'
+_DANGLING_COMMA = re.compile(r"\s*(?P<comma>,)\s*[}\]]")
 _MAX_CACHED_ROW_GROUPS = 4
 
 
@@ -136,8 +137,8 @@ class _JsonRecords(Records):
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            position = start + len(text[: getattr(error, "pos", 0)].encode("utf-8"))
-            reason = _json_reason(error, text)
+            where, reason = _json_fault(error, text)
+            position = start + len(text[:where].encode("utf-8"))
             raise MedPLIBError(f"{self.path}, record {index}, {self._place(position)}: {reason}") from error
         if not isinstance(record, dict):
             found = type(record).__name__
@@ -296,20 +297,18 @@ class _ParquetRecords(Records):
             try:
                 return json.loads(value)
             except ValueError as error:
-                raise MedPLIBError(f"{self.path}, record {index}: {_json_reason(error, value)}") from error
+                raise MedPLIBError(f"{self.path}, record {index}: {_json_fault(error, value)[1]}") from error
         return value
 
 
-def _json_reason(error: Exception, text: str) -> str:
-    """One clause that says what is wrong with JSON ``text`` and how to mend it."""
+def _json_fault(error: Exception, text: str) -> tuple[int, str]:
+    """Where JSON ``text`` is wrong, and one clause that says how and what to do."""
     if not isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON ({_first_line(error)})"
-    before = text[: error.pos].rstrip()
-    if before.endswith(",") and text[error.pos :].lstrip()[:1] in ("}", "]"):
-        return "a comma stands before a closing bracket; remove it"
-    if "trailing comma" in error.msg:
-        return "a comma stands before a closing bracket; remove it"
-    return f"not valid JSON ({error.msg}); mend the record"
+        return 0, f"not valid JSON ({_first_line(error)})"
+    comma = _DANGLING_COMMA.match(text, len(text[: error.pos].rstrip(", \t\r\n")))
+    if comma:  # Python versions differ in whether they point at the comma or behind it
+        return comma.start("comma"), "a comma stands before a closing bracket; remove it"
+    return error.pos, f"not valid JSON ({error.msg}); mend the record"
 
 
 def _first_line(error: Exception) -> str:

@@ -123,6 +123,8 @@ class ResumableSampler:
         if self.weights is None:
             return order
         # Systematic draws: one pointer every 1/N of the total weight, so each record gets its share rounded up or down.
+        # Equal weights side by side: so does each group of records that were given one weight together.
+        order = order[np.argsort(self.weights[order], kind="stable")]
         ends = np.cumsum(self.weights[order])
         pointers = (rng.random() + np.arange(count)) / count * ends[-1]
         drawn = order[np.minimum(np.searchsorted(ends, pointers, side="right"), count - 1)]

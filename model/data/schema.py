@@ -15,13 +15,13 @@ from typing import Any, Literal, get_args
 from model.data.readers import is_file, mask_files
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn
+from model.processing.tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
 
 Task = Literal["vqa", "region", "grounding", "caption"]
 Severity = Literal["error", "repaired", "warning"]
 
 TASKS: tuple[str, ...] = get_args(Task)
 MODALITIES = ("ct", "mr", "x_ray", "pet", "fundus", "dermoscopy", "endoscopy", "ultrasound")
-IMAGE_TAG, SEG_TAG, REGION_MARKER = "<image>", "<SEG>", "<region></region>"
 
 _PATH_TAG = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.DOTALL) for name in ("mask", "region")}
 _NUMBERED_IMAGE = re.compile(r"image(\d+)")
@@ -130,8 +130,8 @@ class _Inspection:
             conversations = _default_in_context_turns(len(examples))
         self._conversation(conversations, target)
         self._compare_image_count(len(images), len(examples))
-        if self.masks and not images:
-            self._report("missing_image", "the answer has a mask but the record names no image")
+        if (self.masks or self.regions) and not images:
+            self._report("missing_image", "the text has a mask or region but the record names no image")
         if any(finding.severity == "error" for finding in self.findings):
             return None, self.findings
         return self._sample(tuple(images), tuple(examples)), self.findings
@@ -236,7 +236,7 @@ class _Inspection:
             self._report("turn_order", "the conversation does not end with an answer of gpt")
 
     def _question(self, text: str, number: int) -> None:
-        for tag in (SEG_TAG, "<mask>"):
+        for tag in (SEG_TOKEN, "<mask>"):
             if tag in text:
                 self._report("misplaced_tag", f"the question of turn {number} holds {tag}, which belongs in answers")
         pieces: list[str] = []
@@ -244,10 +244,10 @@ class _Inspection:
         for match in _PATH_TAG["region"].finditer(text):
             pieces.append(text[end : match.start()])
             end = match.end()
-            self.images_seen += pieces[-1].count(IMAGE_TAG)
+            self.images_seen += pieces[-1].count(IMAGE_TOKEN)
             self._region(match[1], number)
         pieces.append(text[end:])
-        self.images_seen += pieces[-1].count(IMAGE_TAG)
+        self.images_seen += pieces[-1].count(IMAGE_TOKEN)
         if any("<region>" in piece or "</region>" in piece for piece in pieces):
             self._report("broken_tag", f"the question of turn {number} holds a <region> tag without its partner")
         if not text.strip():
@@ -264,13 +264,13 @@ class _Inspection:
     def _answer(self, text: str, number: int, target: Any) -> None:
         if "<region>" in text:
             self._report("misplaced_tag", f"the answer of turn {number} holds <region>, which belongs in questions")
-        if IMAGE_TAG in text:
+        if IMAGE_TOKEN in text:
             self._report("misplaced_tag", f"the answer of turn {number} holds <image>, which belongs in questions")
         names = _PATH_TAG["mask"].findall(text)
         clean = _PATH_TAG["mask"].sub("", text)
         if "<mask>" in clean or "</mask>" in clean:
             self._report("broken_tag", f"the answer of turn {number} holds a <mask> tag without its partner")
-        places = clean.count(SEG_TAG)
+        places = clean.count(SEG_TOKEN)
         if target is not None and places and not names:
             names = [target] * places
         if places > len(names):
@@ -296,7 +296,7 @@ class _Inspection:
         if self.regions:
             return "region"
         questions = [turn.text for turn in self.turns if turn.role == "human"]
-        bare = all(not text.replace(IMAGE_TAG, "").strip() for text in questions)
+        bare = all(not text.replace(IMAGE_TOKEN, "").strip() for text in questions)
         return "caption" if bare else "vqa"
 
 
@@ -318,13 +318,13 @@ def with_default_id(sample: Sample, index: int) -> Sample:
 
 def _default_in_context_turns(examples: int) -> list[dict[str, str]]:
     shown = "".join(
-        f"Example {number}: {IMAGE_TAG}\nThe blue overlay is the reference segmentation mask.\n"
+        f"Example {number}: {IMAGE_TOKEN}\nThe blue overlay is the reference segmentation mask.\n"
         for number in range(1, examples + 1)
     )
     question = "Refer to the previous examples and segment the corresponding target in this image."
     return [
-        {"from": "human", "value": f"{shown}Query: {IMAGE_TAG}\n{question}"},
-        {"from": "gpt", "value": SEG_TAG},
+        {"from": "human", "value": f"{shown}Query: {IMAGE_TOKEN}\n{question}"},
+        {"from": "gpt", "value": SEG_TOKEN},
     ]
 
 

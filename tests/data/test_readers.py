@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from model.data.readers import ReadLimits, mask_files, read_image, read_mask
+from model.errors import MedPLIBError
+
+RAMP = np.arange(6 * 8, dtype=np.uint8).reshape(6, 8) * 5
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_plain_files_give_the_same_pixels_from_every_source(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    path = save(tmp_path / "a.png", Image.fromarray(colours))
+    sources = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), Image.fromarray(colours), colours]
+    for source, kind in zip(sources, ["png"] * 4 + ["pil", "array"], strict=True):
+        data = read_image(source)
+        assert data.pixels.dtype == np.uint8
+        assert np.array_equal(data.pixels, colours)
+        assert (data.size, data.spacing_mm, data.kind) == ((6, 8), None, kind)
+    for form in ("tiff", "bmp", "gif"):
+        grey = read_image(save(tmp_path / f"a.{form}", Image.fromarray(RAMP)))
+        assert np.array_equal(grey.pixels, np.repeat(RAMP[:, :, None], 3, axis=2))
+        assert grey.kind == form
+
+
+def test_jpeg_is_turned_upright(tmp_path: Path) -> None:
+    halves = np.zeros((16, 32), dtype=np.uint8)
+    halves[:, 16:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise is needed
+    data = read_image(save(tmp_path / "a.jpg", Image.fromarray(halves), exif=exif, quality=95))
+    assert (data.size, data.kind) == ((32, 16), "jpeg")
+    assert data.pixels[:12].mean() < 5
+    assert data.pixels[20:].mean() > 250
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_wide_greys_are_scaled_from_their_own_range(tmp_path: Path, dtype: Any) -> None:
+    wide = (1000 + RAMP.astype(np.float64) * 40).astype(dtype)
+    expected = np.floor(RAMP / RAMP.max() * 255 + 0.5)
+    sources: list[Any] = [wide, save(tmp_path / "a.tiff", Image.fromarray(wide))]
+    if dtype == np.uint16:
+        sources.append(save(tmp_path / "a.png", Image.fromarray(wide)))
+    for source in sources:
+        assert np.abs(read_image(source).pixels[:, :, 1] - expected).max() <= 1
+    assert read_image(np.full((3, 3), 7, dtype=dtype)).pixels.max() == 0
+
+
+def test_values_that_are_not_numbers_do_not_spoil_the_range() -> None:
+    values = np.array([[0.0, 1.0], [np.nan, np.inf]])
+    assert read_image(values).pixels[:, :, 0].tolist() == [[0, 255], [0, 0]]
+
+
+def test_palette_transparency_cmyk_and_one_bit(tmp_path: Path) -> None:
+    colours = np.zeros((4, 4, 3), dtype=np.uint8)
+    colours[:, 2:] = (200, 40, 90)
+    palette = read_image(
+        save(tmp_path / "p.png", Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE))
+    )
+    assert np.array_equal(palette.pixels, colours)
+    see_through = np.dstack([colours, np.full((4, 4), 255, dtype=np.uint8)])
+    see_through[0, :, 3] = 0
+    composited = read_image(save(tmp_path / "t.png", Image.fromarray(see_through))).pixels
+    assert composited[0].max() == 0
+    assert np.array_equal(composited[1:], colours[1:])
+    assert np.array_equal(read_image(see_through).pixels, composited)
+    cmyk = read_image(save(tmp_path / "c.jpg", Image.fromarray(colours).convert("CMYK"), quality=100)).pixels
+    assert np.abs(cmyk.astype(int) - colours).mean() < 8
+    bits = read_image(save(tmp_path / "b.png", Image.fromarray(colours[:, :, 0] > 0))).pixels
+    assert set(np.unique(bits)) == {0, 255}
+
+
+def broken_sources(tmp_path: Path) -> dict[str, Any]:
+    good = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(good, "PNG")
+    frames = [Image.fromarray(RAMP), Image.fromarray(255 - RAMP)]
+    save(tmp_path / "pages.tiff", frames[0], save_all=True, append_images=frames[1:])
+    contents = {
+        "text.png": b"hello",
+        "empty.png": b"",
+        "cut.png": good.getvalue()[:3000],
+        "page.html": b"<html>404</html>",
+        "packed.png.gz": b"\x1f\x8b\x08\x00",
+        "nonsense.dcm": b"hello",
+        "head.dcm": b"\0" * 128 + b"DICM" + b"\xff" * 40,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    paths = {name: tmp_path / name for name in [*contents, "pages.tiff", "absent.png"]}
+    return {**paths, tmp_path.name: tmp_path}
+
+
+def test_every_malformed_file_ends_in_one_sentence_that_names_it(tmp_path: Path) -> None:
+    sources = broken_sources(tmp_path)
+    for read in (read_image, read_mask):
+        for name, source in sources.items():
+            with pytest.raises(MedPLIBError) as caught:
+                read(source)
+            assert name in str(caught.value)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(MedPLIBError, match="holds 2 images"):
+        read_image(sources["pages.tiff"])
+    with pytest.raises(MedPLIBError, match="cut short"):
+        read_image(sources["cut.png"])
+    for wrong in (np.zeros((2, 2, 2)), np.zeros(4), np.zeros((0, 3)), np.array([["a"]]), 7, b"junk"):
+        with pytest.raises(MedPLIBError):
+            read_image(wrong)  # type: ignore[arg-type]
+
+
+def test_limits_hold_before_decoding(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", Image.new("L", (300, 200)))
+    with pytest.raises(MedPLIBError, match="200 × 300 pixels, more than the limit of 50,000"):
+        read_image(path, ReadLimits(max_pixels=50_000))
+    with pytest.raises(MedPLIBError, match="larger than the limit"):
+        read_image(path, ReadLimits(max_bytes=10))
+    with pytest.raises(MedPLIBError, match="more than the limit"):
+        read_image(np.zeros((300, 200), dtype=np.uint8), ReadLimits(max_pixels=50_000))
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = path.read_bytes()[:12] + header + struct.pack(">I", zlib.crc32(header)) + path.read_bytes()[33:]
+    with pytest.raises(MedPLIBError, match="pixels"):
+        read_image(bomb)
+
+
+def test_any_pixel_that_is_not_zero_is_foreground(tmp_path: Path) -> None:
+    expected = np.zeros((5, 7), dtype=bool)
+    expected[1:3, 2:6] = True
+    one = expected.astype(np.uint8)
+    red = np.zeros((5, 7, 3), dtype=np.uint8)
+    red[expected, 0] = 1
+    palette = Image.fromarray(one, mode=None).convert("P")
+    palette.putpalette([0, 0, 0, 0, 128, 0] + [0] * 762)
+    images = [
+        Image.fromarray(one),
+        Image.fromarray(expected),
+        Image.fromarray(one.astype(np.uint16)),
+        Image.fromarray(one.astype(np.int32)),
+        Image.fromarray(red),
+        palette,
+        Image.fromarray(np.dstack([red * 255, np.full((5, 7), 255, dtype=np.uint8)])),
+    ]
+    for number, image in enumerate(images):
+        path = save(tmp_path / f"{number}.{'tiff' if image.mode == 'I' else 'png'}", image)
+        mask = read_mask(path)
+        assert mask.dtype == np.bool_
+        assert np.array_equal(mask, expected), image.mode
+    assert np.array_equal(read_mask(one), expected)
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "wide.png"), (red * 3).astype(np.uint16))
+    assert np.array_equal(read_mask(tmp_path / "wide.png"), expected)
+
+
+def test_a_merged_mask_is_the_union_of_its_instances_even_with_gaps(folder: Any) -> None:
+    stem = "ct_00--Set--case_1--x_0001--0003"
+    folder.write_mask(f"masks/{stem}_004.png", box=(8, 10, 11, 15))
+    merged = folder.root / "masks_merged" / f"{stem}_merged.png"
+    assert [path.name for path in mask_files(merged)] == [f"{stem}_000.png", f"{stem}_004.png"]
+    mask = read_mask(merged)
+    assert mask.sum() == 5 * 6 + 3 * 5
+    folder.write_mask(f"masks_merged/{stem}_merged.png", box=(0, 0, 1, 1))
+    assert read_mask(merged).sum() == 1
+    assert mask_files(folder.root / "masks" / "none_merged.png") == ()
+    merged.unlink()
+    folder.write_mask(f"masks/{stem}_001.png", size=(4, 4))
+    with pytest.raises(MedPLIBError, match="differ in size"):
+        read_mask(merged)
+
+
+def dicom(values: np.ndarray, **tags: Any) -> bytes:
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    data = FileDataset("x", {}, file_meta=meta, preamble=b"\0" * 128)
+    data.Rows, data.Columns = values.shape[:2]
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = values.dtype.itemsize * 8
+    data.HighBit = data.BitsStored - 1
+    data.PixelRepresentation = int(values.dtype.kind == "i")
+    data.PixelData = values.tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    stream = io.BytesIO()
+    pydicom.dcmwrite(stream, data, enforce_file_format=True)
+    return stream.getvalue()
+
+
+HOUNSFIELD = np.array([[0, 924, 1024], [1064, 1104, 3000]], dtype=np.int16)
+
+
+def test_dicom_window_comes_from_the_file() -> None:
+    window = {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": [40, 500], "WindowWidth": [401, 2000]}
+    pixels = read_image(dicom(HOUNSFIELD, **window)).pixels[:, :, 0]
+    values = HOUNSFIELD.astype(float) - 1024
+    expected = np.clip((values - 39.5) / 400 + 0.5, 0, 1) * 255
+    assert np.abs(pixels - expected).max() <= 0.5
+    inverted = read_image(dicom(HOUNSFIELD, **window, PhotometricInterpretation="MONOCHROME1")).pixels[:, :, 0]
+    assert np.array_equal(inverted, 255 - pixels)
+    exact = read_image(dicom(HOUNSFIELD, **window, VOILUTFunction="LINEAR_EXACT")).pixels[:, :, 0]
+    assert np.abs(exact - np.clip((values - 40) / 401 + 0.5, 0, 1) * 255).max() <= 0.5
+    sigmoid = read_image(dicom(HOUNSFIELD, **window, VOILUTFunction="SIGMOID")).pixels[:, :, 0]
+    assert np.abs(sigmoid - 255 / (1 + np.exp(-4 * (values - 40) / 401))).max() <= 0.5
+
+
+def test_dicom_without_a_window_uses_its_range_without_padding() -> None:
+    pixels = read_image(dicom(HOUNSFIELD, PixelPaddingValue=0)).pixels[:, :, 0]
+    assert pixels.tolist()[0][:2] == [0, 0]
+    assert pixels[1, 2] == 255
+    assert pixels[1, 0] == round((1064 - 924) / (3000 - 924) * 255)
+
+
+def test_dicom_look_up_table_and_spacing() -> None:
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.LUTData = [4, 0, 8], np.array([255, 128, 64, 0], dtype="<u2").tobytes()
+    values = np.array([[0, 1], [2, 3]], dtype=np.uint8)
+    data = read_image(dicom(values, VOILUTSequence=[table], PixelSpacing=[0.5, 0.25]))
+    assert data.pixels[:, :, 0].tolist() == [[255, 128], [64, 0]]
+    assert (data.spacing_mm, data.kind) == ((0.5, 0.25), "dicom")
+
+
+def bundled(name: str) -> Path:
+    """A test file inside the installed pydicom; nothing is downloaded."""
+    return Path(pydicom.__file__).parent / "data" / "test_files" / name
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "spacing"),
+    [
+        ("CT_small.dcm", (128, 128), (0.661468, 0.661468)),
+        ("MR_small_bigendian.dcm", (64, 64), (0.3125, 0.3125)),
+        ("MR_small_RLE.dcm", (64, 64), (0.3125, 0.3125)),
+        ("SC_rgb_rle_16bit.dcm", (100, 100), (1.0, 1.0)),
+        ("SC_ybr_full_422_uncompressed.dcm", (100, 100), (1.0, 1.0)),
+        ("examples_palette.dcm", (350, 800), None),
+    ],
+)
+def test_real_dicom_files(name: str, size: tuple[int, int], spacing: tuple[float, float] | None) -> None:
+    data = read_image(bundled(name))
+    assert (data.size, data.spacing_mm) == (size, spacing)
+    assert data.pixels.max() > 200
+    assert data.pixels.std() > 10
+
+
+def test_the_same_dicom_in_other_encodings_shows_the_same() -> None:
+    one, other = (read_image(bundled(f"MR_small{form}.dcm")).pixels for form in ("", "_RLE"))
+    assert np.array_equal(one, other)
+    eight, sixteen = (read_image(bundled(f"SC_rgb_rle{form}.dcm")).pixels for form in ("", "_16bit"))
+    assert np.abs(eight.astype(int) - sixteen).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("examples_ybr_color.dcm", "holds 30 frames"),
+        ("rtplan.dcm", "holds no DICOM image (modality RTPLAN)"),
+        ("MR_truncated.dcm", "cannot be decoded"),
+        ("JPEG-lossy.dcm", "compressed as JPEG Extended"),
+    ],
+)
+def test_dicom_files_that_are_no_single_picture_are_refused(name: str, expected: str) -> None:
+    if name == "JPEG-lossy.dcm" and _has_plug_ins():
+        pytest.skip("a decoder for this compression is installed")
+    with pytest.raises(MedPLIBError) as caught:
+        read_image(bundled(name))
+    assert expected in str(caught.value)
+    assert name in str(caught.value)
+
+
+def _has_plug_ins() -> bool:
+    from importlib.util import find_spec
+
+    return any(find_spec(name) for name in ("pylibjpeg", "gdcm"))
+
+
+def test_dicom_limits_and_masks() -> None:
+    with pytest.raises(MedPLIBError, match="more than the limit"):
+        read_image(bundled("CT_small.dcm"), ReadLimits(max_pixels=1000))
+    with pytest.raises(MedPLIBError, match="a mask is a PNG"):
+        read_mask(bundled("CT_small.dcm"))
