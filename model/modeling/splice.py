@@ -31,8 +31,9 @@ class SplicePlan:
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """Long [B, L]: rotary positions, counted from each row's first real token."""
-        return (self.attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        """Long [B, L]: rotary positions, counted from each row's first real token (on through padding at its end)."""
+        first = self.attention_mask.long().argmax(dim=1, keepdim=True)  # [B, 1]
+        return (torch.arange(self.length, device=first.device) - first).clamp(min=0)
 
 
 def plan_splice(input_ids: torch.Tensor, attention_mask: torch.Tensor, visual_lengths: list[int]) -> SplicePlan:

@@ -1,0 +1,207 @@
+"""``medplib``: a thin face over the package. Wrong input ends in one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.errors import MedPLIBError
+
+NANO = Path(__file__).resolve().parents[1] / "assets" / "medplib-nano"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return options.run(options)
+    except MedPLIBError as error:
+        print(f"medplib: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away, as in `medplib … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="medplib",
+        description="Ask a biomedical model about an image or a region of it, or for a mask. Research use only.",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_ask(commands)
+    _add_data(commands)
+    _add_train(commands)
+    _add_export(commands)
+    _add_describe(commands)
+    return parser
+
+
+def _add_ask(commands: argparse._SubParsersAction) -> None:
+    ask = commands.add_parser("ask", help="ask one question about one image")
+    ask.add_argument("image", type=Path, help="PNG, JPEG, TIFF or single-frame DICOM")
+    ask.add_argument("question")
+    ask.add_argument("--model", type=Path, default=None, metavar="DIR", help="checkpoint; the nano when absent")
+    ask.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP directory, for published checkpoints")
+    ask.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 …")
+    where = ask.add_mutually_exclusive_group()
+    where.add_argument("--region", type=Path, metavar="MASK.png", help="the region the question is about")
+    where.add_argument("--box", type=_numbers, metavar="X1,Y1,X2,Y2", help="the same as a box in image pixels")
+    where.add_argument("--point", type=_numbers, metavar="X,Y", help="the same as a point in image pixels")
+    ask.add_argument("--threshold", type=float, help="probability above which a pixel is in a mask")
+    ask.add_argument("--max-new-tokens", type=int, default=256)
+    ask.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    ask.add_argument("--seed", type=int, help="makes sampling repeatable")
+    ask.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    ask.add_argument("--out", type=Path, default=Path("medplib_out"), metavar="DIR", help="where pictures are written")
+    ask.set_defaults(run=run_ask)
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser("data", help="check or build data").add_subparsers(dest="verb", required=True)
+    check = data.add_parser("check", help="report all problems of a data file at once")
+    check.add_argument("file", type=Path, help="JSON, JSONL or Parquet in the published format")
+    check.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that its paths start from")
+    check.set_defaults(run=run_data_check)
+    build = data.add_parser("build", help="make data").add_subparsers(dest="builder", required=True)
+    phantom = build.add_parser("phantom", help="synthetic images, masks and questions")
+    phantom.add_argument("--out", type=Path, required=True, metavar="DIR")
+    phantom.add_argument("--num-images", type=int, required=True, metavar="N")
+    phantom.add_argument("--seed", type=int, default=0, metavar="S")
+    phantom.add_argument("--workers", type=int, default=1)
+    phantom.set_defaults(run=run_build_phantom)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser("train", help="run one training stage from a recipe", add_help=False)
+    train.add_argument("arguments", nargs=argparse.REMAINDER)
+    train.set_defaults(run=run_train)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser("export", help="write a checkpoint as a merged Hugging Face directory")
+    export.add_argument("checkpoint", type=Path, help="a saved checkpoint, native or published, or a run folder")
+    export.add_argument("out", type=Path)
+    export.add_argument("--layout", choices=("native", "published"), default="native")
+    export.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
+    export.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP directory, for published checkpoints")
+    export.set_defaults(run=run_export)
+
+
+def _add_describe(commands: argparse._SubParsersAction) -> None:
+    describe = commands.add_parser("describe", help="say what a checkpoint directory holds")
+    describe.add_argument("checkpoint", type=Path)
+    describe.set_defaults(run=run_describe)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def run_ask(options: argparse.Namespace) -> int:
+    """``medplib ask``."""
+    from model.inference.generation import GenerationSettings
+    from model.inference.pictures import write_pictures
+    from model.inference.predictor import Predictor
+
+    settings = GenerationSettings(options.max_new_tokens, options.temperature, seed=options.seed)
+    region = options.region or (options.box and ("box", options.box)) or (options.point and ("point", options.point))
+    predictor = Predictor.from_pretrained(
+        options.model or default_model(), device=options.device, vision_tower=options.vision_tower
+    )
+    image = predictor.set_image(options.image)
+    answer = predictor.ask(image, options.question, region, options.threshold, settings=settings)
+    files = write_pictures(options.out, options.image.stem, image, answer, region)
+    if options.json:
+        print(json.dumps(answer.to_dict(), ensure_ascii=False))
+        return 0
+    print(answer.text)
+    for mask in answer.masks:
+        print(f"  {mask.label or 'mask'}: score {mask.score:.2f}, {mask.area_px} px, box {list(mask.bbox)}")
+    for file in files:
+        print(f"  wrote {file}")
+    return 0
+
+
+def default_model() -> Path:
+    """The nano that ships with the project.
+
+    Raises:
+        MedPLIBError: it is not there, as after installing without the project's folder.
+    """
+    directory = Path(os.environ.get("MEDPLIB_MODEL", NANO))
+    if not (directory / "config.json").is_file():
+        raise MedPLIBError(f"no checkpoint at {directory}; name one with --model DIR or set MEDPLIB_MODEL")
+    return directory
+
+
+def run_data_check(options: argparse.Namespace) -> int:
+    """``medplib data check``: exit 1 when there are problems."""
+    from model.data.validate import check_file
+
+    report = check_file(options.file, options.images)
+    print(report.format())
+    return 0 if report.ok else 1
+
+
+def run_build_phantom(options: argparse.Namespace) -> int:
+    """``medplib data build phantom``."""
+    from tqdm import tqdm
+
+    from model.data.builders.phantom import build_phantoms
+
+    if options.num_images < 1:
+        raise MedPLIBError(f"--num-images is {options.num_images}; give at least 1")
+    with tqdm(total=options.num_images, unit="image", desc="phantoms") as bar:
+        build_phantoms(options.out, options.num_images, options.seed, workers=options.workers, progress=bar.update)
+    print(f"wrote {options.num_images} images with vqa.json, region.json and grounding.json to {options.out}")
+    return 0
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """``medplib train``: the same as ``python -m model.train``."""
+    from model.train.__main__ import main as train
+
+    return train(options.arguments)
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """``medplib export``."""
+    from model.checkpoint import export_published, load, save
+
+    if options.out.exists():
+        raise MedPLIBError(f"{options.out} exists already; name a new directory")
+    if options.layout == "native" and options.format == "bin":
+        raise MedPLIBError("the native layout is written as safetensors; use --layout published for .bin files")
+    model, processor = load(options.checkpoint, vision_tower=options.vision_tower)
+    if options.layout == "native":
+        save(model, processor, options.out)
+    else:
+        export_published(model, processor, options.out, fmt=options.format)
+    print(f"wrote {options.out}")
+    return 0
+
+
+def run_describe(options: argparse.Namespace) -> int:
+    """``medplib describe``."""
+    from model.checkpoint import describe
+
+    print(describe(options.checkpoint))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

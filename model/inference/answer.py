@@ -1,0 +1,107 @@
+"""What a question gives back: text, masks and how long it took."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from model.processing.masks import bounding_box, decode_rle, encode_rle
+from model.processing.tokens import SEG_TOKEN
+
+_SENTENCE_END = re.compile(r"[.!?;\n]\s")
+_LEAD_IN = re.compile(r"^(sure|yes|certainly|of course|okay|ok|and|here)\b[,:]?\s*", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(the|a|an)\s+", re.IGNORECASE)
+_COPULA = re.compile(r"\s*(is|are|here|at|in|:|,|\(|shown|segmented|highlighted|located|as)*\s*$", re.IGNORECASE)
+_NO_NAME = re.compile(r"(segmentation|result|mask|it|this|that)\b", re.IGNORECASE)
+_ASKED = re.compile(
+    r"(?:segment|outline|delineate|find|locate|highlight|show|mark|where is|mask (?:of|for))"
+    r"\s+(?:me\s+)?(?:the\s+|a\s+|an\s+)?"
+    r"(?P<name>[\w\s-]+?)(?:\s+(?:in|on|from|of|within)\s+(?:the|this|that)\b|[?.,!]|$)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask at image size.
+
+    Attributes:
+        label: what the answer calls it; empty when it has no name.
+        rle: COCO run-length encoding, ``{"size": [h, w], "counts": str}``.
+        score: the model's own estimate of the mask's IoU, in [0, 1].
+        bbox: ``[x1, y1, x2, y2]`` in pixels, right and bottom exclusive; zeros for an empty mask.
+        area_px: foreground pixels.
+        area_mm2: the same in mm² where the file knows its spacing.
+    """
+
+    label: str
+    rle: dict[str, Any]
+    score: float
+    bbox: tuple[int, int, int, int]
+    area_px: int
+    area_mm2: float | None = None
+
+    @classmethod
+    def from_array(
+        cls, mask: np.ndarray, label: str, score: float, spacing_mm: tuple[float, float] | None = None
+    ) -> Mask:
+        """Mask of a bool array [H, W]; ``spacing_mm`` is (row, column) spacing."""
+        area = int(mask.sum())
+        area_mm2 = area * spacing_mm[0] * spacing_mm[1] if spacing_mm else None
+        box = tuple(int(side) for side in bounding_box(mask))
+        return cls(label, encode_rle(mask), float(np.clip(score, 0.0, 1.0)), box, area, area_mm2)  # type: ignore[arg-type]
+
+    def to_array(self) -> np.ndarray:
+        """The mask as bool [H, W] at image size."""
+        return decode_rle(self.rle)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready mapping."""
+        output = {
+            "label": self.label,
+            "rle": self.rle,
+            "score": round(self.score, 4),
+            "bbox": list(self.bbox),
+            "area_px": self.area_px,
+        }
+        if self.area_mm2 is not None:
+            output["area_mm2"] = round(self.area_mm2, 2)
+        return output
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Text, masks in the order of their ``<SEG>`` in the text, and seconds by part."""
+
+    text: str
+    masks: list[Mask] = field(default_factory=list)
+    timing: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready mapping, as ``medplib ask --json`` prints it."""
+        return {
+            "text": self.text,
+            "masks": [mask.to_dict() for mask in self.masks],
+            "timing": {name: round(seconds, 4) for name, seconds in self.timing.items()},
+        }
+
+
+def mask_labels(text: str, question: str, count: int) -> list[str]:
+    """Names of the ``count`` masks of an answer.
+
+    The name stands before its ``<SEG>`` (“the liver is <SEG>”); where the answer gives none (“the segmentation
+    result is <SEG>”), the thing the question asked for is taken, if it can be told.
+    """
+    asked = _ASKED.search(question)
+    fallback = asked["name"].strip().lower() if asked else ""
+    labels = []
+    for piece in text.split(SEG_TOKEN)[:count]:
+        clause = _SENTENCE_END.split(piece)[-1].strip(" ,.;:")
+        clause = _LEAD_IN.sub("", _LEAD_IN.sub("", clause))
+        clause = _ARTICLE.sub("", _COPULA.sub("", clause)).strip()
+        named = clause and not _NO_NAME.match(clause) and "segmentation" not in clause.lower()
+        labels.append(clause.lower() if named else fallback)
+    return labels
