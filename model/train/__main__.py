@@ -1,0 +1,57 @@
+"""``python -m model.train RECIPE.yaml [key=value …] [--resume]``: one rank of one training stage."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from model.errors import MedPLIBError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 after training, 2 after a user's error."""
+    parser = argparse.ArgumentParser("python -m model.train", description="Train one stage of MedPLIB.")
+    parser.add_argument("recipe", help="YAML file; the project's own are in configs/stages")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimiser.lr=1e-4")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
+    parser.add_argument("--check", action="store_true", help="check the recipe and its paths, and stop")
+    parser.add_argument("--on-bad-record", choices=("refuse", "skip"), help="the same as data.on_bad_record=…")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
+    options = parser.parse_intermixed_args(arguments)
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    if options.on_bad_record:
+        options.overrides.append(f"data.on_bad_record={options.on_bad_record}")
+    _set_up_logging()
+    try:
+        return _train(options)
+    except MedPLIBError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def _train(options: argparse.Namespace) -> int:
+    from . import load_recipe, run
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.check:
+        from .starting import check_paths
+
+        check_paths(recipe)
+    else:
+        run(recipe, resume=options.resume)
+    return 0
+
+
+def _set_up_logging() -> None:
+    """Messages of rank 0 at INFO; other ranks only warn."""
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("model").setLevel(logging.INFO if first else logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""What turns batches into weight updates: DeepSpeed, or plain PyTorch in one process, behind the same few verbs."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from model.errors import MedPLIBError
+
+from .process import Process
+from .recipe import Recipe
+from .trainable import is_lora
+
+_IMAGES = ("pixel_values", "sam_pixel_values", "region_masks", "example_masks")
+_OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_TAG = "deepspeed"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimiser step: its learning rate, and the gradient norm before clipping."""
+
+    lr: float
+    grad_norm: float
+
+
+class TrainingEngine(ABC):
+    """Forward, backward and update of one network.
+
+    Args:
+        network: the network with its trainable parameters marked.
+        recipe: optimiser, precision and accumulation.
+        process: this rank.
+        factor: what the peak learning rate is multiplied by at each step.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> None:
+        self.network, self.recipe, self.process, self.factor = network, recipe, process, factor
+
+    @abstractmethod
+    def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
+        """The network's output for a collated batch (moved to the device first)."""
+
+    @abstractmethod
+    def accumulate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; returns ``loss`` and its parts, detached scalars."""
+
+    @abstractmethod
+    def step(self) -> StepResult:
+        """Update the weights from what was accumulated."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what ``load`` needs; called by every rank."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Take up weights, optimiser and learning rate of ``save``; called by every rank."""
+
+    @abstractmethod
+    def gather(self, trainable_only: bool) -> dict[str, Tensor]:
+        """Whole weights by name, on rank 0 (others get an empty mapping); called by every rank."""
+
+    def move(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch on this device, its images in the type of the weights."""
+        dtype = next(self.network.parameters()).dtype
+        moved = {name: _to(value, self.process.device) for name, value in batch.items()}
+        for name in _IMAGES:
+            if isinstance(moved.get(name), Tensor):
+                moved[name] = moved[name].to(dtype)
+        return moved
+
+
+class TorchEngine(TrainingEngine):
+    """Plain PyTorch in one process: float32 weights, autocast where the recipe says bf16."""
+
+    def __init__(self, network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> None:
+        super().__init__(network.to(process.device), recipe, process, factor)
+        self.optimiser = make_optimiser(network, recipe, process)
+        self.schedule = LambdaLR(self.optimiser, factor)
+
+    def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
+        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16"):
+            return self.network(**self.move(batch), **options)
+
+    def accumulate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        output = self.forward(batch)
+        (output.loss / self.recipe.schedule.accumulation).backward()
+        return _detached(output)
+
+    def step(self) -> StepResult:
+        clip = self.recipe.optimiser.clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(trainable_parameters(self.network), clip)
+        lr = self.schedule.get_last_lr()[0]
+        self.optimiser.step()
+        self.schedule.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return StepResult(lr, float(norm))
+
+    def save(self, folder: Path) -> None:
+        weights = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+        state = {"optimiser": self.optimiser.state_dict(), "step": self.schedule.last_epoch, "weights": weights}
+        torch.save(state, folder / "torch.pt")
+
+    def load(self, folder: Path) -> None:
+        path = folder / "torch.pt"
+        if not path.is_file():
+            raise MedPLIBError(
+                f"{folder} was not written by engine.kind=torch; resume with the engine of the first run"
+            )
+        state = torch.load(path, map_location=self.process.device, weights_only=True)
+        self.network.load_state_dict(state["weights"], strict=False)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.last_epoch = state["step"]
+        self.schedule._last_lr = [group["lr"] for group in self.optimiser.param_groups]
+
+    def gather(self, trainable_only: bool) -> dict[str, Tensor]:
+        return _state(self.network, trainable_only)
+
+
+class DeepSpeedEngine(TrainingEngine):
+    """DeepSpeed with ZeRO 0 to 3, on CUDA (nccl) or CPU (gloo); ``process.join`` comes first."""
+
+    def __init__(self, network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> None:
+        super().__init__(network, recipe, process, factor)
+        import deepspeed
+
+        self.engine, *_ = deepspeed.initialize(
+            model=network.to(process.device),
+            model_parameters=trainable_parameters(network),
+            optimizer=make_optimiser(network, recipe, process),
+            lr_scheduler=lambda optimiser: LambdaLR(optimiser, factor),
+            config=deepspeed_config(recipe),
+            dist_init_required=False,
+        )
+        self._between = False  # a micro-batch was accumulated and DeepSpeed not yet told to step
+
+    def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
+        return self.engine(**self.move(batch), **options)
+
+    def accumulate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        if self._between:
+            self.engine.step()  # DeepSpeed counts micro-batches by its own step()
+        output = self.forward(batch)
+        self.engine.backward(output.loss)
+        self._between = True
+        return _detached(output)
+
+    def step(self) -> StepResult:
+        lr = self.engine.get_lr()[0]
+        self.engine.step()
+        self._between = False
+        return StepResult(lr, float(self.engine.get_global_grad_norm() or 0.0))
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        if not (folder / _TAG).is_dir():
+            raise MedPLIBError(f"{folder} was not written by DeepSpeed; resume with the engine of the first run")
+        self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+
+    def gather(self, trainable_only: bool) -> dict[str, Tensor]:
+        if self.recipe.engine.zero_stage < 3:
+            return _state(self.network, trainable_only) if self.process.is_first else {}
+        import deepspeed
+
+        whole: dict[str, Tensor] = {}
+        for name, parameter in self.network.named_parameters():
+            if trainable_only and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.process.is_first:
+                    whole[name] = parameter.detach().cpu().clone()
+        if self.process.is_first and not trainable_only:
+            kept = self.network.state_dict().keys()
+            whole |= {name: value.cpu() for name, value in self.network.named_buffers() if name in kept}
+        return whole
+
+
+def make_engine(network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> TrainingEngine:
+    """The engine that the recipe names, around a network whose trainable parameters are marked."""
+    kind = DeepSpeedEngine if recipe.engine.kind == "deepspeed" else TorchEngine
+    return kind(network, recipe, process, factor)
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's configuration: the recipe's settings over those of its JSON file.
+
+    Raises:
+        MedPLIBError: the file is not JSON, or sets what the recipe sets.
+    """
+    extra: dict[str, Any] = {}
+    path = recipe.engine.deepspeed
+    if path:
+        try:
+            extra = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise MedPLIBError(f"engine.deepspeed {path} cannot be read as JSON: {error}") from None
+        taken = [name for name in (*_OWNED, "optimizer", "scheduler", "bf16", "fp16") if name in extra]
+        if taken or "stage" in extra.get("zero_optimization", {}):
+            what = ", ".join(taken) or "zero_optimization.stage"
+            raise MedPLIBError(f"engine.deepspeed {path} sets {what}, which the recipe sets; take it out")
+    return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        **extra,
+        "train_micro_batch_size_per_gpu": recipe.schedule.batch_size,
+        "gradient_accumulation_steps": recipe.schedule.accumulation,
+        "gradient_clipping": recipe.optimiser.clip,
+        "bf16": {"enabled": recipe.engine.precision == "bf16"},
+        "zero_optimization": {**extra.get("zero_optimization", {}), "stage": recipe.engine.zero_stage},
+    }
+
+
+def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, LoRA matrices in a group of their own."""
+    lora, full = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (lora if is_lora(name) else full).append(parameter)
+    settings = recipe.optimiser
+    return torch.optim.AdamW(
+        [{"params": group} for group in (full, lora) if group],
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=process.device.type == "cuda",
+    )
+
+
+def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Parameters that learn, in the network's order."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _state(network: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
+    if not trainable_only:
+        return network.state_dict()
+    return {name: value.detach() for name, value in network.named_parameters() if value.requires_grad}
+
+
+def _detached(output: Any) -> dict[str, Tensor]:
+    return {"loss": output.loss.detach(), **{name: value.detach() for name, value in output.losses.items()}}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to(item, device) for item in value)
+    return value

@@ -1,0 +1,61 @@
+"""From a trained network to the one the next stage starts from: LoRA merged, native names, on rank 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from model.checkpoint import merge_lora
+from model.checkpoint.building import empty_network
+from model.checkpoint.loading import finish
+from model.checkpoint.lora import merge_lora_state
+from model.errors import MedPLIBError
+from model.modeling.configuration import MedPLIBConfig
+from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.processor import MedPLIBProcessor
+
+from .checkpoints import FOLDER, list_checkpoints, load_trainable
+from .engine import TrainingEngine
+from .recipe import Recipe
+from .recipe_io import RECIPE_FILE, load_recipe
+from .starting import starting_network
+
+
+def merged_network(engine: TrainingEngine, config: MedPLIBConfig, recipe: Recipe) -> MedPLIBForCausalLM | None:
+    """The trained network without LoRA on rank 0, None elsewhere; the engine cannot train any more.
+
+    Called by every rank.
+    """
+    if recipe.engine.kind == "deepspeed" and recipe.engine.zero_stage == 3:
+        state = engine.gather(trainable_only=False)  # the network itself holds only a share of each weight
+        if not engine.process.is_first:
+            return None
+        scaling = recipe.lora.alpha / recipe.lora.rank if recipe.lora.rank else 1.0
+        return finish(empty_network(config), merge_lora_state(state, scaling))
+    return _merged(engine.network) if engine.process.is_first else None
+
+
+def network_of_run(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
+    """The merged network of an unfinished run, from its newest checkpoint (or the checkpoint given).
+
+    Args:
+        folder: a run folder, or one ``step_…`` folder of its checkpoints.
+
+    Raises:
+        MedPLIBError: there is no checkpoint, or its starting points are gone.
+    """
+    run_folder = folder.parent.parent if folder.parent.name == FOLDER else folder
+    checkpoint = folder if run_folder is not folder else next(reversed(list_checkpoints(folder)), None)
+    if checkpoint is None or not (run_folder / RECIPE_FILE).is_file():
+        raise MedPLIBError(f"{folder} holds no training checkpoint; expected {RECIPE_FILE} and {FOLDER}/step_…")
+    network, processor = starting_network(load_recipe(run_folder / RECIPE_FILE))
+    load_trainable(network, checkpoint)
+    return _merged(network), processor
+
+
+def _merged(network: nn.Module) -> MedPLIBForCausalLM:
+    plain = merge_lora(network)
+    assert isinstance(plain, MedPLIBForCausalLM)
+    plain.eval().requires_grad_(False)
+    return plain

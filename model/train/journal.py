@@ -1,0 +1,101 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard, a progress bar; rank 0 alone writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .recipe import Logging
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+"""One JSON object per optimiser step: ``step``, ``loss``, each loss part, ``lr``, ``samples_per_s`` and more."""
+VALIDATION_FILE = "validation.jsonl"
+"""One JSON object per validation: ``step`` and its scores."""
+
+
+class Journal:
+    """Progress of one run.
+
+    Args:
+        folder: the run folder.
+        settings: what is shown.
+        total_steps: of the whole run, for the time left.
+        first_step: steps already done; later rows of an earlier attempt are cut off.
+        writes: False on ranks that stay silent.
+    """
+
+    def __init__(self, folder: Path, settings: Logging, total_steps: int, first_step: int, writes: bool) -> None:
+        self.folder, self.writes = folder, writes
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            disable=not (writes and settings.progress),
+            smoothing=0.1,
+        )
+        self.board = _tensorboard(folder) if writes and settings.tensorboard else None
+        if writes:
+            for name in (METRICS_FILE, VALIDATION_FILE):
+                _cut_after(folder / name, first_step)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Note one optimiser step."""
+        self._write(METRICS_FILE, row, "train")
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", refresh=False)
+        self.bar.update()
+
+    def validation(self, row: Mapping[str, Any]) -> None:
+        """Note the scores of one validation."""
+        self._write(VALIDATION_FILE, row, "validation")
+        if self.writes:
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
+            self.say(f"step {row['step']}: {scores}")
+
+    def say(self, text: str) -> None:
+        """Log a line without tearing the progress bar."""
+        if self.writes:
+            with tqdm.external_write_mode():
+                logger.info("%s", text)
+
+    def close(self) -> None:
+        """Finish the bar and the board."""
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, name: str, row: Mapping[str, Any], group: str) -> None:
+        if not self.writes:
+            return
+        with (self.folder / name).open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{group}/{key}", value, row["step"])
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop rows of steps that will be done again."""
+    if not path.is_file():
+        return
+    rows = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+    kept = [line for line in rows if json.loads(line)["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.replace(path)
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("TensorBoard is not installed, so no event files are written; install the train extra")
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,276 @@
+"""The training loop of every stage, one verb a method."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from model.checkpoint import export_published, save
+from model.data.dataset import MedPLIBDataset, MixedDataset
+from model.data.sampling import ResumableSampler
+from model.errors import MedPLIBError
+from model.modeling.medplib import MedPLIBForCausalLM
+
+from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from .engine import StepResult, make_engine
+from .handover import merged_network
+from .journal import METRICS_FILE, Journal
+from .learning_rate import rate_factor
+from .process import join, leave
+from .recipe import Recipe
+from .recipe_io import RECIPE_FILE, differences, load_recipe, save_recipe
+from .stages import STAGE_NAMES
+from .starting import check_paths, starting_network
+from .trainable import count_trainable
+from .validation import Validator
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains one stage: ``set_up``, ``train``, ``close``.
+
+    Args:
+        recipe: the whole run.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.step_number = 0  # optimiser steps done
+        self.interrupted = False
+        self.journal: Journal | None = None
+        self._batches: Iterator[dict[str, Any]] | None = None
+        self._previous_handlers: dict[int, Any] = {}
+
+    # --- before -----------------------------------------------------------------------------------------------------
+
+    def set_up(self, resume: bool = False) -> None:
+        """Check paths, build network, data and engine, and take up the newest checkpoint if asked to.
+
+        Raises:
+            MedPLIBError: something the recipe names cannot be used, or the run folder holds another run.
+        """
+        check_paths(self.recipe)
+        self._check_folder(resume)
+        self.process = join(self.recipe.engine)
+        network, self.processor = starting_network(self.recipe)
+        self.config = network.config
+        self._set_up_data()
+        self._set_up_engine(network)
+        if resume:
+            self._resume()
+        if self.process.is_first:
+            save_recipe(self.recipe, self.recipe.folder)
+        self.journal = Journal(
+            self.recipe.folder, self.recipe.logging, self.total_steps, self.step_number, self.process.is_first
+        )
+        self._tell_plan()
+        self._catch_signals()
+
+    def _check_folder(self, resume: bool) -> None:
+        """A run folder holds one run: it is resumed, or refused."""
+        folder = self.recipe.folder
+        begun = [name for name in (METRICS_FILE, RECIPE_FILE) if (folder / name).exists()]
+        if begun and not resume:
+            raise MedPLIBError(f"{folder} holds a run already; add --resume to go on with it, or name another output")
+        if resume and (folder / RECIPE_FILE).is_file():
+            changed = differences(load_recipe(folder / RECIPE_FILE), self.recipe)
+            if changed:
+                raise MedPLIBError(
+                    f"{folder} was begun with other values of {', '.join(changed)}; resume with the same"
+                )
+
+    def _set_up_data(self) -> None:
+        data, schedule = self.recipe.data, self.recipe.schedule
+        self.dataset = self._open(data.train, data.images, training=True)
+        self.sampler = ResumableSampler(
+            self.dataset.lengths,
+            seed=self.recipe.seed,
+            batch_size=schedule.batch_size,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+            weights=self.dataset.weights,
+            group_by_length=data.group_by_length,
+        )
+        self.steps_per_epoch = len(self.sampler) / schedule.accumulation
+        every_epoch = math.ceil(schedule.epochs * self.steps_per_epoch)
+        self.total_steps = min(schedule.max_steps or every_epoch, every_epoch)
+        self.validator: Validator | None = None
+        if data.validation and self.recipe.validation.samples:
+            held_out = self._open(data.validation, data.validation_images or data.images, training=False)
+            self.validator = Validator(held_out, self.processor, self.recipe.validation, self.recipe.seed)
+
+    def _open(self, files: tuple[str, ...], images: str, *, training: bool) -> MixedDataset:
+        settings = {"training": training, "on_bad_record": self.recipe.data.on_bad_record, "seed": self.recipe.seed}
+        datasets = [MedPLIBDataset(path, images, self.processor, **settings) for path in files]  # type: ignore[arg-type]
+        return MixedDataset(datasets, (self.recipe.data.shares or None) if training else None)
+
+    def _set_up_engine(self, network: MedPLIBForCausalLM) -> None:
+        if self.recipe.engine.gradient_checkpointing:
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        factor = rate_factor(self.recipe.optimiser, self.steps_per_epoch, self.total_steps)
+        self.engine = make_engine(network.train(), self.recipe, self.process, factor)
+        torch.manual_seed(self.recipe.seed + 1 + self.process.rank)  # dropout and token priority differ by rank
+
+    def _resume(self) -> None:
+        found = list_checkpoints(self.recipe.folder)
+        if not found:
+            logger.info("no checkpoint to resume from in %s; starting anew", self.recipe.folder)
+            return
+        progress = load_checkpoint(self.engine, found[-1])
+        self.step_number = progress["step"]
+        self.sampler.load_state_dict(progress["data_order"])
+
+    def _tell_plan(self) -> None:
+        assert self.journal is not None
+        counts = count_trainable(self.engine.network)
+        parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        self.journal.say(
+            f"stage {self.recipe.stage} ({STAGE_NAMES[self.recipe.stage]}): {len(self.dataset)} records, "
+            f"{self.total_steps} steps of {self._samples_per_step} records; training {parts} parameters"
+        )
+        if self.dataset.skipped:
+            self.journal.say(f"{self.dataset.skipped} bad records are skipped")
+
+    @property
+    def _samples_per_step(self) -> int:
+        return self.sampler.global_batch * self.recipe.schedule.accumulation
+
+    # --- during -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Train to the end, write the merged checkpoint and return its directory.
+
+        Raises:
+            SystemExit: 143, after a termination signal; what was done is saved and can be resumed.
+        """
+        while self.step_number < self.total_steps:
+            self.train_step()
+            if self.is_due(self.recipe.validation.every):
+                self.validate()
+            stopping = self.should_stop()
+            if stopping or self.is_due(self.recipe.saving.every):
+                self.save()
+            if stopping:
+                logger.info("stopped and saved at step %d; go on with --resume", self.step_number)
+                raise SystemExit(128 + signal.SIGTERM)
+        return self.hand_over()
+
+    def train_step(self) -> None:
+        """One optimiser step over ``accumulation`` micro-batches."""
+        begun = time.perf_counter()
+        parts: dict[str, torch.Tensor] = {}
+        for _ in range(self.recipe.schedule.accumulation):
+            for name, value in self.engine.accumulate(self.next_batch()).items():
+                parts[name] = parts.get(name, 0.0) + value.float()
+        result = self.engine.step()
+        self.step_number += 1
+        self._note(parts, result, time.perf_counter() - begun)
+
+    def next_batch(self) -> dict[str, Any]:
+        """The next collated micro-batch of this rank; a new epoch begins when one is used up."""
+        while True:
+            if self._batches is None:
+                self.dataset.set_epoch(self.sampler.epoch)
+                self._batches = iter(self._loader())
+            batch = next(self._batches, None)
+            if batch is not None:
+                self.sampler.advance()
+                return batch
+            self._batches = None
+
+    def _loader(self) -> DataLoader:
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,  # type: ignore[arg-type]
+            collate_fn=self.processor.collate,
+            num_workers=self.recipe.data.workers,
+            pin_memory=self.process.device.type == "cuda",
+            generator=torch.Generator(),  # the loader's own draws must not move the global random numbers
+        )
+
+    def _note(self, parts: dict[str, torch.Tensor], result: StepResult, seconds: float) -> None:
+        """Report the step: losses are means over its micro-batches and ranks."""
+        assert self.journal is not None
+        total = self.process.sum(torch.stack(list(parts.values())))
+        means = total / (self.recipe.schedule.accumulation * self.process.world_size)
+        row: dict[str, Any] = {"step": self.step_number, **dict(zip(parts, means.tolist(), strict=True))}
+        if not math.isfinite(row["loss"]):
+            raise MedPLIBError(
+                f"the loss is {row['loss']} at step {self.step_number}; lower optimiser.lr or use precision fp32"
+            )
+        row |= {"lr": result.lr, "grad_norm": result.grad_norm, "epoch": self.step_number / self.steps_per_epoch}
+        row |= {"seconds": seconds, "samples_per_s": self._samples_per_step / seconds}
+        self.journal.step(row)
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: once an epoch, and at the end) is due after this step."""
+        if every:
+            return self.step_number % every == 0
+        done = self.step_number
+        new_epoch = int(done / self.steps_per_epoch) > int((done - 1) / self.steps_per_epoch)
+        return new_epoch or done == self.total_steps
+
+    def validate(self) -> dict[str, float]:
+        """Score the held-out draw and note it; nothing without validation files."""
+        if self.validator is None:
+            return {}
+        assert self.journal is not None
+        scores = self.validator.run(self.engine, self.config)
+        self.journal.validation({"step": self.step_number, **scores})
+        return scores
+
+    def save(self) -> Path:
+        """Write a checkpoint to resume from."""
+        return save_checkpoint(
+            self.engine, self.recipe.folder, self.step_number, self.sampler.state_dict(), self.recipe.saving.keep
+        )
+
+    def should_stop(self) -> bool:
+        """Whether any rank was told to end."""
+        return bool(self.process.sum(torch.tensor(float(self.interrupted))) > 0)
+
+    # --- after ------------------------------------------------------------------------------------------------------
+
+    def hand_over(self) -> Path:
+        """Merge LoRA and write the directory that the next stage starts from."""
+        network = merged_network(self.engine, self.config, self.recipe)
+        if network is not None:
+            save(network, self.processor, self.recipe.merged)
+            if self.recipe.saving.published:
+                export_published(network, self.processor, self.recipe.folder / "published")
+            logger.info("wrote %s; %d records were skipped", self.recipe.merged, self.dataset.skipped)
+        self.process.barrier()
+        return self.recipe.merged
+
+    def close(self) -> None:
+        """Finish the journal, give the signals back and part from the other ranks."""
+        if self.journal is not None:
+            self.journal.close()
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers.clear()
+        self._batches = None
+        leave()
+
+    def _catch_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handlers = {
+                number: signal.signal(number, self._interrupt) for number in (signal.SIGTERM, signal.SIGINT)
+            }
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ask for an orderly end after this step; a second Ctrl-C ends at once."""
+        if self.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.interrupted = True

@@ -1,0 +1,103 @@
+"""This process's place among the ranks: launched by ``deepspeed``, ``torchrun``, or alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+from model.errors import MedPLIBError
+
+from .recipe import Engine
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank of a run.
+
+    Attributes:
+        rank: number of this process, 0 writes files.
+        world_size: number of processes.
+        device: where it computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            distributed.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all ranks, float64 on the CPU."""
+        if self.world_size == 1:
+            return values.double().cpu()
+        total = values.double().to(self.device)
+        distributed.all_reduce(total)
+        return total.cpu()
+
+
+def join(engine: Engine) -> Process:
+    """Find the launcher's variables (or set them for one process) and join the other ranks.
+
+    Raises:
+        MedPLIBError: CUDA is asked for and absent, or the torch engine is launched more than once.
+    """
+    wants_cuda = engine.device == "cuda" or (engine.device == "auto" and torch.cuda.is_available())
+    if wants_cuda and not torch.cuda.is_available():
+        raise MedPLIBError("engine.device is cuda, but no CUDA device is visible; use engine.device=cpu")
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
+    if wants_cuda:
+        torch.cuda.set_device(device)
+    if engine.kind == "torch" and world_size > 1:
+        raise MedPLIBError(
+            f"engine.kind=torch trains in one process, but {world_size} were launched; use engine.kind=deepspeed"
+        )
+    if engine.kind == "deepspeed":
+        _init_deepspeed(device)
+    return Process(rank, world_size, device)
+
+
+def _init_deepspeed(device: torch.device) -> None:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MedPLIBError(
+            "DeepSpeed is not installed; install the train extra (pip install -e .[train]), or use engine.kind=torch"
+        ) from error
+    if device.type == "cpu":
+        # DeepSpeed's shared-memory all-reduce is compiled with g++ for a minute at its first use; gloo needs nothing.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not distributed.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def leave() -> None:
+    """Part from the other ranks."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

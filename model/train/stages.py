@@ -1,0 +1,58 @@
+"""What each stage trains and with which settings: the published table (reference §6, arXiv 2412.09278).
+
+The recipes under ``configs/stages`` repeat these values for the reader; a recipe file that leaves one out gets it from
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ATTENTION_AND_FFN = ("q", "k", "v", "o", "gate", "up", "down")
+
+_ALIGNMENT: Mapping[str, Any] = {
+    "stage": 1,
+    "data": {"template": "plain", "max_length": 2048},
+    "schedule": {"epochs": 1, "batch_size": 32, "accumulation": 1},
+    "optimiser": {"lr": 1e-3},
+    "lora": {"rank": 0},
+    "trainable": ("projector",),
+    "losses": {"ce": 1.0},
+}
+
+_VQA_EXPERT: Mapping[str, Any] = {
+    "stage": 2,
+    "data": {"template": "llava_v1", "max_length": 2048},
+    "schedule": {"epochs": 3, "batch_size": 16, "accumulation": 2},
+    "optimiser": {"lr": 1e-4},
+    "lora": {"rank": 16, "alpha": 16.0, "targets": ATTENTION_AND_FFN},
+    "trainable": ("lm_head", "embed_tokens", "layer_norms", "projector", "region_adapter"),
+    "losses": {"ce": 1.0, "dice": 5.0, "bce": 1.0},
+}
+
+_GROUNDING_EXPERT: Mapping[str, Any] = {
+    "stage": 3,
+    "data": {"template": "llava_v1", "max_length": 2048},
+    "schedule": {"epochs": 10, "batch_size": 32, "accumulation": 1},
+    "optimiser": {"lr": 3e-4},
+    "lora": {"rank": 8, "alpha": 16.0, "targets": ("gate", "up", "down")},
+    "trainable": ("mask_decoder", "mask_head"),
+    "losses": {"ce": 1.0, "dice": 5.0, "bce": 1.0, "focal": 1.0, "iou": 0.0},
+}
+
+_MIXTURE: Mapping[str, Any] = {
+    "stage": 4,
+    "data": {"template": "llava_v1", "max_length": 1024},
+    "schedule": {"epochs": 3, "batch_size": 4, "accumulation": 8},
+    "optimiser": {"lr": 3e-4},
+    "lora": {"rank": 8, "alpha": 16.0, "targets": ("gate", "up", "down", "q", "v")},
+    "trainable": ("router", "lm_head", "embed_tokens", "mask_decoder", "mask_head", "region_adapter"),
+    "mixture": {"mode": "dense", "num_experts": (2,), "top_k": 1, "capacity_factor": 1.5, "eval_capacity_factor": 2.0},
+    "losses": {"ce": 1.0, "dice": 0.5, "bce": 2.0, "focal": 0.0, "iou": 0.0},
+}
+
+PUBLISHED: Mapping[int, Mapping[str, Any]] = {1: _ALIGNMENT, 2: _VQA_EXPERT, 3: _GROUNDING_EXPERT, 4: _MIXTURE}
+"""Published settings of each stage, as a recipe's nested values; what is not named is the recipe's plain default."""
+
+STAGE_NAMES: Mapping[int, str] = {1: "alignment", 2: "VQA expert", 3: "grounding expert", 4: "mixture of experts"}

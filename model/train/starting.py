@@ -1,0 +1,177 @@
+"""The network a stage starts from, made ready to learn (reference §6, and §5 for stage IV's up-cycling)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from model.checkpoint import assemble, lay_over, load, upcycle
+from model.checkpoint.shards import find_weights
+from model.errors import MedPLIBError
+from model.modeling.configuration import LossConfig, MedPLIBConfig, MoEConfig, ProjectorConfig
+from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.processor import MedPLIBProcessor
+
+from .recipe import MERGED, Mixture, Recipe
+from .trainable import add_lora, set_trainable
+
+logger = logging.getLogger(__name__)
+
+
+def starting_network(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
+    """Load or assemble what ``recipe.model`` names, up-cycle at stage IV, add LoRA and choose what learns.
+
+    New values (routers, LoRA, parts that no file holds) are drawn from ``recipe.seed``, so every rank builds the same.
+
+    Raises:
+        MedPLIBError: listing every path that is missing, or telling what does not fit.
+    """
+    check_paths(recipe)
+    torch.manual_seed(recipe.seed)
+    model, processor = _source(recipe)
+    model.config.loss = LossConfig(**asdict(recipe.losses))
+    processor.settings = replace(processor.settings, template=recipe.data.template, max_length=recipe.data.max_length)
+    _choose_attention(model, recipe.engine.attention)
+    add_lora(model, recipe.lora)
+    set_trainable(model, recipe.trainable)
+    return model, processor
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Refuse missing starting points and data, all at once.
+
+    Raises:
+        MedPLIBError: naming each missing path and its recipe key.
+    """
+    source, data = recipe.model, recipe.data
+    problems = [] if source.base else ["model.base is empty; name what the stage starts from"]
+    named = {f"model.{name}": value for name, value in asdict(source).items()}
+    named |= {"data.images": data.images, "data.validation_images": data.validation_images}
+    named |= {f"data.train[{index}]": path for index, path in enumerate(data.train)}
+    named |= {f"data.validation[{index}]": path for index, path in enumerate(data.validation)}
+    named |= {"engine.deepspeed": recipe.engine.deepspeed}
+    problems += [
+        f"{key} is {path}, which does not exist" for key, path in named.items() if path and not Path(path).exists()
+    ]
+    if not data.images:
+        problems.append("data.images is empty; name the folder of the images")
+    if problems:
+        raise MedPLIBError(f"stage {recipe.stage} cannot start: {'; '.join(problems)}")
+
+
+def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
+    source, base = recipe.model, merged_of(recipe.model.base)
+    dtype = _dtype(recipe)
+    towers = {"vision_tower": source.vision_tower or None, "sam": source.sam or None}
+    if recipe.stage == 4 and source.grounding:
+        sizes = _config_of(base)
+        return upcycle(
+            base,
+            merged_of(source.grounding),
+            moe=mixture_config(recipe.mixture, sizes.text_config.num_hidden_layers),
+            projector=_projector_config(recipe.mixture, sizes.projector),
+            dtype=dtype,
+            **towers,
+        )
+    if holds_whole_network(base):
+        model, processor = load(base, dtype=dtype, **towers)
+        if recipe.stage == 4 and not model.config.moe.enabled:
+            raise MedPLIBError("stage IV needs model.grounding, the merged grounding model that expert 0 comes from")
+        if source.projector:
+            lay_over(model, projector=source.projector)
+        return model, processor
+    if recipe.stage == 4:
+        raise MedPLIBError(f"stage IV starts from trained MedPLIB models; {base} is a language model alone")
+    model, processor, report = assemble(
+        base, projector=source.projector or None, sections=_read_sizes(source.sizes), dtype=dtype, **towers
+    )
+    logger.info("%s", report)
+    return model, processor
+
+
+def merged_of(path: str | Path) -> Path:
+    """The checkpoint that a path means: of a run folder, the merged one inside it."""
+    merged = Path(path) / MERGED
+    return merged if merged.is_dir() else Path(path)
+
+
+def holds_whole_network(directory: Path) -> bool:
+    """Whether a directory holds a MedPLIB, native or published, rather than a language model alone."""
+    names = find_weights(directory).shapes()
+    return any("text_hidden_fcs" in name or name.startswith("model.mask_head.") for name in names)
+
+
+def mixture_config(mixture: Mixture, depth: int) -> MoEConfig:
+    """The mixture of a recipe, for a decoder of ``depth`` layers.
+
+    Raises:
+        MedPLIBError: the number of expert counts is neither 1 nor the number of mixture layers.
+    """
+    layers = tuple(sorted(mixture.layers)) or MoEConfig.layers_for(mixture.mode, depth)
+    experts = mixture.num_experts * len(layers) if len(mixture.num_experts) == 1 else mixture.num_experts
+    if len(experts) != len(layers):
+        raise MedPLIBError(
+            f"mixture.num_experts has {len(experts)} numbers for {len(layers)} layers; give one, or one each"
+        )
+    return MoEConfig(
+        layers=layers,
+        num_experts=experts,
+        top_k=mixture.top_k,
+        capacity_factor=mixture.capacity_factor,
+        eval_capacity_factor=mixture.eval_capacity_factor,
+        min_capacity=mixture.min_capacity,
+        random_token_priority=mixture.random_token_priority,
+        drop_tokens=mixture.drop_tokens,
+        use_residual=mixture.use_residual,
+        router_aux_loss_coef=mixture.router_aux_loss_coef,
+    )
+
+
+def _projector_config(mixture: Mixture, dense: ProjectorConfig) -> ProjectorConfig | None:
+    if not mixture.projector_experts:
+        return None
+    return replace(
+        dense,
+        type=f"moe_{dense.type}",
+        num_experts=mixture.projector_experts,
+        top_k=mixture.projector_top_k,
+        router_aux_loss_coef=mixture.projector_router_aux_loss_coef,
+    )
+
+
+def _config_of(directory: Path) -> MedPLIBConfig:
+    from model.checkpoint.opening import open_checkpoint
+
+    return open_checkpoint(directory).config
+
+
+def _read_sizes(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MedPLIBError(f"model.sizes {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise MedPLIBError(f"model.sizes {path} holds {type(content).__name__}, expected MedPLIBConfig keys and values")
+    return content
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    """Type of the weights; the torch engine keeps float32 ones and computes under autocast."""
+    bf16 = recipe.engine.precision == "bf16" and recipe.engine.kind == "deepspeed"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _choose_attention(model: MedPLIBForCausalLM, attention: str) -> None:
+    if attention == "sdpa":
+        return
+    try:
+        model.model.decoder.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        raise MedPLIBError(f"engine.attention={attention} cannot be used here: {error}") from error

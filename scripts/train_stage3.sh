@@ -1,0 +1,8 @@
+#!/bin/sh
+# Stage 3 of the training; see scripts/train_stage.sh for arguments and variables.
+#   sh scripts/train_stage3.sh
+#   RECIPE=configs/stages/stage3_nano.yaml sh scripts/train_stage3.sh schedule.max_steps=20
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/train_stage.sh
+train_stage 3 "$@"
