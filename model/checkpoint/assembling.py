@@ -12,7 +12,6 @@ from torch import Tensor
 
 from model.checkpoint.building import convert, empty_network, fresh_parts, network_shapes
 from model.checkpoint.loading import finish
-from model.checkpoint.opening import read_seg_token_id
 from model.checkpoint.processors import new_processor
 from model.checkpoint.report import LoadReport, compare
 from model.checkpoint.starting_points import (
@@ -28,7 +27,7 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import add_special_tokens, build_tokenizer
+from model.processing.tokens import SEG_TOKEN, build_tokenizer
 
 _LANGUAGE_MODEL = ("model.decoder.", "lm_head.")
 _VOCABULARY = ("model.decoder.embed_tokens.weight", "lm_head.weight")
@@ -65,12 +64,11 @@ def assemble(
     """
     language = read_language_model(Path(language_model))
     tokenizer = build_tokenizer(Path(language_model))
-    add_special_tokens(tokenizer)
     state, values = dict(language.state), dict(sections or {})
     for name in _VOCABULARY:
         state[name] = resize_vocabulary(state[name], len(tokenizer))
     language.config.vocab_size = len(tokenizer)
-    values |= {"text_config": language.config, "seg_token_id": read_seg_token_id(tokenizer, Path(language_model))}
+    values |= {"text_config": language.config, "seg_token_id": tokenizer.get_added_vocab()[SEG_TOKEN]}
     if language.projector:
         values["projector"] = {"type": language.projector}
     _add_vision_tower(vision_tower, values, state)
@@ -84,7 +82,7 @@ def assemble(
     except (TypeError, ValueError) as error:
         raise MedPLIBError(f"the model's sizes are wrong: {error}") from error
     model, report = _fill(config, state, str(language_model), language.notes, device, dtype)
-    return model, new_processor(tokenizer, config), report
+    return model, new_processor(tokenizer, config, Path(language_model)), report
 
 
 def resize_vocabulary(weight: Tensor, rows: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.checkpoint.building import convert, empty_network, fresh_parts, network_shapes, take_over
 from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
@@ -104,8 +104,9 @@ def finish(
 ) -> MedPLIBForCausalLM:
     """Fill an empty network with a complete state dict and make it ready for use, in eval mode."""
     take_over(model, state)
-    model.to(device)  # buffers; the weights are there already
+    nn.Module.to(model, device)  # buffers; the weights are there already
     if model.config.text_config.tie_word_embeddings:
         model.lm_head.weight = model.get_input_embeddings().weight
     model.config.dtype = model.lm_head.weight.dtype
+    model.config.architectures = [type(model).__name__]
     return model.eval()

@@ -32,7 +32,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
             module.merge(safe_merge=True)
             replacement = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
-            replacement = module.modules_to_save[module.active_adapter or "default"]
+            (active,) = module.active_adapters
+            replacement = module.modules_to_save[active]
         else:
             continue
         parent, _, attribute = name.rpartition(".")

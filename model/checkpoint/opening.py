@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig
 
 from model.checkpoint.names import is_empty_buffer, native_to_published, published_to_native
 from model.checkpoint.published_config import NATIVE_SECTION, infer_config
@@ -95,16 +96,25 @@ def open_checkpoint(
     return _open_published(directory, settings, _path(vision_tower), _path(sam))
 
 
-def read_seg_token_id(tokenizer: PreTrainedTokenizerFast, directory: Path) -> int:
-    """Id of ``<SEG>``.
+def read_seg_token_id(directory: Path, vocabulary: int) -> int:
+    """Id of ``<SEG>`` in a published directory, whose tokenizer must fit the embedding's rows.
 
     Raises:
-        MedPLIBError: the tokenizer does not know it.
+        MedPLIBError: it does not, or stored ids contradict the order in which MedPLIB adds its tokens.
     """
-    token_id = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
-    if not isinstance(token_id, int) or token_id == tokenizer.unk_token_id:
+    tokenizer = build_tokenizer(directory)
+    if len(tokenizer) > vocabulary:
         raise MedPLIBError(
-            f"the tokenizer of {directory} has no {SEG_TOKEN}; give the directory of a MedPLIB checkpoint"
+            f"the tokenizer of {directory} has {len(tokenizer)} tokens with MedPLIB's own, but the embedding has "
+            f"{vocabulary} rows; give a MedPLIB checkpoint, or assemble one from this directory first"
+        )
+    token_id = tokenizer.get_added_vocab()[SEG_TOKEN]
+    stored = directory / "added_tokens.json"
+    listed = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    if listed.get(SEG_TOKEN, token_id) != token_id:
+        raise MedPLIBError(
+            f"{stored} gives {SEG_TOKEN} the id {listed[SEG_TOKEN]}, the tokenizer {token_id}; "
+            "use the tokenizer files that belong to these weights"
         )
     return token_id
 
@@ -132,8 +142,8 @@ def _open_published(
     clip_directory, clip = _clip(directory, settings, stored, vision_tower, notes)
     added = _missing_parts(directory, stored, clip_directory, sam, notes)
     shapes = {**stored, **{str(native_to_published(name)): tuple(value.shape) for name, value in added.items()}}
-    seg_token_id = read_seg_token_id(build_tokenizer(directory), directory)
-    inferred = infer_config(settings, shapes, clip, seg_token_id)
+    vocabulary = stored.get("model.embed_tokens.weight", (0,))[0]
+    inferred = infer_config(settings, shapes, clip, read_seg_token_id(directory, vocabulary))
     named = {name: published_to_native(name) for name in stored}
     buffers = [name for name in stored if is_empty_buffer(name)]
     native = {str(ours): stored[name] for name, ours in named.items() if ours is not None}

@@ -52,6 +52,19 @@ _NATIVE_KEYS = (
     *("text_config", "vision_config", "sam_config", "projector", "moe", "region", "mask", "in_context", "loss"),
     *("vision_select_layer", "vision_select_feature", "seg_token_id"),
 )
+# Settings of the LLaVA family that published code looks for and that are the same in every MedPLIB.
+_PUBLISHED_CONSTANTS: dict[str, Any] = {
+    "freeze_mm_mlp_adapter": True,
+    "freeze_mm_vision_resampler": False,
+    "image_grid_pinpoints": None,
+    "max_length": 4096,
+    "mm_resampler_type": None,
+    "pretrain_mm_mlp_adapter": None,
+    "pretraining_tp": 1,
+    "tune_mm_mlp_adapter": False,
+    "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": False,
+}
 
 
 @dataclass(frozen=True)
@@ -243,38 +256,41 @@ def published_settings(config: MedPLIBConfig, dtype: str, vision_tower: str) -> 
     text = config.text_config.to_dict()
     rope = text.get("rope_parameters") or {}
     settings = {name: text[name] for name in _TEXT_KEYS if name in text}
-    return settings | {
-        "architectures": ["MedPLIBForCausalLM"],
-        "model_type": "medplib_moe_llama",
-        "vocab_size": config.text_config.vocab_size,
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "rope_scaling": None if rope.get("rope_type", "default") == "default" else dict(rope),
-        "torch_dtype": dtype,
-        "use_cache": False,
-        "freeze_mm_mlp_adapter": True,
-        "image_aspect_ratio": "square",
-        "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_projector_type": config.projector.type,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": True,
-        "mm_vision_select_feature": config.vision_select_feature,
-        "mm_vision_select_layer": config.vision_select_layer,
-        "mm_vision_tower": vision_tower,
-        "vision_tower": vision_tower,
-        "use_mm_proj": True,
-        "out_dim": config.mask_query_dim,
-        "train_mask_decoder": True,
-        "region_fea_adapter": config.region.enabled,
-        "region_geo_sampler": False,
-        "sampler_pooler_mode": config.region.pooler,
-        "max_sample_point": config.region.max_points,
-        "mm_token_compress": config.in_context.token_compressor,
-        "mm_compressed_token_count": config.in_context.compressed_tokens,
-        "icl_mask_encoder": config.in_context.mask_encoder,
-        "mask_encoder_token_count": config.in_context.mask_encoder_tokens,
-        "moe": _published_moe(config),
-        NATIVE_SECTION: native_section(config),
-    }
+    return (
+        settings
+        | _PUBLISHED_CONSTANTS
+        | {
+            "architectures": ["MedPLIBForCausalLM"],
+            "model_type": "medplib_moe_llama",
+            "vocab_size": config.text_config.vocab_size,
+            "rope_theta": rope.get("rope_theta", 10000.0),
+            "rope_scaling": None if rope.get("rope_type", "default") == "default" else dict(rope),
+            "torch_dtype": dtype,
+            "use_cache": False,
+            "image_aspect_ratio": "square",
+            "mm_hidden_size": config.vision_config.hidden_size,
+            "mm_projector_type": config.projector.type,
+            "mm_use_im_patch_token": False,
+            "mm_use_im_start_end": True,
+            "mm_vision_select_feature": config.vision_select_feature,
+            "mm_vision_select_layer": config.vision_select_layer,
+            "mm_vision_tower": vision_tower,
+            "vision_tower": vision_tower,
+            "use_mm_proj": True,
+            "out_dim": config.mask_query_dim,
+            "train_mask_decoder": True,
+            "region_fea_adapter": config.region.enabled,
+            "region_geo_sampler": False,
+            "sampler_pooler_mode": config.region.pooler,
+            "max_sample_point": config.region.max_points,
+            "mm_token_compress": config.in_context.token_compressor,
+            "mm_compressed_token_count": config.in_context.compressed_tokens,
+            "icl_mask_encoder": config.in_context.mask_encoder,
+            "mask_encoder_token_count": config.in_context.mask_encoder_tokens,
+            "moe": _published_moe(config),
+            NATIVE_SECTION: native_section(config),
+        }
+    )
 
 
 def native_section(config: MedPLIBConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint.names import native_to_published, published_buffers
-from model.checkpoint.processors import write_processor, write_published_tokenizer
+from model.checkpoint.processors import write_published_processor
 from model.checkpoint.published_config import published_settings
 from model.checkpoint.shards import MAX_SHARD, WeightFormat, write_shards
 from model.errors import MedPLIBError
@@ -48,7 +48,7 @@ def save(
         }
         _write_json(folder / "config.json", settings)
         _write_json(folder / "generation_config.json", _generation_settings(model))
-        write_processor(processor, folder)
+        processor.save_pretrained(folder)
     return Path(directory)
 
 
@@ -82,7 +82,7 @@ def export_published(
         settings = published_settings(model.config, _dtype_name(state), vision_tower)
         _write_json(folder / "config.json", settings)
         _write_json(folder / "generation_config.json", _generation_settings(model))
-        write_published_tokenizer(processor, folder)
+        write_published_processor(processor, folder)
     return Path(directory)
 
 
