@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +26,31 @@ class RouterStats:
     Attributes:
         combine: float32 [T, E], the share of each expert in each token's output; 0 where the token was not sent.
         kept: bool [T, E], which tokens each expert took.
-        assignment: long [T, k], experts in order of choice, before dropping.
-        expert_counts: long [E], tokens whose first choice an expert is, before dropping.
-        dropped: long scalar, choices that found their expert full.
+        choices: bool [k, T, E], one-hot choices before dropping; all false at padding.
         capacity: float32 scalar, tokens an expert takes at most; infinite where nothing is dropped.
     """
 
     combine: Tensor
     kept: Tensor
-    assignment: Tensor
-    expert_counts: Tensor
-    dropped: Tensor
+    choices: Tensor
     capacity: Tensor
+
+    # Derived on demand: in decoding, where nobody asks, every small operation a layer saves is felt.
+
+    @property
+    def assignment(self) -> Tensor:
+        """Experts in order of choice, before dropping, long [T, k]; 0 at padding."""
+        return self.choices.long().argmax(dim=-1).t()
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """Tokens whose first choice an expert is, before dropping, long [E]."""
+        return self.choices[0].sum(dim=0)
+
+    @property
+    def dropped(self) -> Tensor:
+        """Choices that found their expert full, long scalar."""
+        return self.choices.sum() - self.kept.sum()
 
 
 @dataclass(frozen=True)
@@ -151,36 +165,28 @@ class MoEFeedForward(nn.Module):
         """Shares [T, E] with their graph, the load-balancing loss, and the decision they stand for."""
         logits = self.router(tokens)  # [T, E]
         probabilities = logits.softmax(dim=-1)
-        choices = self._choose(logits, priority)  # k × bool [T, E]
+        choices = self._choose(logits, priority)  # [k, T, E]
         if real is not None:
-            choices = [choice & real for choice in choices]
+            choices = choices & real
         capacity = self._capacity(tokens, real)
-        places = self._queue(choices, priority)
-        taken = [choice & (place < capacity) for choice, place in zip(choices, places, strict=True)]
-        survivors = torch.stack(taken).any(dim=0)  # [T, E]
-        if kept is not None:
-            survivors = torch.stack(choices).any(dim=0) & kept
+        if kept is None:
+            survivors = (choices & (self._queue(choices, priority) < capacity)).any(dim=0)  # [T, E]
+        else:
+            survivors = choices.any(dim=0) & kept
         combine = self._shares(probabilities * survivors)
-        stats = RouterStats(
-            combine=combine.detach(),
-            kept=survivors,
-            assignment=torch.stack([choice.long().argmax(dim=-1) for choice in choices], dim=-1),
-            expert_counts=choices[0].sum(dim=0),
-            dropped=torch.stack(choices).sum() - survivors.sum(),
-            capacity=capacity,
-        )
-        return combine, load_balancing_loss(probabilities, choices[0], real), stats
+        aux_loss = load_balancing_loss(probabilities, choices[0], real)
+        return combine, aux_loss, RouterStats(combine.detach(), survivors, choices, capacity)
 
-    def _choose(self, logits: Tensor, noise: Tensor | None) -> list[Tensor]:
-        """First and, for top-2, second choices as one-hot bool [T, E]."""
+    def _choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """First and, for top-2, second choices, one-hot bool [k, T, E]."""
         first = _one_hot(logits.argmax(dim=-1), self.num_experts)
         if self.top_k == 1:
-            return [first]
+            return first[None]
         if noise is None and self.training:  # sampled second choices explore; evaluation takes the second best
             noise = -torch.empty_like(logits).exponential_().log()
         noisy = logits.detach() if noise is None else logits.detach() + noise
         second = noisy.masked_fill(first, -torch.inf).argmax(dim=-1)
-        return [first, _one_hot(second, self.num_experts)]
+        return torch.stack([first, _one_hot(second, self.num_experts)])
 
     def _capacity(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         """Tokens an expert takes at most; a tensor, so that no host waits for the number of real tokens."""
@@ -190,17 +196,16 @@ class MoEFeedForward(nn.Module):
         count = torch.full((), float(len(tokens)), device=tokens.device) if real is None else real.sum().float()
         return (count / self.num_experts * (factor * self.top_k)).ceil().clamp(min=self.min_capacity)
 
-    def _queue(self, choices: list[Tensor], priority: Tensor | None) -> list[Tensor]:
-        """Each choice's place in its expert's queue, long [T, E], 0 served first; second choices queue last."""
-        first = choices[0]
-        if self.top_k == 2:
-            return [_arrival(first), _arrival(choices[1]) + first.sum(dim=0)]
-        if priority is None and self.training and self.random_token_priority and self.drop_tokens:
-            priority = torch.rand(first.shape, device=first.device)
-        if priority is None:
-            return [_arrival(first)]
-        order = priority.masked_fill(~first, -torch.inf).argsort(dim=0, descending=True, stable=True)
-        return [order.argsort(dim=0)]
+    def _queue(self, choices: Tensor, priority: Tensor | None) -> Tensor:
+        """Each choice's place in its expert's queue, long [k, T, E], 0 served first; second choices queue last."""
+        if self.top_k == 1:
+            if priority is None and self.training and self.random_token_priority and self.drop_tokens:
+                priority = torch.rand(choices.shape[1:], device=choices.device)
+            if priority is not None:
+                waiting = priority.masked_fill(~choices, -torch.inf)  # [1, T, E]
+                return waiting.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        arrivals = choices.flatten(0, 1).cumsum(dim=0) - 1  # all first choices, then all second ones
+        return arrivals.view_as(choices)
 
     def _shares(self, weights: Tensor) -> Tensor:
         """Shares of the kept experts, from probabilities [T, E] that are 0 elsewhere.
@@ -259,7 +264,7 @@ def mix_by_scan(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterable
     return (outputs * combine[:, :, None].to(outputs.dtype)).sum(dim=1)
 
 
-def upcycle(dense: Sequence[nn.Module], hidden_size: int, **options: object) -> MoEFeedForward:
+def upcycle(dense: Sequence[nn.Module], hidden_size: int, **options: Any) -> MoEFeedForward:
     """A mixture whose experts start as copies of dense networks; the published order is grounding, then VQA.
 
     The router is new, so with the published top-1 shares the output starts as a *scaled* dense output.
@@ -269,14 +274,10 @@ def upcycle(dense: Sequence[nn.Module], hidden_size: int, **options: object) -> 
         hidden_size: width D of the tokens.
         **options: of ``MoEFeedForward``.
     """
-    mixture = MoEFeedForward([copy.deepcopy(network) for network in dense], hidden_size, **options)  # type: ignore[arg-type]
+    mixture = MoEFeedForward([copy.deepcopy(network) for network in dense], hidden_size, **options)
     like = next((parameter for network in dense for parameter in network.parameters()), None)
     return mixture if like is None else mixture.to(device=like.device, dtype=like.dtype)
 
 
 def _one_hot(index: Tensor, size: int) -> Tensor:
     return index[:, None] == torch.arange(size, device=index.device)
-
-
-def _arrival(choice: Tensor) -> Tensor:
-    return choice.long().cumsum(dim=0) - 1

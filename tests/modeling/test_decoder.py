@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -140,3 +141,14 @@ def test_attention_implementations_agree(implementation: str) -> None:
     want = decoder()(embeds(), attention_mask=mask).last_hidden_state
     got = decoder(attn_implementation=implementation)(embeds(), attention_mask=mask).last_hidden_state
     assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_lora_reaches_every_expert_and_the_router_trains_whole() -> None:
+    lora = LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"], modules_to_save=["router"])
+    model = get_peft_model(decoder().train(), lora)
+    output = model.base_model.model(embeds())
+    (output.last_hidden_state.square().sum() + output.aux_loss).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {expert for expert in (0, 1) for name in trained if f"layers.2.mlp.experts.{expert}." in name} == {0, 1}
+    assert sum("router" in name for name in trained) == 2
+    assert all(model.get_parameter(name).grad is not None for name in trained)
