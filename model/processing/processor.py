@@ -203,14 +203,15 @@ class MedPLIBProcessor:
 
         Raises:
             MedPLIBError: text, images, regions and masks do not match, one is malformed, or the text is too long.
+            ValueError: regions in training without ``rng``.
         """
+        if training and rng is None and len(regions):
+            raise ValueError("training on regions needs a random generator; pass rng")
         full = conversation.tokenize_conversation(self.tokenizer, turns, self.settings.template)
         ids, labels = conversation.truncate(self.tokenizer, *full, self.settings.max_length)
         sample = self._sample(
             ids, images, regions, region_images, segment_image, example_masks, visual_kinds, rng if training else None
         )
-        if training and rng is None and len(regions):
-            raise MedPLIBError("training on regions needs a random generator; pass rng")
         return replace(
             sample,
             labels=torch.tensor(labels, dtype=torch.long),
@@ -252,7 +253,7 @@ class MedPLIBProcessor:
         indices = _region_images(region_images, len(regions), len(images))
         grids, small = self._region_grids(regions, [images[index].shape[:2] for index in indices], rng)
         clip_size, sam_size = self.settings.clip_size, self.settings.sam_size
-        if images:
+        if len(images):
             segmented = images[_segmented(segment_image, len(images))]
             sam, size = self.sam_input(segmented)
             image_size = (segmented.shape[0], segmented.shape[1])

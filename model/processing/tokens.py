@@ -246,4 +246,4 @@ def decode_answer(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> str
         apart = spelled and text and not text.endswith((*_OPENING, " ", "\n"))
         text += f" {names[token_id]}" if apart else names[token_id]
     flush()
-    return text.strip().rstrip("\ufffd")
+    return text.rstrip("\ufffd").strip()
