@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.errors import MedPLIBError
 
 _ADAPTER = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")  # peft's trained copy, beside the untouched original_module
 _WRAPPER = "base_model.model."
 
 
@@ -56,14 +57,14 @@ def merge_lora_state(state: Mapping[str, Tensor], scaling: float) -> dict[str, T
     Raises:
         MedPLIBError: an adapter lacks its other half or its weight.
     """
-    plain = {name.removeprefix(_WRAPPER): value for name, value in state.items()}
+    plain = {name.removeprefix(_WRAPPER): value for name, value in state.items() if ".original_module." not in name}
     pairs: dict[str, dict[str, Tensor]] = {}
     merged: dict[str, Tensor] = {}
     for name, value in plain.items():
         if match := _ADAPTER.fullmatch(name):
             pairs.setdefault(match["module"], {})[match["side"]] = value
         else:
-            merged[name.replace(".base_layer.", ".")] = value
+            merged[_SAVED.sub(".", name).replace(".base_layer.", ".")] = value
     for module, pair in pairs.items():
         weight = merged.get(f"{module}.weight")
         if weight is None or len(pair) != 2:

@@ -138,12 +138,12 @@ def _open_published(
     weights = find_weights(directory)
     stored = weights.shapes()
     _refuse_unmerged(directory, stored)
+    seg_token_id = read_seg_token_id(directory, stored.get("model.embed_tokens.weight", (0,))[0])
     notes = list(weights.notes)
     clip_directory, clip = _clip(directory, settings, stored, vision_tower, notes)
     added = _missing_parts(directory, stored, clip_directory, sam, notes)
     shapes = {**stored, **{str(native_to_published(name)): tuple(value.shape) for name, value in added.items()}}
-    vocabulary = stored.get("model.embed_tokens.weight", (0,))[0]
-    inferred = infer_config(settings, shapes, clip, read_seg_token_id(directory, vocabulary))
+    inferred = infer_config(settings, shapes, clip, seg_token_id)
     named = {name: published_to_native(name) for name in stored}
     buffers = [name for name in stored if is_empty_buffer(name)]
     native = {str(ours): stored[name] for name, ours in named.items() if ours is not None}

@@ -140,6 +140,7 @@ def write_shards(
         part = _unshared({key: state[key].detach().cpu().contiguous() for key in keys})
         if weight_format == "safetensors":
             save_file(part, directory / name, metadata={"format": "pt"})
+            (directory / name).chmod(0o644)  # safetensors makes files that only their owner can read
         else:
             # clone: a view would drag the whole storage it lies in into the pickle
             torch.save({key: value.clone() for key, value in part.items()}, directory / name)

@@ -44,8 +44,9 @@ def test_experts_are_merged_too() -> None:
     assert not torch.equal(merge_lora(wrapped()).state_dict()[name], tiny_model().state_dict()[name])
 
 
-def test_state_dict_merges_like_the_network() -> None:
-    model = wrapped()
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_state_dict_merges_like_the_network(modules_to_save: list[str] | None) -> None:
+    model = wrapped(modules_to_save)
     merged = merge_lora_state(model.state_dict(), scaling=16 / 4)
     expected = merge_lora(model).state_dict()
     assert merged.keys() == expected.keys()

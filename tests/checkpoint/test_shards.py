@@ -31,6 +31,7 @@ def assert_same(found: dict[str, torch.Tensor]) -> None:
 def test_written_weights_read_back(tmp_path: Path, weight_format, max_shard: int) -> None:
     write_shards(STATE, tmp_path, weight_format, max_shard)
     files = list(tmp_path.glob(f"*.{weight_format}"))
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)  # others may read them
     assert (len(files) > 1) == (max_shard == 24)
     assert_same(read(tmp_path))
     assert find_weights(tmp_path).shapes() == {name: tuple(value.shape) for name, value in STATE.items()}

@@ -102,7 +102,7 @@ def test_projector_of_another_tower_is_refused(start: dict[str, Path], tmp_path:
 
 
 def test_a_llava_directory_is_no_checkpoint(start: dict[str, Path]) -> None:
-    with pytest.raises(MedPLIBError, match="SAM"):
+    with pytest.raises(MedPLIBError, match="640 rows; give a MedPLIB checkpoint, or assemble"):
         load(start["language_model"], vision_tower=start["vision_tower"])
 
 
