@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.checkpoint import save
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.processor import MedPLIBProcessor, ProcessorSettings
+from model.processing.tokens import SEG_TOKEN, build_tokenizer, train_tokenizer
 
 TEXTS = (
     "What modality is used to take this image? CT MR X-ray PET ultrasound",
@@ -76,3 +80,13 @@ def tiny_model(seed: int = 0, **options: Any) -> MedPLIBForCausalLM:
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
     return model.eval()
+
+
+def tiny_checkpoint(directory: Path, **options: Any) -> Path:
+    """Write a tiny checkpoint with its tokenizer and processor; returns its directory."""
+    tokenizer = build_tokenizer(train_tokenizer(TEXTS * 20, 340, directory / "tokenizer"))
+    seg = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+    model = tiny_model(vocab_size=len(tokenizer), seg_token_id=seg, **options)
+    processor = MedPLIBProcessor(tokenizer, ProcessorSettings.from_config(model.config))
+    save(model, processor, directory / "checkpoint")
+    return directory / "checkpoint"

@@ -79,11 +79,8 @@ class ProjectorConfig:
     """How CLIP patch features become decoder embeddings (reference §1)."""
 
     type: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | moe_mlpNx_gelu
-    num_experts: int = 2  # the rest is for the moe types alone
+    num_experts: int = 2  # the rest is for the moe types alone, which never drop a token
     top_k: int = 1
-    capacity_factor: float = 1.5
-    eval_capacity_factor: float = 2.0
-    min_capacity: int = 0
     router_aux_loss_coef: float = 0.0
 
 

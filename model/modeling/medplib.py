@@ -352,7 +352,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             )
             output.mask_logits, output.low_res_masks = masks.mask_logits, masks.low_res_masks
             output.iou_predictions, output.mask_rows = masks.iou_predictions, seg_rows
-            self._add_losses(output, decoded, spliced, splice_labels(plan, labels), mask_targets)
+            self._add_losses(output, masks, decoded, spliced, splice_labels(plan, labels), mask_targets)
         return output
 
     def _decode_step(
@@ -386,24 +386,25 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
     def _add_losses(
         self,
         output: MedPLIBOutput,
+        masks: MaskOutput,
         decoded: DecoderOutput,
         spliced: SplicedInputs,
         labels: torch.Tensor,
         mask_targets: list[torch.Tensor] | None,
     ) -> None:
         """Fill ``loss`` and its parts (reference §4)."""
-        weights, hidden = self.config.loss, output.last_hidden_state
-        ce = causal_ce_loss(hidden, labels, self.lm_head)
+        weights = self.config.loss
+        ce = causal_ce_loss(decoded.last_hidden_state, labels, self.lm_head)
         router_aux = (
             self.config.moe.router_aux_loss_coef * decoded.aux_loss
             + self.config.projector.router_aux_loss_coef * spliced.projector_aux_loss
         )
         targets = [mask for row in mask_targets or [] for mask in row]
-        if len(targets) != len(output.mask_logits or []):
-            raise ValueError(f"the labels hold {len(output.mask_logits or [])} <SEG> for {len(targets)} target masks")
-        parts = mask_losses(output.mask_logits or [], targets, output.iou_predictions)
+        if len(targets) != len(masks.mask_logits):
+            raise ValueError(f"the labels hold {len(masks.mask_logits)} <SEG> for {len(targets)} target masks")
+        parts = mask_losses(masks.mask_logits, targets, masks.iou_predictions)
         # Without a mask in the batch the mask branch still belongs to the graph (the same on every rank).
-        anchor = output.low_res_masks.sum() + output.iou_predictions.sum() if not targets else 0.0
+        anchor = masks.low_res_masks[:0].sum() + masks.iou_predictions[:0].sum()
         output.losses = {"ce": ce, "router_aux": router_aux, **parts}
         output.loss = (
             weights.ce * (ce + router_aux)

@@ -189,6 +189,9 @@ class SamMed2D(nn.Module):
         self.mask_decoder = SamMaskDecoder(decoder)
         grid = vision.image_size // vision.patch_size
         self.embedding_shape = (vision.output_channels, grid, grid)
+        self.always_encode = (
+            False  # a frozen encoder runs for no image too: ranks that share its weights (ZeRO-3) need it
+        )
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Encode images once for any number of masks; without gradients where the whole encoder is frozen.
@@ -202,7 +205,7 @@ class SamMed2D(nn.Module):
         num_images = len(pixel_values)
         pixel_values = pixel_values.to(self.image_encoder.pos_embed.dtype)
         trained = any(parameter.requires_grad for parameter in self.image_encoder.parameters())
-        if num_images == 0 and not trained:
+        if num_images == 0 and not (trained or self.always_encode):
             return pixel_values.new_zeros((0, *self.embedding_shape))
         if num_images == 0:  # a trained encoder stays in the graph, as the decoder does
             pixel_values = _placeholder_row(pixel_values)

@@ -42,11 +42,14 @@ class VisionTower(nn.Module):
         self.clip = CLIPVisionModel(config)
         self.layers_to_run = select_layer % states
         self.keeps_class_token = select_feature == "cls_patch"
+        self.always_encode = (
+            False  # a frozen tower runs for no image too: ranks that share its weights (ZeRO-3) need it
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features [N, P, Dv] of CLIP inputs [N, 3, H, W]; N may be 0. A kept class token is one of the P."""
         embeddings = self.clip.embeddings
-        if len(pixel_values) == 0 and self._is_trainable():
+        if len(pixel_values) == 0 and (self._is_trainable() or self.always_encode):
             # A tower in training stays in every rank's graph; CLIP's reshapes need a row, which is cut off again.
             return self(pixel_values.new_zeros(1, *pixel_values.shape[1:]))[:0]
         if len(pixel_values) == 0:

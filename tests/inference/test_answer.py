@@ -15,7 +15,11 @@ from model.inference.answer import Answer, Mask, mask_labels
     [
         ("Sure, the liver is <SEG>.", "Please segment the liver.", ["liver"]),
         ("The left kidney is <SEG> and the spleen is <SEG>.", "Segment both.", ["left kidney", "spleen"]),
-        ("Sure, the segmentation result is <SEG>.", "Can you segment the left lung in this X-ray image?", ["left lung"]),
+        (
+            "Sure, the segmentation result is <SEG>.",
+            "Can you segment the left lung in this X-ray image?",
+            ["left lung"],
+        ),
         ("<SEG>", "Please segment the tumor.", ["tumor"]),
         ("It is <SEG>.", "What is it?", [""]),
         ("There is no pancreas in this image.", "Segment the pancreas.", []),
