@@ -17,6 +17,8 @@ from model.processing.images import Size, centre_offset, resized_size
 
 SUB_REGION_AREA = (0.2, 1.0)
 """Share of its largest component that a training sub-region takes."""
+MAX_MASK_PIXELS = 1 << 28
+"""A few characters can encode a mask that fills the memory, so larger ones are not decoded."""
 
 
 def check_mask(mask: np.ndarray, what: str = "a mask") -> np.ndarray:
@@ -197,6 +199,8 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
         raise MedPLIBError(
             f"a mask encoding has runs of {sum(runs)} pixels for a mask of {height}×{width}; it is damaged"
         )
+    if height * width > MAX_MASK_PIXELS:
+        raise MedPLIBError(f"a mask encoding is of {height}×{width}; at most {MAX_MASK_PIXELS} pixels are read")
     inside = np.arange(len(runs)) % 2 == 1
     return np.repeat(inside, runs).reshape(width, height).T.copy()  # runs go down the columns
 

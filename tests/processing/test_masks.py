@@ -118,6 +118,7 @@ def test_uncompressed_rle_is_read() -> None:
         {"size": [2, 2], "counts": [1, 2]},
         {"size": [2, 2], "counts": [5, -1]},
         {"size": [1 << 40, 1 << 40], "counts": "4"},
+        {"size": [1 << 20, 1 << 20], "counts": [1 << 40]},
         {"size": [2], "counts": "4"},
         {"counts": "4"},
         {"size": [2, 2], "counts": 4},
