@@ -150,9 +150,17 @@ def default_model() -> Path:
 
 def run_data_check(options: argparse.Namespace) -> int:
     """``medplib data check``: exit 1 when there are problems."""
+    from tqdm import tqdm
+
     from model.data.validate import check_file
 
-    report = check_file(options.file, options.images)
+    with tqdm(unit="record", desc="checking", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = check_file(options.file, options.images, progress=show)
     print(report.format())
     return 0 if report.ok else 1
 

@@ -90,14 +90,15 @@ class Predictor:
 
         Args:
             directory: the checkpoint.
-            device: where the model runs, ``cpu`` or ``cuda``.
+            device: where the model runs, such as ``cpu``, ``cuda`` or ``cuda:1``.
             vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
             dtype: ``torch.float32`` or ``torch.bfloat16``; as stored when absent, but fp32 on a CPU.
 
         Raises:
             MedPLIBError: the directory is missing, incomplete or does not fit.
         """
-        if dtype is None and torch.device(device).type == "cpu":
+        device = usable_device(device)
+        if dtype is None and device.type == "cpu":
             dtype = torch.float32
         model, processor = load(Path(directory), vision_tower=vision_tower, device=device, dtype=dtype)
         return cls(model, processor)
@@ -216,6 +217,21 @@ class Predictor:
     def _to_model(self, value: torch.Tensor) -> torch.Tensor:
         dtype = self.model.dtype if value.is_floating_point() else value.dtype
         return value.to(device=self.model.device, dtype=dtype)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        MedPLIBError: there is no such device here.
+    """
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to be wrong
+        raise MedPLIBError(
+            f"the device {str(device)!r} cannot be used here; use cpu, or cuda on a GPU machine"
+        ) from error
 
 
 def _region_list(region: Region | Sequence[Region] | None) -> list[Region]:

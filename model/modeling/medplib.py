@@ -114,7 +114,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.model.decoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:

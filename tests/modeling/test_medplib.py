@@ -19,7 +19,8 @@ SEG = 130
 def batch() -> dict[str, Any]:
     """Two rows: a region question answered with one mask, and a plain question; the second is padded."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.tensor([[1, IMAGE_PLACEHOLDER, 5, REGION_PLACEHOLDER, 7, SEG, 8], [1, IMAGE_PLACEHOLDER, 9, 3, 4, 2, 0]])
+    image, region = IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
+    ids = torch.tensor([[1, image, 5, region, 7, SEG, 8], [1, image, 9, 3, 4, 2, 0]])
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, 4:], labels[1, 3:6] = ids[0, 4:], ids[1, 3:6]
     return {

@@ -1,0 +1,172 @@
+"""The command line, as people type it: answers, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from model.cli import main
+from model.processing.masks import decode_rle
+from tests.conftest import ROOT
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 36, 3), dtype=np.uint8)).save(tmp_path / "scan.png")
+    return tmp_path / "scan.png"
+
+
+@pytest.fixture
+def ask(checkpoint: Path, tmp_path: Path) -> object:
+    def run(*arguments: object) -> int:
+        words = [str(argument) for argument in arguments]
+        return main(
+            ["ask", *words, "--model", str(checkpoint), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
+        )
+
+    return run
+
+
+def test_ask_prints_one_json_object(ask, picture: Path, capsys: pytest.CaptureFixture) -> None:
+    assert ask(picture, "What is it?", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed) == {"text", "masks", "timing"}
+
+
+def test_ask_writes_masks_and_overlay(
+    ask, checkpoint: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An untrained model never says ``<SEG>``, so it is made to; everything after that is real."""
+    seg = json.loads((checkpoint / "config.json").read_text())["seg_token_id"]
+    monkeypatch.setattr("model.inference.generation.choose_tokens", lambda logits, *_: torch.full((len(logits),), seg))
+    assert ask(picture, "Please segment the liver.", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["masks"]) == 4 and answer["masks"][0]["label"] == "liver"
+    for number, mask in enumerate(answer["masks"], start=1):
+        assert set(mask) == {"label", "rle", "score", "bbox", "area_px"}
+        written = np.asarray(Image.open(tmp_path / "out" / f"scan_mask_{number}.png"))
+        assert (decode_rle(mask["rle"]) == (written == 255)).all() and written.shape == (48, 36)
+        assert set(np.unique(written)) <= {0, 255}
+    overlay = Image.open(tmp_path / "out" / "scan_overlay.png")
+    assert overlay.mode == "RGB" and min(overlay.size) >= 256
+    assert not [
+        path for path in (tmp_path / "out").iterdir() if not path.name.startswith("scan_")
+    ]  # nothing half-written
+
+
+def test_a_region_is_drawn_and_named(ask, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for where in (("--box", "2,2,20,20"), ("--point", "10,12"), ("--region", _region(tmp_path))):
+        assert ask(picture, "What is in this region?", *where) == 0
+        assert f"wrote {tmp_path / 'out' / 'scan_overlay.png'}" in capsys.readouterr().out
+
+
+def _region(folder: Path) -> Path:
+    mask = np.zeros((48, 36), np.uint8)
+    mask[5:20, 5:20] = 255
+    Image.fromarray(mask).save(folder / "region.png")
+    return folder / "region.png"
+
+
+def test_dicom_with_spacing(
+    ask, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, capsys: pytest.CaptureFixture
+) -> None:
+    seg = json.loads((checkpoint / "config.json").read_text())["seg_token_id"]
+    monkeypatch.setattr("model.inference.generation.choose_tokens", lambda logits, *_: torch.full((len(logits),), seg))
+    file = get_testdata_file("CT_small.dcm", download=False)
+    assert ask(file, "Segment it.", "--json", "--threshold", "0.01") == 0
+    mask = json.loads(capsys.readouterr().out)["masks"][0]
+    rows, columns = (float(value) for value in pydicom.dcmread(file).PixelSpacing)
+    assert mask["rle"]["size"] == [128, 128]
+    assert mask["area_mm2"] == pytest.approx(mask["area_px"] * rows * columns, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["missing.png", "What?"],
+        ["SCAN", " "],
+        ["SCAN", "What?", "--threshold", "2"],
+        ["SCAN", "What?", "--box", "0,0,99,99"],
+        ["SCAN", "What?", "--point", "1,2,3"],
+        ["SCAN", "What?", "--region", "missing.png"],
+        ["SCAN", "What?", "--region", "SCAN_OF_OTHER_SIZE"],
+        ["SCAN", "What?", "--temperature", "-1"],
+        ["SCAN", "What?", "--device", "abacus"],
+        *([] if torch.cuda.is_available() else [["SCAN", "What?", "--device", "cuda"]]),
+        ["TEXT", "What?"],
+        ["SCAN", "What?", "--out", "TEXT"],
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_2(
+    checkpoint: Path, picture: Path, tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "text.png").write_text("this is no picture")
+    Image.new("L", (5, 5), 255).save(tmp_path / "other.png")
+    names = {"SCAN": picture, "TEXT": tmp_path / "text.png", "SCAN_OF_OTHER_SIZE": tmp_path / "other.png"}
+    words = [str(names.get(word, word)) for word in arguments]
+    if "--out" not in words:
+        words += ["--out", str(tmp_path / "out")]
+    else:
+        words += ["--box", "1,1,9,9"]  # something to write
+    code = main(["ask", *words, "--model", str(checkpoint), "--max-new-tokens", "2"])
+    said = capsys.readouterr().err
+    assert code == 2 and said.startswith("medplib: ") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["ask"], ["ask", "a", "b", "--box", "x"], ["nonsense"], ["ask", "a", "b", "--no"]]
+)
+def test_wrong_flags_exit_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_a_folder_that_is_no_checkpoint(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["ask", str(picture), "What?", "--model", str(tmp_path)]) == 2
+    assert main(["describe", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("medplib: ") == 2
+
+
+def test_export_and_describe(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    published, native = tmp_path / "published", tmp_path / "native"
+    assert main(["export", str(checkpoint), str(published), "--layout", "published", "--format", "bin"]) == 0
+    assert main(["export", str(published), str(native)]) == 0
+    assert main(["describe", str(native)]) == 0
+    assert "expert" in capsys.readouterr().out
+    assert main(["export", str(checkpoint), str(native)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_data_build_and_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "phantoms"
+    assert main(["data", "build", "phantom", "--out", str(out), "--num-images", "8", "--seed", "3"]) == 0
+    for task in ("vqa", "region", "grounding"):
+        assert main(["data", "check", str(out / f"{task}.json"), "--images", str(out)]) == 0
+    next((out / "images").iterdir()).unlink()
+    capsys.readouterr()
+    assert main(["data", "check", str(out / "vqa.json"), "--images", str(out)]) == 1
+    assert "image" in capsys.readouterr().out
+
+
+def test_installed_command_says_how_to_use_it() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "model.cli", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert "Research use only" in printed
