@@ -1,0 +1,87 @@
+"""Pre-train the CLIP tower on phantoms: what is in every patch, and the modality of the picture.
+
+Supervision sits on the hidden state that the projector reads, so that a linear map can tell the structures apart there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES
+from model.modeling.configuration import MedPLIBConfig
+from model.modeling.vision_tower import VisionTower
+from model.train.pretrain.pool import ScenePool, clip_pictures
+from model.train.pretrain.sam import soft_labels
+from model.train.pretrain.steps import Losses, train_steps
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionPlan:
+    """How long and how hard the CLIP tower is trained."""
+
+    steps: int = 6000
+    batch_size: int = 32
+    lr: float = 1e-3
+
+
+class VisionTeacher(nn.Module):
+    """The CLIP tower with the classifiers that only its pre-training needs."""
+
+    def __init__(self, config: MedPLIBConfig) -> None:
+        super().__init__()
+        self.grid, self.side = config.vision_grid, config.vision_config.image_size
+        self.tower = VisionTower(config.vision_config, config.vision_select_layer, "patch")
+        self.patches = nn.Linear(config.vision_config.hidden_size, len(CLASS_NAMES))
+        self.modality = nn.Linear(config.vision_config.hidden_size, len(MODALITIES))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [N, P, Dv], class logits of the patches [N, P, classes], modality logits [N, modalities]."""
+        features = self.tower(pixels)
+        normed = functional.layer_norm(features, features.shape[-1:])
+        return features, self.patches(normed), self.modality(normed.mean(1))
+
+
+def pretrain_vision(
+    pool: ScenePool, config: MedPLIBConfig, plan: VisionPlan, seed: int, log: Path | None
+) -> VisionTeacher:
+    """Train the tower from nothing."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    teacher = VisionTeacher(config).train()
+    pictures = clip_pictures(pool.images, teacher.side)
+    targets = torch.cat([soft_labels(pool.labels[i : i + 256], teacher.grid).half() for i in range(0, len(pool), 256)])
+    modalities = torch.from_numpy(pool.modalities.astype(np.int64))
+
+    def step(number: int) -> Losses:
+        rows = rng.choice(len(pool), plan.batch_size, replace=False)
+        pixels, soft = clip_pixels(pictures[rows]), targets[rows].float()
+        flip = torch.from_numpy(rng.random(len(rows)) < 0.5)
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
+        soft = torch.where(flip[:, None, None], _mirrored(soft, teacher.grid), soft)
+        _, patches, modality = teacher(pixels)
+        return {
+            "patch": functional.cross_entropy(patches.flatten(0, 1), soft.flatten(0, 1)),
+            "modality": 0.1 * functional.cross_entropy(modality, modalities[rows]),
+        }
+
+    train_steps("vision", teacher.parameters(), step, plan.steps, plan.lr, log, weight_decay=0.05)
+    return teacher.eval()
+
+
+def clip_pixels(pictures: np.ndarray) -> Tensor:
+    """Pictures uint8 [N, s, s, 3] as CLIP inputs float [N, 3, s, s]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
+
+
+def _mirrored(patches: Tensor, grid: int) -> Tensor:
+    return patches.unflatten(1, (grid, grid)).flip(2).flatten(1, 2)
