@@ -12,7 +12,7 @@ from model.processing.masks import bounding_box, decode_rle, encode_rle
 from model.processing.tokens import SEG_TOKEN
 
 _SENTENCE_END = re.compile(r"[.!?;\n]\s")
-_LEAD_IN = re.compile(r"^(sure|yes|certainly|of course|okay|ok|and|here)\b[,:]?\s*", re.IGNORECASE)
+_LEAD_IN = re.compile(r"^(sure|yes|certainly|of course|okay|ok|and|here (is|are)|here)\b[,:]?\s*", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(the|a|an)\s+", re.IGNORECASE)
 _COPULA = re.compile(r"\s*(is|are|here|at|in|:|,|\(|shown|segmented|highlighted|located|as)*\s*$", re.IGNORECASE)
 _NO_NAME = re.compile(r"(segmentation|result|mask|it|this|that)\b", re.IGNORECASE)

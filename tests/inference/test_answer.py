@@ -20,6 +20,7 @@ from model.inference.answer import Answer, Mask, mask_labels
             "Can you segment the left lung in this X-ray image?",
             ["left lung"],
         ),
+        ("Here is the optic disc <SEG>.", "Mark the optic disc, please.", ["optic disc"]),
         ("<SEG>", "Please segment the tumor.", ["tumor"]),
         ("It is <SEG>.", "What is it?", [""]),
         ("There is no pancreas in this image.", "Segment the pancreas.", []),
