@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
 out=${1:-quickstart_out}
 image=data/sample/images/fundus_00--Phantom--seed505case000004--0000.png
-region=data/sample/masks/fundus_00--Phantom--seed505case000004--0000--0015_000.png
+region=data/sample/masks/fundus_00--Phantom--seed505case000004--0000--0019_000.png
 
 ask() {
   local shown
