@@ -98,12 +98,12 @@ class TorchEngine(TrainingEngine):
 
     def step(self) -> StepResult:
         clip = self.recipe.optimiser.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(trainable_parameters(self.network), clip)
-        lr = self.schedule.get_last_lr()[0]
+        norm = torch.as_tensor(nn.utils.clip_grad_norm_(trainable_parameters(self.network), clip))
+        lr = float(self.schedule.get_last_lr()[0])
         self.optimiser.step()
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return StepResult(lr, float(norm))
+        return StepResult(lr, norm.item())
 
     def save(self, folder: Path) -> None:
         weights = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
@@ -133,6 +133,8 @@ class DeepSpeedEngine(TrainingEngine):
         super().__init__(network, recipe, process, factor)
         import deepspeed
 
+        if recipe.engine.zero_stage == 3:
+            _keep_towers_in_step(network)
         self.engine, *_ = deepspeed.initialize(
             model=network.to(process.device),
             model_parameters=trainable_parameters(network),
@@ -186,6 +188,13 @@ class DeepSpeedEngine(TrainingEngine):
         return whole
 
 
+def _keep_towers_in_step(network: nn.Module) -> None:
+    """Run the towers on every rank, images or not: with ZeRO-3 their weights are gathered by all ranks together."""
+    for module in network.modules():
+        if hasattr(module, "always_encode"):
+            module.always_encode = True  # type: ignore[assignment]
+
+
 def make_engine(network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> TrainingEngine:
     """The engine that the recipe names, around a network whose trainable parameters are marked."""
     kind = DeepSpeedEngine if recipe.engine.kind == "deepspeed" else TorchEngine
@@ -224,7 +233,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 
 def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, LoRA matrices in a group of their own."""
-    lora, full = [], []
+    lora: list[nn.Parameter] = []
+    full: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             (lora if is_lora(name) else full).append(parameter)

@@ -22,7 +22,7 @@ def rate_factor(optimiser: Optimiser, steps_per_epoch: float, total_steps: int) 
         A function of the step, in (0, 1].
     """
     warmup = warmup_steps(optimiser, steps_per_epoch)
-    decaying = max(1, total_steps - warmup)
+    decaying = max(1, total_steps - warmup + (warmup > 0))  # the last warm-up step is the peak itself
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -83,7 +83,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def _finish(values: dict[str, Any], where: str, problems: list[str], environment: Mapping[str, str]) -> Recipe:
     stage = values.get("stage")
-    if stage not in PUBLISHED:
+    if not isinstance(stage, int) or stage not in PUBLISHED:
         problems.append(f"stage is {stage!r}, expected one of {', '.join(map(str, PUBLISHED))}")
         stage = 1
     expanded = _expand(values, "", problems, environment)

@@ -67,7 +67,7 @@ def check_paths(recipe: Recipe) -> None:
 def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
     source, base = recipe.model, merged_of(recipe.model.base)
     dtype = _dtype(recipe)
-    towers = {"vision_tower": source.vision_tower or None, "sam": source.sam or None}
+    towers: dict[str, Any] = {"vision_tower": source.vision_tower or None, "sam": source.sam or None}
     if recipe.stage == 4 and source.grounding:
         sizes = _config_of(base)
         return upcycle(
