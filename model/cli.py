@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from model.errors import MedPLIBError
 
@@ -188,19 +189,32 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_export(options: argparse.Namespace) -> int:
     """``medplib export``."""
-    from model.checkpoint import export_published, load, save
+    from model.checkpoint import export_published, save
 
     if options.out.exists():
         raise MedPLIBError(f"{options.out} exists already; name a new directory")
     if options.layout == "native" and options.format == "bin":
         raise MedPLIBError("the native layout is written as safetensors; use --layout published for .bin files")
-    model, processor = load(options.checkpoint, vision_tower=options.vision_tower)
+    model, processor = _open_for_export(options.checkpoint, options.vision_tower)
     if options.layout == "native":
         save(model, processor, options.out)
     else:
         export_published(model, processor, options.out, fmt=options.format)
     print(f"wrote {options.out}")
     return 0
+
+
+def _open_for_export(path: Path, vision_tower: Path | None) -> tuple[Any, Any]:
+    """The network and processor of a checkpoint, of a finished run, or of a run's newest training checkpoint."""
+    from model.checkpoint import load
+    from model.train.handover import network_of_run
+    from model.train.starting import merged_of
+
+    source = merged_of(path)
+    unmerged = (path / "recipe.yaml").is_file() or path.name.startswith("step_")
+    if unmerged and not (source / "config.json").is_file():
+        return network_of_run(path)
+    return load(source, vision_tower=vision_tower)
 
 
 def run_describe(options: argparse.Namespace) -> int:
