@@ -69,7 +69,7 @@ def main() -> int:
     for item in options.models:
         name, _, directory = item.partition("=")
         start = time.monotonic()
-        model, processor = load(Path(directory))
+        model, processor = load(Path(directory), dtype=torch.float32)
         scores = measure(model.eval(), processor, test, options.data, name)
         report["columns"][name] = {**scores, "seconds": round(time.monotonic() - start, 1)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
