@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from .engine import StepResult, make_engine
 from .handover import merged_network
 from .journal import METRICS_FILE, Journal
 from .learning_rate import rate_factor
-from .process import join, leave
+from .process import join, leave, resolved
 from .recipe import Recipe
 from .recipe_io import RECIPE_FILE, differences, load_recipe, save_recipe
 from .stages import STAGE_NAMES
@@ -35,6 +36,8 @@ from .trainable import count_trainable
 from .validation import Validator
 
 logger = logging.getLogger(__name__)
+
+_ERROR_NAME = f"{MedPLIBError.__module__}.{MedPLIBError.__name__}: "
 
 
 class Trainer:
@@ -45,7 +48,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe = replace(recipe, engine=resolved(recipe.engine))
         self.step_number = 0  # optimiser steps done
         self.interrupted = False
         self.journal: Journal | None = None
@@ -117,7 +120,9 @@ class Trainer:
 
     def _set_up_engine(self, network: MedPLIBForCausalLM) -> None:
         if self.recipe.engine.gradient_checkpointing:
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5.23 renamed it
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         factor = rate_factor(self.recipe.optimiser, self.steps_per_epoch, self.total_steps)
         self.engine = make_engine(network.train(), self.recipe, self.process, factor)
         torch.manual_seed(self.recipe.seed + 1 + self.process.rank)  # dropout and token priority differ by rank
@@ -183,7 +188,10 @@ class Trainer:
             if self._batches is None:
                 self.dataset.set_epoch(self.sampler.epoch)
                 self._batches = iter(self._loader())
-            batch = next(self._batches, None)
+            try:
+                batch = next(self._batches, None)
+            except MedPLIBError as error:  # from a loader process it comes wrapped in that process's traceback
+                raise MedPLIBError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_NAME)) from None
             if batch is not None:
                 self.sampler.advance()
                 return batch

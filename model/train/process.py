@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import distributed
@@ -45,6 +45,13 @@ class Process:
         total = values.double().to(self.device)
         distributed.all_reduce(total)
         return total.cpu()
+
+
+def resolved(engine: Engine) -> Engine:
+    """The engine with ``auto`` decided: torch for one process, DeepSpeed for more."""
+    if engine.kind != "auto":
+        return engine
+    return replace(engine, kind="torch" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "deepspeed")
 
 
 def join(engine: Engine) -> Process:

@@ -110,7 +110,7 @@ class Losses:
 class Engine:
     """What runs the steps."""
 
-    kind: Literal["deepspeed", "torch"] = "deepspeed"  # torch: one process, nothing to install or compile
+    kind: Literal["deepspeed", "torch", "auto"] = "deepspeed"  # torch: one process; auto: torch there, else deepspeed
     zero_stage: int = 2  # DeepSpeed ZeRO 0 to 3
     deepspeed: str = ""  # JSON of further DeepSpeed settings (configs/deepspeed)
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +18,9 @@ from model.checkpoint import load
 from model.errors import MedPLIBError
 from model.train import recipe_from, run
 from model.train.handover import network_of_run
+from model.train.loop import Trainer
+from model.train.validation import score_batch
+from tests.tiny import tiny_config
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -106,3 +113,63 @@ def test_missing_paths_are_told_at_once(values: Any) -> None:
     with pytest.raises(MedPLIBError) as caught:
         run(recipe_from(broken))
     assert all(text in str(caught.value) for text in ("nowhere", "no.pth", "void"))
+
+
+def test_termination_saves_and_the_run_goes_on(values: Any) -> None:
+    recipe = recipe_from(values(1, schedule={"batch_size": 2, "max_steps": 3}))
+    trainer = Trainer(recipe)
+    trainer.set_up()
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    trainer.close()
+    assert ended.value.code == 143
+    assert not recipe.merged.exists()
+    assert run(recipe, resume=True) == recipe.merged
+    assert [row["step"] for row in metrics(recipe.folder)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_damaged_after_the_check_ends_in_one_sentence_or_is_skipped(
+    values: Any, phantoms: Path, tmp_path: Path, workers: int
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    for path in sorted((data / "images").iterdir())[:2]:
+        path.write_bytes(path.read_bytes()[:80])
+    sections = {**values(1)["data"], "train": [str(data / "vqa.json")], "images": str(data), "workers": workers}
+    schedule = {"batch_size": 8, "max_steps": 4}
+    with pytest.raises(MedPLIBError) as caught:
+        run(recipe_from(values(1, data=sections, schedule=schedule, output=str(tmp_path / "refusing"))))
+    assert "vqa.json, record" in str(caught.value) and "Traceback" not in str(caught.value)
+    skipping = {**sections, "on_bad_record": "skip"}
+    assert run(recipe_from(values(1, data=skipping, schedule=schedule))).is_dir()
+
+
+def test_scores_are_those_of_the_likeliest_tokens() -> None:
+    config = tiny_config(vocab_size=50, seg_token_id=7)
+    labels = torch.full((2, 4), -100)
+    labels[0, 2:], labels[1, 3] = torch.tensor([7, 9]), 11
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 4), "labels": labels}
+    logits = torch.zeros(2, 4, 50)
+    logits[0, 1, 7] = logits[0, 2, 9] = 20.0  # row 0 says <SEG> and the right word
+    logits[1, 2, 7] = 20.0  # row 1 says <SEG> where none belongs
+    truth = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    painted = torch.tensor([[4.0, -1.0], [-1.0, -9.0]])  # probabilities 0.98, 0.27, 0.27, 0.0
+    output = SimpleNamespace(logits=logits, mask_logits=[painted], mask_rows=torch.tensor([0]))
+    batch["mask_targets"] = [truth[None], torch.zeros(0, 2, 2)]
+    sums = dict(score_batch(output, batch, config, ["grounding", "closed"], 2, (0.1, 0.5)))
+    assert (sums["seg_said/right"], sums["seg_said/rows"]) == (1, 1)
+    assert (sums["false_masks/right"], sums["false_masks/rows"]) == (1, 1)
+    assert (sums["closed/right"], sums["closed/rows"]) == (0, 1)
+    assert sums["dice@0.1/right"] == pytest.approx(2 * 2 / 5)
+    assert sums["dice@0.5/right"] == pytest.approx(2 * 1 / 3)
+    assert sums["ce/right"] == pytest.approx(20.0, abs=0.1) and sums["ce/rows"] == 3
+
+
+def test_script_without_its_paths_says_which(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    ended = subprocess.run(["sh", "scripts/train_stage2.sh"], cwd=root, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "MEDPLIB_LLAVA" in ended.stderr and "MEDPLIB_IMAGES" in ended.stderr and "Traceback" not in ended.stderr
