@@ -1,4 +1,4 @@
-"""Mixture of experts: router, capacity, dispatch, load-balancing loss, up-cycling (reference §5).
+"""Mixture of experts: router, capacity, dispatch, load-balancing loss (reference §5).
 
 The semantics are those of DeepSpeed's MoE layer, with which the published weights were trained; the code needs no
 process group. A router turns tokens into a small [T, E] matrix of shares; each expert then sees its own tokens alone.
@@ -6,10 +6,8 @@ process group. A router turns tokens into a small [T, E] matrix of shares; each 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -262,21 +260,6 @@ def mix_by_scan(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterable
     del kept  # the shares are 0 where an expert did not take a token
     outputs = torch.stack([expert(tokens) for expert in experts], dim=1)  # [T, E, D']
     return (outputs * combine[:, :, None].to(outputs.dtype)).sum(dim=1)
-
-
-def upcycle(dense: Sequence[nn.Module], hidden_size: int, **options: Any) -> MoEFeedForward:
-    """A mixture whose experts start as copies of dense networks; the published order is grounding, then VQA.
-
-    The router is new, so with the published top-1 shares the output starts as a *scaled* dense output.
-
-    Args:
-        dense: one network per expert (the same one several times is fine; each expert is its own copy).
-        hidden_size: width D of the tokens.
-        **options: of ``MoEFeedForward``.
-    """
-    mixture = MoEFeedForward([copy.deepcopy(network) for network in dense], hidden_size, **options)
-    like = next((parameter for network in dense for parameter in network.parameters()), None)
-    return mixture if like is None else mixture.to(device=like.device, dtype=like.dtype)
 
 
 def _one_hot(index: Tensor, size: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass
 
@@ -75,29 +74,6 @@ def build_projector(config: ProjectorConfig, vision_dim: int, text_dim: int) -> 
         experts = [_layers(config.type.removeprefix("moe_"), vision_dim, text_dim) for _ in range(config.num_experts)]
         return MoEProjector(config, experts, vision_dim)
     return DenseProjector(_layers(config.type, vision_dim, text_dim))
-
-
-def upcycle_projector(dense: DenseProjector, config: ProjectorConfig) -> MoEProjector:
-    """A mixture whose experts start as copies of a dense projector; its output starts equal to the dense one's.
-
-    Args:
-        dense: a ``linear`` or ``mlpNx_gelu`` projector.
-        config: the mixture wanted; its type must be ``moe_`` and the dense one's type.
-
-    Raises:
-        ValueError: the dense projector has other layers than the type wanted.
-    """
-    linears = [layer for layer in dense.layers if isinstance(layer, nn.Linear)]
-    if not linears:
-        raise ValueError("an identity projector has no weights to up-cycle")
-    first = linears[0]
-    mixture = build_projector(config, first.in_features, linears[-1].out_features)
-    if not isinstance(mixture, MoEProjector):
-        raise ValueError(f"projector.type is {config.type!r}; up-cycling needs a moe_ type")
-    if len(mixture.experts[0]) != len(dense.layers):  # type: ignore[arg-type]
-        raise ValueError(f"the dense projector has {len(linears)} linear layers, {config.type!r} has another number")
-    mixture.experts = nn.ModuleList(copy.deepcopy(dense.layers) for _ in range(config.num_experts))
-    return mixture.to(device=first.weight.device, dtype=first.weight.dtype)
 
 
 def _layers(kind: str, vision_dim: int, text_dim: int) -> nn.Sequential:

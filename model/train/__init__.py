@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .recipe import Recipe
-from .recipe_io import load_recipe, recipe_from, save_recipe
+from model.train.recipe import Recipe
+from model.train.recipe_io import load_recipe, recipe_from, save_recipe
 
 __all__ = ["Recipe", "load_recipe", "recipe_from", "run", "save_recipe"]
 
@@ -23,7 +23,7 @@ def run(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         MedPLIBError: the recipe, its files or its data cannot be used.
     """
-    from .loop import Trainer
+    from model.train.loop import Trainer
 
     trainer = Trainer(recipe)
     try:

@@ -38,7 +38,7 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.check:
-        from .starting import check_paths
+        from model.train.starting import check_paths
 
         check_paths(recipe)
     else:

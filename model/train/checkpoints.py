@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.errors import MedPLIBError
-
-from .engine import TrainingEngine
-from .process import Process
+from model.train.engine import TrainingEngine
+from model.train.process import Process
 
 FOLDER = "checkpoints"
 """Folder inside a run that holds them, one ``step_…`` folder each."""

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from model.errors import MedPLIBError
-
-from .process import Process
-from .recipe import Recipe
-from .trainable import is_lora
+from model.train.process import Process
+from model.train.recipe import Recipe
+from model.train.trainable import is_lora
 
 _IMAGES = ("pixel_values", "sam_pixel_values", "region_masks", "example_masks")
 _OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

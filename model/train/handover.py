@@ -14,12 +14,11 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-
-from .checkpoints import FOLDER, list_checkpoints, load_trainable
-from .engine import TrainingEngine
-from .recipe import Recipe
-from .recipe_io import RECIPE_FILE, load_recipe
-from .starting import starting_network
+from model.train.checkpoints import FOLDER, list_checkpoints, load_trainable
+from model.train.engine import TrainingEngine
+from model.train.recipe import Recipe
+from model.train.recipe_io import RECIPE_FILE, load_recipe
+from model.train.starting import starting_network
 
 
 def merged_network(engine: TrainingEngine, config: MedPLIBConfig, recipe: Recipe) -> MedPLIBForCausalLM | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .recipe import Logging
+from model.train.recipe import Logging
 
 logger = logging.getLogger(__name__)
 

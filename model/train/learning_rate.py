@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .recipe import Optimiser
+from model.train.recipe import Optimiser
 
 
 def warmup_steps(optimiser: Optimiser, steps_per_epoch: float) -> int:

@@ -21,19 +21,18 @@ from model.data.dataset import MedPLIBDataset, MixedDataset
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
-
-from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from .engine import StepResult, make_engine
-from .handover import merged_network
-from .journal import METRICS_FILE, Journal
-from .learning_rate import rate_factor
-from .process import join, leave, resolved
-from .recipe import Recipe
-from .recipe_io import RECIPE_FILE, differences, load_recipe, save_recipe
-from .stages import STAGE_NAMES
-from .starting import check_paths, starting_network
-from .trainable import count_trainable
-from .validation import Validator
+from model.train.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from model.train.engine import StepResult, make_engine
+from model.train.handover import merged_network
+from model.train.journal import METRICS_FILE, Journal
+from model.train.learning_rate import rate_factor
+from model.train.process import join, leave, resolved
+from model.train.recipe import Recipe
+from model.train.recipe_io import RECIPE_FILE, differences, load_recipe, save_recipe
+from model.train.stages import STAGE_NAMES
+from model.train.starting import check_paths, starting_network
+from model.train.trainable import count_trainable
+from model.train.validation import Validator
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ import torch
 from torch import distributed
 
 from model.errors import MedPLIBError
-
-from .recipe import Engine
+from model.train.recipe import Engine
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from typing import Any, Literal
 import yaml
 
 from model.errors import MedPLIBError
-
-from .recipe import Recipe
-from .stages import PUBLISHED
-from .trainable import LORA_TARGETS, PARTS
+from model.train.recipe import Recipe
+from model.train.stages import PUBLISHED
+from model.train.trainable import LORA_TARGETS, PARTS
 
 RECIPE_FILE = "recipe.yaml"
 """Name of the recipe that is saved in every run folder."""

@@ -16,9 +16,8 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import LossConfig, MedPLIBConfig, MoEConfig, ProjectorConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-
-from .recipe import MERGED, Mixture, Recipe
-from .trainable import add_lora, set_trainable
+from model.train.recipe import MERGED, Mixture, Recipe
+from model.train.trainable import add_lora, set_trainable
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import nn
 from model.errors import MedPLIBError
 
 if TYPE_CHECKING:
-    from .recipe import Lora
+    from model.train.recipe import Lora
 
 PARTS: Mapping[str, str] = {
     "lm_head": r"lm_head\.",

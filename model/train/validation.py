@@ -17,9 +17,8 @@ from torch import Tensor
 from model.data.dataset import MixedDataset
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, MedPLIBConfig
 from model.modeling.splice import plan_splice, splice_labels
-
-from .engine import TrainingEngine
-from .recipe import Validation
+from model.train.engine import TrainingEngine
+from model.train.recipe import Validation
 
 _RIGHT, _ROWS = "right", "rows"
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from model.modeling.moe import MoEFeedForward, mix_by_index, mix_by_scan, upcycle
+from model.modeling.moe import MoEFeedForward, mix_by_index, mix_by_scan
 
 WIDTH = 8
 
@@ -184,20 +184,9 @@ def test_residual_expert_takes_its_share() -> None:
     assert_close(moe(tokens).hidden, moe.residual_expert(tokens))
 
 
-def test_upcycled_experts_are_independent_copies_in_the_given_order() -> None:
-    grounding, vqa = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-    before = copy.deepcopy(grounding.weight)
-    moe = upcycle([grounding, vqa], WIDTH, drop_tokens=False)
-    assert_close(moe.experts[0].weight, grounding.weight)
-    assert_close(moe.experts[1].weight, vqa.weight)
-    with torch.no_grad():
-        moe.experts[0].weight.zero_()
-    assert_close(grounding.weight, before)
-
-
 def test_renormalised_top1_of_equal_experts_is_the_dense_output_and_still_teaches_the_router() -> None:
     dense = nn.Linear(WIDTH, WIDTH)
-    moe = upcycle([dense, dense], WIDTH, drop_tokens=False, renormalise=True)
+    moe = MoEFeedForward([dense, copy.deepcopy(dense)], WIDTH, drop_tokens=False, renormalise=True)
     tokens = torch.randn(6, WIDTH)
     output = moe(tokens).hidden
     assert_close(output, dense(tokens))

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from model.modeling.configuration import ProjectorConfig
-from model.modeling.projector import DenseProjector, build_projector, upcycle_projector
+from model.modeling.projector import DenseProjector, build_projector
 
 VISION, TEXT = 6, 10
 
@@ -48,12 +48,14 @@ def test_impossible_projectors_are_refused(kind: str, message: str) -> None:
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(2, 1), (4, 1), (4, 2)])
 @pytest.mark.parametrize("training", [True, False])
-def test_upcycled_projector_starts_equal_to_the_dense_one(num_experts: int, top_k: int, training: bool) -> None:
+def test_experts_equal_to_a_dense_projector_compute_what_it_does(num_experts: int, top_k: int, training: bool) -> None:
     torch.manual_seed(0)
     dense = build_projector(ProjectorConfig(), VISION, TEXT)
     assert isinstance(dense, DenseProjector)
     config = ProjectorConfig(type="moe_mlp2x_gelu", num_experts=num_experts, top_k=top_k)
-    mixture = upcycle_projector(dense, config).train(training)
+    mixture = build_projector(config, VISION, TEXT).train(training)
+    for expert in mixture.experts:
+        expert.load_state_dict(dense.layers.state_dict())
     features = torch.randn(3, 5, VISION)
     assert_close(mixture(features).features, dense(features).features)
 
@@ -66,12 +68,3 @@ def test_image_tokens_teach_the_router_and_load_is_reported() -> None:
     assert projector.router.weight.grad.abs().sum() > 0
     assert output.aux_loss is not None and output.aux_loss >= 0
     assert output.router is not None and int(output.router.expert_counts.sum()) == 15
-
-
-def test_upcycling_refuses_another_shape() -> None:
-    linear = build_projector(ProjectorConfig(type="linear"), VISION, TEXT)
-    assert isinstance(linear, DenseProjector)
-    with pytest.raises(ValueError, match="linear layers"):
-        upcycle_projector(linear, ProjectorConfig(type="moe_mlp2x_gelu"))
-    with pytest.raises(ValueError, match="moe_"):
-        upcycle_projector(linear, ProjectorConfig(type="linear"))
