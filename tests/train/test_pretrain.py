@@ -138,7 +138,7 @@ def test_patch_shares_count_pixels() -> None:
 
 def test_a_name_is_one_place_in_a_question(lessons: Lessons) -> None:
     asked = lessons.pool.questions[0]
-    prepared = lessons.questions[0]
+    prepared = lessons.questions(0)
     number = next(index for index, question in enumerate(asked) if question.kind == "grounding")
     assert {class_id for _, class_id in prepared[number].names} == {CLASS_IDS[asked[number].about]}
 
@@ -147,7 +147,7 @@ def test_packed_questions_do_not_see_each_other(lessons: Lessons, model: MedPLIB
     torch.manual_seed(0)
     tokens = torch.randn(1, lessons.grid**2, 32)
     region = torch.randn(1, 32)
-    questions = [question for question in lessons.questions[0] if not question.region][:3]
+    questions = [question for question in lessons.questions(0) if not question.region][:3]
     together = run_packed(model, lessons.packer.pack([questions]), tokens, region)
     alone = run_packed(model, lessons.packer.pack([questions[2:]]), tokens, region)
     length = len(questions[2].ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from model.train.pretrain.language import (
     name_spellings,
     run_packed,
 )
-from model.train.pretrain.packing import KINDS, PackedBatch, Packer
+from model.train.pretrain.packing import KINDS, PackedBatch, PackedQuestion, Packer
 from model.train.pretrain.pool import ScenePool
 from model.train.pretrain.sam import soft_labels
 from model.train.pretrain.steps import Losses, append_log, train_steps
@@ -63,14 +64,24 @@ class Lessons:
         self.modality_words = modality_words(plain, dict(SPOKEN_NAMES))
         seg: Any = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
         self.packer = Packer(encode, self.spellings, seg, grid * grid)
-        self.questions = [[self.packer.prepare(question) for question in asked] for asked in pool.questions]
+        self._prepared: dict[int, list[PackedQuestion]] = {}
         self.shares = torch.cat([soft_labels(pool.labels[i : i + 256], grid).half() for i in range(0, len(pool), 256)])
         self.modalities = torch.from_numpy(pool.modalities.astype(np.int64))
+
+    def questions(self, row: int) -> list[PackedQuestion]:
+        """Questions about one scene; tokenised when they are first asked for."""
+        if row not in self._prepared:
+            self._prepared[row] = [self.packer.prepare(question) for question in self.pool.questions[row]]
+        return self._prepared[row]
+
+    @cached_property
+    def refusals(self) -> frozenset[int]:
+        """First tokens of refusals to segment, as the first scenes show them."""
         absent = KINDS.index("grounding_absent")
-        self.refusals = frozenset(
+        return frozenset(
             next(label for label in question.labels if label >= 0)
-            for asked in self.questions
-            for question in asked
+            for row in range(min(200, len(self.pool)))
+            for question in self.questions(row)
             if question.kind == absent
         )
 
@@ -78,7 +89,7 @@ class Lessons:
         self, rows: np.ndarray, kinds: frozenset[int], most: int, rng: np.random.Generator
     ) -> tuple[PackedBatch, Tensor]:
         """Packed questions about the scenes ``rows``, and region weights over patches [R, P]."""
-        drawn = [draw_questions(self.questions[int(row)], kinds, most, rng) for row in rows]
+        drawn = [draw_questions(self.questions(int(row)), kinds, most, rng) for row in rows]
         batch = self.packer.pack(drawn)
         grids = [
             region_grid(self.pool.labels[int(rows[row])] == class_id, self.clip_size, self.grid)
