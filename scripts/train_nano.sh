@@ -49,10 +49,12 @@ pretrain pool pool_held_out/questions.jsonl
 pretrain tokenizer tokenizer/tokenizer.model
 both language_then_sam vision_then_seen
 pretrain base base/config.json
-stage 1
-stage 2
-stage 3
-stage 4
+# The base knows words, structures and masks already; the stages go on from there in short runs of 16 records a step.
+short="schedule.batch_size=16 schedule.epochs=2 validation.samples=64 saving.every=100000"
+stage 1 $short schedule.max_steps=100 optimiser.lr=3e-4
+stage 2 $short schedule.max_steps=450 optimiser.lr=3e-4 "trainable=[decoder, lm_head, projector, region_adapter]"
+stage 3 $short schedule.max_steps=400 optimiser.lr=5e-4
+stage 4 $short schedule.max_steps=700 optimiser.lr=5e-4 "data.shares=[0.35, 0.2, 0.45]"
 python scripts/nano_report.py --data "$data/test" --train "$data/train" --out "$nano/report.json" \
   "stage II=$nano/stage2/merged" "stage III=$nano/stage3/merged" "stage IV=$nano/stage4/merged" | tee "$nano/report.md"
 echo "The checkpoint is in $nano/stage4/merged; scripts/nano_pack.py writes it in half precision."

@@ -45,7 +45,7 @@ class SymbolicImages(nn.Module):
         width, scale = embed.weight.shape[1], float(embed.weight.detach().std())
         self.name_ids, self.modality_ids = name_ids, modality_ids
         self.background = nn.Parameter(torch.randn(width) * scale)
-        self.places = nn.Parameter(torch.randn(num_patches, width) * scale * 0.5)
+        self.places = nn.Parameter(_place_embeddings(num_patches, width) * scale)
 
     def words(self) -> Tensor:
         """Embedding of every class name [classes, D]; the background has its own."""
@@ -59,6 +59,19 @@ class SymbolicImages(nn.Module):
         kinds = torch.stack([weight[ids].mean(0) for ids in self.modality_ids])
         tokens = shares @ self.words() + 0.5 * kinds[modalities][:, None] + self.places
         return tokens + torch.randn_like(tokens) * noise * weight.detach().std()
+
+
+def _place_embeddings(num_patches: int, width: int) -> Tensor:
+    """Embeddings [P, D] of the cells of a square grid: one direction grows to the right, one downwards, a little noise.
+
+    Directions survive averaging over a region, which independent embeddings would not.
+    """
+    side = math.isqrt(num_patches)
+    ramp = torch.linspace(-1, 1, side)
+    down, right = torch.meshgrid(ramp, ramp, indexing="ij")
+    directions = torch.randn(2, width)
+    slopes = torch.stack([right.flatten(), down.flatten()], 1) @ directions
+    return slopes + 0.2 * torch.randn(num_patches, width)
 
 
 class AttentionGuide:
