@@ -27,7 +27,7 @@ setup(
     extras_require={
         "train": TRAIN,  # staged training; deepspeed compiles a small op with g++ at its first run
         "dev": [*TRAIN, "pytest>=9,<10", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"],
-        "gpu": ["flash-attn", "bitsandbytes"],  # CUDA only; install with --no-build-isolation
+        "gpu": ["flash-attn"],  # engine.attention=flash_attention_2; CUDA only: install with --no-build-isolation
         "sam": ["segment-anything", "torchvision"],  # cross-check of our SAM in the tests; CUDA builds of torch only
     },
     entry_points={"console_scripts": ["medplib=model.cli:main"]},

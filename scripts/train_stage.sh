@@ -1,6 +1,6 @@
 # Sourced by train_stage{1,2,3,4}.sh: `train_stage N ARGUMENTS…` runs one stage.
 #   RECIPE           recipe file (default configs/stages/stageN_7b.yaml); a first argument ending in .yaml does the same
-#   NUM_GPUS         GPUs to use (default: all visible)
+#   NUM_GPUS         GPUs to use (default: all that CUDA_VISIBLE_DEVICES leaves visible)
 #   NPROC            processes to launch instead, for a CPU
 #   other arguments  key=value overrides, --resume, --check
 # Paths of the 7B recipes: MEDPLIB_LLAMA, MEDPLIB_LLAVA, MEDPLIB_CLIP, MEDPLIB_SAM, MEDPLIB_DATA, MEDPLIB_IMAGES.
@@ -17,16 +17,22 @@ train_stage() {
     export PATH
   fi
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-  # Check first, in one process: a wrong path is told once, not by every rank, and before any launcher starts.
-  python -m model.train "$recipe" "$@" --check || return $?
-  gpus=${NUM_GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
-  processes=${NPROC:-$gpus}
+  gpus=$(python -c 'import torch; print(torch.cuda.device_count())' 2> /dev/null) || {
+    echo "There is no python with PyTorch here; bash scripts/test.sh makes .venv, or: pip install -e '.[train]'" >&2
+    return 2
+  }
+  processes=${NPROC:-${NUM_GPUS:-$gpus}}
+  case " $* " in
+    *" --check "*) processes=1 ;;
+  esac
+  # exec: a termination signal reaches the run, which saves before it ends, and not a shell that waits for it.
   if [ "$processes" -le 1 ]; then
-    python -m model.train "$recipe" "$@"
-  elif [ -z "${NPROC:-}" ] && command -v deepspeed > /dev/null; then
-    deepspeed --num_gpus "$processes" --module model.train "$recipe" "$@"
-  else
-    # Many processes of many threads each are ruinous; one thread a process unless told otherwise.
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc_per_node "$processes" -m model.train "$recipe" "$@"
+    exec python -m model.train "$recipe" "$@"
   fi
+  # Check first, in one process: what is wrong is told once, not by every rank, and before any launcher starts.
+  python -m model.train "$recipe" "$@" --check || return $?
+  # Many processes of many threads each are ruinous; one thread a process unless told otherwise. The launcher is torch's:
+  # DeepSpeed's own would use the first GPUs of the machine whatever CUDA_VISIBLE_DEVICES says.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  exec python -m torch.distributed.run --standalone --nproc_per_node "$processes" -m model.train "$recipe" "$@"
 }
