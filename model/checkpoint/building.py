@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from model.checkpoint.report import Shape
+from model.checkpoint.report import Shape, understanding
 from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig, MoEConfig
 from model.modeling.medplib import MedPLIBForCausalLM
@@ -20,13 +20,14 @@ def empty_network(config: MedPLIBConfig) -> MedPLIBForCausalLM:
     """A network whose parameters are on the meta device; its buffers (positions, rotary frequencies) are real.
 
     Raises:
-        MedPLIBError: the sizes contradict one another.
+        MedPLIBError: a size is impossible, or the sizes contradict one another.
     """
-    try:
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            return MedPLIBForCausalLM(config)
-    except ValueError as error:
-        raise MedPLIBError(f"the checkpoint's configuration contradicts itself: {error}") from error
+    with (
+        understanding("the checkpoint's configuration", "correct its config.json"),
+        no_init_weights(),
+        init_empty_weights(include_buffers=False),
+    ):
+        return MedPLIBForCausalLM(config)
 
 
 def network_shapes(model: nn.Module) -> dict[str, Shape]:

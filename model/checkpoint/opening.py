@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig
 
 from model.checkpoint.names import is_empty_buffer, native_to_published, published_to_native
 from model.checkpoint.published_config import NATIVE_SECTION, infer_config
-from model.checkpoint.report import Shape
+from model.checkpoint.report import Shape, understanding
 from model.checkpoint.shards import WeightFiles, find_weights
 from model.checkpoint.starting_points import (
     CLIP_PREFIX,
@@ -110,7 +110,8 @@ def read_seg_token_id(directory: Path, vocabulary: int) -> int:
         )
     token_id = tokenizer.get_added_vocab()[SEG_TOKEN]
     stored = directory / "added_tokens.json"
-    listed = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    with understanding(str(stored), "fetch it again"):
+        listed = dict(json.loads(stored.read_text(encoding="utf-8"))) if stored.is_file() else {}
     if listed.get(SEG_TOKEN, token_id) != token_id:
         raise MedPLIBError(
             f"{stored} gives {SEG_TOKEN} the id {listed[SEG_TOKEN]}, the tokenizer {token_id}; "
@@ -120,12 +121,8 @@ def read_seg_token_id(directory: Path, vocabulary: int) -> int:
 
 
 def _open_native(directory: Path, settings: dict[str, Any]) -> OpenedCheckpoint:
-    try:
+    with understanding(str(directory / "config.json"), "correct it or save the checkpoint again"):
         config = MedPLIBConfig.from_dict(settings)
-    except (TypeError, ValueError) as error:
-        raise MedPLIBError(
-            f"{directory / 'config.json'} is not understood: {error}; save the checkpoint again"
-        ) from error
     weights = find_weights(directory)
     return OpenedCheckpoint(
         directory, "native", config, weights.shapes(), weights, dtype=_dtype(settings), notes=weights.notes
@@ -143,7 +140,8 @@ def _open_published(
     clip_directory, clip = _clip(directory, settings, stored, vision_tower, notes)
     added = _missing_parts(directory, stored, clip_directory, sam, notes)
     shapes = {**stored, **{str(native_to_published(name)): tuple(value.shape) for name, value in added.items()}}
-    inferred = infer_config(settings, shapes, clip, seg_token_id)
+    with understanding(str(directory / "config.json"), "fetch it again"):
+        inferred = infer_config(settings, shapes, clip, seg_token_id)
     named = {name: published_to_native(name) for name in stored}
     buffers = [name for name in stored if is_empty_buffer(name)]
     native = {str(ours): stored[name] for name, ours in named.items() if ours is not None}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from model.checkpoint.report import Shape
+from model.checkpoint.report import Shape, understanding
 from model.checkpoint.sam_names import sam_config_from_state_dict
 from model.errors import MedPLIBError
 from model.modeling.configuration import (
@@ -91,12 +91,8 @@ def infer_config(
     """
     kept = settings.get(NATIVE_SECTION)
     if isinstance(kept, Mapping):
-        try:
+        with understanding(f"{NATIVE_SECTION} in config.json", "export it again"):
             return Inferred(MedPLIBConfig(**kept))
-        except (TypeError, ValueError) as error:
-            raise MedPLIBError(
-                f"{NATIVE_SECTION} in config.json is not understood: {error}; export it again"
-            ) from error
     notes: list[str] = []
     text = text_config(settings, shapes, notes)
     if clip is None:
@@ -134,7 +130,8 @@ def text_config(settings: Mapping[str, Any], shapes: Mapping[str, Shape], notes:
     vocabulary = int(embedding[0] if embedding else settings.get("vocab_size", 0))
     if vocabulary != settings.get("vocab_size", vocabulary):
         notes.append(f"config.json says vocab_size {settings['vocab_size']}, the embedding has {vocabulary} rows")
-    values.setdefault("pad_token_id", 0)
+    if values.get("pad_token_id", -1) < 0:  # older LLaMAs say -1, which would make the last token padding
+        values["pad_token_id"] = 0
     return LlamaConfig(**values, vocab_size=vocabulary, rope_parameters=rope, use_cache=True)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from model.errors import MedPLIBError
@@ -98,6 +99,26 @@ def compare(
         ignored=ignored,
         notes=tuple(notes),
     )
+
+
+@contextmanager
+def understanding(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the values of somebody's file trip inside into one sentence.
+
+    Args:
+        what: the file or section, as the sentence calls it.
+        remedy: what to do about it.
+
+    Raises:
+        MedPLIBError: anything was raised inside; a ``MedPLIBError`` passes through.
+    """
+    try:
+        yield
+    except MedPLIBError:
+        raise
+    except Exception as error:  # a number that is a word fails in as many ways as there are libraries that read it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MedPLIBError(f"{what} is not understood ({reason}); {remedy}") from error
 
 
 def _misfit(key: str, found: Shape, expected: Shape) -> str:

@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, SamConfig
 
 from model.checkpoint.names import is_empty_buffer, published_to_native
 from model.checkpoint.published_config import clip_config_from_shapes, projector_type, text_config
+from model.checkpoint.report import understanding
 from model.checkpoint.sam_names import sam_config_from_state_dict, state_to_native
 from model.checkpoint.shards import find_weights, read_pickled, read_tensors
 from model.errors import MedPLIBError
@@ -75,7 +76,10 @@ def read_clip_config(directory: Path) -> CLIPVisionConfig:
     vision = settings.get("vision_config", settings)
     if not isinstance(vision, dict) or "patch_size" not in vision:
         raise MedPLIBError(f"{directory / 'config.json'} is not CLIP's (no patch_size); give a CLIP directory")
-    return CLIPVisionConfig(**{key: value for key, value in vision.items() if key not in ("model_type", "torch_dtype")})
+    with understanding(str(directory / "config.json"), "fetch it again"):
+        return CLIPVisionConfig(
+            **{key: value for key, value in vision.items() if key not in ("model_type", "torch_dtype")}
+        )
 
 
 def read_clip_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -96,7 +100,8 @@ def read_sam(path: Path) -> tuple[SamConfig, MaskConfig, dict[str, Tensor]]:
         MedPLIBError: the file is not SAM's.
     """
     state = dict(read_tensors(path)) if path.suffix == ".safetensors" else read_pickled(path)
-    sizes, mask = sam_config_from_state_dict(state)
+    with understanding(str(path), "give a SAM or SAM-Med2D file"):
+        sizes, mask = sam_config_from_state_dict(state)
     return sizes, mask, state_to_native(state)
 
 
@@ -128,7 +133,8 @@ def read_language_model(directory: Path) -> LanguageModel:
     weights = find_weights(directory)
     stored = {name: value for name, value in weights.tensors() if not is_empty_buffer(name)}
     shapes = {name: tuple(value.shape) for name, value in stored.items()}
-    config = text_config(settings, shapes, notes)
+    with understanding(str(directory / "config.json"), "fetch it again"):
+        config = text_config(settings, shapes, notes)
     state: dict[str, Tensor] = {}
     strangers = []
     for name, value in stored.items():
@@ -154,10 +160,15 @@ def find_vision_tower(named: str | None, directory: Path) -> Path | None:
         return None
     places = [directory, directory.parent, Path.cwd()]
     candidates = [Path(named), *(place / name for name in (named, Path(named).name) for place in places)]
-    for candidate in candidates:
-        if candidate != directory and (candidate / "config.json").is_file():
-            return candidate
-    return None
+    return next((path for path in candidates if path != directory and _holds_config(path)), None)
+
+
+def _holds_config(directory: Path) -> bool:
+    """Whether config.json is there; a folder that may not be entered (the authors' ``/root/…``) holds none for us."""
+    try:
+        return (directory / "config.json").is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def clip_difference(config: CLIPVisionConfig, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -98,6 +98,8 @@ class RegionConfig:
     pooler: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
+        _check_choice("region.kind", self.kind, ("mean", "geometric"))
+        _check_choice("region.pooler", self.pooler, ("max", "mean"))
         object.__setattr__(self, "num_sub_points", tuple(self.num_sub_points))
         object.__setattr__(self, "num_neighbors", tuple(self.num_neighbors))
 
@@ -110,6 +112,11 @@ class MaskConfig:
     adapter_mlp_ratio: float = 0.25
     geometry: Literal["exact", "legacy"] = "exact"
     threshold: float = 0.5  # default read-out threshold; published numbers use 0.1
+
+    def __post_init__(self) -> None:
+        _check_choice("mask.geometry", self.geometry, ("exact", "legacy"))
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"mask.threshold is {self.threshold}; give a number between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,11 @@ class LossConfig:
     bce: float = 2.0
     focal: float = 0.0
     iou: float = 0.0
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; known: {', '.join(known)}")
 
 
 def _section(kind: type[Section], value: Section | dict[str, Any] | None) -> Section:
@@ -241,6 +253,8 @@ def _with_decoder_epsilon(value: Any) -> Any:
 def _sub_config(kind: type[PreTrainedConfig], value: Any, default: dict[str, Any]) -> Any:
     if isinstance(value, PreTrainedConfig):
         return value
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"a {kind.__name__} section is a mapping, got {type(value).__name__}")
     return kind(**{**default, **{k: v for k, v in (value or {}).items() if k != "model_type"}})
 
 

@@ -150,6 +150,43 @@ def test_contradicting_token_ids_are_refused(published: Path) -> None:
         load(published)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("hidden_size", "wide"),
+        ("mm_vision_select_layer", "last"),
+        ("moe", {"top_k_experts": "two"}),
+        ("rope_scaling", 7),
+    ],
+)
+def test_settings_that_are_no_numbers_are_one_sentence(published: Path, setting: str, value: object) -> None:
+    edit(published, lambda settings: settings.update({setting: value}))
+    with pytest.raises(MedPLIBError, match=r"config\.json is not understood") as raised:
+        load(published)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", "5"])
+def test_damaged_token_list_is_one_sentence(published: Path, content: str) -> None:
+    (published / "added_tokens.json").write_text(content)
+    with pytest.raises(MedPLIBError, match=r"added_tokens\.json is not understood"):
+        load(published)
+
+
+def test_clip_path_of_the_authors_may_be_out_of_reach(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path below somebody's home may not even be looked at; CLIP's sizes then come from the tensors."""
+    real = Path.is_file
+
+    def guarded(path: Path) -> bool:
+        if str(path).startswith("/mnt/authors"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", guarded)
+    _, _, report = load_with_report(published)
+    assert any("read off the tensors" in note for note in report.notes)
+
+
 def test_description(published: Path) -> None:
     text = describe(published)
     assert "published layout" in text

@@ -8,7 +8,7 @@ import pytest
 
 from model.checkpoint.building import network_shapes
 from model.checkpoint.names import native_to_published
-from model.checkpoint.published_config import NATIVE_SECTION, infer_config, published_settings
+from model.checkpoint.published_config import NATIVE_SECTION, infer_config, published_settings, text_config
 from model.errors import MedPLIBError
 from tests.tiny import tiny_model
 
@@ -76,6 +76,12 @@ def test_one_expert_count_for_all_layers_is_no_contradiction() -> None:
 def test_projector_kind_follows_the_tensors(kind: str) -> None:
     shapes = published_shapes(projector={"type": kind})
     assert infer_config(settings() | {"mm_projector_type": "mlp2x_gelu"}, shapes, None, 0).config.projector.type == kind
+
+
+@pytest.mark.parametrize("told", [{}, {"pad_token_id": None}, {"pad_token_id": -1}])
+def test_padding_is_never_a_token_of_the_vocabulary_s_end(told: dict[str, Any]) -> None:
+    settings = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9} | told
+    assert text_config(settings, {}, []).pad_token_id == 0
 
 
 def test_missing_sizes_are_one_sentence() -> None:

@@ -212,6 +212,36 @@ def test_damaged_directories_are_one_sentence(make, tmp_path: Path, damage, mess
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"text_config": 5},
+        {"text_config": {"hidden_size": "wide"}},
+        {"text_config": {"num_attention_heads": 0}},
+        {"text_config": {"hidden_size": -4}},
+        {"text_config": {"hidden_act": "zzz"}},
+        {"vision_config": {"patch_size": 0}},
+        {"sam_config": {"vision_config": 3}},
+        {"projector": {"type": 5}},
+        {"region": {"kind": "weird"}},
+        {"mask": {"geometry": "exakt"}},
+        {"mask": {"threshold": 1.5}},
+        {"vision_select_layer": "last"},
+        {"moe": {"layers": [0], "num_experts": [1], "top_k": 2}},
+    ],
+)
+def test_impossible_settings_are_one_sentence(make, tmp_path: Path, wrong: dict) -> None:
+    save(*make(), tmp_path / "native")
+    file = tmp_path / "native" / "config.json"
+    settings = json.loads(file.read_text())
+    for section, values in wrong.items():
+        merged = settings[section] | values if isinstance(values, dict) else values
+        file.write_text(json.dumps(settings | {section: merged}))
+    with pytest.raises(MedPLIBError, match=r"config.*is not understood") as raised:
+        load(tmp_path / "native")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_path_that_is_no_directory(tmp_path: Path) -> None:
     with pytest.raises(MedPLIBError, match="is no directory"):
         load(tmp_path / "nothing")
