@@ -317,9 +317,12 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             return_logits: logits in training too (by default the loss computes only those it needs).
 
         Raises:
-            ValueError: inputs do not match in number.
+            ValueError: inputs do not match in number, or labels come with ``inputs_embeds``.
         """
-        if inputs_embeds is not None or (past_key_values is not None and pixel_values is None and labels is None):
+        if labels is not None and inputs_embeds is not None:
+            raise ValueError("labels go with input_ids, whose places they share; inputs_embeds has none")
+        visual = pixel_values is not None or image_features is not None
+        if inputs_embeds is not None or (past_key_values is not None and not visual and labels is None):
             return self._decode_step(
                 input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep
             )
@@ -423,7 +426,10 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
 
         Takes the prompt inputs of ``forward`` (``input_ids``, ``attention_mask``, ``pixel_values`` or
         ``image_features``, ``region_masks``, ``region_image``, ``example_masks``, ``visual_kinds``) and any
-        generation argument. For answers with masks use ``model.inference``.
+        generation argument; prompts of a batch are padded on the left. For answers with masks use ``model.inference``.
+
+        Raises:
+            ValueError: a prompt is padded on the right.
         """
         if input_ids is None:
             return super().generate(**kwargs)  # type: ignore[misc]
@@ -436,6 +442,8 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, kwargs.pop("attention_mask", None), image_features, *(kwargs.pop(name, None) for name in names)
         )
         mask = spliced.plan.attention_mask.long()
+        if not bool(mask[:, -1].all()):
+            raise ValueError("prompts to be continued are padded on the right; collate them with padding_side='left'")
         return super().generate(inputs_embeds=spliced.embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
 
 

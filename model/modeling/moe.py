@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.utils.generic import maybe_autocast
 
 SYNC_FREE_TOKENS = 8
 """On an accelerator, so few tokens (decoding) pass through every expert rather than waiting for the host."""
@@ -74,7 +75,7 @@ class Router(nn.Linear):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits, float32 [T, E], of tokens [T, D]."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with maybe_autocast(tokens.device.type, enabled=False):
             return functional.linear(tokens.float(), self.weight.float())
 
 
@@ -217,7 +218,7 @@ class MoEFeedForward(nn.Module):
         return weights / (total.detach() if self.top_k == 1 else total)
 
     def _avoids_sync(self, tokens: Tensor) -> bool:
-        return tokens.is_cuda and len(tokens) <= SYNC_FREE_TOKENS and not torch.is_grad_enabled()
+        return tokens.device.type != "cpu" and len(tokens) <= SYNC_FREE_TOKENS and not torch.is_grad_enabled()
 
 
 def load_balancing_loss(probabilities: Tensor, first_choice: Tensor, real: Tensor | None = None) -> Tensor:

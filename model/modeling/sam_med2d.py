@@ -189,9 +189,8 @@ class SamMed2D(nn.Module):
         self.mask_decoder = SamMaskDecoder(decoder)
         grid = vision.image_size // vision.patch_size
         self.embedding_shape = (vision.output_channels, grid, grid)
-        self.always_encode = (
-            False  # a frozen encoder runs for no image too: ranks that share its weights (ZeRO-3) need it
-        )
+        # True makes a frozen encoder run for no image too: ranks that share its weights (ZeRO-3) need it.
+        self.always_encode = False
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Encode images once for any number of masks; without gradients where the whole encoder is frozen.

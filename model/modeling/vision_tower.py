@@ -42,9 +42,8 @@ class VisionTower(nn.Module):
         self.clip = CLIPVisionModel(config)
         self.layers_to_run = select_layer % states
         self.keeps_class_token = select_feature == "cls_patch"
-        self.always_encode = (
-            False  # a frozen tower runs for no image too: ranks that share its weights (ZeRO-3) need it
-        )
+        # True makes a frozen tower run for no image too: ranks that share its weights (ZeRO-3) need it.
+        self.always_encode = False
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features [N, P, Dv] of CLIP inputs [N, 3, H, W]; N may be 0. A kept class token is one of the P."""

@@ -120,9 +120,3 @@ def test_wrong_input_is_one_sentence(predictor: Predictor, image: object, questi
     with pytest.raises(MedPLIBError) as error:
         predictor.ask(image, question, **options)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}])
-def test_wrong_settings_are_refused(options: dict) -> None:
-    with pytest.raises(MedPLIBError):
-        GenerationSettings(**options)

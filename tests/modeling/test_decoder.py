@@ -102,6 +102,18 @@ def test_decoding_with_a_cache_equals_one_pass(kind: str, left_padding: int) -> 
     assert_close(got[mask.bool()], whole[mask.bool()], rtol=1e-4, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_a_decoding_step_never_waits_for_the_host() -> None:
+    """The meta device stands for an accelerator: it has no values, so asking for one is an error."""
+    model = decoder().to("meta")
+    cache = DynamicCache(config=model.config)
+    for step in range(3):
+        token, place = torch.empty(2, 1, 16, device="meta"), torch.full((2, 1), step, device="meta")
+        output = model(token, position_ids=place, past_key_values=cache)
+    assert output.last_hidden_state.shape == (2, 1, 16)
+    assert cache.get_seq_length() == 3
+
+
 def test_a_cache_is_made_on_request_only() -> None:
     model = decoder()
     assert model(embeds()).past_key_values is None

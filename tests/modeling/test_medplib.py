@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER, MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
@@ -123,6 +123,20 @@ def test_generate_takes_images_and_regions() -> None:
         following = model(input_ids=ids, **prompt).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, following], dim=1)
     assert new[0].tolist() == ids[0, -4:].tolist()
+
+
+def test_a_prompt_with_cached_features_may_bring_its_own_cache() -> None:
+    model, inputs = tiny_model(), batch()
+    prompt = {key: inputs[key][:1] for key in ("input_ids", "region_masks", "region_image")}
+    prompt["image_features"] = model.encode_images(inputs["pixel_values"][:1])
+    cache = DynamicCache(config=model.config.text_config)
+    torch.testing.assert_close(model(**prompt, past_key_values=cache).logits, model(**prompt).logits)
+    assert cache.get_seq_length() == 7 - 1 + 16
+
+
+def test_labels_of_ready_made_embeddings_are_refused() -> None:
+    with pytest.raises(ValueError, match="labels"):
+        tiny_model()(inputs_embeds=torch.zeros(1, 3, 32), labels=torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
