@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,17 @@ def _cases(out: Path, num_images: int, seed: int, size: int, workers: int) -> It
     if workers <= 1:
         yield from map(_build_case, jobs)
         return
-    with ProcessPoolExecutor(workers, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with render_workers(workers) as pool:
         yield from pool.map(_build_case, jobs, chunksize=16)
+
+
+def render_workers(workers: int) -> ProcessPoolExecutor:
+    """Processes for rendering, one thread each.
+
+    They start fresh: forked from a process whose libraries already run threads, one can inherit a held lock and hang.
+    """
+    fresh = get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=fresh, initializer=cv2.setNumThreads, initargs=(1,))
 
 
 def _build_case(job: tuple[Path, int, int, int]) -> _Case:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.builders.phantom import PhantomStream
+from model.data.builders.phantom import PhantomStream, render_workers
 from model.data.builders.phantom_questions import Question
 from model.data.builders.phantom_scenes import CLASS_IDS, MODALITIES
 
@@ -59,7 +58,7 @@ def render_pool(
         images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (num_scenes, SIDE, SIDE, 3))
         labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (num_scenes, SIDE, SIDE))
         lines = []
-        with ProcessPoolExecutor(workers, initializer=cv2.setNumThreads, initargs=(1,)) as executor:
+        with render_workers(workers) as executor:
             jobs = ((seed, index) for index in range(num_scenes))
             for index, (image, label, line) in enumerate(executor.map(_render, jobs, chunksize=32)):
                 images[index], labels[index] = image, label
