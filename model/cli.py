@@ -14,6 +14,7 @@ from typing import Any
 from model.errors import MedPLIBError
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "medplib-nano"
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +54,9 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
     ask.add_argument("image", type=Path, help="PNG, JPEG, TIFF or single-frame DICOM")
     ask.add_argument("question")
     ask.add_argument("--model", type=Path, default=None, metavar="DIR", help="checkpoint; the nano when absent")
-    ask.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP directory, for published checkpoints")
+    _add_parts(ask)
     ask.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 …")
+    ask.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help="the last needs CUDA and flash-attn")
     where = ask.add_mutually_exclusive_group()
     where.add_argument("--region", type=Path, metavar="MASK.png", help="the region the question is about")
     where.add_argument("--box", type=_numbers, metavar="X1,Y1,X2,Y2", help="the same as a box in image pixels")
@@ -84,7 +86,8 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
-    train = commands.add_parser("train", help="run one training stage from a recipe", add_help=False)
+    # No prefix makes an option here: every word, --help too, goes on to the training command.
+    train = commands.add_parser("train", help="run one training stage from a recipe", add_help=False, prefix_chars="\0")
     train.add_argument("arguments", nargs=argparse.REMAINDER)
     train.set_defaults(run=run_train)
 
@@ -95,14 +98,29 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("out", type=Path)
     export.add_argument("--layout", choices=("native", "published"), default="native")
     export.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
-    export.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP directory, for published checkpoints")
+    _add_parts(export)
     export.set_defaults(run=run_export)
 
 
 def _add_describe(commands: argparse._SubParsersAction) -> None:
     describe = commands.add_parser("describe", help="say what a checkpoint directory holds")
     describe.add_argument("checkpoint", type=Path)
+    _add_parts(describe)
     describe.set_defaults(run=run_describe)
+
+
+def _add_parts(command: argparse.ArgumentParser) -> None:
+    """Where parts that a published checkpoint lacks come from; the published spellings are known too."""
+    command.add_argument(
+        "--vision-tower", "--vision_tower", type=Path, metavar="DIR", help="CLIP directory, for published checkpoints"
+    )
+    command.add_argument(
+        "--sam",
+        "--vision_pretrained",
+        type=Path,
+        metavar="FILE",
+        help="SAM-Med2D file, for published checkpoints without SAM weights",
+    )
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -121,7 +139,11 @@ def run_ask(options: argparse.Namespace) -> int:
     settings = GenerationSettings(options.max_new_tokens, options.temperature, seed=options.seed)
     region = options.region or (options.box and ("box", options.box)) or (options.point and ("point", options.point))
     predictor = Predictor.from_pretrained(
-        options.model or default_model(), device=options.device, vision_tower=options.vision_tower
+        options.model or default_model(),
+        device=options.device,
+        vision_tower=options.vision_tower,
+        sam=options.sam,
+        attention=options.attention,
     )
     image = predictor.set_image(options.image)
     answer = predictor.ask(image, options.question, region, options.threshold, settings=settings)
@@ -195,7 +217,7 @@ def run_export(options: argparse.Namespace) -> int:
         raise MedPLIBError(f"{options.out} exists already; name a new directory")
     if options.layout == "native" and options.format == "bin":
         raise MedPLIBError("the native layout is written as safetensors; use --layout published for .bin files")
-    model, processor = _open_for_export(options.checkpoint, options.vision_tower)
+    model, processor = _open_for_export(options.checkpoint, options.vision_tower, options.sam)
     if options.layout == "native":
         save(model, processor, options.out)
     else:
@@ -204,7 +226,7 @@ def run_export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open_for_export(path: Path, vision_tower: Path | None) -> tuple[Any, Any]:
+def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None) -> tuple[Any, Any]:
     """The network and processor of a checkpoint, of a finished run, or of a run's newest training checkpoint."""
     from model.checkpoint import load
     from model.train.handover import network_of_run
@@ -214,14 +236,14 @@ def _open_for_export(path: Path, vision_tower: Path | None) -> tuple[Any, Any]:
     unmerged = (path / "recipe.yaml").is_file() or path.name.startswith("step_")
     if unmerged and not (source / "config.json").is_file():
         return network_of_run(path)
-    return load(source, vision_tower=vision_tower)
+    return load(source, vision_tower=vision_tower, sam=sam)
 
 
 def run_describe(options: argparse.Namespace) -> int:
     """``medplib describe``."""
     from model.checkpoint import describe
 
-    print(describe(options.checkpoint))
+    print(describe(options.checkpoint, vision_tower=options.vision_tower, sam=options.sam))
     return 0
 
 

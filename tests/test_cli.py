@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from pydicom.data import get_testdata_file
+from safetensors.torch import load_file, save_file
 
+from model.checkpoint import export_published, load
 from model.cli import main
 from model.processing.masks import decode_rle
 from tests.conftest import ROOT
@@ -107,6 +109,10 @@ def test_dicom_with_spacing(
         ["SCAN", "What?", "--region", "SCAN_OF_OTHER_SIZE"],
         ["SCAN", "What?", "--temperature", "-1"],
         ["SCAN", "What?", "--device", "abacus"],
+        ["SCAN", "What?", "--device", "meta"],
+        ["SCAN", "What?", "--attention", "flash_attention_2"],
+        ["SCAN", "What?", "--temperature", "nan"],
+        ["SCAN", "What?", "--seed", "99999999999999999999"],
         *([] if torch.cuda.is_available() else [["SCAN", "What?", "--device", "cuda"]]),
         ["TEXT", "What?"],
         ["SCAN", "What?", "--out", "TEXT"],
@@ -142,6 +148,34 @@ def test_a_folder_that_is_no_checkpoint(picture: Path, tmp_path: Path, capsys: p
     assert main(["ask", str(picture), "What?", "--model", str(tmp_path)]) == 2
     assert main(["describe", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("medplib: ") == 2
+
+
+def test_parts_that_a_checkpoint_lacks_may_be_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The published spellings of the flags, which errors name, are understood."""
+    model, processor = load(checkpoint)
+    export_published(model, processor, tmp_path / "published")
+    weights = tmp_path / "published" / "model.safetensors"
+    state = load_file(weights)
+    sam = {name: value for name, value in state.items() if name.startswith("model.visual_model.")}
+    save_file({name: value for name, value in state.items() if name not in sam}, weights)
+    torch.save({name.removeprefix("model.visual_model."): value for name, value in sam.items()}, tmp_path / "sam.pth")
+    assert main(["describe", str(tmp_path / "published")]) == 2
+    assert "--vision_pretrained" in capsys.readouterr().err
+    assert main(["describe", str(tmp_path / "published"), "--vision_pretrained", str(tmp_path / "sam.pth")]) == 0
+    assert "complete" in capsys.readouterr().out
+    native = str(tmp_path / "native")
+    assert main(["export", str(tmp_path / "published"), native, "--sam", str(tmp_path / "sam.pth")]) == 0
+    assert load(native)[0].model.sam.image_encoder.pos_embed.equal(model.model.sam.image_encoder.pos_embed)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--check", "--help"]])
+def test_training_has_its_own_options(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *arguments])
+    assert ended.value.code == 0
+    assert "--on-bad-record" in capsys.readouterr().out
 
 
 def test_export_and_describe(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -14,6 +15,8 @@ from model.checkpoint.report import Shape, understanding
 from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig, MoEConfig
 from model.modeling.medplib import MedPLIBForCausalLM
+
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 def empty_network(config: MedPLIBConfig) -> MedPLIBForCausalLM:
@@ -47,6 +50,30 @@ def take_over(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             parameter.requires_grad_(False)
         elif name in state:
             parameter.requires_grad_(parameter.is_floating_point())
+
+
+def choose_attention(model: MedPLIBForCausalLM, attention: Attention, device: str | torch.device) -> None:
+    """Choose how the decoder computes attention; CLIP and SAM keep torch's own.
+
+    Args:
+        model: the network, in place.
+        attention: ``sdpa`` (torch's fused one), ``eager`` (plain arithmetic), or ``flash_attention_2`` (flash-attn).
+        device: where the network will run.
+
+    Raises:
+        MedPLIBError: flash-attn is not installed, or the device is no CUDA device.
+    """
+    if attention == "sdpa":
+        return
+    if attention == "flash_attention_2" and torch.device(device).type != "cuda":
+        raise MedPLIBError(f"attention {attention} runs on CUDA devices alone, got {device}; use sdpa")
+    try:
+        model.model.decoder.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise MedPLIBError(
+            f"attention {attention} cannot be used here ({reason}); use sdpa, or install the gpu extra"
+        ) from error
 
 
 def convert(

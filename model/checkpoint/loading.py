@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint.building import convert, empty_network, fresh_parts, network_shapes, take_over
+from model.checkpoint.building import (
+    Attention,
+    choose_attention,
+    convert,
+    empty_network,
+    fresh_parts,
+    network_shapes,
+    take_over,
+)
 from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from model.checkpoint.processors import read_processor
 from model.checkpoint.report import LoadReport, compare
@@ -25,6 +33,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    attention: Attention = "sdpa",
 ) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
     """Load a native or published checkpoint directory.
 
@@ -36,6 +45,7 @@ def load(
         dtype: floating type of the weights; the one config.json names when absent.
         strict: refuse any missing, unexpected or mis-shaped tensor. Otherwise parts around the language model that are
             missing start from new values (see ``load_with_report`` for what happened).
+        attention: of the decoder: ``sdpa``, ``eager`` or ``flash_attention_2`` (CUDA with flash-attn, the gpu extra).
 
     Returns:
         The network in eval mode, and its processor.
@@ -44,7 +54,13 @@ def load(
         MedPLIBError: the directory is no checkpoint, or something does not fit; the message lists it.
     """
     model, processor, _ = load_with_report(
-        directory, vision_tower=vision_tower, sam=sam, device=device, dtype=dtype, strict=strict
+        directory,
+        vision_tower=vision_tower,
+        sam=sam,
+        device=device,
+        dtype=dtype,
+        strict=strict,
+        attention=attention,
     )
     return model, processor
 
@@ -57,11 +73,13 @@ def load_with_report(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    attention: Attention = "sdpa",
 ) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, LoadReport]:
     """The same as ``load``, and what was found."""
     opened = open_checkpoint(directory, vision_tower=vision_tower, sam=sam)
     processor = read_processor(opened)
     model, report = build_network(opened, device=device, dtype=dtype, strict=strict)
+    choose_attention(model, attention, device)
     return model, processor, report
 
 
@@ -104,9 +122,9 @@ def finish(
 ) -> MedPLIBForCausalLM:
     """Fill an empty network with a complete state dict and make it ready for use, in eval mode."""
     take_over(model, state)
-    nn.Module.to(model, device)  # buffers; the weights are there already
     if model.config.text_config.tie_word_embeddings:
         model.lm_head.weight = model.get_input_embeddings().weight
+    nn.Module.to(model, device)  # buffers; the weights are there already
     model.config.dtype = model.lm_head.weight.dtype
     model.config.architectures = [type(model).__name__]
     return model.eval()

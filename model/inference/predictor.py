@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from model.checkpoint import load
+from model.checkpoint.building import Attention
 from model.data.readers import ImageData, read_image
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask, mask_labels
@@ -85,6 +86,9 @@ class Predictor:
         device: str | torch.device = "cpu",
         vision_tower: str | Path | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        sam: str | Path | None = None,
+        attention: Attention = "sdpa",
     ) -> Predictor:
         """Load a native or published checkpoint directory.
 
@@ -93,6 +97,8 @@ class Predictor:
             device: where the model runs, such as ``cpu``, ``cuda`` or ``cuda:1``.
             vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
             dtype: ``torch.float32`` or ``torch.bfloat16``; as stored when absent, but fp32 on a CPU.
+            sam: SAM-Med2D file, for published checkpoints that hold no SAM weights.
+            attention: of the decoder: ``sdpa``, ``eager`` or ``flash_attention_2`` (CUDA with flash-attn).
 
         Raises:
             MedPLIBError: the directory is missing, incomplete or does not fit.
@@ -100,7 +106,9 @@ class Predictor:
         device = usable_device(device)
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
-        model, processor = load(Path(directory), vision_tower=vision_tower, device=device, dtype=dtype)
+        model, processor = load(
+            directory, vision_tower=vision_tower, sam=sam, device=device, dtype=dtype, attention=attention
+        )
         return cls(model, processor)
 
     @torch.inference_mode()
@@ -226,7 +234,8 @@ def usable_device(device: str | torch.device) -> torch.device:
         MedPLIBError: there is no such device here.
     """
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise NotImplementedError("the meta device holds no values")
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to be wrong
         raise MedPLIBError(

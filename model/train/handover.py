@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -48,7 +49,9 @@ def network_of_run(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
     checkpoint = folder if run_folder is not folder else next(reversed(list_checkpoints(folder)), None)
     if checkpoint is None or not (run_folder / RECIPE_FILE).is_file():
         raise MedPLIBError(f"{folder} holds no training checkpoint; expected {RECIPE_FILE} and {FOLDER}/step_…")
-    network, processor = starting_network(load_recipe(run_folder / RECIPE_FILE))
+    recipe = load_recipe(run_folder / RECIPE_FILE)
+    engine = replace(recipe.engine, attention="sdpa")  # merging needs no attention, and may happen without a GPU
+    network, processor = starting_network(replace(recipe, engine=engine))
     load_trainable(network, checkpoint)
     return _merged(network), processor
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from model.checkpoint import assemble, lay_over, load, upcycle
+from model.checkpoint.building import choose_attention
 from model.checkpoint.shards import find_weights
 from model.errors import MedPLIBError
 from model.modeling.configuration import LossConfig, MedPLIBConfig, MoEConfig, ProjectorConfig
@@ -35,7 +36,8 @@ def starting_network(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcess
     model, processor = _source(recipe)
     model.config.loss = LossConfig(**asdict(recipe.losses))
     processor.settings = replace(processor.settings, template=recipe.data.template, max_length=recipe.data.max_length)
-    _choose_attention(model, recipe.engine.attention)
+    runs_on = "cuda" if recipe.engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+    choose_attention(model, recipe.engine.attention, runs_on)
     add_lora(model, recipe.lora)
     set_trainable(model, recipe.trainable)
     return model, processor
@@ -165,12 +167,3 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     """Type of the weights; the torch engine keeps float32 ones and computes under autocast."""
     bf16 = recipe.engine.precision == "bf16" and recipe.engine.kind == "deepspeed"
     return torch.bfloat16 if bf16 else torch.float32
-
-
-def _choose_attention(model: MedPLIBForCausalLM, attention: str) -> None:
-    if attention == "sdpa":
-        return
-    try:
-        model.model.decoder.set_attn_implementation(attention)
-    except (ImportError, ValueError) as error:
-        raise MedPLIBError(f"engine.attention={attention} cannot be used here: {error}") from error

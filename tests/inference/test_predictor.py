@@ -44,6 +44,41 @@ def test_asking_twice_gives_the_same(predictor: Predictor) -> None:
     assert set(first.timing) == {"encode", "generate", "masks", "total"}
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_half_precision_answers_with_masks(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """The whole way in bfloat16, as on a GPU, regions and masks included."""
+    checkpoint = tiny_checkpoint(tmp_path_factory.mktemp("half"))
+    half = Predictor.from_pretrained(checkpoint, dtype=torch.bfloat16, attention=attention)
+    assert half.model.model.decoder.config._attn_implementation == attention
+    seg = half.model.config.seg_token_id
+    monkeypatch.setattr("model.inference.generation.choose_tokens", lambda logits, *_: torch.full((len(logits),), seg))
+    image = np.random.default_rng(4).integers(0, 255, (50, 31, 3), dtype=np.uint8)
+    answer = half.ask(image, "What is in this region?", ("box", (3, 3, 20, 30)), settings=SHORT)
+    assert len(answer.masks) == 8
+    assert answer.masks[0].to_array().shape == (50, 31)
+    assert 0 <= answer.masks[0].score <= 1
+
+
+def test_flash_attention_is_refused_without_cuda(tmp_path: Path) -> None:
+    with pytest.raises(MedPLIBError, match="CUDA devices alone"):
+        Predictor.from_pretrained(tiny_checkpoint(tmp_path), attention="flash_attention_2")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_answers_as_the_cpu_does(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    image = np.random.default_rng(5).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    answers = [
+        Predictor.from_pretrained(checkpoint, device=device, dtype=torch.float32).ask(
+            image, "What is in this region?", ("point", (20, 20)), settings=SHORT
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert answers[0].text == answers[1].text
+
+
 def test_masks_have_the_image_size_and_come_in_order(says_seg: Predictor) -> None:
     image = np.random.default_rng(1).integers(0, 255, (50, 31), dtype=np.uint8)
     prepared = says_seg.set_image(image)
