@@ -41,7 +41,7 @@ class LanguagePlan:
 
     steps: int = 3000
     batch_size: int = 4  # scenes
-    questions: int = 16  # most questions per scene
+    questions: int = 10  # most questions per scene
     lr: float = 2e-3
     guide: float = 1.0  # weight of the attention guide
     noise: float = 0.5  # of symbolic images, in standard deviations of the word embeddings
@@ -120,7 +120,7 @@ def pretrain_language(
         model.lm_head.weight.copy_(decoder.embed_tokens.weight)
     symbols = lessons.symbolic(model)
     guide = AttentionGuide(decoder)
-    namer = nn.Linear(model.config.text_config.hidden_size, len(CLASS_NAMES))
+    reader = StateReader(model.config.text_config.hidden_size, lessons.grid)
 
     def step(number: int) -> Losses:
         rows = rng.choice(len(lessons.pool), plan.batch_size, replace=False)
@@ -129,14 +129,14 @@ def pretrain_language(
         tokens = symbols(shares, lessons.modalities[rows], plan.noise)
         done = run_packed(model, batch, tokens, pool_regions(batch, weights, tokens))
         guided = plan.guide * guide.loss(batch, shares)
-        return {"ce": done.loss, "guide": guided, "named": naming_loss(namer, batch, done.hidden)}
+        return {"ce": done.loss, "guide": guided, **reader.losses(batch, done.hidden, shares)}
 
     def report(number: int) -> None:
         if number % 200 == 0:
             scores = score_symbolic(model, symbols, held_out)
             append_log(log, {"name": "language scores", "step": number, **scores})
 
-    parameters = [*decoder.parameters(), *model.lm_head.parameters(), *symbols.parameters(), *namer.parameters()]
+    parameters = [*decoder.parameters(), *model.lm_head.parameters(), *symbols.parameters(), *reader.parameters()]
     train_steps("language", parameters, step, plan.steps, plan.lr, log, on_log=report)
     guide.remove()
     return symbols
@@ -162,9 +162,31 @@ def pool_regions(batch: PackedBatch, weights: Tensor, tokens: Tensor) -> Tensor:
     return (weights[:, None] @ tokens[rows])[:, 0]
 
 
-def naming_loss(namer: nn.Linear, batch: PackedBatch, hidden: Tensor) -> Tensor:
-    """The state [D] that a mask will be painted from must tell what to paint: cross-entropy over class names."""
-    if not batch.segs:
-        return hidden.new_zeros(())
-    which, places, classes = torch.tensor(batch.segs).T
-    return 0.3 * functional.cross_entropy(namer(hidden[which, places - 1]), classes)
+class StateReader(nn.Module):
+    """Linear readers of final hidden states that make them tell what later answers need; thrown away after training.
+
+    A state that predicts ``<SEG>`` must tell the class to paint; the states of a structure's name and of a region's
+    token must tell where that structure lies, as (right, down) in [−1, 1].
+    """
+
+    def __init__(self, width: int, grid: int) -> None:
+        super().__init__()
+        self.classes, self.places = nn.Linear(width, len(CLASS_NAMES)), nn.Linear(width, 2)
+        ramp = torch.linspace(-1, 1, grid)
+        down, right = torch.meshgrid(ramp, ramp, indexing="ij")
+        self.cells = torch.stack([right.flatten(), down.flatten()], 1)  # [P, 2]
+
+    def losses(self, batch: PackedBatch, hidden: Tensor, shares: Tensor) -> Losses:
+        """Cross-entropy of classes and mean squared error of places; shares are [B, P, classes]."""
+        named = placed = hidden.new_zeros(())
+        if batch.segs:
+            rows, places, classes = torch.tensor(batch.segs).T
+            named = functional.cross_entropy(self.classes(hidden[rows, places - 1]), classes)
+        if batch.names or batch.regions:
+            rows, places, classes = torch.tensor(batch.names + batch.regions).T
+            share = shares[rows, :, classes]  # [Q, P]
+            total = share.sum(1, keepdim=True)
+            error = (self.places(hidden[rows, places]) - share @ self.cells / total.clamp(min=1e-6)).square().mean(1)
+            there = (total[:, 0] > 0.05).float()
+            placed = (error * there).sum() / there.sum().clamp(min=1)
+        return {"named": 0.3 * named, "placed": placed}

@@ -195,12 +195,18 @@ class KindScores:
         }
 
 
+_SPATIAL = frozenset(KINDS.index(kind) for kind in ("side", "relation", "place", "finding", "region_side"))
+_SPATIAL_WEIGHT = 5.0  # they are learnt last and are few
+
+
 def draw_questions(
     questions: Sequence[PackedQuestion], kinds: frozenset[int], most: int, rng: np.random.Generator
 ) -> list[PackedQuestion]:
-    """Up to ``most`` questions of the wanted kinds, at random."""
+    """Up to ``most`` questions of the wanted kinds, at random; those about places are likelier to be drawn."""
     wanted = [question for question in questions if question.kind in kinds]
-    return [wanted[int(index)] for index in rng.permutation(len(wanted))[:most]]
+    weights = np.array([_SPATIAL_WEIGHT if question.kind in _SPATIAL else 1.0 for question in wanted])
+    order = np.argsort(-np.log(weights) - rng.gumbel(size=len(wanted)))
+    return [wanted[int(index)] for index in order[:most]]
 
 
 def name_spellings(encode_text: Callable[[str], list[int]]) -> dict[int, list[list[int]]]:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from model.data.builders.phantom_scenes import CLASS_NAMES
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.pretrain.curriculum import ALL_KINDS, Lessons, naming_loss, pool_regions
+from model.train.pretrain.curriculum import ALL_KINDS, Lessons, StateReader, pool_regions
 from model.train.pretrain.language import AttentionGuide, KindScores, SymbolicImages, run_packed
 from model.train.pretrain.packing import KINDS, PackedBatch
 from model.train.pretrain.pool import ScenePool, clip_pictures
@@ -35,7 +34,7 @@ class SeenPlan:
 
     steps: int = 1500
     batch_size: int = 4  # scenes
-    questions: int = 16  # most questions per scene
+    questions: int = 10  # most questions per scene
     lr: float = 1e-3
     guide: float = 0.5  # weight of the attention guide
 
@@ -113,20 +112,21 @@ def train_seen(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     guide = AttentionGuide(model.model.decoder)
-    namer = nn.Linear(model.config.text_config.hidden_size, len(CLASS_NAMES))
+    reader = StateReader(model.config.text_config.hidden_size, lessons.grid)
 
     def step(number: int) -> Losses:
         rows = rng.choice(len(lessons.pool), plan.batch_size, replace=False)
         batch, weights = lessons.batch(rows, ALL_KINDS, plan.questions, rng)
         done = run_packed(model, batch, *_seen(model, batch, weights, features[rows].float()))
-        guided = plan.guide * guide.loss(batch, lessons.shares[rows].float())
-        return {"ce": done.loss, "guide": guided, "named": naming_loss(namer, batch, done.hidden)}
+        shares = lessons.shares[rows].float()
+        guided = plan.guide * guide.loss(batch, shares)
+        return {"ce": done.loss, "guide": guided, **reader.losses(batch, done.hidden, shares)}
 
     def report(number: int) -> None:
         if held_out is not None and number % 200 == 0:
             append_log(log, {"name": "seen scores", "step": number, **score_seen(model, *held_out)})
 
-    parts = (model.model.decoder, model.lm_head, model.model.projector, model.model.region_adapter, namer)
+    parts = (model.model.decoder, model.lm_head, model.model.projector, model.model.region_adapter, reader)
     trained = [parameter for part in parts for parameter in part.parameters()]
     train_steps("seen", trained, step, plan.steps, plan.lr, log, on_log=report)
     guide.remove()
