@@ -4,6 +4,8 @@
 >>> predictor = Predictor.from_pretrained("assets/medplib-nano")
 >>> answer = predictor.ask("scan.png", "Please segment the liver.")
 >>> answer.text, answer.masks[0].to_array()
+
+Importing ``MedPLIBForCausalLM`` makes transformers' ``AutoModelForCausalLM`` and ``AutoConfig`` know the model.
 """
 
 from __future__ import annotations

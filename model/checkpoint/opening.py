@@ -32,6 +32,7 @@ from model.modeling.configuration import MedPLIBConfig
 from model.processing.tokens import SEG_TOKEN, build_tokenizer
 
 Layout = Literal["native", "published"]
+_EMBEDDING, _HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class OpenedCheckpoint:
         unexpected: stored names that are nobody's.
         ignored: number of stored buffers without content.
         added: tensors by our name that came from elsewhere (CLIP directory, SAM file).
+        tied: ``lm_head`` is not stored, it is the embedding.
         dtype: of the weights, by config.json; None where it does not say.
         notes: what was decided on the way.
     """
@@ -59,6 +61,7 @@ class OpenedCheckpoint:
     unexpected: tuple[str, ...] = ()
     ignored: int = 0
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    tied: bool = False
     dtype: torch.dtype | None = None
     notes: tuple[str, ...] = ()
 
@@ -68,6 +71,8 @@ class OpenedCheckpoint:
             name = stored if self.layout == "native" else published_to_native(stored)
             if name is not None and name in self.shapes:
                 yield name, value
+            if self.tied and name == _EMBEDDING:
+                yield _HEAD, value
         yield from self.added.items()
 
 
@@ -124,8 +129,9 @@ def _open_native(directory: Path, settings: dict[str, Any]) -> OpenedCheckpoint:
     with understanding(str(directory / "config.json"), "correct it or save the checkpoint again"):
         config = MedPLIBConfig.from_dict(settings)
     weights = find_weights(directory)
+    shapes, tied = _with_tied_head(weights.shapes(), config)
     return OpenedCheckpoint(
-        directory, "native", config, weights.shapes(), weights, dtype=_dtype(settings), notes=weights.notes
+        directory, "native", config, shapes, weights, tied=tied, dtype=_dtype(settings), notes=weights.notes
     )
 
 
@@ -145,6 +151,7 @@ def _open_published(
     named = {name: published_to_native(name) for name in stored}
     buffers = [name for name in stored if is_empty_buffer(name)]
     native = {str(ours): stored[name] for name, ours in named.items() if ours is not None}
+    native, tied = _with_tied_head(native, inferred.config)
     return OpenedCheckpoint(
         directory=directory,
         layout="published",
@@ -154,9 +161,16 @@ def _open_published(
         unexpected=tuple(name for name, ours in named.items() if ours is None and not is_empty_buffer(name)),
         ignored=len(buffers),
         added=added,
+        tied=tied,
         dtype=_dtype(settings),
         notes=(*notes, *inferred.notes),
     )
+
+
+def _with_tied_head(shapes: dict[str, Shape], config: MedPLIBConfig) -> tuple[dict[str, Shape], bool]:
+    """The shapes, with that of an ``lm_head`` which is not stored because it is the embedding; and whether it is so."""
+    tied = config.text_config.tie_word_embeddings and _HEAD not in shapes and _EMBEDDING in shapes
+    return ({**shapes, _HEAD: shapes[_EMBEDDING]} if tied else shapes), tied
 
 
 def _clip(

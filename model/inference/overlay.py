@@ -11,6 +11,7 @@ from model.inference.answer import Mask
 # Distinct for most colour-blind readers (Okabe–Ito), bright enough on dark medical images.
 PALETTE = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178))
 _ALPHA = 0.4
+_LEGIBLE, _LARGEST = 256, 4096  # pixels: shorter side for a legend to be read, longer side that enlarging may reach
 
 
 def draw_overlay(image: np.ndarray, masks: list[Mask], region: np.ndarray | None = None) -> np.ndarray:
@@ -22,10 +23,12 @@ def draw_overlay(image: np.ndarray, masks: list[Mask], region: np.ndarray | None
         region: bool [H, W], the region that was asked about, drawn as a white contour.
 
     Returns:
-        uint8 [H, W, 3], at least 256 pixels on the shorter side so that the legend can be read.
+        uint8 [H, W, 3], enlarged to 256 pixels on the shorter side so that the legend can be read, but to no more than
+        4096 on the longer one.
     """
-    scale = max(1.0, 256 / min(image.shape[:2]))
-    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+    height, width = image.shape[:2]
+    scale = max(1.0, min(_LEGIBLE / min(height, width), _LARGEST / max(height, width)))
+    size = (round(width * scale), round(height * scale))
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC) if scale > 1 else image.copy()
     for index, mask in enumerate(masks):
         inside = _resize(mask.to_array(), size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -39,18 +38,13 @@ def write_pictures(
     pictures[out / f"{stem}_overlay.png"] = draw_overlay(image.data.pixels, answer.masks, marked)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path, pixels in pictures.items():
-            _write_png(path, pixels)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".pictures-") as name:
+            staged = {Path(name) / path.name: path for path in pictures}
+            for temporary, path in staged.items():
+                Image.fromarray(pictures[path]).save(temporary)
+            for temporary, path in staged.items():  # all are whole before the first is seen
+                temporary.replace(path)
     except OSError as error:
-        raise MedPLIBError(f"cannot write pictures to {out}: {error.strerror}; name a writable folder") from error
+        reason = error.strerror or error
+        raise MedPLIBError(f"cannot write pictures to {out}: {reason}; name a writable folder") from error
     return list(pictures)
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write to a temporary name and rename, so that no half-written picture is ever seen."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
-        Image.fromarray(pixels).save(file, format="PNG")
-    umask = os.umask(0)
-    os.umask(umask)
-    Path(file.name).chmod(0o666 & ~umask)
-    Path(file.name).replace(path)

@@ -107,6 +107,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = False
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}  # where tie_word_embeddings says so
 
     def __init__(self, config: MedPLIBConfig) -> None:
         super().__init__(config)

@@ -191,7 +191,7 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
         height, width = (int(side) for side in rle["size"])
         counts = rle["counts"]
         runs = [int(run) for run in counts] if isinstance(counts, list) else _run_lengths(counts)
-    except (KeyError, TypeError, ValueError, UnicodeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MedPLIBError(
             f"a mask encoding is malformed ({error}); expected COCO's {{'size': [h, w], 'counts': …}}"
         ) from error

@@ -63,6 +63,29 @@ def test_what_transformers_saves_loads(make, tmp_path: Path) -> None:
     assert_same_weights(load(tmp_path / "native")[0], model)
 
 
+def test_tied_embeddings_stay_tied_by_every_route(make, tmp_path: Path) -> None:
+    """transformers stores a tied pair once, ours twice: either loads, through either."""
+    original, processor = make()
+    config = original.config
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
+    model = MedPLIBForCausalLM(config)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "theirs")
+    processor.save_pretrained(tmp_path / "theirs")
+    save(model, processor, tmp_path / "ours")
+    export_published(model, processor, tmp_path / "published")
+    assert "lm_head.weight" not in load_file(tmp_path / "theirs" / "model.safetensors")
+    for folder in ("theirs", "ours", "published"):
+        loaded, _ = load(tmp_path / folder)
+        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+        assert_same_weights(loaded, model)
+    for folder in ("theirs", "ours"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+        assert_same_weights(loaded, model)
+    assert "complete" in describe(tmp_path / "theirs")
+
+
 def test_loaded_network_computes_the_same(make, tmp_path: Path) -> None:
     model, processor = make()
     save(model, processor, tmp_path / "native")

@@ -120,6 +120,7 @@ def test_uncompressed_rle_is_read() -> None:
         {"size": [1 << 40, 1 << 40], "counts": "4"},
         {"size": [1 << 20, 1 << 20], "counts": [1 << 40]},
         {"size": [2], "counts": "4"},
+        {"size": [float("inf"), 2], "counts": "4"},
         {"counts": "4"},
         {"size": [2, 2], "counts": 4},
     ],
