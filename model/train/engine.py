@@ -25,10 +25,10 @@ _TAG = "deepspeed"
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimiser step: its learning rate, and the gradient norm before clipping."""
+    """One optimiser step: its learning rate, and the gradient norm before clipping (None where nobody computes it)."""
 
     lr: float
-    grad_norm: float
+    grad_norm: float | None
 
 
 class TrainingEngine(ABC):
@@ -159,7 +159,8 @@ class DeepSpeedEngine(TrainingEngine):
         lr = self.engine.get_lr()[0]
         self.engine.step()
         self._between = False
-        return StepResult(lr, float(self.engine.get_global_grad_norm() or 0.0))
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(lr, None if norm is None else float(norm))
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
@@ -213,6 +214,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             extra = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise MedPLIBError(f"engine.deepspeed {path} cannot be read as JSON: {error}") from None
+        if not isinstance(extra, dict) or not isinstance(extra.get("zero_optimization", {}), dict):
+            raise MedPLIBError(f"engine.deepspeed {path} holds no DeepSpeed settings; expected an object {{…}}")
         taken = [name for name in (*_OWNED, "optimizer", "scheduler", "bf16", "fp16") if name in extra]
         if taken or "stage" in extra.get("zero_optimization", {}):
             what = ", ".join(taken) or "zero_optimization.stage"

@@ -37,7 +37,7 @@ class Data:
     shares: tuple[float, ...] = ()  # share of the draws of each train file; empty means in proportion to their sizes
     group_by_length: bool = False  # put records of like length into the same batch
     template: Literal["llava_v1", "v1", "plain"] = "llava_v1"  # conversation template
-    max_length: int = 2048  # longest sequence in tokens, images counted as their features
+    max_length: int = 2048  # longest sequence in tokens, an image counting as one
     on_bad_record: Literal["refuse", "skip"] = "refuse"  # skip reports how many were left out
     workers: int = 4  # loader processes per rank; 0 loads in the training process
 
@@ -125,7 +125,7 @@ class Engine:
 class Validation:
     """Scores on held-out records while training."""
 
-    every: int = 0  # optimiser steps between two validations; 0 means once an epoch
+    every: int = 0  # optimiser steps between two validations, the end apart; 0 means once an epoch
     samples: int = 200  # records drawn from the validation files, the same ones every time; 0 turns it off
     batch_size: int = 4  # records per device
     thresholds: tuple[float, ...] = (0.1, 0.5)  # mask read-out thresholds, published and plain
@@ -135,7 +135,7 @@ class Validation:
 class Saving:
     """What a run leaves on disk beside its merged result."""
 
-    every: int = 0  # optimiser steps between two checkpoints to resume from; 0 means once an epoch
+    every: int = 0  # optimiser steps between two checkpoints to resume from, the end apart; 0 means once an epoch
     keep: int = 2  # newest checkpoints that stay
     published: bool = False  # also export the merged result in the published layout
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,8 @@ import yaml
 
 from model.errors import MedPLIBError
 from model.train.recipe import Recipe
+from model.train.recipe_checks import check_values, unknown_key
 from model.train.stages import PUBLISHED
-from model.train.trainable import LORA_TARGETS, PARTS
 
 RECIPE_FILE = "recipe.yaml"
 """Name of the recipe that is saved in every run folder."""
@@ -61,7 +61,8 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
     """Write ``recipe`` into ``folder`` as ``recipe.yaml``, complete, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{RECIPE_FILE}.partial"
-    partial.write_text(yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
+    partial.write_text(text, encoding="utf-8")
     return partial.replace(folder / RECIPE_FILE)
 
 
@@ -88,7 +89,7 @@ def _finish(values: dict[str, Any], where: str, problems: list[str], environment
     expanded = _expand(values, "", problems, environment)
     recipe = _build(Recipe, _layered(PUBLISHED[stage], expanded), "", problems)
     if not problems:
-        problems.extend(_check_values(recipe))
+        problems.extend(check_values(recipe))
     problems = list(dict.fromkeys(problems))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -98,7 +99,7 @@ def _finish(values: dict[str, Any], where: str, problems: list[str], environment
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MedPLIBError(f"there is no recipe at {path}; the project's own are in configs/stages") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -165,7 +166,7 @@ def _build(kind: type[Any], values: Mapping[str, Any], prefix: str, problems: li
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in known:
-            problems.append(_unknown(name, (f"{prefix}{item}" for item in known)))
+            problems.append(unknown_key(name, (f"{prefix}{item}" for item in known)))
         elif is_dataclass(hints[key]):
             if isinstance(value, Mapping):
                 arguments[key] = _build(typing.cast("type[Any]", hints[key]), value, f"{name}.", problems)
@@ -177,11 +178,6 @@ def _build(kind: type[Any], values: Mapping[str, Any], prefix: str, problems: li
             except (TypeError, ValueError) as error:
                 problems.append(f"{name} is {value!r}, expected {error}")
     return kind(**arguments)
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"{name} is not a key (nearest: {nearest[0]})" if nearest else f"{name} is not a key"
 
 
 def _coerce(value: Any, hint: Any) -> Any:
@@ -218,65 +214,13 @@ def _coerce_scalar(value: Any, hint: Any) -> Any:
         number = float(value)
     except ValueError:
         raise ValueError(wanted) from None
+    if not math.isfinite(number):
+        raise ValueError(f"{wanted} that is finite")
     if hint is int:
         if number != int(number):
             raise ValueError(wanted)
         return int(number)
     return number
-
-
-def _check_values(recipe: Recipe) -> list[str]:
-    """Values of the right type that no run can use."""
-    problems = []
-    if not recipe.output:
-        problems.append("output is empty; give the run folder, output=DIR")
-    if not recipe.data.train:
-        problems.append("data.train is empty; give at least one record file")
-    problems += [
-        _unknown(f"trainable part {part}", (f"trainable part {known}" for known in PARTS))
-        for part in recipe.trainable
-        if part not in PARTS and not part.startswith("re:")
-    ]
-    problems += [
-        f"lora target {target} is unknown; known: {', '.join(LORA_TARGETS)}"
-        for target in recipe.lora.targets
-        if target not in LORA_TARGETS
-    ]
-    if recipe.lora.rank and not recipe.lora.targets:
-        problems.append("lora.rank is set but lora.targets is empty")
-    if not recipe.lora.rank and not recipe.trainable:
-        problems.append("nothing would be trained; name parts in trainable or set lora.rank")
-    return problems + _check_ranges(recipe)
-
-
-def _check_ranges(recipe: Recipe) -> list[str]:
-    lowest: dict[str, tuple[float, float]] = {
-        "schedule.epochs": (recipe.schedule.epochs, 1),
-        "schedule.batch_size": (recipe.schedule.batch_size, 1),
-        "schedule.accumulation": (recipe.schedule.accumulation, 1),
-        "schedule.max_steps": (recipe.schedule.max_steps, 0),
-        "data.max_length": (recipe.data.max_length, 8),
-        "data.workers": (recipe.data.workers, 0),
-        "optimiser.lr": (recipe.optimiser.lr, 0),
-        "optimiser.clip": (recipe.optimiser.clip, 0),
-        "lora.rank": (recipe.lora.rank, 0),
-        "validation.batch_size": (recipe.validation.batch_size, 1),
-        "saving.keep": (recipe.saving.keep, 1),
-    }
-    problems = [
-        f"{name} is {value:g}, expected at least {low:g}" for name, (value, low) in lowest.items() if value < low
-    ]
-    if recipe.data.shares and len(recipe.data.shares) != len(recipe.data.train):
-        problems.append(f"data.shares has {len(recipe.data.shares)} numbers for {len(recipe.data.train)} train files")
-    if len(recipe.optimiser.betas) != 2:
-        problems.append(f"optimiser.betas has {len(recipe.optimiser.betas)} numbers, expected 2")
-    if not 0 <= recipe.optimiser.warmup <= 1:
-        problems.append(f"optimiser.warmup is {recipe.optimiser.warmup:g}, expected a share between 0 and 1")
-    if recipe.engine.zero_stage not in (0, 1, 2, 3):
-        problems.append(f"engine.zero_stage is {recipe.engine.zero_stage}, expected 0, 1, 2 or 3")
-    if recipe.mixture.top_k not in (1, 2):
-        problems.append(f"mixture.top_k is {recipe.mixture.top_k}, expected 1 or 2")
-    return problems
 
 
 def _plain(value: Any) -> Any:

@@ -149,11 +149,35 @@ def test_all_problems_come_at_once_with_the_nearest_name() -> None:
         ("data.shares=[1,2,3]", "3 numbers for 2"),
         ("optimiser.betas=[0.9]", "expected 2"),
         ("engine.gradient_checkpointing=yes please", "true or false"),
+        ("schedule.epochs=.inf", "finite"),
+        ("optimiser.lr=.nan", "finite"),
+        ("seed=-1", "at least 0"),
+        ("saving.every=-5", "at least 0"),
+        ("data.shares=[0,0]", "all 0"),
+        ("lora.dropout=2", "at most 1"),
+        ("trainable=['re:(']", "no regular expression"),
+        ("mixture.top_k=2", "only stage 4 reads it"),
+        ("model.grounding=runs/stage3", "only stage 4 reads it"),
     ],
 )
 def test_values_no_run_can_use_are_refused(override: str, told: str) -> None:
     with pytest.raises(MedPLIBError, match=told):
         load_recipe(config("stage2_7b"), [override], environment=PATHS)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("mixture.top_k=3", "expected 1 or 2"),
+        ("mixture.num_experts=[2,1]", r"\[2, 1\], expected at least"),
+        ("mixture.projector_experts=2", "trainable lacks projector"),
+        ("model.sizes=configs/model/7b.yaml", "takes it from model.base"),
+    ],
+)
+def test_mixtures_that_contradict_themselves_are_refused(override: str, told: str) -> None:
+    overrides = [override, "mixture.top_k=2"] if "num_experts" in override else [override]
+    with pytest.raises(MedPLIBError, match=told):
+        load_recipe(config("stage4_7b"), overrides, environment=PATHS)
 
 
 def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:
@@ -181,6 +205,9 @@ def test_deepspeed_gets_the_recipe_s_settings(tmp_path: Path) -> None:
     clash = tmp_path / "clash.json"
     clash.write_text('{"gradient_clipping": 5}')
     with pytest.raises(MedPLIBError, match="gradient_clipping"):
+        deepspeed_config(replace(recipe, engine=replace(recipe.engine, deepspeed=str(clash))))
+    clash.write_text("[1]")
+    with pytest.raises(MedPLIBError, match="no DeepSpeed settings"):
         deepspeed_config(replace(recipe, engine=replace(recipe.engine, deepspeed=str(clash))))
 
 

@@ -1,0 +1,146 @@
+"""Recipes that are well formed and still no good: values out of range, contradictions, settings that nobody reads."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from model.train.recipe import Mixture, Recipe
+from model.train.trainable import LORA_TARGETS, PARTS
+
+_LOWEST: Mapping[str, float] = {
+    "seed": 0,
+    "data.max_length": 8,
+    "data.shares": 0,
+    "data.workers": 0,
+    "schedule.epochs": 1,
+    "schedule.batch_size": 1,
+    "schedule.accumulation": 1,
+    "schedule.max_steps": 0,
+    "optimiser.lr": 0,
+    "optimiser.betas": 0,
+    "optimiser.eps": 0,
+    "optimiser.weight_decay": 0,
+    "optimiser.clip": 0,
+    "optimiser.warmup": 0,
+    "lora.rank": 0,
+    "lora.alpha": 0,
+    "lora.dropout": 0,
+    "mixture.layers": 0,
+    "mixture.capacity_factor": 0,
+    "mixture.eval_capacity_factor": 0,
+    "mixture.min_capacity": 0,
+    "mixture.projector_experts": 0,
+    "losses.ce": 0,
+    "losses.dice": 0,
+    "losses.bce": 0,
+    "losses.focal": 0,
+    "losses.iou": 0,
+    "validation.every": 0,
+    "validation.samples": 0,
+    "validation.batch_size": 1,
+    "validation.thresholds": 0,
+    "saving.every": 0,
+    "saving.keep": 1,
+}
+_SHARES = ("optimiser.betas", "optimiser.warmup", "lora.dropout", "validation.thresholds")
+"""Keys whose values lie between 0 and 1."""
+
+
+def check_values(recipe: Recipe) -> list[str]:
+    """Everything about a recipe of the right types that no run can use, a sentence each."""
+    problems = []
+    if not recipe.output:
+        problems.append("output is empty; give the run folder, output=DIR")
+    if not recipe.data.train:
+        problems.append("data.train is empty; give at least one record file")
+    problems += [
+        unknown_key(f"trainable part {part}", (f"trainable part {known}" for known in PARTS))
+        for part in recipe.trainable
+        if part not in PARTS and not part.startswith("re:")
+    ]
+    problems += [
+        f"lora target {target} is unknown; known: {', '.join(LORA_TARGETS)}"
+        for target in recipe.lora.targets
+        if target not in LORA_TARGETS
+    ]
+    if recipe.lora.rank and not recipe.lora.targets:
+        problems.append("lora.rank is set but lora.targets is empty")
+    if not recipe.lora.rank and not recipe.trainable:
+        problems.append("nothing would be trained; name parts in trainable or set lora.rank")
+    problems += [
+        f"trainable pattern {part} is no regular expression" for part in recipe.trainable if not _compiles(part)
+    ]
+    return problems + _check_ranges(recipe) + _check_mixture(recipe)
+
+
+def _compiles(part: str) -> bool:
+    try:
+        re.compile(part.removeprefix("re:"))
+    except re.error:
+        return False
+    return True
+
+
+def _check_ranges(recipe: Recipe) -> list[str]:
+    problems = [
+        f"{name} is {value:g}, expected at least {low:g}"
+        for name, low in _LOWEST.items()
+        for value in _values(recipe, name)
+        if value < low
+    ]
+    problems += [
+        f"{name} is {value:g}, expected at most 1" for name in _SHARES for value in _values(recipe, name) if value > 1
+    ]
+    shares = recipe.data.shares
+    if shares and len(shares) != len(recipe.data.train):
+        problems.append(f"data.shares has {len(shares)} numbers for {len(recipe.data.train)} train files")
+    if shares and not sum(shares):
+        problems.append("data.shares are all 0; leave them empty to draw in proportion to the files' sizes")
+    if len(recipe.optimiser.betas) != 2:
+        problems.append(f"optimiser.betas has {len(recipe.optimiser.betas)} numbers, expected 2")
+    if recipe.engine.zero_stage not in (0, 1, 2, 3):
+        problems.append(f"engine.zero_stage is {recipe.engine.zero_stage}, expected 0, 1, 2 or 3")
+    return problems
+
+
+def _values(recipe: Recipe, name: str) -> tuple[float, ...]:
+    """The number, or the numbers, of a dotted key."""
+    value: Any = recipe
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _check_mixture(recipe: Recipe) -> list[str]:
+    """Settings of stage IV that contradict one another, or that stand where nobody reads them."""
+    mixture, problems = recipe.mixture, []
+    if recipe.stage != 4:
+        problems += ["mixture is set, but only stage 4 reads it"] if mixture != Mixture() else []
+        return problems + (["model.grounding is set, but only stage 4 reads it"] if recipe.model.grounding else [])
+    if recipe.model.grounding:
+        unread = [name for name in ("projector", "sizes") if getattr(recipe.model, name)]
+        problems += [f"model.{name} is set, but stage 4 takes it from model.base" for name in unread]
+    if mixture.top_k not in (1, 2):
+        problems.append(f"mixture.top_k is {mixture.top_k}, expected 1 or 2")
+    if any(count < mixture.top_k for count in mixture.num_experts) or not mixture.num_experts:
+        problems.append(
+            f"mixture.num_experts is {list(mixture.num_experts)}, expected at least top_k ({mixture.top_k})"
+        )
+    if mixture.projector_experts and not 1 <= mixture.projector_top_k <= min(2, mixture.projector_experts):
+        problems.append(
+            f"mixture.projector_top_k is {mixture.projector_top_k}, expected 1 or 2 and no more than experts"
+        )
+    if mixture.projector_experts and not any(
+        part == "projector" or part.startswith("re:") for part in recipe.trainable
+    ):
+        problems.append("mixture.projector_experts is set, but trainable lacks projector, so they would never differ")
+    return problems
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """A sentence about a key that does not exist, with the nearest one that does."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"{name} is not a key (nearest: {nearest[0]})" if nearest else f"{name} is not a key"
