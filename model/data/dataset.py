@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from model.data.readers import ReadLimits, read_image, read_mask
-from model.data.records import open_records
+from model.data.readers import read_image, read_mask
+from model.data.records import Records, open_records
 from model.data.schema import Sample, parse_record, with_default_id
-from model.data.validate import PixelCheck, Problem, Progress, RecordFacts, inspect_all
+from model.data.validate import Problem, Progress, RecordFacts, inspect_all
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn
 
@@ -69,8 +69,11 @@ class MedPLIBDataset(Dataset):
         training: passed to the processor (random sub-regions and the like).
         on_bad_record: ``refuse`` raises if any record is unusable; ``skip`` leaves such records out and counts them.
         seed: of the random parts of items.
-        check_pixels: also decode every file once on opening, so that damaged files are found before training starts.
         progress: called with (records checked, records in all) while opening.
+
+    Attributes:
+        unreadable: bool [N], items whose files turned out unreadable since.
+        shortened: bool [N], items whose answer was cut off at the processor's longest sequence.
 
     Raises:
         MedPLIBError: the file is unreadable, has unusable records (``refuse``), or has no usable one.
@@ -85,60 +88,30 @@ class MedPLIBDataset(Dataset):
         training: bool,
         on_bad_record: OnBadRecord = "refuse",
         seed: int = 0,
-        check_pixels: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        if on_bad_record not in ("refuse", "skip"):
-            raise MedPLIBError(f"on_bad_record is {on_bad_record!r}; expected refuse or skip")
         self.path, self.images_root = Path(path), Path(images_root)
         self.processor, self.training, self.seed = processor, training, seed
         self.on_bad_record = on_bad_record
-        self.records = open_records(path)
-        facts, self.problems = self._check(check_pixels, progress)
+        self.records, facts, self.problems = usable_records(path, images_root, on_bad_record, progress)
         self.indices = np.asarray([number for number, _ in facts], dtype=np.int64)
         self.tasks = [fact.task for _, fact in facts]
         self.modalities = [fact.modality for _, fact in facts]
         self.lengths = np.asarray([fact.length for _, fact in facts], dtype=np.int64)
-        # Shared memory: loader workers see the epoch, and the main process sees what they could not read.
+        # Shared memory: loader workers see the epoch, and the main process sees what they noted.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._unreadable = torch.zeros(len(facts), dtype=torch.bool).share_memory_()
+        self.unreadable = torch.zeros(len(facts), dtype=torch.bool).share_memory_()
+        self.shortened = torch.zeros(len(facts), dtype=torch.bool).share_memory_()
 
-    def _check(
-        self, check_pixels: bool, progress: Progress | None
-    ) -> tuple[list[tuple[int, RecordFacts]], list[Problem]]:
-        if not self.images_root.is_dir():
-            raise MedPLIBError(f"the image folder {self.images_root} does not exist; give the folder of the images")
-        pixels = PixelCheck(ReadLimits()) if check_pixels else None
-        usable: list[tuple[int, RecordFacts]] = []
-        problems: list[Problem] = []
-        for number, facts, found in inspect_all(
-            self.records, self.images_root, len(self.records), pixels, progress=progress, in_context=False
-        ):
-            problems += found
-            if facts is not None:
-                usable.append((number, facts))
-        self._refuse(problems, len(self.records) - len(usable))
-        if not usable:
-            raise MedPLIBError(f"{self.path} holds no usable record; run `medplib data check` on it")
-        return usable, problems
-
-    def _refuse(self, problems: list[Problem], bad: int) -> None:
-        if not bad:
-            return
-        if self.on_bad_record == "skip":
-            logger.warning("%s: %d of %d records are unusable and skipped", self.path, bad, len(self.records))
-            return
-        faults = [str(problem) for problem in problems if problem.severity == "error"]
-        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise MedPLIBError(
-            f"{self.path}: {bad} of {len(self.records)} records are unusable: {'; '.join(faults[:_LISTED])}{more}; "
-            "mend them (`medplib data check` lists all) or skip them with --on-bad-record skip"
-        )
+    @property
+    def rejected(self) -> int:
+        """Records left out on opening."""
+        return len(self.records) - len(self.indices)
 
     @property
     def skipped(self) -> int:
-        """Records left out so far: unusable ones found on opening and unreadable ones met since."""
-        return len(self.records) - len(self.indices) + int(self._unreadable.sum())
+        """Records left out so far: unusable ones found on opening and unreadable ones met since, in this process."""
+        return self.rejected + int(self.unreadable.sum())
 
     @property
     def repaired(self) -> int:
@@ -193,8 +166,8 @@ class MedPLIBDataset(Dataset):
         raise MedPLIBError(f"{self.path} holds no readable record any more; run `medplib data check` on it")
 
     def _note_unreadable(self, index: int, error: MedPLIBError) -> None:
-        if not self._unreadable[index]:
-            self._unreadable[index] = True
+        if not self.unreadable[index]:
+            self.unreadable[index] = True
             logger.warning("skipped: %s", error)
 
     def _encoded(self, index: int) -> Any:
@@ -202,7 +175,7 @@ class MedPLIBDataset(Dataset):
         sample = loaded.sample
         rng = np.random.default_rng([self.seed, int(self._epoch), int(self.indices[index])])
         with self._naming(index, sample):
-            return self.processor.encode(
+            encoded = self.processor.encode(
                 sample.turns,
                 loaded.images,
                 regions=loaded.regions,
@@ -212,6 +185,50 @@ class MedPLIBDataset(Dataset):
                 training=self.training,
                 rng=rng,
             )
+        if getattr(encoded, "truncated", False):
+            self.shortened[index] = True
+        return encoded
+
+
+def usable_records(
+    path: str | Path, images_root: str | Path, on_bad_record: OnBadRecord, progress: Progress | None = None
+) -> tuple[Records, list[tuple[int, RecordFacts]], list[Problem]]:
+    """Open a data file and check its records, without decoding pixels.
+
+    Returns:
+        All records, the numbers and facts of the usable ones, and every problem.
+
+    Raises:
+        MedPLIBError: the file is unreadable, has unusable records (``refuse``), or has no usable one.
+    """
+    if on_bad_record not in ("refuse", "skip"):
+        raise MedPLIBError(f"on_bad_record is {on_bad_record!r}; expected refuse or skip")
+    records, root = open_records(path), Path(images_root)
+    if not root.is_dir():
+        raise MedPLIBError(f"the image folder {root} does not exist; give the folder of the images")
+    usable: list[tuple[int, RecordFacts]] = []
+    problems: list[Problem] = []
+    for number, facts, found in inspect_all(records, root, len(records), progress=progress, in_context=False):
+        problems += found
+        if facts is not None:
+            usable.append((number, facts))
+    bad = len(records) - len(usable)
+    if bad and on_bad_record == "refuse":
+        raise MedPLIBError(_refusal(records, bad, problems))
+    if bad:
+        logger.warning("%s: %d of %d records are unusable and skipped", path, bad, len(records))
+    if not usable:
+        raise MedPLIBError(f"{path} holds no usable record; run `medplib data check` on it")
+    return records, usable, problems
+
+
+def _refusal(records: Records, bad: int, problems: list[Problem]) -> str:
+    faults = [str(problem) for problem in problems if problem.severity == "error"]
+    more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+    return (
+        f"{records.path}: {bad} of {len(records)} records are unusable: {'; '.join(faults[:_LISTED])}{more}; "
+        "mend them (`medplib data check` lists all) or skip them with --on-bad-record skip"
+    )
 
 
 def load_sample(sample: Sample) -> LoadedSample:
@@ -273,9 +290,19 @@ class MixedDataset(Dataset):
         return np.concatenate(parts) / sum(self.shares)
 
     @property
-    def skipped(self) -> int:
-        """Records left out so far over all data sets."""
-        return sum(dataset.skipped for dataset in self.datasets)
+    def rejected(self) -> int:
+        """Records left out on opening, over all data sets."""
+        return sum(dataset.rejected for dataset in self.datasets)
+
+    @property
+    def unreadable(self) -> torch.Tensor:
+        """Bool [N]: items whose files turned out unreadable, as far as this process knows."""
+        return torch.cat([dataset.unreadable for dataset in self.datasets])
+
+    @property
+    def shortened(self) -> torch.Tensor:
+        """Bool [N]: items whose answer was cut off at the longest sequence, as far as this process knows."""
+        return torch.cat([dataset.shortened for dataset in self.datasets])
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -232,7 +232,7 @@ def _pil_values(image: Image.Image) -> np.ndarray:
     """Pixels [H, W] or [H, W, 3], upright, colours resolved, transparency on black; wide grey values are kept."""
     image = ImageOps.exif_transpose(image)
     if image.mode in _WIDE_MODES or image.mode in ("L", "RGB"):
-        return np.asarray(image.convert("RGB") if "transparency" in image.info and image.mode == "P" else image)
+        return np.asarray(image)
     if image.mode == "1":
         return np.asarray(image.convert("L"))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or (image.mode == "P" and "transparency" in image.info):

@@ -124,7 +124,7 @@ class _Inspection:
 
     def run(self) -> tuple[Sample | None, list[Finding]]:
         examples, images = self._images()
-        conversations = self.raw.get("conversations")
+        conversations = self.raw.get("conversations", self.raw.get("conversatons"))  # as LLaVA-Med writes it
         target = self._in_context_target() if examples else None
         if examples and not conversations:
             conversations = _default_in_context_turns(len(examples))

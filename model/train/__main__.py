@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="YAML file; the project's own are in configs/stages")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimiser.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
-    parser.add_argument("--check", action="store_true", help="check the recipe and its paths, and stop")
+    parser.add_argument("--check", action="store_true", help="check the recipe, its paths and its records, and stop")
     parser.add_argument("--on-bad-record", choices=("refuse", "skip"), help="the same as data.on_bad_record=…")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     options = parser.parse_intermixed_args(arguments)
@@ -38,9 +38,13 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.check:
+        from model.train.datasets import check_data
+        from model.train.run_folder import check_run_folder
         from model.train.starting import check_paths
 
         check_paths(recipe)
+        check_run_folder(recipe, resume=options.resume)
+        check_data(recipe)
     else:
         run(recipe, resume=options.resume)
     return 0

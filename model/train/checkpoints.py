@@ -36,7 +36,8 @@ def save_checkpoint(
     final = run_folder / FOLDER / f"step_{step:07d}"
     partial = final.with_suffix(".partial")
     if process.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in (run_folder / FOLDER).glob("step_*.partial"):  # of a run that was killed while it saved
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     process.barrier()
     engine.save(partial)

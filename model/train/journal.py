@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Journal:
             disable=not (writes and settings.progress),
             smoothing=0.1,
         )
-        self.board = _tensorboard(folder) if writes and settings.tensorboard else None
+        self.board = _tensorboard(folder, first_step) if writes and settings.tensorboard else None
         if writes:
             for name in (METRICS_FILE, VALIDATION_FILE):
                 _cut_after(folder / name, first_step)
@@ -73,8 +74,11 @@ class Journal:
     def _write(self, name: str, row: Mapping[str, Any], group: str) -> None:
         if not self.writes:
             return
-        with (self.folder / name).open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        with (self.folder / name).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row, allow_nan=False) + "\n")
         if self.board is not None:
             for key, value in row.items():
                 if isinstance(value, float):
@@ -92,10 +96,10 @@ def _cut_after(path: Path, step: int) -> None:
     partial.replace(path)
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.warning("TensorBoard is not installed, so no event files are written; install the train extra")
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)  # hides what will be done again

@@ -17,18 +17,19 @@ import torch
 from torch.utils.data import DataLoader
 
 from model.checkpoint import export_published, save
-from model.data.dataset import MedPLIBDataset, MixedDataset
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.train.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from model.train.datasets import open_dataset
 from model.train.engine import StepResult, make_engine
 from model.train.handover import merged_network
-from model.train.journal import METRICS_FILE, Journal
+from model.train.journal import Journal
 from model.train.learning_rate import rate_factor
 from model.train.process import join, leave, resolved
 from model.train.recipe import Recipe
-from model.train.recipe_io import RECIPE_FILE, differences, load_recipe, save_recipe
+from model.train.recipe_io import save_recipe
+from model.train.run_folder import check_run_folder
 from model.train.stages import STAGE_NAMES
 from model.train.starting import check_paths, starting_network
 from model.train.trainable import count_trainable
@@ -36,6 +37,7 @@ from model.train.validation import Validator
 
 logger = logging.getLogger(__name__)
 
+_ECHO_SECONDS = 3.0  # a launcher passes on the Ctrl-C that its processes got from the terminal already
 _ERROR_NAME = f"{MedPLIBError.__module__}.{MedPLIBError.__name__}: "
 
 
@@ -49,7 +51,7 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = replace(recipe, engine=resolved(recipe.engine))
         self.step_number = 0  # optimiser steps done
-        self.interrupted = False
+        self.interrupted: float | None = None  # when the run was told to end
         self.journal: Journal | None = None
         self._batches: Iterator[dict[str, Any]] | None = None
         self._previous_handlers: dict[int, Any] = {}
@@ -63,7 +65,7 @@ class Trainer:
             MedPLIBError: something the recipe names cannot be used, or the run folder holds another run.
         """
         check_paths(self.recipe)
-        self._check_folder(resume)
+        check_run_folder(self.recipe, resume=resume)
         self.process = join(self.recipe.engine)
         network, self.processor = starting_network(self.recipe)
         self.config = network.config
@@ -79,22 +81,10 @@ class Trainer:
         self._tell_plan()
         self._catch_signals()
 
-    def _check_folder(self, resume: bool) -> None:
-        """A run folder holds one run: it is resumed, or refused."""
-        folder = self.recipe.folder
-        begun = [name for name in (METRICS_FILE, RECIPE_FILE) if (folder / name).exists()]
-        if begun and not resume:
-            raise MedPLIBError(f"{folder} holds a run already; add --resume to go on with it, or name another output")
-        if resume and (folder / RECIPE_FILE).is_file():
-            changed = differences(load_recipe(folder / RECIPE_FILE), self.recipe)
-            if changed:
-                raise MedPLIBError(
-                    f"{folder} was begun with other values of {', '.join(changed)}; resume with the same"
-                )
-
     def _set_up_data(self) -> None:
         data, schedule = self.recipe.data, self.recipe.schedule
-        self.dataset = self._open(data.train, data.images, training=True)
+        shown = self.process.is_first and self.recipe.logging.progress
+        self.dataset = open_dataset(self.recipe, self.processor, training=True, shown=shown)
         self.sampler = ResumableSampler(
             self.dataset.lengths,
             seed=self.recipe.seed,
@@ -109,13 +99,8 @@ class Trainer:
         self.total_steps = min(schedule.max_steps or every_epoch, every_epoch)
         self.validator: Validator | None = None
         if data.validation and self.recipe.validation.samples:
-            held_out = self._open(data.validation, data.validation_images or data.images, training=False)
+            held_out = open_dataset(self.recipe, self.processor, training=False, shown=shown)
             self.validator = Validator(held_out, self.processor, self.recipe.validation, self.recipe.seed)
-
-    def _open(self, files: tuple[str, ...], images: str, *, training: bool) -> MixedDataset:
-        settings = {"training": training, "on_bad_record": self.recipe.data.on_bad_record, "seed": self.recipe.seed}
-        datasets = [MedPLIBDataset(path, images, self.processor, **settings) for path in files]  # type: ignore[arg-type]
-        return MixedDataset(datasets, (self.recipe.data.shares or None) if training else None)
 
     def _set_up_engine(self, network: MedPLIBForCausalLM) -> None:
         if self.recipe.engine.gradient_checkpointing:
@@ -143,8 +128,8 @@ class Trainer:
             f"stage {self.recipe.stage} ({STAGE_NAMES[self.recipe.stage]}): {len(self.dataset)} records, "
             f"{self.total_steps} steps of {self._samples_per_step} records; training {parts} parameters"
         )
-        if self.dataset.skipped:
-            self.journal.say(f"{self.dataset.skipped} bad records are skipped")
+        if self.dataset.rejected:
+            self.journal.say(f"{self.dataset.rejected} bad records are skipped")
 
     @property
     def _samples_per_step(self) -> int:
@@ -160,14 +145,14 @@ class Trainer:
         """
         while self.step_number < self.total_steps:
             self.train_step()
-            if self.is_due(self.recipe.validation.every):
-                self.validate()
             stopping = self.should_stop()
             if stopping or self.is_due(self.recipe.saving.every):
                 self.save()
             if stopping:
                 logger.info("stopped and saved at step %d; go on with --resume", self.step_number)
                 raise SystemExit(128 + signal.SIGTERM)
+            if self.is_due(self.recipe.validation.every):
+                self.validate()
         return self.hand_over()
 
     def train_step(self) -> None:
@@ -221,10 +206,10 @@ class Trainer:
         self.journal.step(row)
 
     def is_due(self, every: int) -> bool:
-        """Whether something done every so many steps (0: once an epoch, and at the end) is due after this step."""
-        if every:
-            return self.step_number % every == 0
+        """Whether something done every so many steps (0: once an epoch), and at the end, is due after this step."""
         done = self.step_number
+        if every:
+            return done % every == 0 or done == self.total_steps
         new_epoch = int(done / self.steps_per_epoch) > int((done - 1) / self.steps_per_epoch)
         return new_epoch or done == self.total_steps
 
@@ -245,20 +230,29 @@ class Trainer:
 
     def should_stop(self) -> bool:
         """Whether any rank was told to end."""
-        return bool(self.process.sum(torch.tensor(float(self.interrupted))) > 0)
+        return bool(self.process.sum(torch.tensor(float(self.interrupted is not None))) > 0)
 
     # --- after ------------------------------------------------------------------------------------------------------
 
     def hand_over(self) -> Path:
         """Merge LoRA and write the directory that the next stage starts from."""
+        skipped = self.dataset.rejected + self._noted(self.dataset.unreadable)
+        shortened = self._noted(self.dataset.shortened)
         network = merged_network(self.engine, self.config, self.recipe)
         if network is not None:
             save(network, self.processor, self.recipe.merged)
             if self.recipe.saving.published:
                 export_published(network, self.processor, self.recipe.folder / "published")
-            logger.info("wrote %s; %d records were skipped", self.recipe.merged, self.dataset.skipped)
+            logger.info(
+                "wrote %s; %d records were skipped, %d answers cut off at %d tokens",
+                *(self.recipe.merged, skipped, shortened, self.recipe.data.max_length),
+            )
         self.process.barrier()
         return self.recipe.merged
+
+    def _noted(self, flags: torch.Tensor) -> int:
+        """Records that any rank flagged."""
+        return int((self.process.sum(flags) > 0).sum())
 
     def close(self) -> None:
         """Finish the journal, give the signals back and part from the other ranks."""
@@ -277,7 +271,9 @@ class Trainer:
             }
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Ask for an orderly end after this step; a second Ctrl-C ends at once."""
-        if self.interrupted and number == signal.SIGINT:
+        """Ask for an orderly end after this step; a later second Ctrl-C ends at once."""
+        now = time.monotonic()
+        if self.interrupted is None:
+            self.interrupted = now
+        elif number == signal.SIGINT and now - self.interrupted > _ECHO_SECONDS:
             raise KeyboardInterrupt
-        self.interrupted = True

@@ -57,7 +57,8 @@ def join(engine: Engine) -> Process:
     """Find the launcher's variables (or set them for one process) and join the other ranks.
 
     Raises:
-        MedPLIBError: CUDA is asked for and absent, or the torch engine is launched more than once.
+        MedPLIBError: CUDA is asked for and absent, there are more processes than GPUs, or the torch engine is launched
+            more than once.
     """
     wants_cuda = engine.device == "cuda" or (engine.device == "auto" and torch.cuda.is_available())
     if wants_cuda and not torch.cuda.is_available():
@@ -68,6 +69,10 @@ def join(engine: Engine) -> Process:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
+    if wants_cuda and local_rank >= torch.cuda.device_count():
+        raise MedPLIBError(
+            f"process {local_rank} has no GPU of its own, only {torch.cuda.device_count()} are visible; launch fewer"
+        )
     if wants_cuda:
         torch.cuda.set_device(device)
     if engine.kind == "torch" and world_size > 1:

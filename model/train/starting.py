@@ -31,7 +31,7 @@ def starting_network(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcess
     Raises:
         MedPLIBError: listing every path that is missing, or telling what does not fit.
     """
-    check_paths(recipe)
+    check_paths(recipe, data=False)
     torch.manual_seed(recipe.seed)
     model, processor = _source(recipe)
     model.config.loss = LossConfig(**asdict(recipe.losses))
@@ -43,26 +43,34 @@ def starting_network(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcess
     return model, processor
 
 
-def check_paths(recipe: Recipe) -> None:
-    """Refuse missing starting points and data, all at once.
+def check_paths(recipe: Recipe, *, data: bool = True) -> None:
+    """Refuse missing starting points and, unless only weights are wanted, missing data; all at once.
 
     Raises:
         MedPLIBError: naming each missing path and its recipe key.
     """
-    source, data = recipe.model, recipe.data
-    problems = [] if source.base else ["model.base is empty; name what the stage starts from"]
-    named = {f"model.{name}": value for name, value in asdict(source).items()}
-    named |= {"data.images": data.images, "data.validation_images": data.validation_images}
-    named |= {f"data.train[{index}]": path for index, path in enumerate(data.train)}
-    named |= {f"data.validation[{index}]": path for index, path in enumerate(data.validation)}
-    named |= {"engine.deepspeed": recipe.engine.deepspeed}
+    named = {f"model.{name}": value for name, value in asdict(recipe.model).items()}
+    problems = [] if recipe.model.base else ["model.base is empty; name what the stage starts from"]
+    if data:
+        named |= _data_paths(recipe)
+        problems += [] if recipe.data.images else ["data.images is empty; name the folder of the images"]
     problems += [
         f"{key} is {path}, which does not exist" for key, path in named.items() if path and not Path(path).exists()
     ]
-    if not data.images:
-        problems.append("data.images is empty; name the folder of the images")
     if problems:
         raise MedPLIBError(f"stage {recipe.stage} cannot start: {'; '.join(problems)}")
+
+
+def _data_paths(recipe: Recipe) -> dict[str, str]:
+    """What training reads besides weights, by recipe key."""
+    data = recipe.data
+    return {
+        "data.images": data.images,
+        "data.validation_images": data.validation_images,
+        **{f"data.train[{index}]": path for index, path in enumerate(data.train)},
+        **{f"data.validation[{index}]": path for index, path in enumerate(data.validation)},
+        "engine.deepspeed": recipe.engine.deepspeed,
+    }
 
 
 def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:

@@ -95,8 +95,8 @@ def score_batch(
     """
     if not counted:
         return
-    labels = grown_labels(batch, config)[:counted, 1:]  # [B, L - 1]
-    logits = output.logits[:counted, :-1].to(labels.device)
+    logits = output.logits[:counted, :-1]
+    labels = grown_labels(batch, config)[:counted, 1:].to(logits.device)  # [B, L - 1]
     supervised = labels != IGNORE_INDEX
     said = logits.argmax(dim=-1)
     right = ((said == labels) | ~supervised).all(dim=1).tolist()

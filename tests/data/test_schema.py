@@ -105,6 +105,12 @@ def test_text_only_numbers_and_captions_are_legal(folder: Any) -> None:
     assert parse_record(folder.vqa(task="grounding", unknown_key=1), folder.root).task == "grounding"
 
 
+def test_llava_med_s_spelling_is_understood(folder: Any) -> None:
+    record = folder.record("<image>", "A CT of the abdomen.")
+    record["conversatons"] = record.pop("conversations")
+    assert parse_record(record, folder.root).turns[1].text == "A CT of the abdomen."
+
+
 IMAGE = "images/ct_00--Set--case_1--x_0001.png"
 MASK = "masks/ct_00--Set--case_1--x_0001--0003_000.png"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,8 @@ import torch
 
 from model.checkpoint import load
 from model.errors import MedPLIBError
-from model.train import recipe_from, run
+from model.train import recipe_from, run, save_recipe
+from model.train.__main__ import main
 from model.train.handover import network_of_run
 from model.train.loop import Trainer
 from model.train.validation import score_batch
@@ -90,11 +93,15 @@ def test_loss_falls(values: Any) -> None:
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_a_checkpoint_can_be_merged_without_its_run(values: Any) -> None:
-    recipe = recipe_from(values(2, saving={"every": 2}))
+def test_a_checkpoint_can_be_merged_without_its_run(values: Any, phantoms: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    sections = {**values(2)["data"], "train": [str(data / "vqa.json")], "images": str(data)}
+    recipe = recipe_from(values(2, data=sections, saving={"every": 5}))
+    (recipe.folder / "checkpoints" / "step_0000001.partial").mkdir(parents=True)  # of a run that was killed
     run(recipe)
-    file = recipe.folder / "recipe.yaml"  # a run on a GPU machine, merged on one that has none
-    file.write_text(file.read_text().replace("attention: sdpa", "attention: flash_attention_2"))
+    assert [path.name for path in (recipe.folder / "checkpoints").iterdir()] == ["step_0000002"]
+    shutil.rmtree(data)  # the data are gone, too
     exported, _ = network_of_run(recipe.folder)
     merged = load(recipe.merged)[0].state_dict()
     for name, value in exported.state_dict().items():
@@ -106,8 +113,28 @@ def test_a_run_folder_is_not_overwritten(values: Any) -> None:
     run(recipe)
     with pytest.raises(MedPLIBError, match="--resume"):
         run(recipe)
+    other = recipe_from(values(1, optimiser={"lr": 0.5}))
     with pytest.raises(MedPLIBError, match=r"optimiser\.lr"):
-        run(recipe_from(values(1, optimiser={"lr": 0.5})), resume=True)
+        run(other, resume=True)
+    shutil.rmtree(recipe.folder / "checkpoints")  # as after a first step that did not fit into memory
+    assert run(other, resume=True) == recipe.merged
+    assert [row["lr"] for row in metrics(recipe.folder)] == [0.5, 0.25]
+
+
+def test_the_check_tells_what_every_rank_would(values: Any, phantoms: Path, tmp_path: Path, capsys: Any) -> None:
+    sections = {**values(1)["data"], "train": [str(phantoms / "vqa.json")]}
+    given = str(save_recipe(recipe_from(values(1, data=sections)), tmp_path / "given"))
+    assert main([given, "--check"]) == 0
+    broken = tmp_path / "broken.json"
+    broken.write_text((phantoms / "vqa.json").read_text().replace("images/", "pictures/", 1))
+    assert main([given, "--check", f"data.train={broken}"]) == 2
+    assert "1 of" in capsys.readouterr().err
+    assert main([given, "--check", f"data.train={broken}", "--on-bad-record", "skip"]) == 0
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "recipe.yaml").write_text("stage: 1")
+    assert main([given, "--check"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main([given, "--check", "--resume"]) == 0
 
 
 def test_missing_paths_are_told_at_once(values: Any) -> None:
@@ -117,11 +144,14 @@ def test_missing_paths_are_told_at_once(values: Any) -> None:
     assert all(text in str(caught.value) for text in ("nowhere", "no.pth", "void"))
 
 
-def test_termination_saves_and_the_run_goes_on(values: Any) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["SIGTERM", "Ctrl-C"])
+def test_termination_saves_and_the_run_goes_on(values: Any, signals: list[int]) -> None:
+    """Also where a launcher passes on the Ctrl-C that the terminal gave to its processes already."""
     recipe = recipe_from(values(1, schedule={"batch_size": 2, "max_steps": 3}))
     trainer = Trainer(recipe)
     trainer.set_up()
-    signal.raise_signal(signal.SIGTERM)
+    for number in signals:
+        signal.raise_signal(number)
     with pytest.raises(SystemExit) as ended:
         trainer.train()
     trainer.close()
@@ -133,7 +163,7 @@ def test_termination_saves_and_the_run_goes_on(values: Any) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_damaged_after_the_check_ends_in_one_sentence_or_is_skipped(
-    values: Any, phantoms: Path, tmp_path: Path, workers: int
+    values: Any, phantoms: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(phantoms, data)
@@ -145,7 +175,10 @@ def test_a_file_damaged_after_the_check_ends_in_one_sentence_or_is_skipped(
         run(recipe_from(values(1, data=sections, schedule=schedule, output=str(tmp_path / "refusing"))))
     assert "vqa.json, record" in str(caught.value) and "Traceback" not in str(caught.value)
     skipping = {**sections, "on_bad_record": "skip"}
-    assert run(recipe_from(values(1, data=skipping, schedule=schedule))).is_dir()
+    with caplog.at_level(logging.INFO, logger="model"):
+        assert run(recipe_from(values(1, data=skipping, schedule=schedule))).is_dir()
+    (told,) = re.findall(r"(\d+) records were skipped, 0 answers cut off", caplog.text)
+    assert int(told) > 0
 
 
 def test_scores_are_those_of_the_likeliest_tokens() -> None:

@@ -1,0 +1,32 @@
+"""A run folder holds one run: it is begun, resumed or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from model.errors import MedPLIBError
+from model.train.checkpoints import list_checkpoints
+from model.train.journal import METRICS_FILE
+from model.train.recipe import Recipe
+from model.train.recipe_io import RECIPE_FILE, differences, load_recipe
+
+
+def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
+    """Refuse to write over a run, or to go on with one that was begun with another recipe.
+
+    A run that left no checkpoint has nothing to go on with, so it may begin anew with any recipe.
+
+    Raises:
+        MedPLIBError: naming the folder, and the settings that differ.
+    """
+    folder = recipe.folder
+    begun = [name for name in (METRICS_FILE, RECIPE_FILE) if (folder / name).exists()]
+    if begun and not resume:
+        raise MedPLIBError(f"{folder} holds a run already; add --resume to go on with it, or name another output")
+    if resume and (folder / RECIPE_FILE).is_file() and list_checkpoints(folder):
+        former = load_recipe(folder / RECIPE_FILE)
+        if recipe.engine.kind == "auto":  # not decided yet, in a check before the launcher
+            recipe = replace(recipe, engine=replace(recipe.engine, kind=former.engine.kind))
+        changed = differences(former, recipe)
+        if changed:
+            raise MedPLIBError(f"{folder} was begun with other values of {', '.join(changed)}; resume with the same")
