@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import load
-from model.train import Recipe, recipe_from, save_recipe
+from model.train import Recipe, recipe_from, run, save_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
@@ -84,6 +84,7 @@ def test_two_ranks_train_resume_and_hand_over(values: Any, tmp_path: Path) -> No
     assert [row["lr"] for row in whole] == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3])
 
     shutil.rmtree(recipe.merged)
+    shutil.rmtree(recipe.folder / "checkpoints" / "step_0000003")
     second = launch([*arguments, "--resume", "logging.tensorboard=true"], processes=2)
     assert second.returncode == 0, second.stderr
     again = read_rows(recipe)
@@ -93,6 +94,27 @@ def test_two_ranks_train_resume_and_hand_over(values: Any, tmp_path: Path) -> No
     resumed = load(recipe.merged)[0].state_dict()
     for name, value in network.state_dict().items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_accumulation_over_ranks_is_one_big_step(values: Any, tmp_path: Path) -> None:
+    """Two ranks of two micro-batches take the steps of one process with four, up to the end of ZeRO-3's gathering."""
+    sections = {
+        "lora": {"rank": 2, "dropout": 0.0, "targets": ["q", "up"]},
+        "optimiser": {"clip": 0.1, "eps": 1e-4},  # without a floor, Adam makes a step of every rounding error
+    }
+    alone = recipe_from(values(2, schedule={"batch_size": 1, "accumulation": 4, "max_steps": 2}, **sections))
+    expected, _ = load(run(alone))
+    pair = {"schedule": {"batch_size": 1, "accumulation": 2, "max_steps": 2}, "output": str(tmp_path / "pair")}
+    recipe = recipe_from(values(2, **sections, **pair))
+    given = recipe_file(recipe, tmp_path / "given", kind="deepspeed", zero_stage=3)
+    ended = launch(["-m", "model.train", given], processes=2)
+    assert ended.returncode == 0, ended.stderr
+    for row, same in zip(read_rows(alone), read_rows(recipe), strict=True):
+        for name in ("loss", "ce", "lr", "grad_norm"):
+            assert same[name] == pytest.approx(row[name], rel=1e-3), name
+    found = load(recipe.merged)[0].state_dict()
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def read_rows(recipe: Recipe) -> list[dict[str, Any]]:
