@@ -186,7 +186,7 @@ class Predictor:
             turns += [Turn("human", earlier), Turn("gpt", answer)]
         turns.append(Turn("human", asked))
         turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
-        encoded = self.processor.encode_prompt(turns, [prepared.data.pixels], regions=regions)
+        encoded = self.processor.encode_prompt(turns, [prepared.data.pixels], regions=regions, pixels=False)
         batch = self.processor.collate([encoded], padding_side="left")
         names = ("input_ids", "attention_mask", "region_masks", "region_image")
         prompt = {name: self._to_model(batch[name]) for name in names if batch.get(name) is not None}

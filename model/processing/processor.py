@@ -27,6 +27,7 @@ from model.processing.images import (
     Size,
     check_image,
     clip_input,
+    resized_size,
     sam_input,
 )
 from model.processing.masks import (
@@ -229,10 +230,17 @@ class MedPLIBProcessor:
         *,
         example_masks: Sequence[np.ndarray] = (),
         visual_kinds: Sequence[str] | None = None,
+        pixels: bool = True,
     ) -> EncodedSample:
-        """One conversation to be continued; arguments and errors as in ``encode``, the last turn is the question."""
+        """One conversation to be continued; arguments and errors as in ``encode``, the last turn is the question.
+
+        ``pixels=False`` leaves ``pixel_values`` and ``sam_pixel_values`` zero, for a caller that has the images'
+        features already: only their sizes are looked at then.
+        """
         ids = conversation.encode_prompt(self.tokenizer, turns, self.settings.template, self.settings.max_length)
-        return self._sample(ids, images, regions, region_images, segment_image, example_masks, visual_kinds, None)
+        return self._sample(
+            ids, images, regions, region_images, segment_image, example_masks, visual_kinds, None, pixels
+        )
 
     def _sample(
         self,
@@ -244,6 +252,7 @@ class MedPLIBProcessor:
         example_masks: Sequence[np.ndarray],
         visual_kinds: Sequence[str] | None,
         rng: np.random.Generator | None,
+        with_pixels: bool = True,
     ) -> EncodedSample:
         for image in images:
             check_image(image)
@@ -253,14 +262,14 @@ class MedPLIBProcessor:
         indices = _region_images(region_images, len(regions), len(images))
         grids, small = self._region_grids(regions, [images[index].shape[:2] for index in indices], rng)
         clip_size, sam_size = self.settings.clip_size, self.settings.sam_size
+        image_size: Size = (sam_size, sam_size)  # of a text alone
+        pixels, sam = torch.zeros(len(images), 3, clip_size, clip_size), torch.zeros(3, sam_size, sam_size)
         if len(images):
             segmented = images[_segmented(segment_image, len(images))]
-            sam, size = self.sam_input(segmented)
             image_size = (segmented.shape[0], segmented.shape[1])
-            pixels = torch.stack([self.clip_input(image) for image in images])
-        else:
-            sam, size, image_size = torch.zeros(3, sam_size, sam_size), (sam_size, sam_size), (sam_size, sam_size)
-            pixels = torch.zeros(0, 3, clip_size, clip_size)
+            if with_pixels:
+                sam, _ = self.sam_input(segmented)
+                pixels = torch.stack([self.clip_input(image) for image in images])
         examples = [example_mask_input(mask, clip_size) for mask in example_masks]
         return EncodedSample(
             input_ids=torch.tensor(ids, dtype=torch.long),
@@ -269,7 +278,7 @@ class MedPLIBProcessor:
             region_masks=grids,
             region_image=torch.tensor(indices, dtype=torch.long),
             sam_pixel_values=sam,
-            sam_size=size,
+            sam_size=resized_size(image_size, sam_size),
             image_size=image_size,
             example_masks=torch.stack(examples) if examples else None,
             visual_kinds=kinds,

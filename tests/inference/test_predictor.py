@@ -44,6 +44,20 @@ def test_asking_twice_gives_the_same(predictor: Predictor) -> None:
     assert set(first.timing) == {"encode", "generate", "masks", "total"}
 
 
+def test_an_image_is_prepared_once_for_many_questions(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = predictor.set_image(np.random.default_rng(6).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    region = ("box", (5, 5, 30, 30))
+    first = predictor.ask(image, "What is it?", region, settings=SHORT).text
+
+    def again(*_: object) -> None:
+        raise AssertionError("the image was prepared again")
+
+    for name in ("clip_input", "sam_input"):
+        monkeypatch.setattr(f"model.processing.processor.{name}", again)
+    monkeypatch.setattr(predictor.model.model.vision_tower, "forward", again)
+    assert predictor.ask(image, "What is it?", region, settings=SHORT).text == first
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_half_precision_answers_with_masks(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, attention: str
