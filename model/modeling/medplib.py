@@ -121,12 +121,6 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.decoder.embed_tokens = value
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
     # --- images and regions into the sequence ------------------------------------------------------------------
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -168,15 +162,18 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             size = self.config.vision_config.image_size
             image_features = self.encode_images(embed.weight.new_zeros(0, 3, size, size))  # [0, P, Dv]
         projected = self.model.projector(image_features)  # [I, P, D]
+        tokens = projected.features
+        if self.config.in_context.token_compressor:
+            tokens = self.model.token_compressor(tokens)  # [I, fewer P, D]
         masks = self._mask_tokens(example_masks, embed.weight)  # [K, Pm, D]
-        visual = self._visual_tokens(projected.features, masks, visual_kinds)
+        visual = _visual_tokens(tokens, masks, visual_kinds)
         plan = plan_splice(input_ids, attention_mask, [len(tokens) for tokens in visual])
         regions = self._region_features(image_features, region_masks, region_image, embed.weight)  # [R, D]
         text = embed(input_ids.clamp(min=0))  # [B, T, D]
         padding = embed.weight[self.config.pad_token_id or 0]
         embeds = splice_embeddings(plan, input_ids, text, visual, regions, padding)  # [B, L, D]
         # Empty sums tie every part in, used or not: all ranks of a distributed run must have the same graph.
-        embeds = embeds + projected.features[:0].sum() + masks[:0].sum()
+        embeds = embeds + tokens[:0].sum() + masks[:0].sum()
         aux = projected.aux_loss if projected.aux_loss is not None else embeds.new_zeros(())
         return SplicedInputs(embeds, plan, aux)
 
@@ -190,18 +187,6 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             size = self.config.vision_config.image_size
             example_masks = like.new_zeros(0, 1, size, size)
         return self.model.mask_encoder(example_masks)
-
-    def _visual_tokens(
-        self, features: torch.Tensor, masks: torch.Tensor, visual_kinds: list[str] | None
-    ) -> list[torch.Tensor]:
-        """Tokens of each image placeholder, in reading order."""
-        if self.config.in_context.token_compressor:
-            features = self.model.token_compressor(features)
-        kinds = visual_kinds or ["image"] * len(features)
-        if kinds.count("image") != len(features) or kinds.count("mask") != len(masks):
-            raise ValueError(f"the prompt has {len(features)} images and {len(masks)} masks for {kinds}")
-        sources = {"image": iter(features), "mask": iter(masks)}
-        return [next(sources[kind]) for kind in kinds]
 
     def _region_features(
         self,
@@ -446,6 +431,15 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         if not bool(mask[:, -1].all()):
             raise ValueError("prompts to be continued are padded on the right; collate them with padding_side='left'")
         return super().generate(inputs_embeds=spliced.embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
+
+
+def _visual_tokens(images: torch.Tensor, masks: torch.Tensor, visual_kinds: list[str] | None) -> list[torch.Tensor]:
+    """Tokens of each image placeholder, in reading order."""
+    kinds = visual_kinds or ["image"] * len(images)
+    if kinds.count("image") != len(images) or kinds.count("mask") != len(masks):
+        raise ValueError(f"the prompt has {len(images)} images and {len(masks)} masks for {kinds}")
+    sources = {"image": iter(images), "mask": iter(masks)}
+    return [next(sources[kind]) for kind in kinds]
 
 
 AutoModelForCausalLM.register(MedPLIBConfig, MedPLIBForCausalLM, exist_ok=True)

@@ -86,10 +86,22 @@ def test_padding_changes_nothing() -> None:
         torch.testing.assert_close(output.logits[1][real], wanted, rtol=1e-4, atol=1e-5)
 
 
+GEOMETRIC = {"kind": "geometric", "num_init_points": 8, "num_sub_points": (4, 2), "num_neighbors": (3, 2)}
+IN_CONTEXT = {"token_compressor": True, "compressed_tokens": 4, "mask_encoder": True, "mask_encoder_tokens": 4}
+
+
 @pytest.mark.parametrize("text_only", [False, True])
-def test_every_part_stays_in_the_graph(text_only: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"projector": {"type": "moe_mlp2x_gelu"}, "region": GEOMETRIC},
+        {"moe": {"layers": (1,), "num_experts": (3,), "top_k": 2, "use_residual": True}, "in_context": IN_CONTEXT},
+    ],
+)
+def test_every_part_stays_in_the_graph(text_only: bool, options: dict[str, Any]) -> None:
     """Ranks of a distributed run must have the same graph, whatever is in their batch."""
-    model = tiny_model().train()
+    model = tiny_model(**options).train()
     inputs = {"input_ids": torch.tensor([[1, 5, 6]]), "labels": torch.tensor([[IGNORE_INDEX, 5, 6]])}
     model(**(inputs if text_only else batch())).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -97,6 +109,26 @@ def test_every_part_stays_in_the_graph(text_only: bool) -> None:
     assert [name for name in without if not any(part in name for part in unused)] == []
     if text_only:
         assert model.model.mask_head.query[0].weight.grad.abs().max() == 0
+
+
+def test_examples_masks_enter_where_their_placeholder_stands() -> None:
+    model = tiny_model(in_context=IN_CONTEXT)
+    image = IMAGE_PLACEHOLDER
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([[1, image, 5, image, 6, image, 7]]),
+        "pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(2)),
+        "visual_kinds": ["image", "mask", "image"],
+    }
+    masks = torch.zeros(2, 1, 1, 28, 28)
+    masks[1, ..., 5:20, 5:20] = 1
+    first, second = (model(**inputs, example_masks=mask).last_hidden_state for mask in masks)
+    assert first.shape[1] == 4 + 3 * 4  # every visual is four tokens here
+    torch.testing.assert_close(first[:, :6], second[:, :6])  # up to the mask
+    assert not torch.allclose(first[:, 6:], second[:, 6:])
+    with pytest.raises(ValueError, match="2 images and 1 masks"):
+        model(**inputs | {"visual_kinds": ["image", "image", "image"]}, example_masks=masks[0])
+    with pytest.raises(ValueError, match="without a mask encoder"):
+        tiny_model()(**inputs, example_masks=masks[0])
 
 
 def test_cached_features_give_the_same_output() -> None:
