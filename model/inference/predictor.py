@@ -56,12 +56,15 @@ class PreparedImage:
 class _Clock:
     """Seconds by part; the parts are the keys of ``Answer.timing``."""
 
+    device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if self.device.type == "cuda":  # its work is only queued yet; the next part would be charged for it
+            torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -164,7 +167,7 @@ class Predictor:
             raise MedPLIBError(f"the threshold is {threshold}; give a number between 0 and 1")
         if not question.strip():
             raise MedPLIBError("the question is empty; ask something")
-        clock, start = _Clock(), time.perf_counter()
+        clock, start = _Clock(self.model.device), time.perf_counter()
         with clock.part("encode"):
             prepared = self.set_image(image)
         regions = [region_to_mask(item, prepared.size) for item in _region_list(region)]
