@@ -295,6 +295,11 @@ class MixedDataset(Dataset):
         return sum(dataset.rejected for dataset in self.datasets)
 
     @property
+    def repaired(self) -> int:
+        """Usable records that were mended on the way, over all data sets."""
+        return sum(dataset.repaired for dataset in self.datasets)
+
+    @property
     def unreadable(self) -> torch.Tensor:
         """Bool [N]: items whose files turned out unreadable, as far as this process knows."""
         return torch.cat([dataset.unreadable for dataset in self.datasets])

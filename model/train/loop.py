@@ -128,8 +128,9 @@ class Trainer:
             f"stage {self.recipe.stage} ({STAGE_NAMES[self.recipe.stage]}): {len(self.dataset)} records, "
             f"{self.total_steps} steps of {self._samples_per_step} records; training {parts} parameters"
         )
-        if self.dataset.rejected:
-            self.journal.say(f"{self.dataset.rejected} bad records are skipped")
+        if self.dataset.rejected or self.dataset.repaired:
+            rejected, repaired = self.dataset.rejected, self.dataset.repaired
+            self.journal.say(f"{rejected} bad records are skipped, {repaired} that lack .png in a path are used")
 
     @property
     def _samples_per_step(self) -> int:
@@ -207,10 +208,11 @@ class Trainer:
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps (0: once an epoch), and at the end, is due after this step."""
-        done = self.step_number
+        done, batches, accumulation = self.step_number, len(self.sampler), self.recipe.schedule.accumulation
         if every:
             return done % every == 0 or done == self.total_steps
-        new_epoch = int(done / self.steps_per_epoch) > int((done - 1) / self.steps_per_epoch)
+        # In whole numbers: an epoch may end within a step, and quotients that are whole need not be so in floats.
+        new_epoch = done * accumulation // batches > (done - 1) * accumulation // batches
         return new_epoch or done == self.total_steps
 
     def validate(self) -> dict[str, float]:

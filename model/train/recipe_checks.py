@@ -99,6 +99,8 @@ def _check_ranges(recipe: Recipe) -> list[str]:
         problems.append(f"data.shares has {len(shares)} numbers for {len(recipe.data.train)} train files")
     if shares and not sum(shares):
         problems.append("data.shares are all 0; leave them empty to draw in proportion to the files' sizes")
+    if any(beta == 1 for beta in recipe.optimiser.betas):
+        problems.append("optimiser.betas holds 1, expected less")
     if len(recipe.optimiser.betas) != 2:
         problems.append(f"optimiser.betas has {len(recipe.optimiser.betas)} numbers, expected 2")
     if recipe.engine.zero_stage not in (0, 1, 2, 3):

@@ -148,6 +148,7 @@ def test_all_problems_come_at_once_with_the_nearest_name() -> None:
         ("lora.targets=[w1]", "lora target w1"),
         ("data.shares=[1,2,3]", "3 numbers for 2"),
         ("optimiser.betas=[0.9]", "expected 2"),
+        ("optimiser.betas=[0.9,1]", "expected less"),
         ("engine.gradient_checkpointing=yes please", "true or false"),
         ("schedule.epochs=.inf", "finite"),
         ("optimiser.lr=.nan", "finite"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import signal
@@ -137,6 +138,16 @@ def test_the_check_tells_what_every_rank_would(values: Any, phantoms: Path, tmp_
     assert main([given, "--check"]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main([given, "--check", "--resume"]) == 0
+
+
+def test_an_epoch_ends_with_the_step_that_uses_its_last_batch(values: Any) -> None:
+    recipe = recipe_from(values(1, schedule={"accumulation": 3}))
+    due = [
+        step
+        for step in range(1, 50)
+        if Trainer.is_due(SimpleNamespace(step_number=step, total_steps=49, sampler=range(7), recipe=recipe), 0)  # type: ignore[arg-type]
+    ]
+    assert due == [math.ceil(7 * epoch / 3) for epoch in range(1, 22)]
 
 
 def test_missing_paths_are_told_at_once(values: Any) -> None:
