@@ -160,7 +160,7 @@ class Predictor:
             The answer; its masks are in the order of the ``<SEG>`` in its text.
 
         Raises:
-            MedPLIBError: image, question, region or threshold is malformed.
+            MedPLIBError: image, question, region or threshold is malformed, or the checkpoint cannot look at regions.
         """
         threshold = self.model.config.mask.threshold if threshold is None else threshold
         if not 0 < threshold < 1:
@@ -183,6 +183,8 @@ class Predictor:
     def _prompt(
         self, prepared: PreparedImage, question: str, regions: list[np.ndarray], history: Sequence[tuple[str, str]]
     ) -> dict[str, Any]:
+        if regions and not self.model.config.region.enabled:
+            raise MedPLIBError("this checkpoint has no region adapter; ask it about the whole image")
         asked = place_region(question, len(regions)) if regions else question
         turns = []
         for earlier, answer in history:

@@ -58,6 +58,13 @@ def test_an_image_is_prepared_once_for_many_questions(predictor: Predictor, monk
     assert predictor.ask(image, "What is it?", region, settings=SHORT).text == first
 
 
+def test_a_model_without_region_adapter_says_so(tmp_path: Path) -> None:
+    predictor = Predictor.from_pretrained(tiny_checkpoint(tmp_path, region={"enabled": False}))
+    with pytest.raises(MedPLIBError, match="no region adapter"):
+        predictor.ask(np.zeros((20, 20), np.uint8), "What is in this region?", ("point", (3, 3)))
+    assert isinstance(predictor.ask(np.zeros((20, 20), np.uint8), "What is it?", settings=SHORT).text, str)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_half_precision_answers_with_masks(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, attention: str
