@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from model.checkpoint.processors import read_processor
 from model.checkpoint.report import LoadReport, compare
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -75,11 +78,12 @@ def load_with_report(
     strict: bool = True,
     attention: Attention = "sdpa",
 ) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, LoadReport]:
-    """The same as ``load``, and what was found."""
+    """The same as ``load``, and what was found (which is logged too)."""
     opened = open_checkpoint(directory, vision_tower=vision_tower, sam=sam)
     processor = read_processor(opened)
     model, report = build_network(opened, device=device, dtype=dtype, strict=strict)
     choose_attention(model, attention, device)
+    logger.info("%s", report)
     return model, processor, report
 
 

@@ -97,7 +97,10 @@ def open_checkpoint(
     directory = Path(directory)
     settings = read_settings(directory)
     if is_native(settings):
-        return _open_native(directory, settings)
+        unread = tuple(
+            f"{path} was not read: a native checkpoint is whole" for path in (vision_tower, sam) if path is not None
+        )
+        return _open_native(directory, settings, unread)
     return _open_published(directory, settings, _path(vision_tower), _path(sam))
 
 
@@ -125,13 +128,13 @@ def read_seg_token_id(directory: Path, vocabulary: int) -> int:
     return token_id
 
 
-def _open_native(directory: Path, settings: dict[str, Any]) -> OpenedCheckpoint:
+def _open_native(directory: Path, settings: dict[str, Any], notes: tuple[str, ...]) -> OpenedCheckpoint:
     with understanding(str(directory / "config.json"), "correct it or save the checkpoint again"):
         config = MedPLIBConfig.from_dict(settings)
     weights = find_weights(directory)
     shapes, tied = _with_tied_head(weights.shapes(), config)
     return OpenedCheckpoint(
-        directory, "native", config, shapes, weights, tied=tied, dtype=_dtype(settings), notes=weights.notes
+        directory, "native", config, shapes, weights, tied=tied, dtype=_dtype(settings), notes=(*notes, *weights.notes)
     )
 
 

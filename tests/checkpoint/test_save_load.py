@@ -99,6 +99,14 @@ def test_loaded_network_computes_the_same(make, tmp_path: Path) -> None:
         assert loaded.get_parameter(name).requires_grad == parameter.requires_grad
 
 
+def test_what_was_found_is_logged(make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(*make(), tmp_path / "native")
+    with caplog.at_level("INFO"):
+        load(tmp_path / "native", vision_tower=tmp_path / "clip")
+    assert "tensors fit" in caplog.text
+    assert f"{tmp_path / 'clip'} was not read" in caplog.text
+
+
 def test_dtype_is_chosen_by_the_caller(make, tmp_path: Path) -> None:
     save(*make(), tmp_path / "native")
     loaded, _ = load(tmp_path / "native", dtype=torch.bfloat16)
