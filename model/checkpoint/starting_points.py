@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, SamConfig
 
-from model.checkpoint.names import is_empty_buffer, published_to_native
+from model.checkpoint.names import is_empty_buffer, native_to_published, published_to_native
 from model.checkpoint.published_config import clip_config_from_shapes, projector_type, text_config
 from model.checkpoint.report import understanding
 from model.checkpoint.sam_names import sam_config_from_state_dict, state_to_native
@@ -106,20 +106,26 @@ def read_sam(path: Path) -> tuple[SamConfig, MaskConfig, dict[str, Tensor]]:
 
 
 def read_projector(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """A projector file as LLaVA's stage I writes it (``mm_projector.bin``).
+    """A dense projector: LLaVA's ``mm_projector.bin``, or that of a whole checkpoint directory (our stage I's result).
 
     Returns:
         ``mm_projector_type`` of the tensors, and tensors under our full names.
 
     Raises:
-        MedPLIBError: the file holds no projector.
+        MedPLIBError: there is no dense projector, or a file holds something else too.
     """
-    state = dict(read_tensors(path))
-    named = {published_to_native(name): value for name, value in state.items()}
-    projector = {name: value for name, value in named.items() if name and name.startswith(PROJECTOR_PREFIX)}
-    if not projector or len(projector) != len(state):
-        raise MedPLIBError(f"{path} is no projector: expected only model.mm_projector.* in it, got {list(state)[:3]}")
-    return projector_type({}, {name: tuple(value.shape) for name, value in state.items()}), projector
+    whole = path.is_dir()
+    projector, others = {}, []
+    for name, value in find_weights(path).tensors() if whole else read_tensors(path):
+        native = name if name.startswith(PROJECTOR_PREFIX) else published_to_native(name)
+        if native and native.startswith(f"{PROJECTOR_PREFIX}layers."):
+            projector[native] = value
+        else:
+            others.append(name)
+    if not projector or (others and not whole):
+        raise MedPLIBError(f"{path} is no projector: expected model.mm_projector.* in it, got {others[:3]}")
+    published = {native_to_published(name): tuple(value.shape) for name, value in projector.items()}
+    return projector_type({}, {name: shape for name, shape in published.items() if name}), projector
 
 
 def read_language_model(directory: Path) -> LanguageModel:

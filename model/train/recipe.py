@@ -22,7 +22,7 @@ class ModelSource:
     grounding: str = ""  # stage IV: the merged grounding model that expert 0 and the mask branch come from
     vision_tower: str = ""  # CLIP directory, where base does not hold one
     sam: str = ""  # SAM-Med2D file, where base does not hold one
-    projector: str = ""  # mm_projector.bin laid over base
+    projector: str = ""  # run folder, checkpoint or mm_projector.bin whose projector is laid over base's
     sizes: str = ""  # YAML of MedPLIBConfig values (configs/model) for what the starting files do not tell
 
 

@@ -87,17 +87,18 @@ def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
             dtype=dtype,
             **towers,
         )
+    projector = merged_of(source.projector) if source.projector else None
     if holds_whole_network(base):
         model, processor = load(base, dtype=dtype, **towers)
         if recipe.stage == 4 and not model.config.moe.enabled:
             raise MedPLIBError("stage IV needs model.grounding, the merged grounding model that expert 0 comes from")
-        if source.projector:
-            lay_over(model, projector=source.projector)
+        if projector is not None:
+            lay_over(model, projector=projector)
         return model, processor
     if recipe.stage == 4:
         raise MedPLIBError(f"stage IV starts from trained MedPLIB models; {base} is a language model alone")
     model, processor, report = assemble(
-        base, projector=source.projector or None, sections=_read_sizes(source.sizes), dtype=dtype, **towers
+        base, projector=projector, sections=_read_sizes(source.sizes), dtype=dtype, **towers
     )
     logger.info("%s", report)
     return model, processor

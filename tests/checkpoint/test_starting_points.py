@@ -117,3 +117,13 @@ def test_projector_file_is_laid_over(make, tmp_path: Path) -> None:
 def test_new_parts_never_include_the_language_model(make) -> None:
     with pytest.raises(MedPLIBError, match="language model"):
         fresh_parts(make()[0].config, ["lm_head.weight"])
+
+
+def test_projector_of_a_whole_checkpoint_is_laid_over(make, tmp_path: Path) -> None:
+    """Stage I writes a checkpoint; stage II on the published route takes its projector."""
+    (aligned, processor), (model, _) = make(), make()
+    with torch.no_grad():
+        aligned.model.projector.layers[0].weight.fill_(0.25)
+    save(aligned, processor, tmp_path / "stage1")
+    lay_over(model, projector=tmp_path / "stage1")
+    assert model.model.projector.layers[0].weight.eq(0.25).all()
