@@ -29,10 +29,11 @@ class MoEConfig:
     num_experts: tuple[int, ...] = ()  # experts of each of those layers, same length
     top_k: int = 1
     capacity_factor: float = 1.5
-    eval_capacity_factor: float = 2.0
+    eval_capacity_factor: float = 2.0  # counts with drop_in_evaluation; published code always reads it
     min_capacity: int = 0
     random_token_priority: bool = True  # which tokens survive a full expert in training
     drop_tokens: bool = True
+    drop_in_evaluation: bool = False  # as published; off, an answer does not depend on its batch
     route_padding: bool = False  # the published code routed and counted padding tokens too
     use_residual: bool = False  # DeepSpeed's residual expert beside the mixture
     router_aux_loss_coef: float = 0.0

@@ -185,6 +185,7 @@ def build_feed_forward(config: LlamaConfig, moe: MoEConfig, index: int) -> nn.Mo
         min_capacity=moe.min_capacity,
         random_token_priority=moe.random_token_priority,
         drop_tokens=moe.drop_tokens,
+        drop_in_evaluation=moe.drop_in_evaluation,
         residual_expert=LlamaMLP(config) if moe.use_residual else None,
     )
 

@@ -87,10 +87,12 @@ class MoEFeedForward(nn.Module):
         hidden_size: width D of the tokens.
         top_k: experts per token, 1 or 2.
         capacity_factor: room of an expert in training, as a multiple of an even share of the choices.
-        eval_capacity_factor: the same in evaluation. Nothing is dropped from a value of E / top_k on.
+        eval_capacity_factor: the same in evaluation, where ``drop_in_evaluation`` lets it count.
         min_capacity: an expert takes at least so many tokens.
         random_token_priority: in top-1 training, chance rather than position decides who a full expert takes.
         drop_tokens: False gives every expert room for all.
+        drop_in_evaluation: as published; off, an answer does not depend on what it is batched with. (With the published
+            factor of 2 and two experts there is no difference.)
         renormalise: a token's shares sum to one in value also for top-1, while gradients still reach the router.
         residual_expert: DeepSpeed's residual expert [n, D] → [n, D'], mixed in by a learnt coefficient.
 
@@ -109,6 +111,7 @@ class MoEFeedForward(nn.Module):
         min_capacity: int = 0,
         random_token_priority: bool = True,
         drop_tokens: bool = True,
+        drop_in_evaluation: bool = False,
         renormalise: bool = False,
         residual_expert: nn.Module | None = None,
     ) -> None:
@@ -126,6 +129,7 @@ class MoEFeedForward(nn.Module):
         self.min_capacity = min_capacity
         self.random_token_priority = random_token_priority
         self.drop_tokens = drop_tokens
+        self.drop_in_evaluation = drop_in_evaluation
         self.renormalise = renormalise
         if residual_expert is not None:
             self.residual_expert = residual_expert
@@ -189,7 +193,7 @@ class MoEFeedForward(nn.Module):
 
     def _capacity(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         """Tokens an expert takes at most; a tensor, so that no host waits for the number of real tokens."""
-        if not self.drop_tokens:
+        if not self.drop_tokens or not (self.training or self.drop_in_evaluation):
             return torch.full((), torch.inf, device=tokens.device)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         count = torch.full((), float(len(tokens)), device=tokens.device) if real is None else real.sum().float()

@@ -87,7 +87,7 @@ def test_training_drops_what_exceeds_the_capacity() -> None:
 
 
 def test_random_priority_varies_who_is_dropped_and_evaluation_is_first_come() -> None:
-    moe, tokens = one_sided(capacity_factor=1.0, eval_capacity_factor=1.0)
+    moe, tokens = one_sided(capacity_factor=1.0, eval_capacity_factor=1.0, drop_in_evaluation=True)
     draws = {tuple(moe(tokens).router.kept[:, 1].tolist()) for _ in range(8)}
     assert len(draws) > 1
     moe.eval()
@@ -113,7 +113,7 @@ def test_minimum_capacity_and_no_dropping() -> None:
 
 
 def test_padding_is_neither_routed_nor_counted() -> None:
-    moe = mixture(capacity_factor=1.0, eval_capacity_factor=1.0).eval()
+    moe = mixture(capacity_factor=1.0, eval_capacity_factor=1.0, drop_in_evaluation=True).eval()
     tokens = torch.randn(6, WIDTH)
     padded = torch.cat([tokens[None], torch.randn(1, 20, WIDTH)], dim=1)
     mask = torch.tensor([[1] * 6 + [0] * 20])
@@ -125,8 +125,9 @@ def test_padding_is_neither_routed_nor_counted() -> None:
     assert int(together.router.expert_counts.sum()) == 6
 
 
-def test_evaluation_does_not_depend_on_the_batch() -> None:
-    moe = mixture(eval_capacity_factor=2.0).eval()
+@pytest.mark.parametrize("num_experts", [2, 4])
+def test_evaluation_does_not_depend_on_the_batch(num_experts: int) -> None:
+    moe = mixture(num_experts, eval_capacity_factor=0.5).eval()
     rows = torch.randn(5, 7, WIDTH)
     together = moe(rows).hidden
     for row, got in zip(rows, together, strict=True):

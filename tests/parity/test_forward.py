@@ -87,6 +87,7 @@ def set_router(model: MedPLIBForCausalLM, case: dict[str, Any]) -> None:
         layer.mlp.top_k = case["top_k"]
         layer.mlp.capacity_factor = case["capacity_factor"]
         layer.mlp.eval_capacity_factor = case["eval_capacity_factor"]
+        layer.mlp.drop_in_evaluation = True
 
 
 def replay_drops(model: MedPLIBForCausalLM, arrays: Any, monkeypatch: pytest.MonkeyPatch) -> None:

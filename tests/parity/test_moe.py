@@ -41,6 +41,7 @@ class Reference:
             top_k=case["k"],
             capacity_factor=case["capacity_factor"],
             eval_capacity_factor=case["eval_capacity_factor"],
+            drop_in_evaluation=True,
             min_capacity=case["min_capacity"],
             random_token_priority=bool(case["use_rts"]),
         )
