@@ -24,8 +24,9 @@ stage() { # stage N OVERRIDES…
   local number=$1
   shift
   [ -e "$nano/stage$number/merged/config.json" ] ||
-    OMP_NUM_THREADS=2 python -m model.train "configs/stages/stage${number}_nano.yaml" --resume "$@"
+    OMP_NUM_THREADS=1 python -m model.train "configs/stages/stage${number}_nano.yaml" --resume "$@"
 }
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 both() { # both JOB JOB: side by side; stops if either fails
   $1 & local first=$!
   $2 & local second=$!
@@ -50,11 +51,12 @@ pretrain tokenizer tokenizer/tokenizer.model
 both language_then_sam vision_then_seen
 pretrain base base/config.json
 # The base knows words, structures and masks already; the stages go on from there in short runs of 16 records a step.
-short="schedule.batch_size=16 schedule.epochs=2 validation.samples=64 saving.every=100000"
-stage 1 $short schedule.max_steps=100 optimiser.lr=3e-4
-stage 2 $short schedule.max_steps=450 optimiser.lr=3e-4 "trainable=[decoder, lm_head, projector, region_adapter]"
-stage 3 $short schedule.max_steps=400 optimiser.lr=5e-4
-stage 4 $short schedule.max_steps=700 optimiser.lr=5e-4 "data.shares=[0.35, 0.2, 0.45]"
+short="schedule.batch_size=16 schedule.epochs=2 validation.samples=32 saving.every=100000"
+stage 1 $short schedule.max_steps=40 optimiser.lr=3e-4
+stage 2 $short schedule.max_steps=200 optimiser.lr=3e-4 "trainable=[decoder, lm_head, projector, region_adapter]"
+stage 3 $short schedule.max_steps=220 optimiser.lr=5e-4
+stage 4 $short schedule.max_steps=320 optimiser.lr=5e-4 "data.shares=[0.35, 0.2, 0.45]"
 python scripts/nano_report.py --data "$data/test" --train "$data/train" --out "$nano/report.json" \
-  "stage II=$nano/stage2/merged" "stage III=$nano/stage3/merged" "stage IV=$nano/stage4/merged" | tee "$nano/report.md"
-echo "The checkpoint is in $nano/stage4/merged; scripts/nano_pack.py writes it in half precision."
+  "stage II=$nano/stage2/merged" "stage III=$nano/stage3/merged" "stage IV=$nano/stage4/merged"
+python scripts/nano_pack.py "$nano/stage4/merged" "$nano/report.json" "$nano/medplib-nano"
+echo "MedPLIB-nano is in $nano/medplib-nano."
