@@ -104,7 +104,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 def _add_describe(commands: argparse._SubParsersAction) -> None:
     describe = commands.add_parser("describe", help="say what a checkpoint directory holds")
-    describe.add_argument("checkpoint", type=Path)
+    describe.add_argument("checkpoint", type=Path, help="native or published, or a finished run's folder")
     _add_parts(describe)
     describe.set_defaults(run=run_describe)
 
@@ -242,8 +242,9 @@ def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None) ->
 def run_describe(options: argparse.Namespace) -> int:
     """``medplib describe``."""
     from model.checkpoint import describe
+    from model.train.starting import merged_of
 
-    print(describe(options.checkpoint, vision_tower=options.vision_tower, sam=options.sam))
+    print(describe(merged_of(options.checkpoint), vision_tower=options.vision_tower, sam=options.sam))
     return 0
 
 

@@ -182,7 +182,9 @@ def test_export_and_describe(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     published, native = tmp_path / "published", tmp_path / "native"
     assert main(["export", str(checkpoint), str(published), "--layout", "published", "--format", "bin"]) == 0
     assert main(["export", str(published), str(native)]) == 0
-    assert main(["describe", str(native)]) == 0
+    (tmp_path / "run").mkdir()
+    native = native.rename(tmp_path / "run" / "merged")
+    assert main(["describe", str(tmp_path / "run")]) == 0
     assert "expert" in capsys.readouterr().out
     assert main(["export", str(checkpoint), str(native)]) == 2
     assert "exists already" in capsys.readouterr().err
