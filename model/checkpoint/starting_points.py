@@ -170,7 +170,7 @@ def find_vision_tower(named: str | None, directory: Path) -> Path | None:
 
 
 def _holds_config(directory: Path) -> bool:
-    """Whether config.json is there; a folder that may not be entered (the authors' ``/root/…``) holds none for us."""
+    """Whether config.json is there; a folder that may not be entered (the authors' home) holds none for us."""
     try:
         return (directory / "config.json").is_file()
     except (OSError, ValueError):

@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import threading
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,11 +59,11 @@ class Records(Sequence[Record]):
             raise IndexError(f"record {index} of {length}")
         return self._record(index % length)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def _record(self, index: int) -> Record:
-        raise NotImplementedError
+    @abstractmethod
+    def _record(self, index: int) -> Record: ...
 
 
 def open_records(path: str | Path) -> Records:
@@ -110,8 +111,8 @@ class _JsonRecords(Records):
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._size = len(self._map)
 
-    def _find_ranges(self) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _find_ranges(self) -> np.ndarray: ...
 
     def __len__(self) -> int:
         return len(self._ranges)

@@ -238,14 +238,14 @@ def usable_device(device: str | torch.device) -> torch.device:
     Raises:
         MedPLIBError: there is no such device here.
     """
+    unusable = MedPLIBError(f"the device {str(device)!r} cannot be used here; use cpu, or cuda on a GPU machine")
     try:
-        if torch.empty(0, device=device).is_meta:
-            raise NotImplementedError("the meta device holds no values")
-        return torch.device(device)
+        probe = torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to be wrong
-        raise MedPLIBError(
-            f"the device {str(device)!r} cannot be used here; use cpu, or cuda on a GPU machine"
-        ) from error
+        raise unusable from error
+    if probe.is_meta:  # it holds no values
+        raise unusable
+    return torch.device(device)
 
 
 def _region_list(region: Region | Sequence[Region] | None) -> list[Region]:
