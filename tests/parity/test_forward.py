@@ -8,7 +8,6 @@ A gradient that comes from the text alone (the region adapter's) is held to 1e-4
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from model.checkpoint import load
 from model.checkpoint.names import published_to_native
@@ -39,26 +37,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def directories(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The reference's two sets of weights as published checkpoint directories."""
-    models = golden / "models"
-    dense = load_file(models / "lisa_stage2.safetensors")
-    mixture = {key: value for key, value in dense.items() if ".mlp." not in key or not key.startswith("model.layers.")}
-    mixture |= load_file(models / "moe_delta_over_lisa_stage2.safetensors")
-    config = json.loads((models / "moe_config.json").read_text())
-    found = {}
-    for name, state in (("lisa", dense), ("moe", mixture)):
-        directory = tmp_path_factory.mktemp(name)
-        shutil.copytree(golden / "2_tokenize" / "tokenizer_saved_by_upstream", directory, dirs_exist_ok=True)
-        sections = config if name == "moe" else {key: value for key, value in config.items() if key != "moe"}
-        (directory / "config.json").write_text(json.dumps(sections))
-        save_file(state, directory / "model.safetensors")
-        found[name] = directory
-    return found
-
-
-@pytest.fixture(scope="module")
-def build(golden: Path, directories: dict[str, Path]) -> Any:
+def build(golden: Path, published_directories: dict[str, Path]) -> Any:
     """Loads a model once per set of router settings."""
     made: dict[str, MedPLIBForCausalLM] = {}
 
@@ -66,7 +45,7 @@ def build(golden: Path, directories: dict[str, Path]) -> Any:
         name = case["model"]
         if name not in made:
             model, _ = load(
-                directories[name.split("_")[0]], vision_tower=golden / "models" / "clip-vit-tiny-patch14-336"
+                published_directories[name.split("_")[0]], vision_tower=golden / "models" / "clip-vit-tiny-patch14-336"
             )
             model.config.loss = WEIGHTS
             if model.config.moe.enabled:

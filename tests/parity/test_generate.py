@@ -70,6 +70,19 @@ def test_prompts_and_greedy_answers(predictor: Predictor, cases: dict[str, Any],
             assert [*found.token_ids, 2] == case["region_generate_ids"], name
 
 
+def test_a_dense_checkpoint_answers_as_published(published_directories: dict[str, Path], golden: Path) -> None:
+    """Stage II weights without any training: what is said is arbitrary, but must be the same."""
+    tower = golden / "models" / "clip-vit-tiny-patch14-336"
+    dense = Predictor(*load(published_directories["lisa"], vision_tower=tower, dtype=torch.float32))
+    recorded = json.loads((golden / "4_generate" / "validate_and_margins.json").read_text())
+    for name, file in (("lisa_grd1", "x_ray--odd--c.png"), ("lisa_vqa1", "ct_00--tall--a.png")):
+        wanted = recorded[name]["new_ids"]
+        image = dense.set_image(picture(golden, file))
+        inputs = {"input_ids": torch.tensor([recorded[name]["prompt_ids"]]), "image_features": image.image_features}
+        found = generate(dense.model, inputs, GenerationSettings(max_new_tokens=len(wanted)))[0]
+        assert found.token_ids == wanted
+
+
 @torch.inference_mode()
 def test_masks(predictor: Predictor, cases: dict[str, Any], arrays: Any, golden: Path) -> None:
     compared = 0
