@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,12 @@ def run_ask(options: argparse.Namespace) -> int:
         sam=options.sam,
         attention=options.attention,
     )
+    start = time.perf_counter()
     image = predictor.set_image(options.image)
+    encoding = time.perf_counter() - start
     answer = predictor.ask(image, options.question, region, options.threshold, settings=settings)
+    for part in ("encode", "total"):
+        answer.timing[part] += encoding
     files = write_pictures(options.out, options.image.stem, image, answer, region)
     if options.json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))

@@ -48,6 +48,7 @@ def test_ask_prints_one_json_object(ask, picture: Path, capsys: pytest.CaptureFi
     assert ask(picture, "What is it?", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert set(printed) == {"text", "masks", "timing"}
+    assert printed["timing"]["total"] > printed["timing"]["encode"] > 0
 
 
 def test_ask_writes_masks_and_overlay(
