@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as in `medplib … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"medplib: {where}{error.strerror or error}; name a place that can be read and written", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

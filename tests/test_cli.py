@@ -202,6 +202,17 @@ def test_data_build_and_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "image" in capsys.readouterr().out
 
 
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    out = str(tmp_path / "file" / "out")
+    assert main(["data", "build", "phantom", "--out", out, "--num-images", "1"]) == 2
+    assert main(["export", str(checkpoint), out]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("medplib: ")]
+    assert len(said) == 2 and all("Traceback" not in line for line in said)
+
+
 def test_installed_command_says_how_to_use_it() -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "model.cli", "--help"], capture_output=True, text=True, check=True, cwd=ROOT

@@ -31,10 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MedPLIBError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except OSError as error:  # a disk that filled up on the way
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"{where}{error.strerror or error}; mend that and go on with --resume\n")
+        return 2
 
 
 def _train(options: argparse.Namespace) -> int:
-    from . import load_recipe, run
+    from model.train import load_recipe, run
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from model.errors import MedPLIBError
@@ -17,9 +18,12 @@ def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
     A run that left no checkpoint has nothing to go on with, so it may begin anew with any recipe.
 
     Raises:
-        MedPLIBError: naming the folder, and the settings that differ.
+        MedPLIBError: naming the folder, and the settings that differ or why it cannot be written.
     """
     folder = recipe.folder
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise MedPLIBError(f"{folder} cannot be written, because {place} is no folder to write to; name another output")
     begun = [name for name in (METRICS_FILE, RECIPE_FILE) if (folder / name).exists()]
     if begun and not resume:
         raise MedPLIBError(f"{folder} holds a run already; add --resume to go on with it, or name another output")

@@ -150,6 +150,12 @@ def test_an_epoch_ends_with_the_step_that_uses_its_last_batch(values: Any) -> No
     assert due == [math.ceil(7 * epoch / 3) for epoch in range(1, 22)]
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(values: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(MedPLIBError, match="cannot be written"):
+        Trainer(recipe_from(values(1, output=str(tmp_path / "file" / "run")))).set_up()
+
+
 def test_missing_paths_are_told_at_once(values: Any) -> None:
     broken = values(2, model={"base": "nowhere", "sam": "no.pth"}, data={**values(2)["data"], "images": "void"})
     with pytest.raises(MedPLIBError) as caught:
