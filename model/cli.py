@@ -182,17 +182,11 @@ def default_model() -> Path:
 
 def run_data_check(options: argparse.Namespace) -> int:
     """``medplib data check``: exit 1 when there are problems."""
-    from tqdm import tqdm
-
+    from model.data.progress import record_bar
     from model.data.validate import check_file
 
-    with tqdm(unit="record", desc="checking", leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = check_file(options.file, options.images, progress=show)
+    with record_bar("checking") as progress:
+        report = check_file(options.file, options.images, progress=progress)
     print(report.format())
     return 0 if report.ok else 1
 

@@ -208,7 +208,7 @@ def usable_records(
         raise MedPLIBError(f"the image folder {root} does not exist; give the folder of the images")
     usable: list[tuple[int, RecordFacts]] = []
     problems: list[Problem] = []
-    for number, facts, found in inspect_all(records, root, len(records), progress=progress, in_context=False):
+    for number, facts, found in inspect_all(records, root, progress=progress, in_context=False):
         problems += found
         if facts is not None:
             usable.append((number, facts))

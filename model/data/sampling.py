@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,8 @@ class ResumableSampler:
     """Batches of record numbers for one rank; pass it to ``DataLoader(batch_sampler=…)``.
 
     A loader's workers run ahead of training, so the sampler does not count what it hands out: the training loop calls
-    ``advance()`` after each batch it has used, and ``state_dict()`` then says exactly where to go on.
+    ``advance()`` after each batch it has used, and ``state_dict()`` then says exactly where to go on. The last global
+    batch of an epoch is filled up with the first records of its order (``padded`` of them).
 
     Args:
         lengths: one length a record (any unit); only its length counts unless ``group_by_length``.
@@ -31,8 +32,6 @@ class ResumableSampler:
         weights: relative chance of each record. An epoch then still has as many draws as there are records; each record
             is drawn its expected number of times, rounded up or down.
         group_by_length: put records of like length into the same global batch.
-        last: what becomes of the records that do not fill the last global batch: ``pad`` fills it up with the first
-            records of the epoch's order (``padded`` of them), ``drop`` leaves them out of this epoch.
     """
 
     def __init__(
@@ -45,7 +44,6 @@ class ResumableSampler:
         world_size: int = 1,
         weights: Sequence[float] | np.ndarray | None = None,
         group_by_length: bool = False,
-        last: Literal["pad", "drop"] = "pad",
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise MedPLIBError(
@@ -54,11 +52,11 @@ class ResumableSampler:
         self.lengths = np.asarray(lengths)
         self.seed, self.rank, self.world_size, self.batch_size = seed, rank, world_size, batch_size
         self.weights = None if weights is None else _checked_weights(weights, len(self.lengths))
-        self.group_by_length, self.last = group_by_length, last
+        self.group_by_length = group_by_length
         self.epoch = 0
         self.consumed = 0  # records of this epoch used so far, over all ranks
-        if not len(self):
-            raise MedPLIBError(f"{len(self.lengths)} records make no batch of {self.global_batch}; use a smaller batch")
+        if not len(self.lengths):
+            raise MedPLIBError("there are no records to draw from; name a data file that holds some")
 
     @property
     def global_batch(self) -> int:
@@ -68,7 +66,7 @@ class ResumableSampler:
     @property
     def padded(self) -> int:
         """Records seen twice in an epoch to fill its last batch."""
-        return -len(self.lengths) % self.global_batch if self.last == "pad" else 0
+        return -len(self.lengths) % self.global_batch
 
     def __len__(self) -> int:
         """Batches of a whole epoch on each rank."""
@@ -78,8 +76,7 @@ class ResumableSampler:
         """What is left of the current epoch."""
         order, size = self.epoch_order(self.epoch), self.global_batch
         rest = order[self.consumed :]
-        if self.last == "pad":
-            rest = np.concatenate([rest, np.resize(order, -len(rest) % size)])
+        rest = np.concatenate([rest, np.resize(order, -len(rest) % size)])
         for start in range(0, len(rest) - size + 1, size):
             yield rest[start + self.rank : start + size : self.world_size].tolist()
 
@@ -89,8 +86,7 @@ class ResumableSampler:
         self._begin_next_epoch_if_done()
 
     def _begin_next_epoch_if_done(self) -> None:
-        needed = 1 if self.last == "pad" else self.global_batch
-        if len(self.lengths) - self.consumed < needed:
+        if self.consumed >= len(self.lengths):
             self.epoch, self.consumed = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -64,7 +63,6 @@ class DataReport:
     path: Path
     images_root: Path
     total: int
-    checked: int = 0
     problems: list[Problem] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -89,30 +87,18 @@ class DataReport:
             lines += ["", "problems: " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())]
         for name, values in self.counts.items():
             lines.append(f"{name}: " + ", ".join(f"{value} {count}" for value, count in values.items()))
-        scope = f"{self.checked} records" if self.checked == self.total else f"{self.checked} of {self.total} records"
         verdict = "no problems" if not self.problems else f"{len(self.problems)} problems"
         unusable = len(self.bad_records)
-        lines.append(f"{self.path}: {scope}, {verdict}" + (f", {unusable} records unusable" if unusable else ""))
+        lines.append(
+            f"{self.path}: {self.total} records, {verdict}" + (f", {unusable} records unusable" if unusable else "")
+        )
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return {
-            "path": str(self.path),
-            "images": str(self.images_root),
-            "total": self.total,
-            "checked": self.checked,
-            "ok": self.ok,
-            "problems": [dict(vars(problem)) for problem in self.problems],
-            "counts": self.counts,
-        }
 
 
 def check_file(
     path: str | Path,
     images_root: str | Path,
     *,
-    limit: int | None = None,
     progress: Progress | None = None,
     check_pixels: bool = True,
     workers: int | None = None,
@@ -130,7 +116,6 @@ def check_file(
     Args:
         path: JSON list, JSON lines or Parquet file.
         images_root: folder the records' paths are relative to.
-        limit: check only the first so many records.
         progress: called with (records done, records in all) now and then.
         check_pixels: decode every image and mask once; without it only their existence is checked.
         workers: threads; by default as many as processors, at most 16.
@@ -144,14 +129,11 @@ def check_file(
         raise MedPLIBError(
             f"the image folder {root} does not exist; give the folder that the records' paths start from"
         )
-    if limit is not None and limit < 1:
-        raise MedPLIBError(f"limit is {limit}; give at least 1")
-    count = len(records) if limit is None else min(limit, len(records))
-    report = DataReport(Path(path), root, total=len(records), checked=count)
+    report = DataReport(Path(path), root, total=len(records))
     pixels = PixelCheck(limits or ReadLimits()) if check_pixels else None
     tallies: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "modalities", "answer types")}
     seen: dict[str, int] = {}
-    for number, facts, problems in inspect_all(records, root, count, pixels, workers, progress):
+    for number, facts, problems in inspect_all(records, root, pixels, workers, progress):
         report.problems += problems
         if facts is None:
             continue
@@ -168,13 +150,12 @@ def check_file(
 def inspect_all(
     records: Records,
     root: Path,
-    count: int,
     pixels: PixelCheck | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
     in_context: bool = True,
 ) -> Iterator[tuple[int, RecordFacts | None, list[Problem]]]:
-    """(number, facts or None where the record is unusable, problems) of the first ``count`` records, in order.
+    """(number, facts or None where the record is unusable, problems) of all records, in order.
 
     Without ``in_context``, records that carry solved examples are unusable: their reader shows the examples' masks.
     """
@@ -182,7 +163,7 @@ def inspect_all(
     def one(number: int) -> tuple[int, RecordFacts | None, list[Problem]]:
         return number, *_inspect(records, number, root, pixels, in_context)
 
-    threads = workers or min(os.cpu_count() or 1, 16)
+    count, threads = len(records), workers or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(max_workers=threads) as pool:
         for start in range(0, count, _CHUNK):
             chunk = range(start, min(start + _CHUNK, count))

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from tqdm import tqdm
-
 from model.data.dataset import Encoder, MedPLIBDataset, MixedDataset, usable_records
-from model.data.validate import Progress
+from model.data.progress import record_bar
 from model.train.recipe import Recipe
 
 
@@ -20,7 +15,7 @@ def check_data(recipe: Recipe) -> None:
     """
     for training in (True, False):
         for path, images in _files(recipe, training=training):
-            with _bar(path, shown=recipe.logging.progress) as progress:
+            with record_bar(f"checking {path}", shown=recipe.logging.progress) as progress:
                 usable_records(path, images, recipe.data.on_bad_record, progress)
 
 
@@ -32,7 +27,7 @@ def open_dataset(recipe: Recipe, processor: Encoder, *, training: bool, shown: b
     """
     datasets = []
     for path, images in _files(recipe, training=training):
-        with _bar(path, shown=shown) as progress:
+        with record_bar(f"checking {path}", shown=shown) as progress:
             datasets.append(
                 MedPLIBDataset(
                     path,
@@ -53,14 +48,3 @@ def _files(recipe: Recipe, *, training: bool) -> list[tuple[str, str]]:
     if training:
         return [(path, data.images) for path in data.train]
     return [(path, data.validation_images or data.images) for path in data.validation if recipe.validation.samples]
-
-
-@contextmanager
-def _bar(path: str, *, shown: bool) -> Iterator[Progress]:
-    with tqdm(unit="record", desc=f"checking {path}", leave=False, disable=not shown) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
