@@ -60,10 +60,20 @@ def test_presence_questions_are_true_balanced_and_hard(cases: list[Case]) -> Non
     answers: Counter[str] = Counter()
     for scene, questions in cases:
         for question in (one for one in questions if one.kind in {"presence"}):
-            assert question.about in scene.plan.optional
             assert (question.about in scene.present) == (question.answer == "Yes")
             answers[question.answer] += 1
+            answers["other modality"] += question.about not in scene.plan.structures
     assert answers["Yes"] == answers["No"] > 500
+    assert 0.15 * answers["No"] < answers["other modality"] < 0.35 * answers["No"]
+
+
+@pytest.mark.parametrize("kind", ["presence", "region_check"])
+def test_no_name_gives_its_yes_or_no_away(cases: list[Case], kind: str) -> None:
+    yes: dict[str, list[bool]] = {}
+    for _, questions in cases:
+        for question in (one for one in questions if one.kind == kind):
+            yes.setdefault(question.about, []).append(question.answer == "Yes")
+    assert all(0.35 < np.mean(answers) < 0.65 for answers in yes.values()), {k: np.mean(v) for k, v in yes.items()}
 
 
 def test_sides_are_true(cases: list[Case]) -> None:
@@ -110,9 +120,11 @@ def test_grounding_writes_the_name_before_the_marker(cases: list[Case]) -> None:
                 assert name in before
                 assert name in scene.present
             if question.kind == "grounding_absent":
-                assert question.about in scene.absent
+                assert question.about not in scene.present
                 assert question.about in question.answer
-    absent = kinds["grounding_absent"] / sum(kinds.values())
+                kinds["other modality"] += question.about not in scene.plan.structures
+    assert 0.2 < kinds["other modality"] / kinds["grounding_absent"] < 0.45
+    absent = kinds["grounding_absent"] / (sum(kinds.values()) - kinds["other modality"])
     assert 0.2 <= absent <= 0.3
     assert kinds["grounding_pair"] > 100
 

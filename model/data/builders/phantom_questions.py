@@ -1,7 +1,7 @@
 """Questions and answers about phantom scenes, of all three kinds, worded in several ways and balanced.
 
-A closed answer must not be guessable without the picture: yes and no, left and right come equally often *per name*, and
-the structure of a "no" always belongs to the modality of the picture.
+A closed answer must not be guessable without the picture: yes and no, left and right come equally often *per name*. The
+structure of a "no" mostly belongs to the modality of the picture, and now and then to another one.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ _PLURAL = frozenset({"lungs"})
 _BOUND = frozenset({"lungs", "pleural effusion"})
 """Structures whose height the anatomy fixes: asking whether they are above or below would give the answer away."""
 _MASS = frozenset({"edema", "bleeding"})
+_FOREIGN_SHARE = 0.25
+"""How often a "no" is about a structure that only other modalities show."""
 
 
 # ---- asking --------------------------------------------------------------------------------------------------------
@@ -168,12 +170,15 @@ def ask_region(scene: Scene, rng: np.random.Generator) -> list[Question]:
 def ask_grounding(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Segmentation requests: each structure once, some pairs, and about a quarter for absent structures.
 
-    An absent target belongs to the same modality and is answered without ``<SEG>``.
+    An absent target belongs to the same modality, or in about a third of the cases to another, and is answered without
+    ``<SEG>``.
     """
     asked = [_grounded(scene, name, rng) for name in scene.present]
     if len(scene.present) > 1 and rng.random() < 0.5:
         asked.append(_grounded_pair(scene, rng))
-    absent = [name for name in scene.absent if rng.random() < 0.5]
+    absent = [name for name in scene.absent if rng.random() < 0.35]
+    if rng.random() < 0.35:
+        absent.append(_foreign(scene, rng))
     return asked + [_refused(scene, name, rng) for name in absent]
 
 
@@ -190,7 +195,10 @@ def _modality(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _presence(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """As many about present as about absent structures; each optional structure is present in half of the scenes."""
+    """As many about present as about absent structures; each optional structure is present in half of the scenes.
+
+    Some of the absent ones are of another modality; a name stays as often present as absent.
+    """
     optional = scene.plan.optional
     present = [name for name in optional if name in scene.present]
     absent = [name for name in optional if name not in scene.present]
@@ -198,7 +206,8 @@ def _presence(scene: Scene, rng: np.random.Generator) -> list[Question]:
     rng.shuffle(absent)
     count = min(len(present), len(absent), 2)
     asked = []
-    for name in present[:count] + absent[:count]:
+    missing = [_foreign(scene, rng) if rng.random() < _FOREIGN_SHARE else name for name in absent[:count]]
+    for name in present[:count] + missing:
         answer = "Yes" if name in scene.present else "No"
         text = _pick(_PRESENCE, rng).format(a=_article(name), name=name).replace("  ", " ")
         asked.append(Question("presence", "vqa", text, answer, "closed", name))
@@ -291,7 +300,8 @@ def _region_checks(scene: Scene, rng: np.random.Generator) -> list[Question]:
     truth = bool(rng.random() < 0.5)
     marked = present[int(rng.integers(len(present)))]
     others = [name for name in scene.plan.optional if name != marked]
-    claimed = marked if truth else others[int(rng.integers(len(others)))]
+    other = _foreign(scene, rng) if rng.random() < _FOREIGN_SHARE else _pick(others, rng)
+    claimed = marked if truth else other
     text = _pick(_REGION_CHECK, rng).format(a=_article(claimed), name=claimed).replace("  ", " ")
     return [Question("region_check", "region", text, "Yes" if truth else "No", "closed", claimed, (marked,))]
 
@@ -330,6 +340,13 @@ def _refused(scene: Scene, name: str, rng: np.random.Generator) -> Question:
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------
+
+
+def _foreign(scene: Scene, rng: np.random.Generator) -> str:
+    """A structure that this modality never shows, of those that are present in half of the scenes of another one."""
+    plans = [plan for plan in PLANS.values() if plan.key != scene.modality]
+    plan = plans[int(rng.integers(len(plans)))]
+    return _pick([name for name in plan.optional if name not in scene.plan.structures], rng)
 
 
 def _pick(wordings: Sequence[str], rng: np.random.Generator) -> str:

@@ -33,6 +33,7 @@ from model.train.pretrain.packing import KINDS, PackedBatch, PackedQuestion, Pac
 from model.train.pretrain.pool import ScenePool
 from model.train.pretrain.sam import soft_labels
 from model.train.pretrain.steps import Losses, append_log, train_steps
+from model.train.pretrain.vision import cell_places
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,7 @@ class StateReader(nn.Module):
     def __init__(self, width: int, grid: int) -> None:
         super().__init__()
         self.classes, self.places = nn.Linear(width, len(CLASS_NAMES)), nn.Linear(width, 2)
-        ramp = torch.linspace(-1, 1, grid)
-        down, right = torch.meshgrid(ramp, ramp, indexing="ij")
-        self.cells = torch.stack([right.flatten(), down.flatten()], 1)  # [P, 2]
+        self.cells = cell_places(grid)  # [P, 2]
 
     def losses(self, batch: PackedBatch, hidden: Tensor, shares: Tensor) -> Losses:
         """Cross-entropy of classes and mean squared error of places; shares are [B, P, classes]."""

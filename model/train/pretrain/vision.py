@@ -1,4 +1,4 @@
-"""Pre-train the CLIP tower on phantoms: what is in every patch, and the modality of the picture.
+"""Pre-train the CLIP tower on phantoms: what is in every patch, where the patch is, and the modality of the picture.
 
 Supervision sits on the hidden state that the projector reads, so that a linear map can tell the structures apart there.
 """
@@ -36,18 +36,22 @@ class VisionPlan:
 class VisionTeacher(nn.Module):
     """The CLIP tower with the classifiers that only its pre-training needs."""
 
+    cells: Tensor
+
     def __init__(self, config: MedPLIBConfig) -> None:
         super().__init__()
         self.grid, self.side = config.vision_grid, config.vision_config.image_size
         self.tower = VisionTower(config.vision_config, config.vision_select_layer, "patch")
         self.patches = nn.Linear(config.vision_config.hidden_size, len(CLASS_NAMES))
         self.modality = nn.Linear(config.vision_config.hidden_size, len(MODALITIES))
+        self.places = nn.Linear(config.vision_config.hidden_size, 2)
+        self.register_buffer("cells", cell_places(self.grid), persistent=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [N, P, Dv], class logits of the patches [N, P, classes], modality logits [N, modalities]."""
+        """Class logits of the patches [N, P, classes], their places [N, P, 2], modality logits [N, modalities]."""
         features = self.tower(pixels)
         normed = functional.layer_norm(features, features.shape[-1:])
-        return features, self.patches(normed), self.modality(normed.mean(1))
+        return self.patches(normed), self.places(features), self.modality(normed.mean(1))
 
 
 def pretrain_vision(
@@ -67,14 +71,22 @@ def pretrain_vision(
         flip = torch.from_numpy(rng.random(len(rows)) < 0.5)
         pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
         soft = torch.where(flip[:, None, None], _mirrored(soft, teacher.grid), soft)
-        _, patches, modality = teacher(pixels)
+        patches, places, modality = teacher(pixels)
         return {
             "patch": functional.cross_entropy(patches.flatten(0, 1), soft.flatten(0, 1)),
+            "place": 0.5 * functional.mse_loss(places, teacher.cells.expand_as(places)),
             "modality": 0.1 * functional.cross_entropy(modality, modalities[rows]),
         }
 
     train_steps("vision", teacher.parameters(), step, plan.steps, plan.lr, log, weight_decay=0.05)
     return teacher.eval()
+
+
+def cell_places(grid: int) -> Tensor:
+    """Places of a square grid's cells as (right, down) in [−1, 1], float [grid², 2]."""
+    ramp = torch.linspace(-1, 1, grid)
+    down, right = torch.meshgrid(ramp, ramp, indexing="ij")
+    return torch.stack([right.flatten(), down.flatten()], 1)
 
 
 def clip_pixels(pictures: np.ndarray) -> Tensor:
