@@ -1,0 +1,1 @@
+"""Evaluation: answers to whole data files, their scores and reports."""

@@ -1,0 +1,330 @@
+"""Prediction rows: one answered question a line of JSON, written as answers come and read as a stream.
+
+The first nine keys are the published ones (reference §9), in their order; masks, scores and timing follow. Rows that
+lack ours, as the published evaluation writes them, are read too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import zip_longest
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from model.errors import MedPLIBError
+from model.eval.references import Reference, Turns, references_of
+
+Key = tuple[str, int]
+Existing = Literal["refuse", "resume", "overwrite"]
+
+FINISHES = ("end", "length", "stop", "error")
+"""Why an answer ended: it said so, reached its longest length, met a stop string, or could not be given."""
+
+_NAMED = 5  # mismatches told in a refusal
+_TAIL = 1 << 16  # bytes read at a time when looking for the last whole line
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question.
+
+    Attributes:
+        question_id: as in the data set; the record's number, from 0, where it has no id.
+        image_path: as in the data set.
+        prompt: the question as asked, without paths and image markers.
+        gt: the reference answer, without paths.
+        text: the model's answer; empty in an error row.
+        answer_id: the same whenever the same model answers the same question.
+        model_id: name of the checkpoint's directory.
+        answer_type: ``open``, ``closed``, ``region`` …
+        metadata: what is known of task, kind, modality, structure, dataset and turn (from 0).
+        masks: predicted masks, each as ``Mask.to_dict`` gives it.
+        gt_masks: reference masks as COCO run lengths; empty: known to have none; None: the record does not say.
+        spacing_mm: (row, column) pixel distance in mm, where the image's file knows it.
+        finish: one of ``FINISHES``.
+        error: what was wrong, in one sentence, where ``finish`` is ``error``.
+        timing: seconds by part, and ``new_tokens``.
+        masks_at: where asked for, the run lengths of the predicted masks by threshold (``"0.1"``).
+    """
+
+    question_id: str | int
+    image_path: str
+    prompt: str
+    gt: str
+    text: str
+    answer_id: str = ""
+    model_id: str = ""
+    answer_type: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    masks: list[dict[str, Any]] = field(default_factory=list)
+    gt_masks: list[dict[str, Any]] | None = None
+    spacing_mm: tuple[float, float] | None = None
+    finish: str = "end"
+    error: str | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+    masks_at: dict[str, list[dict[str, Any]]] | None = None
+
+    @property
+    def key(self) -> Key:
+        """What tells one question from another: its record's id as text, and the turn of the conversation."""
+        return str(self.question_id), int(self.metadata.get("turn", 0))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the question could not be answered."""
+        return self.finish == "error"
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Prediction:
+        """The prediction of a parsed line; keys that are not known are left out.
+
+        Raises:
+            MedPLIBError: a key that every row must have is absent, or a value is of the wrong kind.
+        """
+        if not isinstance(row, Mapping):
+            raise MedPLIBError(f"a prediction is an object {{…}}, got {type(row).__name__}")
+        values = {name: row[name] for name in _KINDS if name in row}
+        absent = [name for name in _REQUIRED if name not in values]
+        if absent:
+            raise MedPLIBError(f"the prediction has no {', '.join(absent)}; expected the rows of vqa_infer")
+        for name, value in values.items():
+            if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
+                raise MedPLIBError(f"{name} is {value!r:.60}, expected {_kind_names(_KINDS[name])}")
+        if values.get("finish", "end") not in FINISHES:
+            raise MedPLIBError(f"finish is {values['finish']!r}; expected one of {', '.join(FINISHES)}")
+        if not isinstance(values.get("metadata", {}).get("turn", 0), int):
+            raise MedPLIBError(f"the turn is {values['metadata']['turn']!r}, expected a whole number")
+        values["spacing_mm"] = _spacing(values.get("spacing_mm"))
+        for name in ("masks", "gt_masks"):
+            _check_objects(values.get(name), name)
+        return cls(**values)
+
+    def to_row(self) -> dict[str, Any]:
+        """JSON-ready mapping, its keys in the order of the format; ``masks_at`` only where there is one."""
+        row = {column.name: getattr(self, column.name) for column in fields(self)}
+        row["spacing_mm"] = list(self.spacing_mm) if self.spacing_mm else None
+        if self.masks_at is None:
+            del row["masks_at"]
+        return row
+
+
+_REQUIRED = ("question_id", "prompt", "gt", "text")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "question_id": (str, int),
+    "image_path": (str,),
+    "prompt": (str,),
+    "gt": (str,),
+    "text": (str,),
+    "answer_id": (str,),
+    "model_id": (str,),
+    "answer_type": (str,),
+    "metadata": (dict,),
+    "masks": (list,),
+    "gt_masks": (list, type(None)),
+    "spacing_mm": (list, tuple, type(None)),
+    "finish": (str,),
+    "error": (str, type(None)),
+    "timing": (dict,),
+    "masks_at": (dict, type(None)),
+}
+
+
+def read_predictions(path: str | Path) -> Iterator[Prediction]:
+    """The predictions of a file, one at a time; blank lines are passed over.
+
+    Raises:
+        MedPLIBError: the file cannot be read, or a line is no prediction; told with its number.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _parse_line(line, f"{path}, line {number}")
+    except OSError as error:
+        reason = error.strerror or "it cannot be read"
+        raise MedPLIBError(f"cannot read the predictions {path}: {reason}; give a file of vqa_infer") from error
+
+
+def _parse_line(line: bytes, place: str) -> Prediction:
+    try:
+        return Prediction.from_row(json.loads(line))
+    except MedPLIBError as error:
+        raise MedPLIBError(f"{place}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if not line.endswith(b"\n"):
+            raise MedPLIBError(f"{place}: the last line is torn; run vqa_infer again to finish the file") from error
+        raise MedPLIBError(f"{place}: not valid JSON; mend or remove the line") from error
+
+
+class PredictionWriter:
+    """Appends predictions to a file; each is there, whole, once ``write`` returns.
+
+    Args:
+        path: the file; its folder is made.
+        existing: what becomes of a file that is there: ``refuse``, ``resume`` (a torn last line is cut off, the rest is
+            kept) or ``overwrite``.
+
+    Attributes:
+        rows: whole rows in the file.
+
+    Raises:
+        MedPLIBError: the file is there and is to be refused, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, existing: Existing = "refuse") -> None:
+        self.path = Path(path)
+        self.rows = 0
+        if existing == "refuse" and self.path.exists():
+            raise MedPLIBError(f"{self.path} is there already; resume it, overwrite it or name another file")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("wb" if existing == "overwrite" else "ab+")
+            if existing == "resume":
+                cut_torn_line(self.path)
+                self._stream.seek(0)
+                self.rows = sum(1 for line in self._stream if line.strip())
+                self._stream.seek(0, os.SEEK_END)
+        except OSError as error:
+            reason = error.strerror or "it cannot be written"
+            raise MedPLIBError(f"cannot write {self.path}: {reason}; name a file that can be written") from error
+
+    def write(self, prediction: Prediction) -> None:
+        """Append one row."""
+        self._stream.write(encode_row(prediction.to_row()))
+        self._stream.flush()
+        self.rows += 1
+
+    def close(self) -> None:
+        """Close the file; nothing is written any more."""
+        self._stream.close()
+
+    def __enter__(self) -> PredictionWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def encode_row(row: Mapping[str, Any]) -> bytes:
+    """One line of JSON, UTF-8, with its newline."""
+    try:
+        return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    except UnicodeEncodeError:  # half of a character pair, which JSON can name and UTF-8 cannot
+        return (json.dumps(row, allow_nan=False) + "\n").encode("ascii")
+
+
+def cut_torn_line(path: str | Path) -> int:
+    """Cut off what stands behind the last newline of a file, as a killed process leaves it; returns the bytes cut."""
+    with Path(path).open("rb+") as stream:
+        size = position = stream.seek(0, os.SEEK_END)
+        while position > 0:
+            start = max(0, position - _TAIL)
+            stream.seek(start)
+            newline = stream.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        stream.truncate(position)
+    return size - position
+
+
+def match_references(
+    predictions: Iterable[Prediction], records: Iterable[Mapping[str, Any]], turns: Turns = "all"
+) -> Iterator[tuple[Prediction, Reference]]:
+    """Pair each prediction with the question of a data file that it answers.
+
+    Both are read as streams; in the same order nothing is held. Pairs come before the end is known, so what is computed
+    from them counts only once the iterator ends without an error.
+
+    Args:
+        predictions: of one run.
+        records: raw records, such as ``open_records`` gives.
+        turns: which questions of a conversation were asked.
+
+    Raises:
+        MedPLIBError: a question has no prediction or two, a prediction has no question, or they disagree about the
+            reference answer; the first of each are named.
+    """
+    asked = (reference for number, record in enumerate(records) for reference in references_of(record, number, turns))
+    waiting_predictions: dict[Key, deque[Prediction]] = {}
+    waiting_references: dict[Key, deque[Reference]] = {}
+    differing: list[str] = []
+    for prediction, reference in zip_longest(predictions, asked):
+        for pair in _newly_matched(prediction, reference, waiting_predictions, waiting_references):
+            if pair[0].gt != pair[1].gt:
+                differing.append(f"{_tell(pair[0].key)} has {pair[0].gt!r:.40}, the data file {pair[1].gt!r:.40}")
+            else:
+                yield pair
+    unmatched = _mismatches(waiting_predictions, waiting_references, differing)
+    if unmatched:
+        raise MedPLIBError(
+            f"the predictions do not match the data file one to one: {'; '.join(unmatched)}; "
+            "give the file that the predictions were made from, and all of its predictions"
+        )
+
+
+def _newly_matched(
+    prediction: Prediction | None,
+    reference: Reference | None,
+    waiting_predictions: dict[Key, deque[Prediction]],
+    waiting_references: dict[Key, deque[Reference]],
+) -> Iterator[tuple[Prediction, Reference]]:
+    if reference is not None:
+        waiting_references.setdefault(reference.key, deque()).append(reference)
+    if prediction is not None:
+        waiting_predictions.setdefault(prediction.key, deque()).append(prediction)
+    for key in {item.key: None for item in (prediction, reference) if item is not None}:
+        answered, asked = waiting_predictions.get(key), waiting_references.get(key)
+        if answered and asked:
+            yield answered.popleft(), asked.popleft()
+        if not answered:
+            waiting_predictions.pop(key, None)
+        if not asked:
+            waiting_references.pop(key, None)
+
+
+def _mismatches(
+    predictions: Mapping[Key, deque[Prediction]], references: Mapping[Key, deque[Reference]], differing: list[str]
+) -> list[str]:
+    kinds = {
+        "without a prediction": [_tell(key) for key, waiting in references.items() for _ in waiting],
+        "predicted but not asked, or twice": [_tell(key) for key, waiting in predictions.items() for _ in waiting],
+        "with another reference answer": differing,
+    }
+    return [
+        f"{len(found)} {kind} ({', '.join(found[:_NAMED])}{', …' if len(found) > _NAMED else ''})"
+        for kind, found in kinds.items()
+        if found
+    ]
+
+
+def _tell(key: Key) -> str:
+    return f"{key[0]} turn {key[1]}" if key[1] else key[0]
+
+
+def _spacing(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if len(value) != 2 or not all(isinstance(side, int | float) and side > 0 for side in value):
+        raise MedPLIBError(f"spacing_mm is {value!r:.60}, expected [row, column] in mm")
+    return float(value[0]), float(value[1])
+
+
+def _check_objects(values: list[Any] | None, name: str) -> None:
+    for value in values or ():
+        if not isinstance(value, dict):
+            raise MedPLIBError(f"{name} holds {value!r:.60}, expected objects {{…}}")
+
+
+def _kind_names(kinds: tuple[type, ...]) -> str:
+    names = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
+    return " or ".join(names[kind] for kind in kinds if kind in names)
