@@ -1,0 +1,169 @@
+"""Prediction rows survive the disk, torn files resume, and what does not match is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.errors import MedPLIBError
+from model.eval.predictions import Prediction, PredictionWriter, match_references, read_predictions
+
+PUBLISHED = {
+    "question_id": 3,
+    "image_path": "images/ct.png",
+    "prompt": "What is it?",
+    "gt": "CT",
+    "text": "MR",
+    "answer_id": "abc",
+    "model_id": "nano",
+    "answer_type": "open",
+    "metadata": {},
+}
+
+
+def prediction(number: int, **values: object) -> Prediction:
+    return Prediction(
+        **{"question_id": f"q{number}", "image_path": "a.png", "prompt": "?", "gt": "é", "text": "ü", **values}
+    )  # type: ignore[arg-type]
+
+
+def record(number: int, *pairs: tuple[str, str]) -> dict[str, object]:
+    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair, strict=True)]
+    return {"id": f"q{number}", "image": "a.png", "conversations": turns}
+
+
+def write(path: Path, predictions: list[Prediction], **options: object) -> None:
+    with PredictionWriter(path, **options) as writer:  # type: ignore[arg-type]
+        for item in predictions:
+            writer.write(item)
+
+
+def test_published_rows_are_read_and_written_with_their_keys_first():
+    read = Prediction.from_row(PUBLISHED)
+    assert (read.masks, read.gt_masks, read.finish, read.error, read.key) == ([], None, "end", None, ("3", 0))
+    assert list(read.to_row())[:9] == list(PUBLISHED)
+    assert {name: read.to_row()[name] for name in PUBLISHED} == PUBLISHED
+
+
+def test_rows_survive_the_disk(tmp_path: Path):
+    rle = {"size": [2, 2], "counts": "04"}
+    rows = [
+        prediction(
+            0, masks=[{"label": "liver", "rle": rle}], gt_masks=[rle], spacing_mm=(0.5, 0.7), metadata={"turn": 2}
+        ),
+        prediction(1, finish="error", error="no such image", masks_at={"0.1": [rle]}),
+        prediction(2, text="line\u2028end \ud800 “quoted”"),
+    ]
+    write(tmp_path / "new" / "rows.jsonl", rows)
+    assert list(read_predictions(tmp_path / "new" / "rows.jsonl")) == rows
+    assert rows[0].key == ("q0", 2)
+    assert rows[1].failed
+    assert not rows[0].failed
+
+
+def test_a_file_that_is_there_is_not_appended_to(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    write(path, [prediction(0)])
+    with pytest.raises(MedPLIBError, match="is there already"):
+        PredictionWriter(path)
+    write(path, [prediction(5)], existing="overwrite")
+    assert [row.question_id for row in read_predictions(path)] == ["q5"]
+
+
+@pytest.mark.parametrize("torn", [b'{"question_id": "q2", "te', b'{"complete": "but without its end"}', b"x" * 200_000])
+def test_a_torn_last_line_is_cut(tmp_path: Path, torn: bytes):
+    path = tmp_path / "rows.jsonl"
+    write(path, [prediction(0), prediction(1)])
+    path.write_bytes(path.read_bytes() + torn)
+    with PredictionWriter(path, "resume") as writer:
+        assert writer.rows == 2
+        writer.write(prediction(2))
+        assert writer.rows == 3
+    assert [row.question_id for row in read_predictions(path)] == ["q0", "q1", "q2"]
+
+
+def test_a_file_of_nothing_but_a_torn_line_becomes_empty(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"question')
+    with PredictionWriter(path, "resume") as writer:
+        assert writer.rows == 0
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{broken}", "line 2: not valid JSON"),
+        ("[1]", "expected an object|is an object"),
+        (json.dumps({"question_id": 1}), "has no prompt, gt, text"),
+        (json.dumps({**PUBLISHED, "text": 5}), "text is 5, expected text"),
+        (json.dumps({**PUBLISHED, "question_id": True}), "question_id is True"),
+        (json.dumps({**PUBLISHED, "finish": "bored"}), "finish is 'bored'"),
+        (json.dumps({**PUBLISHED, "spacing_mm": [0, 1]}), "spacing_mm is"),
+        (json.dumps({**PUBLISHED, "masks": ["x"]}), "masks holds 'x'"),
+        (json.dumps({**PUBLISHED, "metadata": {"turn": "one"}}), "the turn is 'one'"),
+    ],
+)
+def test_a_malformed_row_is_named_with_its_line(tmp_path: Path, line: str, told: str):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(PUBLISHED) + "\n" + line + "\n")
+    rows = read_predictions(path)
+    next(rows)
+    with pytest.raises(MedPLIBError, match=told) as caught:
+        next(rows)
+    assert "line 2" in str(caught.value)
+
+
+def test_a_torn_file_says_how_to_finish_it(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question_id": ')
+    with pytest.raises(MedPLIBError, match="torn; run vqa_infer again"):
+        list(read_predictions(path))
+    with pytest.raises(MedPLIBError, match="cannot read the predictions"):
+        list(read_predictions(tmp_path / "absent.jsonl"))
+
+
+RECORDS = [record(0, ("<image>\nWhat?", "CT")), record(1, ("One?", "1"), ("Two?", "<SEG><mask>m.png</mask>"))]
+ANSWERED = [
+    prediction(0, gt="CT"),
+    prediction(1, gt="1", metadata={"turn": 0}),
+    prediction(1, gt="<SEG>", metadata={"turn": 1}),
+]
+
+
+def test_predictions_meet_their_questions_in_any_order():
+    for order in ([0, 1, 2], [2, 0, 1]):
+        pairs = list(match_references([ANSWERED[place] for place in order], RECORDS))
+        assert {(p.key, r.key, p.gt) for p, r in pairs} == {(a.key, a.key, a.gt) for a in ANSWERED}
+    assert next(match_references(ANSWERED, RECORDS))[1].prompt == "What?"
+    assert len(list(match_references(ANSWERED[:2], RECORDS, turns="first"))) == 2
+
+
+def test_records_without_ids_go_by_number():
+    bare = [{name: value for name, value in record.items() if name != "id"} for record in RECORDS[:1]]
+    assert len(list(match_references([prediction(0, question_id=0, gt="CT")], bare))) == 1
+
+
+@pytest.mark.parametrize(
+    ("predictions", "told"),
+    [
+        (ANSWERED[:2], r"1 without a prediction \(q1 turn 1\)"),
+        ([*ANSWERED, ANSWERED[0]], r"1 predicted but not asked, or twice \(q0\)"),
+        ([*ANSWERED, prediction(9)], r"1 predicted but not asked, or twice \(q9\)"),
+        (
+            [prediction(0, gt="MR"), *ANSWERED[1:]],
+            r"1 with another reference answer \(q0 has 'MR', the data file 'CT'\)",
+        ),
+        ([], r"3 without a prediction \(q0, q1, q1 turn 1\)"),
+    ],
+)
+def test_what_does_not_match_one_to_one_is_refused(predictions: list[Prediction], told: str):
+    with pytest.raises(MedPLIBError, match=told):
+        list(match_references(predictions, RECORDS))
+
+
+def test_only_the_first_mismatches_are_named():
+    with pytest.raises(MedPLIBError, match=r"20 predicted but not asked, or twice \(q0, q1, q2, q3, q4, …\)"):
+        list(match_references([prediction(number) for number in range(20)], []))
