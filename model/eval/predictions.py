@@ -6,6 +6,7 @@ lack ours, as the published evaluation writes them, are read too.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections import deque
@@ -50,6 +51,7 @@ class Prediction:
         error: what was wrong, in one sentence, where ``finish`` is ``error``.
         timing: seconds by part, and ``new_tokens``.
         masks_at: where asked for, the run lengths of the predicted masks by threshold (``"0.1"``).
+        router: where asked for, the share of the tokens that each expert computed, for each mixture layer.
     """
 
     question_id: str | int
@@ -68,6 +70,7 @@ class Prediction:
     error: str | None = None
     timing: dict[str, float] = field(default_factory=dict)
     masks_at: dict[str, list[dict[str, Any]]] | None = None
+    router: list[list[float]] | None = None
 
     @property
     def key(self) -> Key:
@@ -105,14 +108,13 @@ class Prediction:
         return cls(**values)
 
     def to_row(self) -> dict[str, Any]:
-        """JSON-ready mapping, its keys in the order of the format; ``masks_at`` only where there is one."""
+        """JSON-ready mapping, its keys in the order of the format; ``masks_at`` and ``router`` only where they are."""
         row = {column.name: getattr(self, column.name) for column in fields(self)}
         row["spacing_mm"] = list(self.spacing_mm) if self.spacing_mm else None
-        if self.masks_at is None:
-            del row["masks_at"]
-        return row
+        return {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
 
 
+_OPTIONAL = ("masks_at", "router")
 _REQUIRED = ("question_id", "prompt", "gt", "text")
 _KINDS: dict[str, tuple[type, ...]] = {
     "question_id": (str, int),
@@ -131,6 +133,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "error": (str, type(None)),
     "timing": (dict,),
     "masks_at": (dict, type(None)),
+    "router": (list, type(None)),
 }
 
 
@@ -174,7 +177,7 @@ class PredictionWriter:
         rows: whole rows in the file.
 
     Raises:
-        MedPLIBError: the file is there and is to be refused, or cannot be written.
+        MedPLIBError: the file is there and is to be refused, is being written by another process, or cannot be written.
     """
 
     def __init__(self, path: str | Path, existing: Existing = "refuse") -> None:
@@ -184,12 +187,15 @@ class PredictionWriter:
             raise MedPLIBError(f"{self.path} is there already; resume it, overwrite it or name another file")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self.path.open("wb" if existing == "overwrite" else "ab+")
-            if existing == "resume":
-                cut_torn_line(self.path)
-                self._stream.seek(0)
-                self.rows = sum(1 for line in self._stream if line.strip())
-                self._stream.seek(0, os.SEEK_END)
+            self._stream = self.path.open("ab+")
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            if existing == "overwrite":
+                self._stream.truncate(0)
+            cut_torn_line(self.path)
+            self._stream.seek(0)
+            self.rows = sum(1 for line in self._stream if line.strip())
+        except BlockingIOError as error:
+            raise MedPLIBError(f"another process is writing {self.path}; wait for it, or name another file") from error
         except OSError as error:
             reason = error.strerror or "it cannot be written"
             raise MedPLIBError(f"cannot write {self.path}: {reason}; name a file that can be written") from error

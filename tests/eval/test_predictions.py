@@ -53,7 +53,7 @@ def test_rows_survive_the_disk(tmp_path: Path):
         prediction(
             0, masks=[{"label": "liver", "rle": rle}], gt_masks=[rle], spacing_mm=(0.5, 0.7), metadata={"turn": 2}
         ),
-        prediction(1, finish="error", error="no such image", masks_at={"0.1": [rle]}),
+        prediction(1, finish="error", error="no such image", masks_at={"0.1": [rle]}, router=[[0.25, 0.75]]),
         prediction(2, text="line\u2028end \ud800 “quoted”"),
     ]
     write(tmp_path / "new" / "rows.jsonl", rows)
@@ -70,6 +70,14 @@ def test_a_file_that_is_there_is_not_appended_to(tmp_path: Path):
         PredictionWriter(path)
     write(path, [prediction(5)], existing="overwrite")
     assert [row.question_id for row in read_predictions(path)] == ["q5"]
+
+
+def test_a_file_has_one_writer(tmp_path: Path):
+    with PredictionWriter(tmp_path / "rows.jsonl") as writer:
+        writer.write(prediction(0))
+        with pytest.raises(MedPLIBError, match="another process is writing"):
+            PredictionWriter(tmp_path / "rows.jsonl", "overwrite")
+    assert len(list(read_predictions(tmp_path / "rows.jsonl"))) == 1
 
 
 @pytest.mark.parametrize("torn", [b'{"question_id": "q2", "te', b'{"complete": "but without its end"}', b"x" * 200_000])
