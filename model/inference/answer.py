@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Mask:
         bbox: ``[x1, y1, x2, y2]`` in pixels, right and bottom exclusive; zeros for an empty mask.
         area_px: foreground pixels.
         area_mm2: the same in mm² where the file knows its spacing.
+        presence: calibrated probability that there is something to paint, where the checkpoint has a mask gate.
     """
 
     label: str
@@ -43,16 +44,23 @@ class Mask:
     bbox: tuple[int, int, int, int]
     area_px: int
     area_mm2: float | None = None
+    presence: float | None = None
 
     @classmethod
     def from_array(
-        cls, mask: np.ndarray, label: str, score: float, spacing_mm: tuple[float, float] | None = None
+        cls,
+        mask: np.ndarray,
+        label: str,
+        score: float,
+        spacing_mm: tuple[float, float] | None = None,
+        presence: float | None = None,
     ) -> Mask:
         """Mask of a bool array [H, W]; ``spacing_mm`` is (row, column) spacing."""
         area = int(mask.sum())
         area_mm2 = area * spacing_mm[0] * spacing_mm[1] if spacing_mm else None
         box = tuple(int(side) for side in bounding_box(mask))
-        return cls(label, encode_rle(mask), float(np.clip(score, 0.0, 1.0)), box, area, area_mm2)  # type: ignore[arg-type]
+        score = float(np.clip(score, 0.0, 1.0))
+        return cls(label, encode_rle(mask), score, box, area, area_mm2, presence)  # type: ignore[arg-type]
 
     def to_array(self) -> np.ndarray:
         """The mask as bool [H, W] at image size."""
@@ -69,16 +77,35 @@ class Mask:
         }
         if self.area_mm2 is not None:
             output["area_mm2"] = round(self.area_mm2, 2)
+        if self.presence is not None:
+            output["presence"] = round(self.presence, 4)
         return output
+
+
+Finish = Literal["end", "length", "stop", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Text, masks in the order of their ``<SEG>`` in the text, and seconds by part."""
+    """What a question gives back.
+
+    Attributes:
+        text: the answer.
+        masks: in the order of their ``<SEG>`` in the text.
+        timing: seconds by part.
+        finish: what ended it: the model itself, the length it may have, a stop text, or whoever asked.
+        new_tokens: tokens generated, the end token not counted.
+        masks_at: for each further threshold asked for, the masks' COCO run lengths.
+        router_stats: for each mixture layer, the share of the tokens that each expert computed, if asked for.
+    """
 
     text: str
     masks: list[Mask] = field(default_factory=list)
     timing: dict[str, float] = field(default_factory=dict)
+    finish: Finish = "end"
+    new_tokens: int = 0
+    masks_at: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    router_stats: list[list[float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready mapping, as ``medplib ask --json`` prints it."""

@@ -1,17 +1,18 @@
-"""Prefill a prompt, then decode token by token, keeping only the hidden states that a ``<SEG>`` needs."""
+"""How an answer's tokens are chosen: settings of a request, and the choice itself, on the device and row by row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+from torch import Tensor
 
 from model.errors import MedPLIBError
-from model.modeling.medplib import MedPLIBForCausalLM
+
+_SEEDS = 2**63
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,17 @@ class GenerationSettings:
         max_new_tokens: hard end of an answer, ≥ 1.
         temperature: 0 is greedy (the default); above, tokens are sampled.
         top_p: nucleus in (0, 1]; 1 keeps all. Only with temperature above 0.
-        seed: makes sampling repeatable; a row draws the same alone and in a batch.
+        top_k: draw from so many most likely tokens; 0 keeps all. Only with temperature above 0.
+        seed: makes sampling repeatable; a request draws the same alone and in a batch.
+        stop: the answer ends before the first of these texts.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -37,116 +42,73 @@ class GenerationSettings:
             raise MedPLIBError(f"temperature is {self.temperature}; give 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise MedPLIBError(f"top_p is {self.top_p}; give a number above 0 and up to 1")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
+        if self.top_k < 0:
+            raise MedPLIBError(f"top_k is {self.top_k}; give 0 (all tokens) or more")
+        if self.seed is not None and not 0 <= self.seed < _SEEDS:
             raise MedPLIBError(f"seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise MedPLIBError(f"stop is {self.stop!r}; give a tuple of texts that are not empty")
+        object.__setattr__(self, "stop", tuple(self.stop))
 
 
-@dataclass
-class Generation:
-    """One row's answer: its new token ids (without the end token) and a state [D] per ``<SEG>`` among them."""
+@dataclass(frozen=True)
+class Draw:
+    """One row's next choice: its settings, the seed it draws with, and how many tokens it has drawn."""
 
-    token_ids: list[int] = field(default_factory=list)
-    seg_states: list[torch.Tensor] = field(default_factory=list)
-    finished: bool = False
+    settings: GenerationSettings
+    seed: int
+    step: int
 
 
-@torch.inference_mode()
-def generate(
-    model: MedPLIBForCausalLM,
-    prompt: dict[str, Any],
-    settings: GenerationSettings,
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[Generation]:
-    """Answer a batch of prompts.
+def seed_of(settings: GenerationSettings) -> int:
+    """The settings' seed, or a fresh one."""
+    return secrets.randbelow(_SEEDS) if settings.seed is None else settings.seed
 
-    Args:
-        model: the network, in eval mode.
-        prompt: left-padded prompt inputs for ``MedPLIBForCausalLM.splice`` (``input_ids``, ``attention_mask``,
-            ``image_features``, ``region_masks``, ``region_image``, …).
-        settings: how tokens are chosen.
-        on_token: called with (row, token id) as each token is chosen.
 
-    Returns:
-        One ``Generation`` per row.
+def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Next token of each row, long [n], from logits [n, V]: the arg-max, or a draw.
 
-    Raises:
-        ValueError: a prompt is padded on the right.
+    A draw adds to each log-probability Gumbel noise that is a function of (seed, step, token) alone, and takes the
+    largest: an exact sample that needs no generator, no host, and does not depend on the row's neighbours.
     """
-    spliced = model.splice(**prompt)
-    positions = spliced.plan.position_ids
-    attention = padding_mask(spliced.plan.attention_mask)
-    cache = DynamicCache(config=model.config.text_config)
-    rows = [Generation() for _ in range(len(positions))]
-    samplers = _samplers(settings.seed, len(rows))
-    end_ids, seg_id = _end_ids(model), model.config.seg_token_id
+    best = logits.argmax(dim=-1)
+    if all(draw.settings.temperature == 0 for draw in draws):
+        return best
+    settings = [draw.settings for draw in draws]
 
-    embeds = spliced.embeds  # [B, L, D], then [B, 1, D]
-    for _ in range(settings.max_new_tokens):
-        decoded = model.model.decoder(
-            embeds, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        state = decoded.last_hidden_state[:, -1]  # [B, D]
-        chosen = choose_tokens(model.lm_head(state).float(), settings, samplers)  # [B]
-        for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            if row.finished or token in end_ids:
-                row.finished = True
-                continue
-            row.token_ids.append(token)
-            if token == seg_id:
-                row.seg_states.append(state[index])
-            if on_token is not None:
-                on_token(index, token)
-        if all(row.finished for row in rows):
-            break
-        embeds = model.get_input_embeddings()(chosen[:, None])
-        if attention is not None:
-            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return rows
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)[:, None]
 
-
-def padding_mask(attention_mask: torch.Tensor) -> torch.Tensor | None:
-    """The mask [B, L] of left-padded prompts; None where nothing is padded, which spares every step its mask.
-
-    Raises:
-        ValueError: a prompt is padded on the right, so its last position is not its last token.
-    """
-    if not bool(attention_mask[:, -1].all()):
-        raise ValueError("prompts to be continued are padded on the right; collate them with padding_side='left'")
-    return None if bool(attention_mask.all()) else attention_mask
-
-
-def choose_tokens(
-    logits: torch.Tensor, settings: GenerationSettings, samplers: Sequence[torch.Generator]
-) -> torch.Tensor:
-    """Next token of each row, long [B], from float logits [B, V]: arg-max, or a draw from the nucleus.
-
-    Args:
-        logits: of the last position.
-        settings: temperature and nucleus.
-        samplers: one CPU generator per row, so that a row's draws do not depend on its neighbours.
-    """
-    if settings.temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities, order = (logits / settings.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    temperature = column([one.temperature or 1.0 for one in settings])
+    probabilities, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass ahead of each token; the first is always kept
-    probabilities = probabilities.masked_fill(before >= settings.top_p, 0.0)
-    draws = [
-        torch.multinomial(row, 1, generator=sampler) for row, sampler in zip(probabilities.cpu(), samplers, strict=True)
-    ]
-    return order.gather(-1, torch.stack(draws).to(order.device)).squeeze(-1)
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
+    kept = (before < column([one.top_p for one in settings])) & (
+        ranks < column([one.top_k or logits.shape[-1] for one in settings], torch.long)
+    )
+    seeds = column([draw.seed for draw in draws], torch.long)
+    noise = gumbel_noise(seeds, column([draw.step for draw in draws], torch.long), order)
+    scores = (probabilities.double().log() + noise).masked_fill(~kept, -torch.inf)
+    sampled = order.gather(-1, scores.argmax(dim=-1, keepdim=True))[:, 0]
+    greedy = column([one.temperature == 0 for one in settings], torch.bool)[:, 0]
+    return torch.where(greedy, best, sampled)
 
 
-def _samplers(seed: int | None, number: int) -> list[torch.Generator]:
-    samplers = [torch.Generator(device="cpu") for _ in range(number)]
-    for sampler in samplers:
-        if seed is None:
-            sampler.seed()
-        else:
-            sampler.manual_seed(seed)
-    return samplers
+def gumbel_noise(seeds: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, a function of (seed, step, token); integer tensors that broadcast together."""
+    mixed = _scramble(_scramble(_scramble(seeds) + steps) + tokens)
+    uniform = (_shift(mixed, 11).double() + 0.5) * 2.0**-53  # in (0, 1)
+    return -(-uniform.log()).log()
 
 
-def _end_ids(model: MedPLIBForCausalLM) -> set[int]:
-    ends = model.config.eos_token_id
-    return set(ends) if isinstance(ends, list | tuple) else {2 if ends is None else ends}
+def _scramble(values: Tensor) -> Tensor:
+    """The finaliser of the SplitMix64 generator (Steele, Lea and Flood, 2014), on wrapping int64."""
+    values = values - 0x61C8864680B583EB  # adds 0x9E3779B97F4A7C15 modulo 2^64
+    values = (values ^ _shift(values, 30)) * -0x40A7B892E31B1A47
+    values = (values ^ _shift(values, 27)) * -0x6B2FB644ECCEEE15
+    return values ^ _shift(values, 31)
+
+
+def _shift(values: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)

@@ -6,7 +6,7 @@ process group. A router turns tokens into a small [T, E] matrix of shares; each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils.generic import maybe_autocast
 
-SYNC_FREE_TOKENS = 8
+SYNC_FREE_TOKENS = 64
 """On an accelerator, so few tokens (decoding) pass through every expert rather than waiting for the host."""
 
 
@@ -155,12 +155,27 @@ class MoEFeedForward(nn.Module):
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
         real = None if token_mask is None else token_mask.reshape(-1, 1).bool()  # [T, 1]
         combine, aux_loss, stats = self.route(tokens, real, priority, kept)
-        mix = mix_by_scan if self._avoids_sync(tokens) else mix_by_index
-        mixed = mix(tokens, combine, stats.kept, self.experts)  # [T, D']
+        mixed = mixing_for(tokens)(tokens, combine, stats.kept, self.experts)  # [T, D']
         if hasattr(self, "residual_expert"):
-            shares = self.residual_coefficient(tokens).softmax(dim=-1)  # [T, 2]
-            mixed = mixed * shares[:, :1] + self.residual_expert(tokens) * shares[:, 1:]
+            mixed = self._with_residual(tokens, mixed)
         return MoEOutput(mixed.view(*hidden.shape[:-1], mixed.shape[-1]), aux_loss, stats)
+
+    def infer(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixture alone, for inference: no loss, no statistics, and nothing is dropped.
+
+        Args:
+            tokens: [T, D], all real.
+
+        Returns:
+            Outputs [T, D'], and bool [T, E], which experts each token went to.
+        """
+        logits = self.router(tokens)  # [T, E]
+        chosen = self._choose(logits, None).any(dim=0)  # [T, E]
+        combine = self._shares(logits.softmax(dim=-1) * chosen)
+        mixed = mixing_for(tokens)(tokens, combine, chosen, self.experts)
+        if hasattr(self, "residual_expert"):
+            mixed = self._with_residual(tokens, mixed)
+        return mixed, chosen
 
     def route(
         self, tokens: Tensor, real: Tensor | None, priority: Tensor | None, kept: Tensor | None
@@ -221,8 +236,9 @@ class MoEFeedForward(nn.Module):
         total = weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
         return weights / (total.detach() if self.top_k == 1 else total)
 
-    def _avoids_sync(self, tokens: Tensor) -> bool:
-        return tokens.device.type != "cpu" and len(tokens) <= SYNC_FREE_TOKENS and not torch.is_grad_enabled()
+    def _with_residual(self, tokens: Tensor, mixed: Tensor) -> Tensor:
+        shares = self.residual_coefficient(tokens).softmax(dim=-1)  # [T, 2]
+        return mixed * shares[:, :1] + self.residual_expert(tokens) * shares[:, 1:]
 
 
 def load_balancing_loss(probabilities: Tensor, first_choice: Tensor, real: Tensor | None = None) -> Tensor:
@@ -239,6 +255,16 @@ def load_balancing_loss(probabilities: Tensor, first_choice: Tensor, real: Tenso
     shares = probabilities.sum(dim=0) / count
     loads = first_choice.sum(dim=0) / count
     return (shares * loads).sum() * probabilities.shape[-1]
+
+
+Mixing = Callable[[Tensor, Tensor, Tensor, Iterable[nn.Module]], Tensor]
+
+
+def mixing_for(tokens: Tensor) -> Mixing:
+    """How to mix these tokens [T, D] here: without waiting for the host where an accelerator decodes a few of them."""
+    if torch.is_grad_enabled() or tokens.device.type == "cpu":
+        return mix_by_index
+    return mix_by_scan if len(tokens) <= SYNC_FREE_TOKENS else mix_by_index
 
 
 def mix_by_index(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterable[nn.Module]) -> Tensor:

@@ -1,0 +1,250 @@
+"""The engine: many requests at once, each joining and leaving between steps, each answered as it would be alone.
+
+One step reads a bounded piece of the next prompt, decodes one token of every running request, and paints the masks of
+the answers that became complete (``schedule.py``); this is the face: handing in, waiting, streaming, threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from model.errors import MedPLIBError
+from model.inference.answer import Answer
+from model.inference.images import ImageSource, PreparedImage, content_key, prepare_image
+from model.inference.loading import load_for_inference
+from model.inference.mask_gate import MaskGate
+from model.inference.prompts import Prompt, build_prompt
+from model.inference.requests import EngineFull, OnText, Request, Ticket
+from model.inference.schedule import EngineSettings, Schedule
+from model.inference.slots import slot_bytes
+from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.processor import MedPLIBProcessor
+
+__all__ = ["Engine", "EngineFull", "EngineSettings", "Request", "Ticket"]
+
+
+class Engine:
+    """Answers requests in any number, order and mixture.
+
+    Greedy text is the same alone and in any company, and masks are to float tolerance. Drive it with ``answer_all``,
+    with ``submit`` and ``step``, or in a thread of its own: ``with Engine(…) as engine: engine.submit(…).result()``.
+
+    Args:
+        model: the network; put into eval mode.
+        processor: its processor.
+        settings: bounds of slots, lengths and caches.
+        gate: tells from a mask whether there was anything to paint; for ``Request.no_mask_below``.
+    """
+
+    def __init__(
+        self,
+        model: MedPLIBForCausalLM,
+        processor: MedPLIBProcessor,
+        settings: EngineSettings | None = None,
+        gate: MaskGate | None = None,
+    ) -> None:
+        self.model, self.processor, self.gate = model.eval(), processor, gate
+        self.settings = settings or EngineSettings()
+        self._schedule = Schedule(self.model, processor, self.settings, gate)
+        self.max_length = self._schedule.max_length
+        self.images, self.prefixes = self._schedule.images, self._schedule.prefixes
+        self._stepping, self._prompting = threading.RLock(), threading.Lock()
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, settings: EngineSettings | None = None, **loading: Any) -> Engine:
+        """Load a checkpoint; takes what ``load_for_inference`` takes (device, dtype, vision_tower, sam, …).
+
+        Raises:
+            MedPLIBError: the directory is missing, incomplete or does not fit.
+        """
+        model, processor, gate = load_for_inference(directory, **loading)
+        return cls(model, processor, settings, gate)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that the slots and the prefill lane take, whatever is asked."""
+        one = slot_bytes(self.model.config.text_config, self.max_length, self.model.dtype)
+        return one * (self.settings.slots + 1)
+
+    def status(self) -> dict[str, int]:
+        """Requests waiting and running, and what the caches hold."""
+        return {
+            "waiting": len(self._schedule.waiting),
+            "running": len(self._schedule.running) + (self._schedule.reading is not None),
+            "slots": self.settings.slots,
+            "images": len(self.images),
+            "image_hits": self.images.hits,
+            "prefix_hits": self.prefixes.hits,
+        }
+
+    # --- asking ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, image: ImageSource) -> PreparedImage:
+        """Read an image once, for many questions; an image of the same content is not read again.
+
+        Raises:
+            MedPLIBError: the image cannot be read.
+        """
+        if isinstance(image, PreparedImage):
+            return image
+        if hasattr(image, "read"):
+            image = image.read()
+        key = content_key(image)
+        kept = self.images.get(key)
+        if kept is None:
+            kept = prepare_image(image, self.processor)
+            self.images.put(key, kept)
+        return kept
+
+    def submit(self, request: Request, on_text: OnText | None = None) -> Ticket:
+        """Hand in a request; what is wrong with its image or region is told by the ticket.
+
+        Args:
+            request: what to ask.
+            on_text: called with the answer so far as it grows, from whichever thread steps the engine.
+
+        Raises:
+            EngineFull: as many requests are waiting as ``settings.waiting``.
+        """
+        self._check_open()
+        if len(self._schedule.waiting) >= self.settings.waiting:
+            raise EngineFull(f"{self.settings.waiting} requests are waiting already; ask again later")
+        ticket = Ticket(request)
+        try:
+            prompt = self._prompt(request)
+        except MedPLIBError as error:
+            ticket.settle(error)
+            return ticket
+        self._enqueue(ticket, prompt, on_text)
+        return ticket
+
+    def ask(self, request: Request, on_text: OnText | None = None) -> Answer:
+        """Ask and wait.
+
+        Raises:
+            MedPLIBError: image, question or region were malformed.
+        """
+        ticket = self.submit(request, on_text)
+        while self._thread is None and not ticket.done():
+            self.step()
+        return ticket.result()
+
+    def answer_all(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer | MedPLIBError]]:
+        """Answer a stream of requests, giving (place in the stream, answer or what was wrong) as they complete.
+
+        Requests are drawn as slots become free and prepared ahead in another thread; nothing is held for long.
+        """
+        source = enumerate(requests)
+        preparing: deque[tuple[int, Request, Future[Prompt]]] = deque()
+        open_tickets: dict[Ticket, int] = {}
+        more = True
+        with ThreadPoolExecutor(1, thread_name_prefix="medplib-prepare") as pool:
+            while True:
+                while more and len(preparing) < 2 * self.settings.slots:
+                    item = next(source, None)
+                    more = item is not None
+                    if item is not None:
+                        preparing.append((*item, pool.submit(self._prompt, item[1])))
+                while preparing and len(self._schedule.waiting) < self.settings.slots:
+                    if not preparing[0][2].done() and open_tickets:
+                        break
+                    place, request, prepared = preparing.popleft()
+                    try:
+                        prompt = prepared.result()
+                    except MedPLIBError as error:
+                        yield place, error
+                        continue
+                    ticket = Ticket(request)
+                    open_tickets[ticket] = place
+                    self._enqueue(ticket, prompt, None)
+                if not open_tickets and not preparing and not more:
+                    return
+                self.step()
+                for ticket in [ticket for ticket in open_tickets if ticket.done()]:
+                    yield open_tickets.pop(ticket), ticket.result()
+
+    def _prompt(self, request: Request) -> Prompt:
+        if request.no_mask_below is not None and self.gate is None:
+            raise MedPLIBError(
+                "no_mask_below needs a mask gate, and the checkpoint has no mask_gate.json; "
+                "make one with python -m model.inference.calibrate_gate"
+            )
+        image = self.prepare(request.image)
+        with self._prompting:  # a tokenizer serves one caller at a time
+            prompt = build_prompt(self.model, self.processor, image, request)
+        if prompt.length > self.max_length - 2:
+            raise MedPLIBError(
+                f"the prompt has {prompt.length} tokens and a request may hold {self.max_length}; "
+                "ask shorter, or give the engine a larger max_length"
+            )
+        return prompt
+
+    def _enqueue(self, ticket: Ticket, prompt: Prompt, on_text: OnText | None) -> None:
+        with self._news:
+            self._check_open()
+            self._schedule.add(ticket, prompt, on_text)
+            self._news.notify()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return self._schedule.busy
+
+    def step(self) -> bool:
+        """Advance everything by one step; tells whether there is more to do.
+
+        An error of the machine (out of memory) is raised here and settles every ticket.
+        """
+        with self._stepping:
+            self._schedule.step()
+            return self.busy
+
+    # --- a thread of its own --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Step in a background thread until ``close``."""
+        self._check_open()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="medplib-engine", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Answer nothing more; what is still waiting or running is cancelled."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        with self._stepping:
+            self._schedule.abandon(MedPLIBError("the engine was closed before the answer was there"))
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._closed or self.busy)
+                if self._closed:
+                    return
+            self.step()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MedPLIBError("the engine is closed; make another one")

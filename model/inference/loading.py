@@ -1,0 +1,70 @@
+"""Load a checkpoint to answer with: network, processor, and what calibration left beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.checkpoint import load
+from model.checkpoint.building import Attention
+from model.errors import MedPLIBError
+from model.inference.mask_gate import GATE_FILE, MaskGate
+from model.inference.quantise import Scheme, quantise
+from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.processor import MedPLIBProcessor
+
+
+def load_for_inference(
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    vision_tower: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    sam: str | Path | None = None,
+    attention: Attention = "sdpa",
+    quantisation: Scheme | None = None,
+) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, MaskGate | None]:
+    """Load a native or published checkpoint directory.
+
+    Args:
+        directory: the checkpoint.
+        device: where the model runs, such as ``cpu``, ``cuda`` or ``cuda:1``.
+        vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
+        dtype: ``torch.float32`` or ``torch.bfloat16``; as stored when absent, but fp32 on a CPU.
+        sam: SAM-Med2D file, for published checkpoints that hold no SAM weights.
+        attention: of the decoder: ``sdpa``, ``eager`` or ``flash_attention_2`` (CUDA with flash-attn).
+        quantisation: ``int8`` or ``int4`` keeps the decoder's linear weights so; None as they are.
+
+    Returns:
+        Network, processor, and the mask gate if a ``mask_gate.json`` lies in the directory.
+
+    Raises:
+        MedPLIBError: the directory is missing, incomplete or does not fit.
+    """
+    device = usable_device(device)
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    model, processor = load(
+        directory, vision_tower=vision_tower, sam=sam, device=device, dtype=dtype, attention=attention
+    )
+    if quantisation is not None:
+        quantise(model, quantisation)
+    gate_file = Path(directory) / GATE_FILE
+    return model, processor, MaskGate.load(gate_file) if gate_file.exists() else None
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        MedPLIBError: there is no such device here.
+    """
+    unusable = MedPLIBError(f"the device {str(device)!r} cannot be used here; use cpu, or cuda on a GPU machine")
+    try:
+        probe = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to be wrong
+        raise unusable from error
+    if probe.is_meta:  # it holds no values
+        raise unusable
+    return torch.device(device)

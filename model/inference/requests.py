@@ -1,0 +1,100 @@
+"""What is asked of the engine, and the ticket under which the answer comes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from model.errors import MedPLIBError
+from model.inference.answer import Answer
+from model.inference.generation import GenerationSettings
+from model.inference.images import ImageSource
+from model.inference.regions import Region
+
+OnText = Callable[[str], None]
+
+
+class EngineFull(MedPLIBError):
+    """As many requests are waiting as the engine takes; ask again later."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One question about one image.
+
+    Attributes:
+        image: a path (PNG, JPEG, TIFF, single-frame DICOM), bytes, a PIL image, an array H×W(×3), or what
+            ``Engine.prepare`` gave.
+        question: plain text; ``<region></region>`` marks where a region is meant.
+        regions: mask paths, H×W arrays, ``("box", (x1, y1, x2, y2))`` or ``("point", (x, y))`` in image pixels.
+        history: earlier (question, answer) pairs about the same image.
+        settings: how the answer is drawn.
+        threshold: probability above which a pixel is in a mask, in (0, 1); the checkpoint's own when absent.
+        thresholds: further thresholds, whose masks come as ``Answer.masks_at``.
+        no_mask_below: a mask whose calibrated probability of presence is lower is left empty; 0..1, needs a mask gate.
+        router_stats: tell which share of the tokens each expert computed (``Answer.router_stats``).
+    """
+
+    image: ImageSource
+    question: str
+    regions: Sequence[Region] = ()
+    history: Sequence[tuple[str, str]] = ()
+    settings: GenerationSettings = field(default_factory=GenerationSettings)
+    threshold: float | None = None
+    thresholds: Sequence[float] = ()
+    no_mask_below: float | None = None
+    router_stats: bool = False
+
+    def __post_init__(self) -> None:
+        for threshold in (*self.thresholds, *([] if self.threshold is None else [self.threshold])):
+            if not 0 < threshold < 1:
+                raise MedPLIBError(f"the threshold is {threshold}; give a number between 0 and 1")
+        if self.no_mask_below is not None and not 0 <= self.no_mask_below <= 1:
+            raise MedPLIBError(f"no_mask_below is {self.no_mask_below}; give a probability from 0 to 1")
+        if not self.question.strip():
+            raise MedPLIBError("the question is empty; ask something")
+
+
+class Ticket:
+    """A request on its way. Its answer, or what went wrong, is set once; any thread may wait for it or cancel it."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.cancelled = False
+        self._ready = threading.Event()
+        self._answer: Answer | None = None
+        self._error: BaseException | None = None
+
+    def cancel(self) -> None:
+        """Give the request up: its slot is free before the next step; the answer is what had been said by then."""
+        self.cancelled = True
+
+    def done(self) -> bool:
+        """Whether the answer, or an error, is there."""
+        return self._ready.is_set()
+
+    def result(self, timeout: float | None = None) -> Answer:
+        """The answer.
+
+        Args:
+            timeout: seconds to wait at most; None waits as long as it takes.
+
+        Raises:
+            MedPLIBError: image, question or region were malformed.
+            TimeoutError: the answer is not there in time.
+        """
+        if not self._ready.wait(timeout):
+            raise TimeoutError(f"no answer within {timeout} s")
+        if self._error is not None:
+            raise self._error
+        assert self._answer is not None
+        return self._answer
+
+    def settle(self, outcome: Answer | BaseException) -> None:
+        """Set the answer or the error; for the engine."""
+        if isinstance(outcome, BaseException):
+            self._error = outcome
+        else:
+            self._answer = outcome
+        self._ready.set()

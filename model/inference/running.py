@@ -1,0 +1,110 @@
+"""One request while it is being answered: what it has said, whether that ends it, and how long each part took."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.inference.answer import Finish, mask_labels
+from model.inference.generation import Draw, seed_of
+from model.inference.mask_stage import MaskJob
+from model.inference.prompts import Prompt
+from model.inference.requests import OnText, Ticket
+from model.processing.processor import MedPLIBProcessor
+from model.processing.tokens import SEG_TOKEN
+
+
+@dataclass(eq=False)
+class Running:
+    """State of one request.
+
+    Attributes:
+        limit: tokens it may say.
+        launched: tokens whose computation was begun; those in ``ids`` are known already.
+        finish: set when the answer is complete.
+        expert_counts: long [mixture layers, E], tokens per expert so far, if asked for.
+    """
+
+    ticket: Ticket
+    prompt: Prompt
+    on_text: OnText | None
+    limit: int
+    launched: int = 0
+    read: int = 0
+    embeds: Tensor | None = None
+    ids: list[int] = field(default_factory=list)
+    seg_states: list[Tensor] = field(default_factory=list)
+    finish: Finish | None = None
+    text: str = ""
+    expert_counts: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    submitted: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.seed = seed_of(self.ticket.request.settings)
+
+    @property
+    def length(self) -> int:
+        """Tokens in its slot once everything that was begun is done, but for the last one said."""
+        return self.prompt.length + self.launched - 1
+
+    def draw(self) -> Draw:
+        """How its next token is chosen."""
+        return Draw(self.ticket.request.settings, self.seed, self.launched)
+
+    def count_experts(self, choices: Tensor) -> None:
+        """Add expert choices, bool [mixture layers, T, E]."""
+        counts = choices.sum(dim=1)
+        self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
+
+    def hear(self, token: int, state: Tensor, end_ids: set[int], seg_id: int, processor: MedPLIBProcessor) -> None:
+        """Take a token that was chosen from the state [D]; may complete the answer."""
+        if self.finish is not None:
+            return
+        if token in end_ids:
+            self.finish = "end"
+            return
+        self.ids.append(token)
+        if token == seg_id:
+            self.seg_states.append(state)
+        settings = self.ticket.request.settings
+        if self.on_text is not None or settings.stop:
+            self.text = processor.decode_text(self.ids)
+            self._stop_at(settings.stop)
+            if self.on_text is not None:
+                self.on_text(self.text)
+        if self.finish is None and len(self.ids) >= self.limit:
+            self.finish = "length"
+
+    def _stop_at(self, stops: tuple[str, ...]) -> None:
+        places = [place for place in (self.text.find(stop) for stop in stops) if place >= 0]
+        if places:
+            self.text, self.finish = self.text[: min(places)].rstrip(), "stop"
+            del self.seg_states[self.text.count(SEG_TOKEN) :]
+
+    def final_text(self, processor: MedPLIBProcessor) -> str:
+        """The whole answer's text."""
+        return self.text if self.finish == "stop" else processor.decode_text(self.ids)
+
+    def mask_job(self, text: str, default_threshold: float) -> MaskJob:
+        """What is to be painted."""
+        request = self.ticket.request
+        return MaskJob(
+            self.prompt.image,
+            self.seg_states,
+            mask_labels(text, request.question, len(self.seg_states)),
+            default_threshold if request.threshold is None else request.threshold,
+            request.thresholds,
+            request.no_mask_below,
+        )
+
+    def router_shares(self) -> list[list[float]] | None:
+        """Per mixture layer, the share of this request's tokens that each expert computed."""
+        if self.expert_counts is None:
+            return None
+        counts = self.expert_counts.to("cpu", torch.float32)
+        return (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).tolist()

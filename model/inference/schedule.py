@@ -1,0 +1,330 @@
+"""What happens in a step: prompts are read, tokens decoded and heard, slots freed, masks painted.
+
+Waiting → prefill lane → slot → masks → ticket. Knows nothing of threads; whoever steps it does so one at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.errors import MedPLIBError
+from model.inference.answer import Answer, Finish
+from model.inference.generation import choose_tokens
+from model.inference.images import BoundedCache, PreparedImage
+from model.inference.mask_gate import MaskGate
+from model.inference.mask_stage import paint_masks
+from model.inference.prompts import Prompt, embed_prompt, to_device
+from model.inference.requests import OnText, Ticket
+from model.inference.runner import DecoderRunner, StepOutput
+from model.inference.running import Running
+from model.inference.slots import Prefix, SlotCache, slot_bytes
+from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.processor import MedPLIBProcessor
+
+_MOST_TOKENS = 2048  # of a slot by default: the published length of a conversation
+_READ_STEP = 64  # how far the cache is read, rounded up to so many tokens
+_MB = 2**20
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Bounds of an engine.
+
+    Attributes:
+        slots: requests decoded together, ≥ 1.
+        max_length: tokens of a request, image and answer included; by default the model's, at most 2048.
+        prefill_chunk: prompt tokens read between two decoding steps; a long prompt delays the others by no more.
+        waiting: requests that may wait for a slot before ``EngineFull``.
+        image_cache_mb: kept images and their encodings.
+        prefix_cache_mb: kept keys and values of prompts' openings (system text and image), which spare a second
+            question about an image most of its prefill.
+        lookahead: begin the next step before the last one's tokens are known to the host; by default on CUDA. Costs
+            one superfluous token at the end of an answer, never changes it.
+    """
+
+    slots: int = 8
+    max_length: int | None = None
+    prefill_chunk: int = 256
+    waiting: int = 64
+    image_cache_mb: int = 256
+    prefix_cache_mb: int = 256
+    lookahead: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("prefill_chunk", 1), ("waiting", 1), ("image_cache_mb", 0)):
+            if getattr(self, name) < least:
+                raise MedPLIBError(f"{name} is {getattr(self, name)}; give at least {least}")
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A pass whose tokens the host has not seen yet: rows, chosen long [n], states [n, D]."""
+
+    rows: list[Running]
+    chosen: Tensor
+    states: Tensor
+    ready: Any = None
+
+    def tokens(self) -> list[int]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.chosen.tolist()
+
+
+class Schedule:
+    """The requests of an engine and where each of them is.
+
+    Args:
+        model: the network, in eval mode.
+        processor: its processor.
+        settings: bounds of slots, lengths and caches.
+        gate: tells from a mask whether there was anything to paint.
+    """
+
+    def __init__(
+        self,
+        model: MedPLIBForCausalLM,
+        processor: MedPLIBProcessor,
+        settings: EngineSettings,
+        gate: MaskGate | None = None,
+    ) -> None:
+        self.model, self.processor, self.settings, self.gate = model, processor, settings, gate
+        text = model.config.text_config
+        self.max_length = settings.max_length or min(text.max_position_embeddings, _MOST_TOKENS)
+        if self.max_length > text.max_position_embeddings:
+            raise MedPLIBError(
+                f"max_length is {self.max_length}, and the model knows {text.max_position_embeddings} positions; "
+                "give no more"
+            )
+        self.images: BoundedCache[PreparedImage] = BoundedCache(settings.image_cache_mb * _MB)
+        self.prefixes: BoundedCache[Prefix] = BoundedCache(settings.prefix_cache_mb * _MB)
+        moe = model.config.moe
+        # A capacity counts over the whole prompt, so such prompts are neither cut nor shared.
+        self._drops = bool(moe.enabled and moe.drop_in_evaluation and moe.drop_tokens)
+        self._chunk = self.max_length if self._drops else settings.prefill_chunk
+        ends = model.config.eos_token_id
+        self._end_ids = set(ends) if isinstance(ends, list | tuple) else {2 if ends is None else int(ends)}
+        self._lookahead = model.device.type == "cuda" if settings.lookahead is None else settings.lookahead
+        self.waiting: deque[Running] = deque()
+        self.reading: Running | None = None
+        self.running: list[Running] = []
+        self._finished: list[Running] = []
+        self._pending: deque[_Pending] = deque()
+        self._runner: DecoderRunner | None = None
+
+    def add(self, ticket: Ticket, prompt: Prompt, on_text: OnText | None) -> None:
+        """Let a request wait."""
+        limit = min(ticket.request.settings.max_new_tokens, self.max_length - prompt.length - 1)
+        self.waiting.append(Running(ticket, prompt, on_text, limit))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.reading or self.running or self._pending or self._finished)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Advance everything by one step. An error of the machine (out of memory) settles every ticket."""
+        try:
+            self._drop_cancelled()
+            self._prefill()
+            self._decode()
+            self._collect()
+            self._finish()
+        except BaseException as error:
+            self.abandon(error)
+            raise
+
+    def _drop_cancelled(self) -> None:
+        for row in [row for row in self.waiting if row.ticket.cancelled]:
+            self.waiting.remove(row)
+            self._leave(row, "cancelled")
+        if self.reading is not None and self.reading.ticket.cancelled:
+            self._leave(self.reading, "cancelled")
+            self.reading = None
+        for row in self.running:
+            if row.ticket.cancelled and row.finish is None:
+                row.finish = "cancelled"
+        self._compact()
+
+    def _leave(self, row: Running, finish: Finish) -> None:
+        row.finish = finish
+        self._finished.append(row)
+
+    def _prefill(self) -> None:
+        """Read up to ``prefill_chunk`` prompt tokens; a prompt read to its end joins the running ones."""
+        budget = self._chunk
+        while budget > 0:
+            if self.reading is None:
+                if not self.waiting or len(self.running) >= self.settings.slots:
+                    return
+                self.reading = self._open(self.waiting.popleft())
+            row = self.reading
+            start = time.perf_counter()
+            assert row.embeds is not None
+            end = min(row.prompt.length, row.read + budget)
+            shared = self._shared_tokens(row.prompt)
+            if row.read < shared:
+                end = min(end, shared)
+            observe = row.ticket.request.router_stats
+            output = self._runner_ready().prefill(row.embeds[:, row.read : end], row.read, observe)
+            budget -= end - row.read
+            row.read = end
+            if output.choices is not None:
+                row.count_experts(output.choices)
+            if end == shared:
+                self.prefixes.put(row.prompt.prefix_key, self._runner_ready().cache.take_prefix(shared))
+            row.seconds["generate"] += time.perf_counter() - start
+            if row.read == row.prompt.length:
+                self._join(row, output)
+                self.reading = None
+
+    def _shared_tokens(self, prompt: Prompt) -> int:
+        """Where a pass over a prompt must end so that its opening can be kept; 0 where it is not kept."""
+        length = prompt.prefix_length
+        room = slot_bytes(self.model.config.text_config, length, self.model.dtype) <= self.prefixes.max_bytes
+        return length if room and not self._drops and length < prompt.length else 0
+
+    def _open(self, row: Running) -> Running:
+        """Embed a prompt; its opening may be known already."""
+        start = time.perf_counter()
+        row.seconds["wait"] = start - row.submitted
+        row.embeds = embed_prompt(self.model, row.prompt)
+        self.images.refresh()
+        row.seconds["encode"] += time.perf_counter() - start
+        whole = row.ticket.request.router_stats  # whose experts are to be seen
+        prefix = self.prefixes.get(row.prompt.prefix_key) if self._shared_tokens(row.prompt) and not whole else None
+        if prefix is not None:
+            self._runner_ready().cache.put_prefix(prefix)
+            row.read = prefix.length
+        return row
+
+    def _join(self, row: Running, output: StepOutput) -> None:
+        """Move a prompt from the lane to the first free slot and choose its first token."""
+        runner = self._runner_ready()
+        slot = len(self.running)
+        runner.cache.move(runner.cache.lane, slot, row.prompt.length)
+        row.embeds = None
+        self.running.append(row)
+        self._choose([row], output.hidden, slice(slot, slot + 1))
+
+    def _decode(self) -> None:
+        rows = list(self.running)
+        if not any(row.launched < row.limit for row in rows):
+            return
+        start = time.perf_counter()
+        lengths = [row.length for row in rows]
+        bucket = min(-(-(max(lengths) + 1) // _READ_STEP) * _READ_STEP, self.max_length)
+        observe = any(row.ticket.request.router_stats for row in rows)
+        output = self._runner_ready().decode(
+            self._tokens[: len(rows)], to_device(lengths, self.model.device), bucket, observe
+        )
+        if output.choices is not None:
+            for place, row in enumerate(rows):
+                if row.ticket.request.router_stats and row.finish is None:
+                    row.count_experts(output.choices[:, place : place + 1])
+        self._choose(rows, output.hidden, slice(0, len(rows)))
+        seconds = time.perf_counter() - start
+        for row in rows:
+            row.seconds["generate"] += seconds
+
+    def _choose(self, rows: list[Running], hidden: Tensor, slots: slice) -> None:
+        """Choose the next tokens from states [n, D]; they stay on the device until ``_collect``."""
+        chosen = choose_tokens(self.model.lm_head(hidden), [row.draw() for row in rows])
+        self._tokens[slots] = chosen
+        for row in rows:
+            row.launched += 1
+        ready = None
+        if chosen.is_cuda:
+            chosen = torch.empty_like(chosen, device="cpu", pin_memory=True).copy_(chosen, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append(_Pending(rows, chosen, hidden, ready))
+
+    def _collect(self) -> None:
+        """Hear the tokens of the passes that are due, and let complete answers leave their slots."""
+        keep = 1 if self._lookahead and any(row.launched < row.limit for row in self.running) else 0
+        while len(self._pending) > keep:
+            pending = self._pending.popleft()
+            for place, (row, token) in enumerate(zip(pending.rows, pending.tokens(), strict=True)):
+                self._hear(row, token, pending.states[place])
+        self._compact()
+
+    def _hear(self, row: Running, token: int, state: Tensor) -> None:
+        try:
+            row.hear(token, state, self._end_ids, self.model.config.seg_token_id, self.processor)
+        except Exception as error:  # noqa: BLE001 - whatever a caller's on_text raises is that caller's trouble alone
+            row.ticket.settle(error)
+            row.finish = "cancelled"
+
+    def _compact(self) -> None:
+        """Free the slots of complete answers: the last running request moves into the gap."""
+        for slot in reversed(range(len(self.running))):
+            row = self.running[slot]
+            if row.finish is None:
+                continue
+            last = len(self.running) - 1
+            if slot != last:
+                mover = self.running[last]
+                self._runner_ready().cache.move(last, slot, mover.length)
+                self._tokens[slot] = self._tokens[last]
+                self.running[slot] = mover
+            self.running.pop()
+            self._finished.append(row)
+
+    def _finish(self) -> None:
+        """Paint the masks of complete answers together and settle their tickets."""
+        rows, self._finished = self._finished, []
+        if not rows:
+            return
+        start = time.perf_counter()
+        texts = [row.final_text(self.processor) for row in rows]
+        for row in rows:
+            if row.finish == "cancelled":  # nobody waits for its masks
+                row.seg_states.clear()
+        threshold = self.model.config.mask.threshold
+        jobs = [row.mask_job(text, threshold) for row, text in zip(rows, texts, strict=True)]
+        painted = paint_masks(self.model, jobs, self.gate)
+        self.images.refresh()
+        now = time.perf_counter()
+        for row, text, result in zip(rows, texts, painted, strict=True):
+            assert row.finish is not None
+            row.seconds["masks"] = now - start
+            row.seconds["total"] = now - row.submitted
+            if not row.ticket.done():
+                row.ticket.settle(
+                    Answer(
+                        text,
+                        result.masks,
+                        dict(row.seconds),
+                        row.finish,
+                        len(row.ids),
+                        result.masks_at,
+                        row.router_shares(),
+                    )
+                )
+
+    def abandon(self, error: BaseException) -> None:
+        """Settle everything with an error and forget it."""
+        rows = [*self.waiting, *self.running, *self._finished, *([self.reading] if self.reading else [])]
+        self.waiting.clear()
+        self.running, self._finished, self.reading = [], [], None
+        self._pending.clear()
+        for row in rows:
+            if not row.ticket.done():
+                row.ticket.settle(error)
+
+    def _runner_ready(self) -> DecoderRunner:
+        """The runner; its slots are allocated at the first request."""
+        if self._runner is None:
+            model = self.model
+            cache = SlotCache(model.config.text_config, self.settings.slots, self.max_length, model.dtype, model.device)
+            self._runner = DecoderRunner(model.model.decoder, cache, self._drops)
+            self._tokens = torch.zeros(self.settings.slots, dtype=torch.long, device=model.device)
+        return self._runner
