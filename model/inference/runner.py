@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from model.inference.slots import SlotCache
 from model.modeling.decoder import MedPLIBDecoder, MedPLIBDecoderLayer
-from model.modeling.moe import MoEFeedForward
+from model.modeling.moe import MoEFeedForward, mix_by_scan
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,15 @@ class DecoderRunner:
         decoder: the network's decoder, in eval mode.
         cache: where keys and values go.
         drops_tokens: experts have a capacity in evaluation too, as published; it then counts over a whole prompt.
+        batch_invariant: decode by kernels whose result for a row does not depend on the other rows.
     """
 
-    def __init__(self, decoder: MedPLIBDecoder, cache: SlotCache, drops_tokens: bool = False) -> None:
+    def __init__(
+        self, decoder: MedPLIBDecoder, cache: SlotCache, drops_tokens: bool = False, batch_invariant: bool = False
+    ) -> None:
         self.decoder, self.cache, self.drops_tokens = decoder, cache, drops_tokens
         self.layers = [layer for layer in decoder.layers if isinstance(layer, MedPLIBDecoderLayer)]
+        self.mixing = mix_by_scan if batch_invariant else None
         attention = self.layers[0].self_attn
         self.width = int(attention.head_dim)
         self.scaling = float(attention.scaling)
@@ -137,7 +141,8 @@ class DecoderRunner:
         if whole_prompt:
             mixed = layer.mlp(normed)
             return hidden + mixed.hidden, mixed.router.kept
-        output, choices = layer.mlp.infer(normed.flatten(0, 1))
+        decoding = hidden.shape[1] == 1
+        output, choices = layer.mlp.infer(normed.flatten(0, 1), self.mixing if decoding else None)
         return hidden + output.view_as(hidden), choices
 
 

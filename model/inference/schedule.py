@@ -46,6 +46,9 @@ class EngineSettings:
             question about an image most of its prefill.
         lookahead: begin the next step before the last one's tokens are known to the host; by default on CUDA. Costs
             one superfluous token at the end of an answer, never changes it.
+        batch_invariant: decode all slots always, the free ones too, so that a row's rounding does not depend on its
+            company: in reduced precision a near tie between two tokens can otherwise go either way. Costs work where
+            slots are free, and every expert computes every row.
     """
 
     slots: int = 8
@@ -55,6 +58,7 @@ class EngineSettings:
     image_cache_mb: int = 256
     prefix_cache_mb: int = 256
     lookahead: bool | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("prefill_chunk", 1), ("waiting", 1), ("image_cache_mb", 0)):
@@ -158,7 +162,10 @@ class Schedule:
         self._finished.append(row)
 
     def _prefill(self) -> None:
-        """Read up to ``prefill_chunk`` prompt tokens; a prompt read to its end joins the running ones."""
+        """Read prompts, a chunk at a time, until ``prefill_chunk`` tokens are read; whole prompts join the running.
+
+        Where chunks end depends on the prompt alone, so its states do not depend on what else is read.
+        """
         budget = self._chunk
         while budget > 0:
             if self.reading is None:
@@ -168,10 +175,8 @@ class Schedule:
             row = self.reading
             start = time.perf_counter()
             assert row.embeds is not None
-            end = min(row.prompt.length, row.read + budget)
             shared = self._shared_tokens(row.prompt)
-            if row.read < shared:
-                end = min(end, shared)
+            end = min(shared if row.read < shared else row.prompt.length, row.read + self._chunk)
             observe = row.ticket.request.router_stats
             output = self._runner_ready().prefill(row.embeds[:, row.read : end], row.read, observe)
             budget -= end - row.read
@@ -220,10 +225,12 @@ class Schedule:
             return
         start = time.perf_counter()
         lengths = [row.length for row in rows]
+        if self.settings.batch_invariant:
+            lengths += [0] * (self.settings.slots - len(rows))
         bucket = min(-(-(max(lengths) + 1) // _READ_STEP) * _READ_STEP, self.max_length)
         observe = any(row.ticket.request.router_stats for row in rows)
         output = self._runner_ready().decode(
-            self._tokens[: len(rows)], to_device(lengths, self.model.device), bucket, observe
+            self._tokens[: len(lengths)], to_device(lengths, self.model.device), bucket, observe
         )
         if output.choices is not None:
             for place, row in enumerate(rows):
@@ -236,7 +243,8 @@ class Schedule:
 
     def _choose(self, rows: list[Running], hidden: Tensor, slots: slice) -> None:
         """Choose the next tokens from states [n, D]; they stay on the device until ``_collect``."""
-        chosen = choose_tokens(self.model.lm_head(hidden), [row.draw() for row in rows])
+        logits = self.model.lm_head(hidden)[: len(rows)]
+        chosen = choose_tokens(logits, [row.draw() for row in rows])
         self._tokens[slots] = chosen
         for row in rows:
             row.launched += 1
@@ -325,6 +333,6 @@ class Schedule:
         if self._runner is None:
             model = self.model
             cache = SlotCache(model.config.text_config, self.settings.slots, self.max_length, model.dtype, model.device)
-            self._runner = DecoderRunner(model.model.decoder, cache, self._drops)
+            self._runner = DecoderRunner(model.model.decoder, cache, self._drops, self.settings.batch_invariant)
             self._tokens = torch.zeros(self.settings.slots, dtype=torch.long, device=model.device)
         return self._runner

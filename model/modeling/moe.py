@@ -160,11 +160,12 @@ class MoEFeedForward(nn.Module):
             mixed = self._with_residual(tokens, mixed)
         return MoEOutput(mixed.view(*hidden.shape[:-1], mixed.shape[-1]), aux_loss, stats)
 
-    def infer(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def infer(self, tokens: Tensor, mixing: Mixing | None = None) -> tuple[Tensor, Tensor]:
         """The mixture alone, for inference: no loss, no statistics, and nothing is dropped.
 
         Args:
             tokens: [T, D], all real.
+            mixing: how expert outputs are mixed; what suits the device and the number of tokens when absent.
 
         Returns:
             Outputs [T, D'], and bool [T, E], which experts each token went to.
@@ -172,7 +173,7 @@ class MoEFeedForward(nn.Module):
         logits = self.router(tokens)  # [T, E]
         chosen = self._choose(logits, None).any(dim=0)  # [T, E]
         combine = self._shares(logits.softmax(dim=-1) * chosen)
-        mixed = mixing_for(tokens)(tokens, combine, chosen, self.experts)
+        mixed = (mixing or mixing_for(tokens))(tokens, combine, chosen, self.experts)
         if hasattr(self, "residual_expert"):
             mixed = self._with_residual(tokens, mixed)
         return mixed, chosen
