@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ import torch
 from PIL import Image
 
 from model.checkpoint import load
-from model.inference.generation import GenerationSettings, generate
+from model.inference.generation import GenerationSettings
 from model.inference.predictor import Predictor, PreparedImage
+from model.inference.prompts import Prompt, visual_tokens
+from model.inference.requests import Request, Ticket
+from model.inference.running import Running
+from model.inference.schedule import EngineSettings, Schedule
+from model.modeling.configuration import IMAGE_PLACEHOLDER
 from model.processing.conversation import Turn
 from model.processing.processor import MedPLIBProcessor
 
@@ -41,11 +47,32 @@ def picture(golden: Path, path: str) -> np.ndarray:
     return np.asarray(Image.open(golden / "1_preprocess" / "inputs" / Path(path).name).convert("RGB"))
 
 
-def answer_ids(predictor: Predictor, image: PreparedImage, prompt: list[int], region: np.ndarray | None) -> Any:
-    inputs = {"input_ids": torch.tensor([prompt]), "image_features": image.image_features}
-    if region is not None:
-        inputs |= {"region_masks": torch.from_numpy(region), "region_image": torch.tensor([0])}
-    return generate(predictor.model, inputs, GenerationSettings(max_new_tokens=48))[0]
+Recorded = tuple[PreparedImage, list[int], np.ndarray | None]  # image, prompt ids, region grid
+
+
+def say(predictor: Predictor, prompts: Mapping[str, Recorded], max_new_tokens: int = 48) -> dict[str, Running]:
+    """What the engine says to recorded prompts, all of them at once in three slots."""
+    schedule = Schedule(predictor.model, predictor.processor, EngineSettings(slots=3, prefill_chunk=100))
+    rows = {}
+    for name, (image, ids, region) in prompts.items():
+        request = Request(image, "as recorded", settings=GenerationSettings(max_new_tokens))
+        grid = predictor.processor.settings.grid
+        masks = torch.zeros(0, grid, grid) if region is None else torch.from_numpy(region)
+        opening, patches = ids.index(IMAGE_PLACEHOLDER), visual_tokens(predictor.model)
+        prompt = Prompt(
+            image,
+            torch.tensor([ids]),
+            masks,
+            torch.zeros(len(masks), dtype=torch.long),
+            length=len(ids) - 1 + patches,
+            prefix_length=opening + patches,
+            prefix_key=(image.key, tuple(ids[:opening])),
+        )
+        schedule.add(Ticket(request), prompt, None)
+        rows[name] = schedule.waiting[-1]
+    while schedule.busy:
+        schedule.step()
+    return rows
 
 
 def test_a_published_checkpoint_selects_the_published_behaviour(predictor: Predictor) -> None:
@@ -55,19 +82,43 @@ def test_a_published_checkpoint_selects_the_published_behaviour(predictor: Predi
 
 
 def test_prompts_and_greedy_answers(predictor: Predictor, cases: dict[str, Any], arrays: Any, golden: Path) -> None:
+    prompts: dict[str, Recorded] = {}
+    wanted: dict[str, list[int]] = {}
     for name, case in cases.items():
         image = predictor.set_image(picture(golden, case["image"]))
         # Without its region the published VQA loop asks blind: the marker's place stays empty.
-        prompt = [token for token in case["prompt_ids"] if token != -300]
+        blind = [token for token in case["prompt_ids"] if token != -300]
         if not case["rp_flag"]:
-            found = answer_ids(predictor, image, prompt, None)
-            assert [*found.token_ids, 2] == case["vqa_generate_ids"], name
-            assert predictor.processor.decode_text(found.token_ids).replace(" ", "") == case["vqa_text"].replace(
-                " ", ""
-            )
+            prompts[name], wanted[name] = (image, blind, None), case["vqa_generate_ids"]
         if "region_generate_ids" in case:
-            found = answer_ids(predictor, image, case["prompt_ids"], arrays[f"{name}/region_mask"])
-            assert [*found.token_ids, 2] == case["region_generate_ids"], name
+            pointed = f"{name}, region"
+            prompts[pointed] = (image, case["prompt_ids"], arrays[f"{name}/region_mask"])
+            wanted[pointed] = case["region_generate_ids"]
+    found = say(predictor, prompts)
+    assert {name: [*row.ids, 2] for name, row in found.items()} == wanted
+    assert any(name.endswith("region") for name in found)
+    for name, row in found.items():
+        assert row.finish == "end"
+        if name in cases:
+            said = row.ticket.result(0).text
+            assert said.replace(" ", "") == cases[name]["vqa_text"].replace(" ", ""), name
+
+
+def test_transformers_own_loop_says_the_same(
+    predictor: Predictor, cases: dict[str, Any], arrays: Any, golden: Path
+) -> None:
+    name, case = next((name, case) for name, case in cases.items() if "region_generate_ids" in case)
+    image = predictor.set_image(picture(golden, case["image"]))
+    ids = predictor.model.generate(
+        torch.tensor([case["prompt_ids"]]),
+        pixel_values=image.clip_input,
+        region_masks=torch.from_numpy(arrays[f"{name}/region_mask"]),
+        region_image=torch.tensor([0]),
+        max_new_tokens=48,
+        do_sample=False,
+        eos_token_id=2,
+    )
+    assert ids[0].tolist() == case["region_generate_ids"]
 
 
 def test_a_dense_checkpoint_answers_as_published(published_directories: dict[str, Path], golden: Path) -> None:
@@ -78,19 +129,20 @@ def test_a_dense_checkpoint_answers_as_published(published_directories: dict[str
     for name, file in (("lisa_grd1", "x_ray--odd--c.png"), ("lisa_vqa1", "ct_00--tall--a.png")):
         wanted = recorded[name]["new_ids"]
         image = dense.set_image(picture(golden, file))
-        inputs = {"input_ids": torch.tensor([recorded[name]["prompt_ids"]]), "image_features": image.image_features}
-        found = generate(dense.model, inputs, GenerationSettings(max_new_tokens=len(wanted)))[0]
-        assert found.token_ids == wanted
+        found = say(dense, {name: (image, recorded[name]["prompt_ids"], None)}, len(wanted))
+        assert found[name].ids == wanted
 
 
 @torch.inference_mode()
 def test_masks(predictor: Predictor, cases: dict[str, Any], arrays: Any, golden: Path) -> None:
-    compared = 0
-    for name, case in cases.items():
-        if not case.get("n_seg"):
-            continue
-        image = predictor.set_image(picture(golden, case["image"]))
-        row = answer_ids(predictor, image, case["prompt_ids"], None)
+    spoken = {name: case for name, case in cases.items() if case.get("n_seg")}
+    images = {name: predictor.set_image(picture(golden, case["image"])) for name, case in spoken.items()}
+    rows = say(predictor, {name: (images[name], case["prompt_ids"], None) for name, case in spoken.items()})
+    assert len(rows) == 5
+    for name, case in spoken.items():
+        row, image = rows[name], images[name]
+        hidden = torch.from_numpy(arrays[f"{name}/seg_hidden"]).reshape(-1, row.seg_states[0].shape[-1])
+        torch.testing.assert_close(torch.stack(row.seg_states), hidden, rtol=1e-4, atol=1e-4)
         decoded = predictor.model.decode_masks(
             torch.stack(row.seg_states),
             predictor.model.encode_segmented_images(image.sam_input),
@@ -103,9 +155,11 @@ def test_masks(predictor: Predictor, cases: dict[str, Any], arrays: Any, golden:
         torch.testing.assert_close(decoded.mask_logits[0], wanted, rtol=1e-4, atol=atol)
         iou = torch.from_numpy(arrays[f"{name}/iou_pred"])
         torch.testing.assert_close(decoded.iou_predictions, iou, rtol=1e-4, atol=1e-5)
-        assert int((decoded.mask_logits[0].sigmoid() > 0.1).sum()) == pytest.approx(case["mask_pixels_gt_0.1"], abs=3)
-        compared += 1
-    assert compared == 5
+        area = pytest.approx(case["mask_pixels_gt_0.1"], abs=3)
+        assert int((decoded.mask_logits[0].sigmoid() > 0.1).sum()) == area
+        answer = row.ticket.result(0)
+        assert len(answer.masks) == case["n_seg"] and answer.masks[0].area_px == area
+        assert answer.masks[0].score == pytest.approx(float(iou.flatten()[0].clip(0, 1)), abs=1e-4)
 
 
 def test_the_predictor_gives_the_published_answers(predictor: Predictor, cases: dict[str, Any], golden: Path) -> None:
@@ -151,25 +205,21 @@ def published_mask(predictor: Predictor, image: PreparedImage, question: str) ->
     return answer.masks[0].to_array() if answer.masks else forced_mask(predictor, image, question)
 
 
+@torch.inference_mode()
 def forced_mask(predictor: Predictor, image: PreparedImage, question: str) -> np.ndarray:
     turns = [Turn("human", f"<image>\n{question}")]
-    batch = predictor.processor.collate([predictor.processor.encode_prompt(turns, [image.data.pixels])])
+    prompt = predictor.processor.encode_prompt(turns, [image.data.pixels]).input_ids
     model = predictor.model
-    with torch.inference_mode():
-        row = generate(
-            model,
-            {"input_ids": batch["input_ids"], "image_features": image.image_features},
-            GenerationSettings(max_new_tokens=48),
-        )[0]
-        ids = torch.cat([batch["input_ids"], torch.tensor([[*row.token_ids, 2]])], dim=1)
-        states = model(input_ids=ids, image_features=image.image_features).last_hidden_state
-        decoded = model.decode_masks(
-            states[:, -2],
-            model.encode_segmented_images(image.sam_input),
-            torch.tensor([0]),
-            [image.sam_size],
-            [image.size],
-        )
+    said = say(predictor, {"it": (image, prompt.tolist(), None)})["it"].ids
+    ids = torch.cat([prompt, torch.tensor([*said, 2])])[None]
+    states = model(input_ids=ids, image_features=image.image_features).last_hidden_state
+    decoded = model.decode_masks(
+        states[:, -2],
+        model.encode_segmented_images(image.sam_input),
+        torch.tensor([0]),
+        [image.sam_size],
+        [image.size],
+    )
     return decoded.mask_logits[0].sigmoid().numpy() > 0.1
 
 
