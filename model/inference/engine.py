@@ -6,6 +6,7 @@ the answers that became complete (``schedule.py``); this is the face: handing in
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,8 @@ from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 
 __all__ = ["Engine", "EngineFull", "EngineSettings", "Request", "Ticket"]
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -243,7 +246,10 @@ class Engine:
                 self._news.wait_for(lambda: self._closed or self.busy)
                 if self._closed:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception:  # its tickets have been told; what comes next may well succeed
+                _log.exception("a step failed, and the requests in it were given up")
 
     def _check_open(self) -> None:
         if self._closed:
