@@ -195,6 +195,7 @@ class PredictionWriter:
             self._stream.seek(0)
             self.rows = sum(1 for line in self._stream if line.strip())
         except BlockingIOError as error:
+            self._stream.close()
             raise MedPLIBError(f"another process is writing {self.path}; wait for it, or name another file") from error
         except OSError as error:
             reason = error.strerror or "it cannot be written"

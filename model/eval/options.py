@@ -1,0 +1,145 @@
+"""Everything a run over a data file is told, checked where no checkpoint is needed to see that it cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.errors import MedPLIBError
+
+if TYPE_CHECKING:  # a command's --help need not wait for torch
+    from model.eval.references import Turns
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """One run over one data file.
+
+    Attributes:
+        model: checkpoint directory.
+        data: JSON, JSONL or Parquet file in the published format.
+        images: folder that the records' paths start from.
+        answers: file the predictions are written to.
+        vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
+        sam: SAM-Med2D file, for published checkpoints that hold no SAM weights.
+        answer_type: label of every row; the record's own where None.
+        template: conversation template; the checkpoint's own where None.
+        turns: which questions of a conversation are asked; those before it are shown with their reference answers.
+        max_new_tokens: hard end of an answer.
+        max_length: tokens that a prompt, its image included, and its answer may have together; None: what the network
+            can hold.
+        temperature: 0 is greedy.
+        top_p: nucleus, with a temperature above 0.
+        seed: of sampling; every question draws from its own.
+        thresholds: mask thresholds in (0, 1): the first is that of ``masks``, all of them are written as ``masks_at``.
+            The checkpoint's own where there is none.
+        no_mask_below: probability of presence below which a mask is left empty; needs a checkpoint with a mask gate.
+        regions: True demands a region adapter; False asks without looking at regions, as the published VQA loop does;
+            None looks at them.
+        moe: demand a mixture-of-experts checkpoint.
+        sam_size: side of SAM's input that the checkpoint must have, in pixels; None takes any.
+        router: write which share of the tokens each expert computed.
+        answer_scores: report the published answer scores at the end.
+        segmentation_scores: report mIoU and mDice at the end.
+        pictures: folder for overlays of rows with masks; None writes none.
+        precision: ``fp32`` or ``bf16``; as stored where None, but fp32 on a CPU.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        batch_size: questions decoded together.
+        workers: threads that read images ahead; 0 reads in between.
+        num_chunks, chunk_index: the records are cut into so many runs of neighbours, and this one is asked.
+        limit: ask only so many records, from the first on.
+        overwrite: start anew where the answers file is there already.
+
+    Raises:
+        MedPLIBError: two of them contradict each other, or one is out of its range.
+    """
+
+    model: Path
+    data: Path
+    images: Path
+    answers: Path
+    vision_tower: Path | None = None
+    sam: Path | None = None
+    answer_type: str | None = None
+    template: str | None = None
+    turns: Turns = "all"
+    max_new_tokens: int = 1024
+    max_length: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+    thresholds: tuple[float, ...] = ()
+    no_mask_below: float | None = None
+    regions: bool | None = None
+    moe: bool = False
+    sam_size: int | None = None
+    router: bool = False
+    answer_scores: bool = False
+    segmentation_scores: bool = False
+    pictures: Path | None = None
+    precision: str | None = None
+    device: str = "auto"
+    batch_size: int = 8
+    workers: int = 2
+    num_chunks: int = 1
+    chunk_index: int = 0
+    limit: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_places()
+        self._check_numbers()
+        for threshold in self.thresholds:
+            if not 0 < threshold < 1:
+                raise MedPLIBError(f"the mask threshold is {threshold}; give numbers between 0 and 1")
+        if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
+            raise MedPLIBError(f"a mask threshold is given twice ({_listed(self.thresholds)}); give each once")
+        if self.no_mask_below is not None and not 0 <= self.no_mask_below <= 1:
+            raise MedPLIBError(f"no_mask_below is {self.no_mask_below}; give a probability from 0 to 1")
+        if self.top_p < 1 and self.temperature == 0:
+            raise MedPLIBError(f"top_p is {self.top_p}, but greedy answers are not drawn; give a temperature above 0")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise MedPLIBError(f"the precision is {self.precision!r}; answers are given in {' or '.join(PRECISIONS)}")
+        if not 0 <= self.chunk_index < self.num_chunks:
+            raise MedPLIBError(
+                f"the chunk is number {self.chunk_index} of {self.num_chunks}; they are counted from 0 to "
+                f"{self.num_chunks - 1}"
+            )
+
+    def _check_places(self) -> None:
+        if not self.data.is_file():
+            raise MedPLIBError(f"the data file {self.data} does not exist; give a JSON, JSONL or Parquet file")
+        for what, folder in (("checkpoint", self.model), ("image folder", self.images), ("CLIP", self.vision_tower)):
+            if folder is not None and not folder.is_dir():
+                raise MedPLIBError(f"the {what} {folder} is not a directory here; give one that is")
+        if self.sam is not None and not self.sam.is_file():
+            raise MedPLIBError(f"the SAM-Med2D file {self.sam} does not exist; give the file that holds its weights")
+        if self.answers.is_dir():
+            raise MedPLIBError(f"{self.answers} is a directory; name the file that the answers go to")
+        if self.answers.resolve() == self.data.resolve():
+            raise MedPLIBError(f"{self.answers} is the data file; name another file for the answers")
+
+    def _check_numbers(self) -> None:
+        least = {"max_new_tokens": 1, "max_length": 1, "batch_size": 1, "workers": 0, "num_chunks": 1, "limit": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise MedPLIBError(f"{name} is {value}; give at least {smallest}")
+        if not 0 <= self.temperature < float("inf"):
+            raise MedPLIBError(f"the temperature is {self.temperature}; give 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise MedPLIBError(f"top_p is {self.top_p}; give a number above 0 and up to 1")
+        if not 0 <= self.seed < 2**63:
+            raise MedPLIBError(f"the seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
+
+
+def default_answers(model: Path, data: Path) -> Path:
+    """Where the answers of a model to a data file go when nobody says."""
+    return Path("runs") / "infer" / model.resolve().name / f"{data.stem}.jsonl"
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
