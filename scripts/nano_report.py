@@ -1,4 +1,4 @@
-"""Measure checkpoints on held-out phantoms through the real generation path, beside blind baselines.
+"""Measure checkpoints on held-out phantoms through the engine, beside blind baselines.
 
     python scripts/nano_report.py --data DIR --train DIR --out report.json stage2=DIR stage3=DIR stage4=DIR
 
@@ -22,15 +22,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.checkpoint import load
 from model.data.builders.blind import blind_baseline, position_prior_dice
-from model.data.readers import read_image, read_mask
-from model.inference.generation import GenerationSettings, generate
-from model.modeling.medplib import MedPLIBForCausalLM
-from model.processing.conversation import Turn
-from model.processing.processor import MedPLIBProcessor
+from model.data.readers import read_mask
+from model.errors import MedPLIBError
+from model.inference.answer import Answer
+from model.inference.engine import Engine, EngineSettings, Request
+from model.inference.generation import GenerationSettings
+from model.processing.masks import decode_rle
 
 THRESHOLDS = (0.1, 0.5)
+SLOTS = 16
 TASKS = ("vqa", "region", "grounding")
 _REGION = re.compile(r"<region>(.*?)</region>")
 _MASK = re.compile(r"<mask>(.*?)</mask>")
@@ -69,8 +70,8 @@ def main() -> int:
     for item in options.models:
         name, _, directory = item.partition("=")
         start = time.monotonic()
-        model, processor = load(Path(directory), dtype=torch.float32)
-        scores = measure(model.eval(), processor, test, options.data, name)
+        engine = Engine.from_pretrained(directory, settings=EngineSettings(slots=SLOTS), dtype=torch.float32)
+        scores = measure(engine, test, options.data, name)
         report["columns"][name] = {**scores, "seconds": round(time.monotonic() - start, 1)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -102,89 +103,53 @@ def _absolute(conversations: Sequence[Mapping[str, str]], base: Path) -> list[di
     return [{**turn, "value": turn["value"].replace("<mask>", f"<mask>{base.resolve()}/")} for turn in conversations]
 
 
-@torch.inference_mode()
-def measure(
-    model: MedPLIBForCausalLM,
-    processor: MedPLIBProcessor,
-    records: Sequence[Mapping[str, Any]],
-    root: Path,
-    name: str,
-) -> dict[str, float]:
+def measure(engine: Engine, records: Sequence[Mapping[str, Any]], root: Path, name: str) -> dict[str, float]:
     """Scores of one model: means by kind of question, Dice, false masks, refusals, and the number of each."""
     found: dict[str, list[float]] = defaultdict(list)
-    by_image: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for record in records:
-        by_image[record["image"]].append(record)
-    for image, asked in tqdm(by_image.items(), desc=name, unit="image", mininterval=5):
-        pixels = read_image(root / image).pixels
-        for key, value in ask_image(model, processor, pixels, asked, root):
+    requests = (as_request(record, root) for record in records)
+    answers = tqdm(engine.answer_all(requests), desc=name, total=len(records), unit="question", mininterval=5)
+    for number, answer in answers:
+        if isinstance(answer, MedPLIBError):
+            raise answer
+        for key, value in score(records[number], answer, root):
             found[key].append(value)
     counts = {f"n_{key}": len(values) for key, values in found.items()}
     return {**{key: float(np.mean(values)) for key, values in found.items()}, **counts}
 
 
-def ask_image(
-    model: MedPLIBForCausalLM,
-    processor: MedPLIBProcessor,
-    pixels: np.ndarray,
-    records: Sequence[Mapping[str, Any]],
-    root: Path,
-) -> list[tuple[str, float]]:
-    """Ask all questions about one image at once; gives (score name, value) pairs."""
-    clip, sam, sam_size = processor.image_inputs(pixels)
-    features = model.encode_images(clip[None])
-    encoded = []
-    for record in records:
-        question = record["conversations"][0]["value"]
-        regions = [read_mask(root / path) for path in _REGION.findall(question)]
-        text = _REGION.sub("<region></region>", question)
-        encoded.append(processor.encode_prompt([Turn("human", text)], [pixels], regions=regions))
-    batch = processor.collate(encoded, padding_side="left")
-    names = ("input_ids", "attention_mask", "region_masks", "region_image")
-    prompt = {key: batch[key] for key in names if batch.get(key) is not None}
-    rows = generate(
-        model,
-        {**prompt, "image_features": features.expand(len(records), -1, -1)},
-        GenerationSettings(max_new_tokens=48),
+def as_request(record: Mapping[str, Any], root: Path) -> Request:
+    """What a record asks, with its masks at all thresholds."""
+    question = record["conversations"][0]["value"].removeprefix("<image>\n")
+    return Request(
+        root / record["image"],
+        _REGION.sub("<region></region>", question),
+        regions=[root / path for path in _REGION.findall(question)],
+        settings=GenerationSettings(max_new_tokens=48),
+        thresholds=THRESHOLDS,
     )
-    embedding = model.encode_segmented_images(sam[None])
-    scores: list[tuple[str, float]] = []
-    for record, row in zip(records, rows, strict=True):
-        wanted = [read_mask(root / path) for path in _MASK.findall(record["conversations"][1]["value"])]
-        if record["task"] != "grounding":
-            answer = processor.decode_text(row.token_ids)
-            scores.append((record["kind"], float(plain(answer) == plain(record["conversations"][1]["value"]))))
-        elif not wanted:
-            scores.append(("false_masks", float(bool(row.seg_states))))
-        else:
-            scores.append(("refused", float(not row.seg_states)))
-            scores += _dices(model, embedding, row.seg_states, wanted, sam_size, pixels.shape[:2])
-    return scores
 
 
-def _dices(
-    model: MedPLIBForCausalLM,
-    embedding: torch.Tensor,
-    states: Sequence[torch.Tensor],
-    wanted: Sequence[np.ndarray],
-    sam_size: tuple[int, int],
-    size: tuple[int, ...],
-) -> list[tuple[str, float]]:
-    """Dice of every wanted mask with the painted one of the same number; 0 where none was painted."""
-    logits: list[torch.Tensor] = []
-    if states:
-        index = torch.zeros(len(states), dtype=torch.long)
-        sizes = [(int(size[0]), int(size[1]))] * len(states)
-        logits = model.decode_masks(
-            torch.stack(list(states)), embedding, index, [sam_size] * len(states), sizes
-        ).mask_logits
-    scores = []
+def score(record: Mapping[str, Any], answer: Answer, root: Path) -> list[tuple[str, float]]:
+    """(Score name, value) pairs of one answer."""
+    reference = record["conversations"][1]["value"]
+    if record["task"] != "grounding":
+        return [(record["kind"], float(plain(answer.text) == plain(reference)))]
+    wanted = [read_mask(root / path) for path in _MASK.findall(reference)]
+    if not wanted:
+        return [("false_masks", float(bool(answer.masks)))]
+    scores = [("refused", float(not answer.masks))]
     for threshold in THRESHOLDS:
+        painted = [decode_rle(mask) for mask in answer.masks_at[f"{threshold:g}"]]
         for number, target in enumerate(wanted):
-            painted = logits[number].sigmoid().numpy() > threshold if number < len(logits) else np.zeros_like(target)
-            both = int(painted.sum()) + int(target.sum())
-            scores.append((f"dice@{threshold}", 2 * int((painted & target).sum()) / both if both else 1.0))
+            found = painted[number] if number < len(painted) else np.zeros_like(target)
+            scores.append((f"dice@{threshold:g}", dice(found, target)))
     return scores
+
+
+def dice(painted: np.ndarray, target: np.ndarray) -> float:
+    """Dice of two masks, bool [H, W]; 1 where both are empty."""
+    both = int(painted.sum()) + int(target.sum())
+    return 2 * int((painted & target).sum()) / both if both else 1.0
 
 
 def plain(text: str) -> str:
