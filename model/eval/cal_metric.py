@@ -1,0 +1,225 @@
+"""Scores of a predictions file: the published table as it was published, then the standard scores.
+
+    python model/eval/cal_metric.py --pred=FILE.jsonl [--candidate_set FILE.json]
+
+The published numbers are kept for comparison with published results; several are not what their names say
+(``model/eval/metrics/published_text.py``). Judge a model by the standard ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: Python puts this folder on its path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tqdm import tqdm
+
+from model.data.records import open_records
+from model.errors import MedPLIBError
+from model.eval.metrics import PublishedMasks, PublishedText, Scores, score_predictions
+from model.eval.metrics.published_text import format_table
+from model.eval.predictions import Prediction, match_references, read_predictions
+
+STANDARD_HEADING = "Standard scores (fractions of 1; 95 % intervals over images)"
+
+
+@dataclass
+class Published:
+    """The published numbers of a stream of predictions."""
+
+    text: PublishedText
+    masks: PublishedMasks = field(default_factory=PublishedMasks)
+
+    def watch(self, rows: Iterable[Prediction]) -> Iterator[Prediction]:
+        """Hand the rows on, taking each in."""
+        for row in rows:
+            self.text.add(row)
+            self.masks.add_prediction(row)
+            yield row
+
+    def to_dict(self, table: dict[str, float]) -> dict[str, Any]:
+        """JSON-ready mapping of the published table and, where there are masks, grounding scores."""
+        grounding = {
+            "mIoU": self.masks.miou,
+            "mDice": self.masks.mdice,
+            "modality": self.masks.by_modality(),
+            "masks": self.masks.count,
+        }
+        return {
+            "table": table,
+            "open": self.text.open,
+            "closed": self.text.closed,
+            "grounding": grounding if self.masks.count else None,
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the scores of one predictions file; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        run(options)
+    except MedPLIBError as error:
+        print(f"cal_metric: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"cal_metric: {error.filename or ''}: {error.strerror or error}; name another file", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The published flags and ours."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pred", required=True, metavar="FILE.jsonl", help="predictions of vqa_infer")
+    parser.add_argument(
+        "--candidate_set",
+        metavar="FILE.json",
+        help="makes “open accuracy” choose among the references; as published, the file's content is not used",
+    )
+    parser.add_argument(
+        "--references", metavar="FILE.json", help="data file that the predictions must match one to one"
+    )
+    parser.add_argument("--turns", choices=("all", "first"), default="all", help="questions asked of a conversation")
+    parser.add_argument(
+        "--thresholds",
+        type=_thresholds,
+        metavar="A,B",
+        help="score the masks at these thresholds; those that the predictions carry when absent",
+    )
+    parser.add_argument("--surface", action="store_true", help="also HD95 and surface Dice (decodes every mask)")
+    parser.add_argument("--tolerance_mm", type=float, default=2.0, help="of the surface Dice where spacing is known")
+    parser.add_argument("--tolerance_px", type=float, default=2.0, help="of the surface Dice where it is not")
+    add_output_flags(parser)
+    return parser
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the intervals and of what is written."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--samples", type=_count, default=1000, help="bootstrap resamplings; 0 gives no intervals")
+    parser.add_argument("--seed", type=_count, default=0, help="of the resampling")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read the predictions once, print both kinds of scores and write them where asked."""
+    if options.candidate_set:
+        _check_candidates(Path(options.candidate_set))
+    published = Published(PublishedText(choose_candidates=bool(options.candidate_set)))
+    rows: Iterable[Prediction] = with_bar(read_predictions(options.pred), count_rows(options.pred))
+    if options.references:
+        pairs = match_references(rows, open_records(options.references), options.turns)
+        rows = (prediction for prediction, _ in pairs)
+    scores = score_predictions(
+        published.watch(rows),
+        thresholds=options.thresholds or thresholds_in(options.pred),
+        surface=options.surface,
+        tolerance_mm=options.tolerance_mm,
+        tolerance_px=options.tolerance_px,
+        samples=options.samples,
+        seed=options.seed,
+    )
+    table = print_published(options, published.text)
+    print()
+    print_standard(scores, published.masks)
+    result = {"predictions": options.pred, "published": published.to_dict(table), "standard": scores.to_dict()}
+    write_json(options.json, result)
+
+
+def thresholds_in(path: str | Path) -> list[float] | None:
+    """Thresholds that the masks of a predictions file are given at, ascending; None where only as written."""
+    first = next((row for row in read_predictions(path) if row.masks or row.masks_at), None)
+    return sorted(float(name) for name in first.masks_at) if first and first.masks_at else None
+
+
+def count_rows(path: str | Path) -> int:
+    """Rows of a predictions file, by its lines."""
+    try:
+        with Path(path).open("rb") as stream:
+            return sum(1 for line in stream if line.strip())
+    except OSError as error:
+        reason = error.strerror or "it cannot be read"
+        raise MedPLIBError(f"cannot read the predictions {path}: {reason}; give a file of vqa_infer") from error
+
+
+def with_bar(rows: Iterable[Prediction], total: int) -> Iterator[Prediction]:
+    """The rows, with a bar on a terminal."""
+    yield from tqdm(rows, total=total, unit="row", desc="scoring", leave=False, disable=None)
+
+
+def print_published(options: argparse.Namespace, text: PublishedText) -> dict[str, float]:
+    """Print what the published command printed, line for line; returns its table."""
+    print(f"pred file {options.pred}\ncandidate_set {options.candidate_set}")
+    if options.candidate_set:
+        print(f"{text.open + text.closed}\ncandidate_set {len(text.references)}")
+    print("length of candidate_words is 0\n" * text.empty, end="")
+    print(f"open_cnt {text.open}\nclosed_cnt {text.closed}")
+    with tqdm(unit="answer", desc="open accuracy", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        table = text.table(show)
+    if options.candidate_set and text.open:
+        hits = float(round(text.open * table["open accuracy"] / 100))
+        print(f"{hits} {text.open} {text.open}")
+    print(f"num_open {text.open} || num_close {text.closed}")
+    print(format_table(table))
+    return table
+
+
+def print_standard(scores: Scores, masks: PublishedMasks) -> None:
+    """Print the standard scores, and the published grounding lines above them where there are masks."""
+    if masks.count:
+        print(f"As the published --eval_seg prints it, over {masks.count} masks\n{masks.format()}\n")
+    print(f"{STANDARD_HEADING}\n{scores.table()}")
+    for dimension in scores.dimensions:
+        if len(scores.by(dimension)) > 1:
+            print(f"\nBy {dimension}\n{scores.table(dimension)}")
+    errors, unscored = int(scores.total("error")), int(scores.total("unscored"))
+    print(f"\n{len(scores.keys)} rows", end="")
+    print(f", {errors} of them without an answer, which counts as wrong" if errors else "", end="")
+    print(f"; {unscored} grounding rows have no reference masks and are not scored" if unscored else "", end="\n")
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write the numbers where asked."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _check_candidates(path: Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MedPLIBError(f"cannot read the candidate set {path}: {error.strerror}; give a JSON file") from error
+    except ValueError as error:
+        raise MedPLIBError(f"the candidate set {path} is not JSON ({error}); give a data file of records") from error
+
+
+def _thresholds(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of probabilities such as 0.1,0.5")
+    return sorted(set(values))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

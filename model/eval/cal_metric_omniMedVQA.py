@@ -1,0 +1,162 @@
+"""Accuracy on OmniMedVQA by imaging modality: as it was published, then the standard scores.
+
+    python model/eval/cal_metric_omniMedVQA.py --pred=FILE.jsonl --root DIR
+
+``DIR`` is OmniMedVQA's folder, whose question files (``QA_information/**/*.json``, or JSON files anywhere in ``DIR``)
+say which modality an image has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+if not __package__:  # run as a file: Python puts this folder on its path, not the project
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from model.errors import MedPLIBError
+from model.eval.cal_metric import add_output_flags, count_rows, print_standard, with_bar, write_json
+from model.eval.metrics import PublishedMasks, score_predictions
+from model.eval.metrics.published_words import published_words
+from model.eval.metrics.rows import is_closed
+from model.eval.predictions import Prediction
+
+_NAMED = 5  # unknown images told in a refusal
+
+
+@dataclass
+class PublishedAccuracy:
+    """Closed questions answered with exactly the reference's words, by modality."""
+
+    open: int = 0
+    closed: int = 0
+    hits: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
+
+    def watch(self, rows: Iterable[Prediction]) -> Iterator[Prediction]:
+        """Hand the rows on, taking each in."""
+        for row in rows:
+            if is_closed(row):
+                self.closed += 1
+                self.hits[row.metadata["modality"]].append(published_words(row.text) == published_words(row.gt))
+            else:
+                self.open += 1
+            yield row
+
+    def by_modality(self) -> dict[str, float]:
+        """Percent, rounded to two places, in order of appearance."""
+        return {name: round(100 * sum(hits) / len(hits), 2) for name, hits in self.hits.items()}
+
+    def mean(self) -> float:
+        """Mean of the modalities' accuracies, as the paper takes its overall scores (reference §11).
+
+        The recorded run cannot tell it from the accuracy of all questions: its modalities are equally large.
+        """
+        return sum(sum(hits) / len(hits) for hits in self.hits.values()) / len(self.hits) if self.hits else 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the scores of one predictions file; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        run(options)
+    except MedPLIBError as error:
+        print(f"cal_metric_omniMedVQA: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        told = f"{error.filename or ''}: {error.strerror or error}"
+        print(f"cal_metric_omniMedVQA: {told}; name another file", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The published flags, the folder that was written into the published script, and ours."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pred", required=True, metavar="FILE.jsonl", help="predictions of vqa_infer")
+    parser.add_argument("--root", required=True, type=Path, metavar="DIR", help="OmniMedVQA's folder")
+    add_output_flags(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read the predictions once, print both kinds of scores and write them where asked."""
+    modalities = read_modalities(options.root)
+    published = PublishedAccuracy()
+    rows = with_modality(with_bar(read_rows(options.pred), count_rows(options.pred)), modalities)
+    scores = score_predictions(published.watch(rows), samples=options.samples, seed=options.seed)
+    print(f"pred file {options.pred}\ncandidate_set None")
+    print(f"open_cnt {published.open}\nclosed_cnt {published.closed}")
+    print(f"{published.by_modality()}\nmean acc {published.mean()}\nNone\n")
+    print_standard(scores, PublishedMasks())
+    told = {"modality": published.by_modality(), "mean acc": published.mean()}
+    write_json(options.json, {"predictions": options.pred, "published": told, "standard": scores.to_dict()})
+
+
+def read_rows(path: str) -> Iterator[Prediction]:
+    """The predictions of a file; here a row may lack its prompt.
+
+    Raises:
+        MedPLIBError: a line is no prediction; told with its number.
+    """
+    with Path(path).open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    yield Prediction.from_row({"prompt": "", **row} if isinstance(row, dict) else row)
+                except ValueError as error:
+                    raise MedPLIBError(f"{path}, line {number}: {error}; expected the rows of vqa_infer") from error
+
+
+def read_modalities(root: Path) -> dict[str, str]:
+    """Image path, as OmniMedVQA's question files name it, → modality.
+
+    Raises:
+        MedPLIBError: there are no such files, or one is not readable.
+    """
+    folder = root / "QA_information" if (root / "QA_information").is_dir() else root
+    found: dict[str, str] = {}
+    for file in sorted(folder.rglob("*.json")):
+        try:
+            found |= {str(entry["image_path"]): str(entry["modality_type"]) for entry in json.loads(file.read_bytes())}
+        except (ValueError, KeyError, TypeError) as error:
+            raise MedPLIBError(
+                f"{file} is no question file of OmniMedVQA ({error!r}); "
+                "expected a list of objects with image_path and modality_type"
+            ) from error
+    if not found:
+        raise MedPLIBError(f"{folder} holds no question files (*.json); give OmniMedVQA's folder with --root")
+    return found
+
+
+def with_modality(rows: Iterable[Prediction], modalities: dict[str, str]) -> Iterator[Prediction]:
+    """The rows with their images' modalities; paths are matched from their ends, wherever the data set lay.
+
+    Raises:
+        MedPLIBError: images that no question file names; the first are told.
+    """
+    unknown: list[str] = []
+    for row in rows:
+        modality = _find(row.image_path, modalities)
+        if modality is None:
+            unknown.append(row.image_path)
+        else:
+            yield replace(row, metadata={**row.metadata, "modality": modality})
+    if unknown:
+        told = ", ".join(unknown[:_NAMED]) + (", …" if len(unknown) > _NAMED else "")
+        raise MedPLIBError(f"no question file names the image of {len(unknown)} predictions ({told}); check --root")
+
+
+def _find(path: str, modalities: dict[str, str]) -> str | None:
+    parts = PurePosixPath(path).parts
+    endings = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((modalities[ending] for ending in endings if ending in modalities), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

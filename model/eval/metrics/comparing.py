@@ -1,0 +1,241 @@
+"""Whether two runs over the same questions differ: paired intervals and permutation tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from model.errors import MedPLIBError
+from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, flipped_sums, interval
+from model.eval.metrics.definitions import Metric
+from model.eval.metrics.scores import RowKey, Scores
+from model.eval.metrics.tables import aligned, number, span
+
+_NAMED = 5  # mismatches told in a refusal
+_SLACK = 1e-12  # differences of this size are rounding
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of two runs.
+
+    Attributes:
+        first: its value in the first run.
+        second: its value in the second.
+        difference: second − first.
+        low: lower end of the difference's 95 % interval (paired bootstrap over images); NaN with fewer than two images.
+        high: its upper end.
+        p_value: two-sided, of a permutation test that exchanges the two runs' answers image by image; NaN likewise.
+        count: things the first run's value was taken over.
+    """
+
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready mapping; null for NaN."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in vars(self).items()
+        }
+
+
+Differences = dict[str, Difference]
+
+
+class Comparison:
+    """Differences of two runs; ``compare`` makes it. P-values are of single tests, not corrected for their number.
+
+    Attributes:
+        metrics: those that both runs have.
+    """
+
+    def __init__(self, first: Scores, second: Scores, order: np.ndarray, permutations: int) -> None:
+        self.first, self.second = first, second
+        self.permutations = permutations
+        self._order = order
+        shared = {metric.name for metric in second.metrics}
+        self.metrics: tuple[Metric, ...] = tuple(m for m in first.metrics if m.name in shared)
+        self._found: dict[str | None, dict[str, Differences]] = {}
+
+    @property
+    def overall(self) -> Differences:
+        """Differences over all rows."""
+        return self._cached(None)["all"]
+
+    def by(self, dimension: str) -> dict[str, Differences]:
+        """Differences for each group of a dimension, as the first run names the groups.
+
+        Raises:
+            MedPLIBError: there is no such dimension.
+        """
+        return self._cached(dimension)
+
+    def table(self, by: str | None = None) -> str:
+        """The differences as text, overall or for each group."""
+        lines = [[by or "", "metric", "first", "second", "difference", "95 % interval", "p", "n"]]
+        for group, found in self._cached(by).items():
+            for metric in self.metrics:
+                if metric.name in found and (by is None or metric.headline):
+                    lines.append([group if by else "", metric.name, *_cells(found[metric.name])])
+        lines = lines if by else [line[1:] for line in lines]
+        return aligned(lines, left=(0, 1, 5) if by else (0, 4))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready mapping of all differences."""
+        return {
+            "rows": len(self.first.keys),
+            "bootstrap_samples": self.first.samples,
+            "permutations": self.permutations,
+            "seed": self.first.seed,
+            "overall": {name: found.to_dict() for name, found in self.overall.items()},
+            "by": {
+                dimension: {
+                    group: {name: found.to_dict() for name, found in differences.items()}
+                    for group, differences in self.by(dimension).items()
+                }
+                for dimension in self.first.dimensions
+            },
+        }
+
+    def _cached(self, dimension: str | None) -> dict[str, Differences]:
+        if dimension not in self._found:
+            self._found[dimension] = self._differences(dimension)
+        return self._found[dimension]
+
+    def _differences(self, dimension: str | None) -> dict[str, Differences]:
+        if dimension is None:
+            return {"all": self._compare_rows(np.arange(len(self.first.keys)))}
+        if dimension not in self.first.groups:
+            raise MedPLIBError(f"there is no dimension {dimension!r}; choose of {', '.join(self.first.groups)}")
+        codes, names = self.first.groups[dimension]
+        numbered = sorted(enumerate(names), key=lambda pair: pair[1])
+        return {name: self._compare_rows(np.flatnonzero(codes == code)) for code, name in numbered}
+
+    def _compare_rows(self, rows: np.ndarray) -> Differences:
+        runs = (self.first, self.second)
+        data = (self.first.data[rows], self.second.data[self._order[rows]])
+        values = [self._values(run, part.sum(axis=0)) for run, part in zip(runs, data, strict=True)]
+        clusters = [cluster_sums(part, self.first.images[rows]) for part in data]
+        drawn = flipped = np.full((len(self.metrics), 1), np.nan)
+        if len(clusters[0]) > 1:
+            width = clusters[0].shape[1]
+            both = bootstrap_sums(np.concatenate(clusters, axis=1), self.first.samples, (self.first.seed,))
+            drawn = self._values(self.second, both[:, width:]) - self._values(self.first, both[:, :width])
+            exchanged = self._exchanged(clusters)
+            flipped = self._values(self.second, exchanged[1]) - self._values(self.first, exchanged[0])
+        counts = self.first.sums_of(data[0].sum(axis=0))
+        found = {}
+        for index, metric in enumerate(self.metrics):
+            first, second = float(values[0][index]), float(values[1][index])
+            if math.isnan(first) or math.isnan(second):
+                continue
+            ends = interval(drawn[index])
+            p_value = _p_value(second - first, flipped[index])
+            found[metric.name] = Difference(first, second, second - first, *ends, p_value, int(counts(metric.count)))
+        return found
+
+    def _exchanged(self, clusters: list[np.ndarray]) -> list[np.ndarray]:
+        """Permuted sums of both runs, each in its own columns; a column of one run alone stays where it is."""
+        shared = [name for name in self.first.columns if name in self.second.columns]
+        places = [[run.columns.index(name) for name in shared] for run in (self.first, self.second)]
+        parts = [part[:, place] for part, place in zip(clusters, places, strict=True)]
+        moved = flipped_sums(parts[0], parts[1], self.permutations, (self.first.seed, 1))
+        whole = []
+        for part, place, sums in zip(clusters, places, moved, strict=True):
+            row = np.repeat(part.sum(axis=0)[None], self.permutations, axis=0)
+            row[:, place] = sums
+            whole.append(row)
+        return whole
+
+    def _values(self, run: Scores, sums: np.ndarray) -> np.ndarray:
+        """Values [M, …] of the shared metrics from sums [..., C] in the run's own columns."""
+        read = run.sums_of(sums)
+        return np.stack([np.asarray(metric.compute(read), dtype=np.float64) for metric in self.metrics])
+
+
+def compare(first: Scores, second: Scores, *, permutations: int = 2000) -> Comparison:
+    """Pair two runs question by question; the rows may be in different orders.
+
+    Args:
+        first: scores of one run; its groups, images, seed and number of resamplings are used.
+        second: scores of another run over the same questions.
+        permutations: of the sign-flip test; the smallest p-value is 1 / (permutations + 1).
+
+    Raises:
+        MedPLIBError: the runs answer different questions, have different references, or were scored differently.
+    """
+    if not first.keys or not second.keys:
+        raise MedPLIBError("a run without predictions cannot be compared; give two runs over the same questions")
+    _check_settings(first, second)
+    places = {key: index for index, key in enumerate(second.keys)}
+    _check_keys(first, second, places)
+    order = np.array([places[key] for key in first.keys])
+    differing = np.flatnonzero(first.references != second.references[order])
+    if differing.size:
+        told = ", ".join(_tell(first.keys[index]) for index in differing[:_NAMED])
+        raise MedPLIBError(
+            f"the runs have different reference answers for {differing.size} questions ({told}"
+            f"{', …' if differing.size > _NAMED else ''}); compare runs over the same data file"
+        )
+    return Comparison(first, second, order, permutations)
+
+
+def _check_settings(first: Scores, second: Scores) -> None:
+    names = ("tolerance_mm", "tolerance_px") if first.settings.surface and second.settings.surface else ()
+    for name in names:
+        values = [getattr(run.settings, name) for run in (first, second)]
+        if values[0] != values[1]:
+            raise MedPLIBError(f"the runs were scored with a {name} of {values[0]} and {values[1]}; use the same")
+    thresholds = [{*run.settings.thresholds} for run in (first, second)]
+    if not thresholds[0] & thresholds[1]:
+        raise MedPLIBError("the runs were scored at different thresholds; score both at the same")
+
+
+def _check_keys(first: Scores, second: Scores, places: dict[RowKey, int]) -> None:
+    known = set(first.keys)
+    kinds = {
+        "only in the first": [key for key in first.keys if key not in places],
+        "only in the second": [key for key in second.keys if key not in known],
+    }
+    told = [
+        f"{len(keys)} {kind} ({', '.join(_tell(key) for key in islice(keys, _NAMED))}"
+        f"{', …' if len(keys) > _NAMED else ''})"
+        for kind, keys in kinds.items()
+        if keys
+    ]
+    if told:
+        raise MedPLIBError(
+            f"the runs do not answer the same questions: {'; '.join(told)}; finish or repeat one of them"
+        )
+
+
+def _tell(key: RowKey) -> str:
+    return " ".join([key[0], *([f"turn {key[1]}"] if key[1] else []), *([f"(number {key[2] + 1})"] if key[2] else [])])
+
+
+def _p_value(difference: float, permuted: np.ndarray) -> float:
+    kept = permuted[~np.isnan(permuted)]
+    if not kept.size:
+        return float("nan")
+    return float((1 + np.count_nonzero(np.abs(kept) >= abs(difference) - _SLACK)) / (1 + kept.size))
+
+
+def _cells(found: Difference) -> list[str]:
+    return [
+        number(found.first),
+        number(found.second),
+        f"{found.difference:+.4f}",
+        span(found.low, found.high),
+        "" if math.isnan(found.p_value) else f"{found.p_value:.4f}",
+        str(found.count),
+    ]

@@ -1,0 +1,192 @@
+"""The published table of answer scores, number for number, odd ones included (reference §9).
+
+Nothing here is a good measure: “exact match” is a share of words, BLEU is a mean over sentences without smoothing,
+“open accuracy” is 1100 unless candidates are given. The standard scores are in ``text``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+
+from model.eval.metrics.published_words import published_words
+from model.eval.metrics.rows import is_closed
+from model.eval.metrics.text import ngram_matches
+from model.eval.predictions import Prediction
+
+BLEU_WEIGHTS = ((0.25, 0.25, 0.25, 0.25), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+"""Of “bleu_score”, “bleu_score_1”, “_2” and “_3”: the last three are single orders, not cumulative."""
+
+WITHOUT_CANDIDATES = 11.0
+"""“Open accuracy” of a run without candidates; times 100 in the table."""
+
+_SUMS = ("exact", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3")
+_TITLES = (
+    "exact match acc score",
+    "f1 score",
+    "precision",
+    "recall",
+    "bleu_score",
+    "bleu_score_1",
+    "bleu_score_2",
+    "bleu_score_3",
+)
+
+Progress = Callable[[int, int], None]
+
+
+def word_overlap(answer: Sequence[str], reference: Sequence[str]) -> float:
+    """The published “exact match”: distinct words of the reference found in the answer, over the answer's words."""
+    return len(set(reference) & set(answer)) / len(answer) if answer else 0.0
+
+
+def overlap_f1(answer: Sequence[str], reference: Sequence[str]) -> tuple[float, float, float]:
+    """The published F1, precision and recall: a shared word counts as often as the *answer* has it."""
+    said, wanted = Counter(answer), Counter(reference)
+    right = sum(count for word, count in said.items() if word in wanted)
+    if not right:
+        return 0.0, 0.0, 0.0
+    precision = right / len(answer)
+    recall = right / (right + sum(count for word, count in wanted.items() if word not in said))
+    return 2 * precision * recall / (precision + recall), precision, recall
+
+
+def sentence_bleu(answer: Sequence[str], reference: Sequence[str], weights: Sequence[float]) -> float:
+    """BLEU of one sentence as nltk computes it without smoothing.
+
+    An order without a match counts as the smallest positive float, not as 0; a sentence without any shared word is 0.
+
+    Args:
+        answer: words.
+        reference: words.
+        weights: of the n-gram orders from 1.
+    """
+    matches = ngram_matches(answer, reference)
+    if not matches[0]:
+        return 0.0
+    penalty = 1.0 if len(answer) > len(reference) else math.exp(1 - len(reference) / len(answer))
+    precisions = (
+        matches[index] / max(1, len(answer) - index) if matches[index] else sys.float_info.min
+        for index in range(len(weights))
+    )
+    return penalty * math.exp(math.fsum(w * math.log(p) for w, p in zip(weights, precisions, strict=True)))
+
+
+def published_row(answer: str, reference: str) -> dict[str, float]:
+    """All published scores of one answer, in 0..1."""
+    said, wanted = published_words(answer), published_words(reference)
+    values = (
+        word_overlap(said, wanted),
+        *overlap_f1(said, wanted),
+        *(sentence_bleu(said, wanted, weights) for weights in BLEU_WEIGHTS),
+    )
+    return dict(zip(_SUMS, values, strict=True))
+
+
+@dataclass
+class PublishedText:
+    """Gathers a stream of predictions into the published numbers.
+
+    Attributes:
+        choose_candidates: keep the answers too, for “open accuracy” among all references of the run.
+        open: open questions so far.
+        closed: closed questions so far.
+        closed_hits: closed answers with exactly the reference's words.
+        empty: open answers without a word.
+    """
+
+    choose_candidates: bool = False
+    open: int = 0
+    closed: int = 0
+    closed_hits: int = 0
+    empty: int = 0
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
+    references: dict[str, None] = field(default_factory=dict)
+    answers: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, prediction: Prediction) -> None:
+        """Take one row in; a row that could not be answered has no text and scores 0."""
+        if self.choose_candidates:
+            self.references[prediction.gt] = None
+        if is_closed(prediction):
+            self.closed += 1
+            self.closed_hits += published_words(prediction.text) == published_words(prediction.gt)
+            return
+        self.open += 1
+        said = " ".join(published_words(prediction.text))
+        self.empty += not said
+        for name, value in published_row(prediction.text, prediction.gt).items():
+            self.sums[name] += value
+        if self.choose_candidates:
+            self.answers[said, prediction.gt] += 1
+
+    def table(self, progress: Progress | None = None) -> dict[str, float]:
+        """The published table, in percent."""
+        values = {
+            title: 100 * self.sums[name] / self.open if self.open else 0.0
+            for title, name in zip(_TITLES, _SUMS, strict=True)
+        }
+        values["open accuracy"] = 100 * self.open_accuracy(progress)
+        values["yes/no accuracy"] = 100 * self.closed_hits / self.closed if self.closed else 0.0
+        return values
+
+    def open_accuracy(self, progress: Progress | None = None) -> float:
+        """Share of open answers that are most like their own reference among all references of the run."""
+        if not self.open:
+            return 0.0
+        return self.open_hits(progress) / self.open if self.choose_candidates else WITHOUT_CANDIDATES
+
+    def open_hits(self, progress: Progress | None = None) -> int:
+        """How many open answers are; see ``most_similar``. ``progress`` is called with (texts done, texts in all)."""
+        candidates = list(self.references)
+        normalised = [" ".join(published_words(text)) for text in candidates]
+        chosen: dict[str, str] = {}
+        texts = dict.fromkeys(said for said, _ in self.answers)
+        for done, said in enumerate(texts, start=1):
+            chosen[said] = candidates[most_similar(said, normalised)]
+            if progress is not None:
+                progress(done, len(texts))
+        return sum(count for (said, reference), count in self.answers.items() if chosen[said] == reference)
+
+
+def most_similar(text: str, candidates: Sequence[str]) -> int:
+    """Place of the candidate with the highest ``difflib`` ratio to a text, the last of equal ones.
+
+    The recorded runs do not depend on the hash seed although a tie is among them, so ties are settled by order of
+    first appearance, the later one winning.
+    """
+    matcher = SequenceMatcher(None, "", text)  # it prepares its second text once
+    best, place = 0.0, 0
+    for index, candidate in enumerate(candidates):
+        matcher.set_seq1(candidate)
+        if matcher.real_quick_ratio() < best or matcher.quick_ratio() < best:  # upper bounds of the ratio
+            continue
+        ratio = matcher.ratio()
+        if ratio >= best:
+            best, place = ratio, index
+    return place
+
+
+def format_table(values: dict[str, float]) -> str:
+    """The table as published: six digits, aligned at the decimal point."""
+    cells = [f"{value:g}" for value in values.values()]
+    behind = [_behind_point(cell) for cell in cells]
+    cells = [cell + " " * (max(behind) - places) for cell, places in zip(cells, behind, strict=True)]
+    left = max(len("Metric") + 2, *map(len, values))
+    right = max(len("Performance") + 2, *map(len, cells))
+    lines = [
+        f"{'Metric':<{left}}  {'Performance':>{right}}",
+        f"{'-' * left}  {'-' * right}",
+        *(f"{title:<{left}}  {cell:>{right}}".rstrip() for title, cell in zip(values, cells, strict=True)),
+    ]
+    return "\n".join(lines)
+
+
+def _behind_point(cell: str) -> int:
+    """Characters behind the point (or the e) of a number; −1 for a whole one, which ends before the point."""
+    place = cell.rfind(".") if "." in cell else cell.rfind("e")
+    return len(cell) - place - 1 if place >= 0 else -1

@@ -1,0 +1,239 @@
+"""One prediction → the numbers that it adds to the sums of the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from model.errors import MedPLIBError
+from model.eval.metrics.definitions import mark
+from model.eval.metrics.masks import CocoRle, Overlaps, best_matching, checked_rle, merged, overlaps
+from model.eval.metrics.surface import surface_scores
+from model.eval.metrics.text import (
+    BLEU_ORDERS,
+    closed_correct,
+    ngram_matches,
+    rouge_l,
+    same_words,
+    token_overlap,
+    words,
+)
+from model.eval.predictions import Prediction
+from model.processing.tokens import SEG_TOKEN
+
+CLOSED_TYPES = frozenset(("closed", "yes/no"))
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What is scored.
+
+    Attributes:
+        thresholds: of ``masks_at``; None are the masks as they were written.
+        surface: also compute HD95 and surface Dice, which decodes every mask.
+        tolerance_mm: of the surface Dice where the spacing is known.
+        tolerance_px: of the surface Dice where it is not.
+    """
+
+    thresholds: tuple[float | None, ...] = (None,)
+    surface: bool = False
+    tolerance_mm: float = 2.0
+    tolerance_px: float = 2.0
+
+
+def is_closed(prediction: Prediction) -> bool:
+    """Whether the row's answer type is that of a closed question."""
+    return prediction.answer_type.strip().lower() in CLOSED_TYPES
+
+
+def task_of(prediction: Prediction) -> str:
+    """The row's task: what its metadata names, else ``grounding`` where the reference has masks, else ``vqa``."""
+    named = prediction.metadata.get("task")
+    if named:
+        return str(named)
+    return "grounding" if prediction.gt_masks or SEG_TOKEN in prediction.gt else "vqa"
+
+
+def score_row(prediction: Prediction, settings: RowSettings) -> Row:
+    """What one row adds to each column; columns it does not name are 0.
+
+    Raises:
+        MedPLIBError: its masks are damaged, of another size than the reference, or lack a threshold that is scored.
+    """
+    row: Row = {"row": 1, "error": float(prediction.failed)}
+    task = task_of(prediction)
+    if task != "grounding":
+        row |= _closed_row(prediction) if is_closed(prediction) else _open_row(prediction)
+    try:
+        row |= _mask_row(prediction, task, settings)
+    except MedPLIBError as error:
+        raise MedPLIBError(f"question {prediction.question_id}: {error}") from error
+    return row
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _closed_row(prediction: Prediction) -> Row:
+    return {"closed": 1, "closed_hit": not prediction.failed and closed_correct(prediction.text, prediction.gt)}
+
+
+def _open_row(prediction: Prediction) -> Row:
+    wanted = words(prediction.gt)
+    row: Row = {"open": 1, "reference_words": len(wanted)}
+    if prediction.failed:
+        return row
+    said = words(prediction.text)
+    _, recall, f1 = token_overlap(prediction.text, prediction.gt)
+    row |= {
+        "exact": same_words(prediction.text, prediction.gt),
+        "recall": recall,
+        "f1": f1,
+        "rouge_l": rouge_l(said, wanted),
+        "answer_words": len(said),
+    }
+    for order, matches in zip(BLEU_ORDERS, ngram_matches(said, wanted), strict=True):
+        row[f"match_{order}"] = matches
+        row[f"ngram_{order}"] = max(0, len(said) - order + 1)
+    return row
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> Row:
+    wanted = [checked_rle(mask) for mask in prediction.gt_masks or ()]
+    painted = {threshold: _painted(prediction, threshold) for threshold in settings.thresholds}
+    if task == "grounding" and prediction.gt_masks is None:
+        return {"unscored": 1}
+    if not wanted and task != "grounding":
+        return _words_only_row(prediction, painted)
+    found = {threshold: overlaps(masks, wanted) for threshold, masks in painted.items()}
+    if not any(int(areas.wanted.sum()) for areas in found.values()):
+        return _absent_row(prediction, found)
+    row: Row = {
+        "target": 1,
+        "grounding": 1,
+        "mask": len(wanted),
+        "seg": _speaks_of_masks(prediction),
+        "extra": len(prediction.masks) > len(wanted),
+    }
+    for threshold, masks in painted.items():
+        row |= _overlap_row(masks, wanted, found[threshold], prediction.failed, mark(threshold))
+        if settings.surface:
+            row |= _surface_row(prediction, masks, wanted, found[threshold], settings, mark(threshold))
+    return row
+
+
+def _painted(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
+    """Checked masks of one threshold; none for a row without an answer."""
+    if prediction.failed:
+        return []
+    masks: Sequence[Any]
+    if threshold is None:
+        masks = [mask.get("rle") for mask in prediction.masks]
+    else:
+        by_threshold = {float(key): value for key, value in (prediction.masks_at or {}).items()}
+        if threshold not in by_threshold and prediction.masks:
+            has = ", ".join(f"{key:g}" for key in by_threshold) or "no others"
+            raise MedPLIBError(
+                f"its masks are not given at threshold {threshold:g} (given: {has}); "
+                "ask vqa_infer for this threshold or score the masks as written"
+            )
+        masks = by_threshold.get(threshold, [])
+    return [checked_rle(mask) for mask in masks]
+
+
+def _speaks_of_masks(prediction: Prediction) -> bool:
+    return SEG_TOKEN in prediction.text or bool(prediction.masks)
+
+
+def _words_only_row(prediction: Prediction, painted: dict[float | None, list[CocoRle]]) -> Row:
+    if prediction.failed:
+        return {}
+    any_painted = {
+        f"unasked_mask{mark(threshold)}": bool(overlaps(masks, ()).predicted.any())
+        for threshold, masks in painted.items()
+    }
+    return {"words_only": 1, **any_painted}
+
+
+def _absent_row(prediction: Prediction, found: dict[float | None, Overlaps]) -> Row:
+    if prediction.failed:
+        return {"grounding": 1}
+    row: Row = {"grounding": 1, "absent": 1, "false_seg": _speaks_of_masks(prediction)}
+    for threshold, areas in found.items():
+        at, any_painted = mark(threshold), bool(areas.predicted.any())
+        row |= {f"false_mask{at}": any_painted, f"row_iou{at}": not any_painted}
+        row[f"row_union{at}"] = float(areas.predicted.sum())
+    return row
+
+
+def _overlap_row(painted: Sequence[CocoRle], wanted: Sequence[CocoRle], found: Overlaps, failed: bool, at: str) -> Row:
+    in_order = [(index if index < len(painted) else None, index) for index in range(len(wanted))]
+    row = _pair_sums(found, in_order, failed, at)
+    if len(painted) <= 1 and len(wanted) == 1:
+        inter, areas = found.pair(0 if painted else None, 0)
+        matched = in_order
+    else:
+        inter, areas = _union_pair(painted, wanted)
+        matched = _matched_pairs(found)
+    best = _pair_sums(found, matched, failed, at) if matched != in_order else row
+    row |= {f"dice_matched{at}": best[f"dice{at}"], f"iou_matched{at}": best[f"iou{at}"]}
+    return row | {
+        f"row_iou{at}": inter / (areas - inter),
+        f"row_inter{at}": inter,
+        f"row_union{at}": areas - inter,
+    }
+
+
+def _pair_sums(found: Overlaps, pairs: Sequence[tuple[int | None, int]], failed: bool, at: str) -> Row:
+    """Sums over reference masks; two empty masks agree, unless there was no answer to agree with."""
+    dice = iou = inter_sum = areas_sum = 0.0
+    for prediction, reference in pairs:
+        inter, areas = found.pair(prediction, reference)
+        inter_sum += inter
+        areas_sum += areas
+        dice += 2 * inter / areas if areas else float(not failed)
+        iou += inter / (areas - inter) if areas else float(not failed)
+    return {f"dice{at}": dice, f"iou{at}": iou, f"inter{at}": inter_sum, f"areas{at}": areas_sum}
+
+
+def _matched_pairs(found: Overlaps) -> list[tuple[int | None, int]]:
+    """The best one-to-one pairs by IoU, where missing predictions are empty masks."""
+    present = found.predicted.size
+    missing = max(0, found.wanted.size - present)
+    gains = np.concatenate([found.ious(), np.tile(found.wanted == 0, (missing, 1))])
+    return [(row if row < present else None, reference) for row, reference in best_matching(gains)]
+
+
+def _union_pair(painted: Sequence[CocoRle], wanted: Sequence[CocoRle]) -> tuple[int, int]:
+    found = overlaps(merged(painted), merged(wanted))
+    return found.pair(0 if painted else None, 0)
+
+
+def _surface_row(
+    prediction: Prediction,
+    painted: Sequence[CocoRle],
+    wanted: Sequence[CocoRle],
+    found: Overlaps,
+    settings: RowSettings,
+    at: str,
+) -> Row:
+    known = prediction.spacing_mm is not None
+    unit, tolerance = ("mm", settings.tolerance_mm) if known else ("px", settings.tolerance_px)
+    row: Row = {f"surface_{unit}": 0, f"hd95_{unit}{at}": 0, f"nsd_{unit}{at}": 0}
+    for index, reference in enumerate(wanted):
+        if not found.wanted[index]:
+            continue
+        mask = painted[index] if index < len(painted) else None
+        hd95, nsd = surface_scores(mask, reference, prediction.spacing_mm or (1.0, 1.0), tolerance)
+        row[f"surface_{unit}"] += 1
+        row[f"hd95_{unit}{at}"] += hd95
+        row[f"nsd_{unit}{at}"] += nsd
+    return row

@@ -1,0 +1,349 @@
+"""Scores of one run: compact per-row numbers, and every metric with its interval, overall and by group."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from model.data.schema import modality_of
+from model.errors import MedPLIBError
+from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, interval
+from model.eval.metrics.definitions import CONVENTIONS, Metric, Sums, columns_for, metrics_for
+from model.eval.metrics.rows import RowSettings, score_row, task_of
+from model.eval.metrics.tables import grouped_table, overall_table
+from model.eval.predictions import Prediction
+
+DIMENSIONS = ("task", "kind", "modality", "structure", "dataset")
+"""What tables can be split by."""
+
+UNNAMED = "(unnamed)"
+"""The group of rows that do not say."""
+
+RowKey = tuple[str, int, int]
+"""Question id as text, turn, and how many rows with both came before: published files may number from 0 twice."""
+
+_BLOCK = 4096  # rows of an array that grows by blocks
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric's value: over ``count`` things, with a 95 % interval (NaN where it cannot be told)."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready mapping; null where there is no interval."""
+        named = {"value": self.value, "low": self.low, "high": self.high}
+        return {**{name: None if math.isnan(x) else x for name, x in named.items()}, "count": self.count}
+
+
+Measures = dict[str, Measure]
+
+
+def score_predictions(
+    rows: Iterable[Prediction],
+    *,
+    thresholds: Sequence[float] | None = None,
+    surface: bool = False,
+    tolerance_mm: float = 2.0,
+    tolerance_px: float = 2.0,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Scores:
+    """Score a stream of predictions; of each row only its numbers are kept.
+
+    Args:
+        rows: predictions, such as ``read_predictions`` gives.
+        thresholds: score the masks of ``masks_at`` at each, as columns of their own (``mDice@0.1``); None scores the
+            masks as they were written (``mDice``).
+        surface: also HD95 and NSD, which decode every mask.
+        tolerance_mm: of the NSD where the spacing is known.
+        tolerance_px: of the NSD in pixels where it is not.
+        samples: bootstrap resamplings behind each interval; 0 gives none.
+        seed: of the resampling.
+
+    Raises:
+        MedPLIBError: the same question is there twice, or a row's masks cannot be scored; told with its id.
+    """
+    settings = RowSettings(tuple(thresholds) if thresholds else (None,), surface, tolerance_mm, tolerance_px)
+    builder = _Builder(settings)
+    for row in rows:
+        builder.add(row)
+    return builder.finish(samples, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Per-row numbers of one run and the metrics computed from them.
+
+    Attributes:
+        settings: what was scored.
+        keys: of the rows, in the order they came.
+        columns: names of the data's columns.
+        data: float64 [N, C]: what each row adds to each column.
+        images: int32 [N]: number of the row's image; rows of one image are resampled together.
+        references: uint32 [N]: checksum of the row's reference answer and masks.
+        groups: for each dimension the group number of each row, int32 [N], and the groups' names.
+        samples: bootstrap resamplings.
+        seed: of the resampling.
+    """
+
+    settings: RowSettings
+    keys: list[RowKey]
+    columns: tuple[str, ...]
+    data: np.ndarray
+    images: np.ndarray
+    references: np.ndarray
+    groups: Mapping[str, tuple[np.ndarray, list[str]]]
+    samples: int = 1000
+    seed: int = 0
+    _found: dict[str, tuple[dict[str, Measures], Measures]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics that these rows have anything to say about, in the order of the tables."""
+        sums = self.sums_of(self.data.sum(axis=0))
+        defined = metrics_for(self.settings.thresholds, self.settings.surface)
+        return tuple(metric for metric in defined if sums(metric.count) > 0)
+
+    @cached_property
+    def overall(self) -> Measures:
+        """Every metric over all rows."""
+        return self._measure(np.arange(len(self.keys)))[0]
+
+    def by(self, dimension: str) -> dict[str, Measures]:
+        """Every metric for each group of a dimension, groups in the order of their names.
+
+        Raises:
+            MedPLIBError: there is no such dimension.
+        """
+        return self._split(dimension)[0]
+
+    def mean_over(self, dimension: str) -> Measures:
+        """Unweighted mean of each metric over the groups that have it (the paper's “overall” over modalities).
+
+        ``count`` is the number of groups.
+        """
+        return self._split(dimension)[1]
+
+    def per_row(self, name: str) -> np.ndarray:
+        """One metric of each row alone, float64 [N]; NaN for rows it says nothing about.
+
+        Raises:
+            MedPLIBError: there is no such metric in these scores.
+        """
+        metric = next((metric for metric in self.metrics if metric.name == name), None)
+        if metric is None:
+            raise MedPLIBError(f"there is no metric {name!r}; choose of {', '.join(m.name for m in self.metrics)}")
+        sums = self.sums_of(self.data)
+        return np.where(sums(metric.count) > 0, metric.compute(sums), np.nan)
+
+    def table(self, by: str | None = None) -> str:
+        """The metrics as text: all of them overall, or the main ones for each group of a dimension."""
+        if by is None:
+            return overall_table(self.metrics, self.overall)
+        means = self.mean_over(by) if len(self.by(by)) > 1 else {}
+        return grouped_table(by, self.metrics, self.by(by), means)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready mapping: rows, settings, conventions, metrics and all tables."""
+        told = {name: {key: m.to_dict() for key, m in self.mean_over(name).items()} for name in self.dimensions}
+        return {
+            "rows": len(self.keys),
+            "images": int(np.unique(self.images).size),
+            "errors": int(self.total("error")),
+            "grounding_rows_without_reference_masks": int(self.total("unscored")),
+            "settings": {
+                "thresholds": [threshold for threshold in self.settings.thresholds if threshold is not None],
+                "surface": self.settings.surface,
+                "tolerance_mm": self.settings.tolerance_mm,
+                "tolerance_px": self.settings.tolerance_px,
+                "bootstrap_samples": self.samples,
+                "seed": self.seed,
+            },
+            "conventions": dict(CONVENTIONS),
+            "metrics": {
+                metric.name: {
+                    "meaning": metric.meaning,
+                    "higher_is_better": metric.higher_is_better,
+                    "unit": metric.unit,
+                }
+                for metric in self.metrics
+            },
+            "overall": {name: measure.to_dict() for name, measure in self.overall.items()},
+            "by": {
+                name: {
+                    group: {key: measure.to_dict() for key, measure in measures.items()}
+                    for group, measures in self.by(name).items()
+                }
+                for name in self.dimensions
+            },
+            "mean_over": told,
+        }
+
+    @cached_property
+    def dimensions(self) -> tuple[str, ...]:
+        """The dimensions that any row names a group of."""
+        return tuple(name for name in DIMENSIONS if self.groups[name][1] not in ([], [UNNAMED]))
+
+    def total(self, column: str) -> float:
+        """Sum of one column over all rows."""
+        return float(self.data[:, self.columns.index(column)].sum())
+
+    def sums_of(self, values: np.ndarray) -> Sums:
+        """Reader of columns by name, as the metrics take it, from an array whose last axis is the columns."""
+        places = {name: index for index, name in enumerate(self.columns)}
+        return lambda name: values[..., places[name]]
+
+    def _split(self, dimension: str) -> tuple[dict[str, Measures], Measures]:
+        if dimension not in self.groups:
+            raise MedPLIBError(f"there is no dimension {dimension!r}; choose of {', '.join(DIMENSIONS)}")
+        if dimension not in self._found:
+            self._found[dimension] = self._measure_groups(dimension)
+        return self._found[dimension]
+
+    def _measure_groups(self, dimension: str) -> tuple[dict[str, Measures], Measures]:
+        codes, names = self.groups[dimension]
+        order = np.argsort(codes, kind="stable")
+        ends = np.searchsorted(codes[order], np.arange(1, len(names) + 1))
+        members = np.split(order, ends[:-1]) if names else []
+        found: dict[str, Measures] = {}
+        pooled = _Mean(self.metrics, self.samples)
+        for index in sorted(range(len(names)), key=lambda index: names[index]):
+            stream = zlib.crc32(names[index].encode("utf-8", "surrogatepass"))  # groups are drawn independently
+            found[names[index]], values, replicates = self._measure(members[index], stream)
+            pooled.add(values, replicates)
+        return found, pooled.measures()
+
+    def _measure(self, rows: np.ndarray, stream: int = 0) -> tuple[Measures, np.ndarray, np.ndarray]:
+        """Measures of some rows; with them the value of each metric [M], and its replicates [M, B]."""
+        data = self.data[rows]
+        sums = self.sums_of(data.sum(axis=0))
+        clusters = cluster_sums(data, self.images[rows])
+        values = np.array([float(metric.compute(sums)) for metric in self.metrics])
+        replicates = np.full((len(self.metrics), self.samples), np.nan)
+        if self.samples and len(clusters) > 1:  # one image alone says nothing about others
+            resampled = self.sums_of(bootstrap_sums(clusters, self.samples, (self.seed, stream)))
+            replicates = np.stack([metric.compute(resampled) for metric in self.metrics])
+        measures = {}
+        for metric, value, drawn in zip(self.metrics, values, replicates, strict=True):
+            count = int(sums(metric.count))
+            if count and not math.isnan(value):
+                measures[metric.name] = Measure(float(value), *interval(drawn), count)
+        return measures, values, replicates
+
+
+class _Mean:
+    """Unweighted mean of metrics over groups, and of their replicates."""
+
+    def __init__(self, metrics: Sequence[Metric], samples: int) -> None:
+        self.metrics = metrics
+        self.values = np.zeros(len(metrics))
+        self.replicates = np.zeros((len(metrics), samples))
+        self.counts = np.zeros(len(metrics), dtype=int)
+        self.drawn = np.zeros((len(metrics), samples), dtype=int)
+
+    def add(self, values: np.ndarray, replicates: np.ndarray) -> None:
+        self.values += np.nan_to_num(values)
+        self.counts += ~np.isnan(values)
+        self.replicates += np.nan_to_num(replicates)
+        self.drawn += ~np.isnan(replicates)
+
+    def measures(self) -> Measures:
+        """A resampling in which some group had nothing to measure is left out of the interval."""
+        whole = (self.drawn == self.counts[:, None]) & (self.drawn > 0)
+        means = np.where(whole, self.replicates / np.maximum(self.drawn, 1), np.nan)
+        return {
+            metric.name: Measure(float(self.values[i] / self.counts[i]), *interval(means[i]), int(self.counts[i]))
+            for i, metric in enumerate(self.metrics)
+            if self.counts[i]
+        }
+
+
+class _Builder:
+    """Gathers the numbers of a stream of rows."""
+
+    def __init__(self, settings: RowSettings) -> None:
+        self.settings = settings
+        self.columns = columns_for(settings.thresholds, settings.surface)
+        self.places = {name: index for index, name in enumerate(self.columns)}
+        self.blocks: list[np.ndarray] = []
+        self.keys: list[RowKey] = []
+        self.asked: dict[tuple[str, int], set[int]] = {}
+        self.images: dict[str, int] = {}
+        self.image_codes: list[int] = []
+        self.references: list[int] = []
+        self.names: dict[str, dict[str, int]] = {name: {} for name in DIMENSIONS}
+        self.group_codes: dict[str, list[int]] = {name: [] for name in DIMENSIONS}
+
+    def add(self, prediction: Prediction) -> None:
+        numbers = score_row(prediction, self.settings)
+        place = len(self.keys)
+        if place % _BLOCK == 0:
+            self.blocks.append(np.zeros((_BLOCK, len(self.columns))))
+        target = self.blocks[-1][place % _BLOCK]
+        for name, value in numbers.items():
+            target[self.places[name]] = value
+        self.keys.append(self._key(prediction))
+        image = prediction.image_path or f"\0{place}"  # rows without an image stand alone
+        self.image_codes.append(self.images.setdefault(image, len(self.images)))
+        self.references.append(_checksum(prediction))
+        for name, group in _groups_of(prediction).items():
+            self.group_codes[name].append(self.names[name].setdefault(group, len(self.names[name])))
+
+    def _key(self, prediction: Prediction) -> RowKey:
+        seen = self.asked.setdefault(prediction.key, set())
+        asked = hash((prediction.image_path, prediction.prompt, prediction.gt))
+        if asked in seen:
+            raise MedPLIBError(
+                f"question {prediction.question_id} is there twice (row {len(self.keys) + 1}): "
+                f"{prediction.prompt!r:.60}; give each question once, of one run"
+            )
+        seen.add(asked)
+        return (*prediction.key, len(seen) - 1)
+
+    def finish(self, samples: int, seed: int) -> Scores:
+        count = len(self.keys)
+        empty = np.zeros((0, len(self.columns)))
+        return Scores(
+            settings=self.settings,
+            keys=self.keys,
+            columns=self.columns,
+            data=np.concatenate(self.blocks)[:count] if self.blocks else empty,
+            images=np.array(self.image_codes, dtype=np.int32),
+            references=np.array(self.references, dtype=np.uint32),
+            groups={
+                name: (np.array(self.group_codes[name], dtype=np.int32), list(self.names[name])) for name in DIMENSIONS
+            },
+            samples=samples,
+            seed=seed,
+        )
+
+
+def _groups_of(prediction: Prediction) -> dict[str, str]:
+    known = prediction.metadata
+    modality = known.get("modality") or modality_of(PurePath(prediction.image_path).name)
+    named = {**{name: known.get(name) for name in DIMENSIONS}, "task": task_of(prediction), "modality": modality}
+    return {name: _group_name(value) for name, value in named.items()}
+
+
+def _group_name(value: Any) -> str:
+    told = ", ".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value or "")
+    return told.strip() or UNNAMED
+
+
+def _checksum(prediction: Prediction) -> int:
+    found = zlib.crc32(prediction.gt.encode("utf-8", "surrogatepass"))
+    for mask in prediction.gt_masks or ():
+        found = zlib.crc32(str(mask.get("counts")).encode("utf-8", "surrogatepass"), found)
+    return found
