@@ -44,6 +44,13 @@ def ask(checkpoint: Path, tmp_path: Path) -> object:
     return run
 
 
+@pytest.fixture
+def speaks_seg(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model never says ``<SEG>``, so it is made to; everything after that is real."""
+    seg = json.loads((checkpoint / "config.json").read_text())["seg_token_id"]
+    monkeypatch.setattr("model.inference.schedule.choose_tokens", lambda logits, _: torch.full((len(logits),), seg))
+
+
 def test_ask_prints_one_json_object(ask, picture: Path, capsys: pytest.CaptureFixture) -> None:
     assert ask(picture, "What is it?", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -51,12 +58,8 @@ def test_ask_prints_one_json_object(ask, picture: Path, capsys: pytest.CaptureFi
     assert printed["timing"]["total"] > printed["timing"]["encode"] > 0
 
 
-def test_ask_writes_masks_and_overlay(
-    ask, checkpoint: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An untrained model never says ``<SEG>``, so it is made to; everything after that is real."""
-    seg = json.loads((checkpoint / "config.json").read_text())["seg_token_id"]
-    monkeypatch.setattr("model.inference.generation.choose_tokens", lambda logits, *_: torch.full((len(logits),), seg))
+@pytest.mark.usefixtures("speaks_seg")
+def test_ask_writes_masks_and_overlay(ask, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert ask(picture, "Please segment the liver.", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["masks"]) == 4 and answer["masks"][0]["label"] == "liver"
@@ -85,11 +88,8 @@ def _region(folder: Path) -> Path:
     return folder / "region.png"
 
 
-def test_dicom_with_spacing(
-    ask, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, capsys: pytest.CaptureFixture
-) -> None:
-    seg = json.loads((checkpoint / "config.json").read_text())["seg_token_id"]
-    monkeypatch.setattr("model.inference.generation.choose_tokens", lambda logits, *_: torch.full((len(logits),), seg))
+@pytest.mark.usefixtures("speaks_seg")
+def test_dicom_with_spacing(ask, capsys: pytest.CaptureFixture) -> None:
     file = get_testdata_file("CT_small.dcm", download=False)
     assert ask(file, "Segment it.", "--json", "--threshold", "0.01") == 0
     mask = json.loads(capsys.readouterr().out)["masks"][0]

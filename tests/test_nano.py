@@ -1,4 +1,4 @@
-"""The shipped nano answers about held-out sample pictures, through the public API, as its card says it does."""
+"""The shipped nano answers about held-out sample pictures, through the engine, as its card says it does."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from model import Predictor
 from model.cli import main
 from model.data.readers import read_mask
+from model.inference.answer import Answer
+from model.inference.engine import Engine, Request
 from tests.conftest import ROOT
 
 NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
@@ -22,24 +24,26 @@ LIMIT = 30 * 2**20  # bytes
 @pytest.fixture(scope="module")
 def scores() -> dict[str, float]:
     """Share of right answers by kind of question, and the mean Dice of masks, over ``held_out.json``."""
-    predictor, prepared = Predictor.from_pretrained(NANO), {}
+    records = json.loads((SAMPLE / "held_out.json").read_text())
     found: dict[str, list[float]] = defaultdict(list)
-    for record in json.loads((SAMPLE / "held_out.json").read_text()):
-        if record["image"] not in prepared:
-            prepared[record["image"]] = predictor.set_image(SAMPLE / record["image"])
-        asked, wanted = (turn["value"] for turn in record["conversations"])
-        regions = [SAMPLE / path for path in re.findall(r"<region>(.*?)</region>", asked)]
-        question = re.sub(r"<region>.*?</region>", "<region></region>", asked.removeprefix("<image>\n"))
-        answer = predictor.ask(prepared[record["image"]], question, regions or None)
+    for number, answer in Engine.from_pretrained(NANO).answer_all(map(request, records)):
+        assert isinstance(answer, Answer)
+        record, wanted = records[number], records[number]["conversations"][1]["value"]
         targets = re.findall(r"<mask>(.*?)</mask>", wanted)
         if record["task"] != "grounding":
             found[record["kind"]].append(answer.text == wanted)
         elif not targets:
             found["refusal"].append(not answer.masks)
-        for number, target in enumerate(targets):
-            painted = answer.masks[number].to_array() if number < len(answer.masks) else None
+        for place, target in enumerate(targets):
+            painted = answer.masks[place].to_array() if place < len(answer.masks) else None
             found["dice"].append(dice(painted, read_mask(SAMPLE / target)))
     return {kind: float(np.mean(values)) for kind, values in found.items()}
+
+
+def request(record: dict[str, Any]) -> Request:
+    asked = record["conversations"][0]["value"].removeprefix("<image>\n")
+    regions = [SAMPLE / path for path in re.findall(r"<region>(.*?)</region>", asked)]
+    return Request(SAMPLE / record["image"], re.sub(r"<region>.*?</region>", "<region></region>", asked), regions)
 
 
 def dice(painted: np.ndarray | None, target: np.ndarray) -> float:

@@ -12,9 +12,9 @@ import yaml
 from model.checkpoint import load
 from model.data.builders.phantom_scenes import CLASS_IDS
 from model.errors import MedPLIBError
-from model.inference.generation import GenerationSettings, generate
+from model.inference.engine import Engine, Request
+from model.inference.generation import GenerationSettings
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.processing.conversation import Turn
 from model.train.pretrain.curriculum import ALL_KINDS, Lessons, pool_regions
 from model.train.pretrain.language import AttentionGuide, run_packed
 from model.train.pretrain.pool import ScenePool
@@ -95,13 +95,10 @@ def model(workshop: Workshop) -> MedPLIBForCausalLM:
 
 
 def test_base_is_a_checkpoint_that_answers(workshop: Workshop) -> None:
-    model, processor = load(workshop.out / "base")
-    prompt = processor.encode_prompt([Turn("human", "<image>\nIs there a tumor?")], [workshop.pool.images[0].copy()])
-    batch = processor.collate([prompt], padding_side="left")
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    inputs["image_features"] = model.encode_images(batch["pixel_values"])
-    answer = generate(model.eval(), inputs, GenerationSettings(max_new_tokens=3))[0]
-    assert 1 <= len(answer.token_ids) <= 3 or answer.finished
+    engine = Engine.from_pretrained(workshop.out / "base")
+    image = workshop.pool.images[0].copy()
+    answer = engine.ask(Request(image, "Is there a tumor?", settings=GenerationSettings(max_new_tokens=3)))
+    assert (answer.finish, answer.new_tokens) == ("length", 3) or answer.finish == "end"
 
 
 def test_parts_come_from_their_own_steps(workshop: Workshop, model: MedPLIBForCausalLM) -> None:
