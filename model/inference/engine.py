@@ -248,7 +248,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception:  # its tickets have been told; what comes next may well succeed
+            except Exception:  # noqa: BLE001 - its tickets have been told; what comes next may well succeed
                 _log.exception("a step failed, and the requests in it were given up")
 
     def _check_open(self) -> None:
