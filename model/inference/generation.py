@@ -79,8 +79,9 @@ def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)[:, None]
 
-    temperature = column([one.temperature or 1.0 for one in settings])
-    probabilities, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    temperature = column([min(max(one.temperature, 1e-30), 1e30) for one in settings])  # what float32 can divide by
+    below = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # ≤ 0, so that dividing cannot overflow to +inf
+    probabilities, order = (below / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass ahead of each token; the first is always kept
     ranks = torch.arange(logits.shape[-1], device=logits.device)
     kept = (before < column([one.top_p for one in settings])) & (
@@ -97,7 +98,7 @@ def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 def gumbel_noise(seeds: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, a function of (seed, step, token); integer tensors that broadcast together."""
     mixed = _scramble(_scramble(_scramble(seeds) + steps) + tokens)
-    uniform = (_shift(mixed, 11).double() + 0.5) * 2.0**-53  # in (0, 1)
+    uniform = (_shift(mixed, 12).double() + 0.5) * 2.0**-52  # in (0, 1), and exact: never rounded to 1
     return -(-uniform.log()).log()
 
 

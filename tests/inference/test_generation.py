@@ -1,114 +1,164 @@
-"""The decode loop: a prompt's answer is its own, whatever it is batched with and however long its neighbours talk."""
+"""How tokens are chosen: the arg-max, or an exact sample that is a row's own, whatever it is batched with."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from model.errors import MedPLIBError
-from model.inference.generation import Generation, GenerationSettings, choose_tokens, generate
-from model.modeling.configuration import IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
-from model.modeling.medplib import MedPLIBForCausalLM
-from tests.tiny import tiny_model
+from model.inference.generation import Draw, GenerationSettings, choose_tokens, gumbel_noise, seed_of
 
-PROMPTS = ([1, IMAGE_PLACEHOLDER, 5, REGION_PLACEHOLDER, 7, 8], [1, 9, 3], [1, IMAGE_PLACEHOLDER, 4, 44])
-IMAGES = ((0,), (), (1,))  # of each prompt
-GREEDY = GenerationSettings(max_new_tokens=10)
+LOGITS = torch.tensor([0.0, 1.5, 1.0, -2.0, 0.5, -0.5])
+CHI_SQUARE = {2: 13.82, 3: 16.27, 5: 20.52, 25: 52.62}
+"""What a χ² variable of so many degrees of freedom exceeds once in a thousand times."""
 
 
-@pytest.fixture
-def model() -> MedPLIBForCausalLM:
-    network = tiny_model()
-    network.config.eos_token_id = -1  # nothing ends an answer unless a test says so
-    return network
+def draw(logits: Tensor, count: int, seed: int = 1, **options: Any) -> np.ndarray:
+    """``count`` tokens drawn from the same logits [V] at successive steps."""
+    settings = GenerationSettings(**{"temperature": 1.0, **options})
+    draws = [Draw(settings, seed, step) for step in range(count)]
+    return choose_tokens(logits.expand(count, -1), draws).numpy()
 
 
-def prompt(model: MedPLIBForCausalLM, *rows: int, side: str = "left") -> dict[str, Any]:
-    """Some of the prompts as one batch."""
-    features = model.encode_images(torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1)))
-    width = max(len(PROMPTS[row]) for row in rows)
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for place, row in enumerate(rows):
-        start = width - len(PROMPTS[row]) if side == "left" else 0
-        ids[place, start : start + len(PROMPTS[row])] = torch.tensor(PROMPTS[row])
-        mask[place, start : start + len(PROMPTS[row])] = 1
-    regions = sum(REGION_PLACEHOLDER in PROMPTS[row] for row in rows)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "image_features": features[[image for row in rows for image in IMAGES[row]]],
-        "region_masks": torch.ones(regions, 4, 4),
-        "region_image": torch.zeros(regions, dtype=torch.long),
-    }
+def chi_square(tokens: np.ndarray, probabilities: Tensor) -> float:
+    """Distance of drawn tokens from what they were drawn from; tokens of no probability must be absent."""
+    counts = np.bincount(tokens, minlength=len(probabilities))
+    possible = probabilities.numpy() > 0
+    assert counts[~possible].sum() == 0
+    expected = probabilities.double().numpy()[possible] * len(tokens)
+    return float(((counts[possible] - expected) ** 2 / expected).sum())
 
 
-def alone(model: MedPLIBForCausalLM, row: int, settings: GenerationSettings = GREEDY) -> Generation:
-    return generate(model, prompt(model, row), settings)[0]
+# --- the distribution -----------------------------------------------------------------------------------------------
 
 
-def test_an_answer_is_the_same_alone_and_in_a_batch(model: MedPLIBForCausalLM) -> None:
-    model.config.seg_token_id = alone(model, 0).token_ids[2]  # so that there are states to compare
-    wanted = [alone(model, row) for row in range(3)]
-    found = generate(model, prompt(model, 0, 1, 2), GREEDY)
-    assert [row.token_ids for row in found] == [row.token_ids for row in wanted]
-    assert len(wanted[0].seg_states) == wanted[0].token_ids.count(model.config.seg_token_id) > 0
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert len(ours.seg_states) == len(theirs.seg_states)
-        for one, other in zip(ours.seg_states, theirs.seg_states, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_follow_the_distribution(temperature: float) -> None:
+    probabilities = (LOGITS / temperature).softmax(-1)
+    tokens = draw(LOGITS, 20_000, temperature=temperature)
+    assert chi_square(tokens, probabilities) < CHI_SQUARE[5]
+    assert chi_square(tokens, LOGITS.softmax(-1).flip(0)) > 10 * CHI_SQUARE[5]  # the distance can tell
 
 
-def test_a_sampled_answer_is_the_same_alone_and_in_a_batch(model: MedPLIBForCausalLM) -> None:
-    settings = GenerationSettings(max_new_tokens=10, temperature=1.0, top_p=0.9, seed=3)
-    wanted = [alone(model, row, settings).token_ids for row in range(3)]
-    assert wanted[0] != alone(model, 0).token_ids
-    assert [row.token_ids for row in generate(model, prompt(model, 0, 1, 2), settings)] == wanted
+def test_draws_of_many_seeds_follow_it_too() -> None:
+    """Requests that come with seeds 0, 1, 2 … are as independent as any."""
+    settings = GenerationSettings(temperature=1.0)
+    draws = [Draw(settings, seed, 7) for seed in range(20_000)]
+    assert chi_square(choose_tokens(LOGITS.expand(20_000, -1), draws).numpy(), LOGITS.softmax(-1)) < CHI_SQUARE[5]
 
 
-def test_a_row_ends_at_its_own_end_token(model: MedPLIBForCausalLM) -> None:
-    whole = [alone(model, row).token_ids for row in range(3)]
-    end = next(token for token in whole[0][1:] if token not in whole[1])
-    model.config.eos_token_id = [end]
-    told: list[tuple[int, int]] = []
-    found = generate(model, prompt(model, 0, 1), GREEDY, lambda row, token: told.append((row, token)))
-    assert found[0].token_ids == whole[0][: whole[0].index(end)] and found[0].finished
-    assert found[1].token_ids == whole[1] and not found[1].finished
-    assert [token for row, token in told if row == 0] == found[0].token_ids
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_successive_draws_are_independent(seed: int) -> None:
+    tokens = draw(LOGITS, 20_000, seed=seed)
+    pairs = tokens[:-1:2] * len(LOGITS) + tokens[1::2]
+    joint = torch.outer(LOGITS.softmax(-1), LOGITS.softmax(-1)).flatten()
+    margins = chi_square(tokens[:-1:2], LOGITS.softmax(-1)) + chi_square(tokens[1::2], LOGITS.softmax(-1))
+    assert chi_square(pairs, joint) - margins < CHI_SQUARE[25]
 
 
-def test_a_state_is_the_one_that_predicts_its_seg(model: MedPLIBForCausalLM) -> None:
-    model.config.seg_token_id = alone(model, 0).token_ids[3]
-    found, inputs = alone(model, 0), prompt(model, 0)
-    place = found.token_ids.index(model.config.seg_token_id)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([found.token_ids[:place]])], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with torch.inference_mode():
-        whole = model(**inputs).last_hidden_state[0, -1]
-    torch.testing.assert_close(found.seg_states[0], whole, rtol=1e-4, atol=1e-5)
+def test_the_most_likely_tokens_share_all_draws() -> None:
+    kept = torch.zeros(6).index_copy(0, torch.tensor([1, 2, 4]), LOGITS.softmax(-1)[[1, 2, 4]])
+    assert chi_square(draw(LOGITS, 20_000, top_k=3), kept / kept.sum()) < CHI_SQUARE[2]
+    assert set(draw(LOGITS, 100, top_k=1)) == {1}
+    assert chi_square(draw(LOGITS, 20_000, top_k=100), LOGITS.softmax(-1)) < CHI_SQUARE[5]
 
 
-def test_transformers_own_loop_says_the_same(model: MedPLIBForCausalLM) -> None:
-    ours = generate(model, prompt(model, 0, 1, 2), GREEDY)
-    theirs = model.generate(**prompt(model, 0, 1, 2), max_new_tokens=10, do_sample=False, eos_token_id=-1)
-    assert theirs.tolist() == [row.token_ids for row in ours]
+def test_the_nucleus_shares_all_draws() -> None:
+    probabilities = LOGITS.softmax(-1)  # 0.10, 0.44, 0.27, 0.01, 0.16, 0.06: the nucleus ends in its fourth token
+    kept = probabilities * (probabilities > 0.08)
+    assert chi_square(draw(LOGITS, 20_000, top_p=0.9), kept / kept.sum()) < CHI_SQUARE[3]
+    assert set(draw(LOGITS, 100, top_p=1e-6)) == {1}
 
 
-def test_padding_on_the_right_is_refused(model: MedPLIBForCausalLM) -> None:
-    with pytest.raises(ValueError, match="padding_side='left'"):
-        generate(model, prompt(model, 0, 1, side="right"), GREEDY)
-    with pytest.raises(ValueError, match="padding_side='left'"):
-        model.generate(**prompt(model, 0, 1, side="right"), max_new_tokens=2)
+def test_the_nucleus_and_the_most_likely_both_count() -> None:
+    assert set(draw(LOGITS, 500, top_p=0.9, top_k=2)) == {1, 2}
+    assert set(draw(LOGITS, 500, top_p=0.5, top_k=5)) == {1, 2}
 
 
-def test_the_nucleus_keeps_the_likely_tokens() -> None:
-    logits = torch.tensor([[0.0, 5.0, 4.0, -5.0]])
-    settings = GenerationSettings(temperature=1.0, top_p=0.9)
-    sampler = torch.Generator().manual_seed(0)
-    assert {int(choose_tokens(logits, settings, [sampler])) for _ in range(50)} == {1, 2}
-    narrow = GenerationSettings(temperature=1.0, top_p=0.1)
-    assert {int(choose_tokens(logits, narrow, [sampler])) for _ in range(20)} == {1}
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = LOGITS.clone()
+    logits[[0, 3]] = -torch.inf
+    assert set(draw(logits, 2000, temperature=50.0)) == {1, 2, 4, 5}
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-300])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    assert set(draw(20 * LOGITS, 100, temperature=temperature)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1e300])
+def test_a_high_temperature_is_uniform(temperature: float) -> None:
+    assert chi_square(draw(LOGITS, 20_000, temperature=temperature), torch.full((6,), 1 / 6)) < CHI_SQUARE[5]
+
+
+def test_noise_is_standard_gumbel() -> None:
+    steps, tokens = torch.arange(400)[:, None], torch.arange(500)
+    noise = gumbel_noise(torch.tensor([[5]]), steps, tokens)
+    assert noise.shape == (400, 500) and noise.isfinite().all()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(np.pi**2 / 6, abs=0.03)
+    assert noise.flatten().unique().numel() == noise.numel()
+
+
+# --- rows of a batch ------------------------------------------------------------------------------------------------
+
+
+def mixed_rows(count: int = 24) -> tuple[Tensor, list[Draw]]:
+    """Rows of different logits and all kinds of settings, every third of them greedy."""
+    generator = torch.Generator().manual_seed(4)
+    logits = 3 * torch.randn(count, 50, generator=generator)
+    kinds = [
+        GenerationSettings(),
+        GenerationSettings(temperature=1.0),
+        GenerationSettings(temperature=1.3, top_p=0.8),
+        GenerationSettings(temperature=0.0, top_p=0.5, top_k=3),
+        GenerationSettings(temperature=0.7, top_k=5),
+        GenerationSettings(temperature=2.0, top_k=9, top_p=0.95),
+    ]
+    return logits, [Draw(kinds[row % 6], 1000 + row // 2, row % 5) for row in range(count)]
+
+
+def test_a_draw_is_the_same_alone_and_in_any_batch() -> None:
+    logits, draws = mixed_rows()
+    together = choose_tokens(logits, draws)
+    alone = [int(choose_tokens(logits[row : row + 1], draws[row : row + 1])) for row in range(len(draws))]
+    assert together.tolist() == alone
+    order = torch.randperm(len(draws), generator=torch.Generator().manual_seed(1))
+    assert choose_tokens(logits[order], [draws[row] for row in order]).equal(together[order])
+
+
+def test_greedy_rows_of_a_mixed_batch_take_the_arg_max() -> None:
+    logits, draws = mixed_rows()
+    greedy = torch.tensor([draw.settings.temperature == 0 for draw in draws])
+    chosen, best = choose_tokens(logits, draws), logits.argmax(-1)
+    assert chosen[greedy].equal(best[greedy]) and not chosen[~greedy].equal(best[~greedy])
+    assert choose_tokens(logits[greedy], [one for one in draws if one.settings.temperature == 0]).equal(best[greedy])
+
+
+def test_a_draw_depends_on_seed_and_step_alone() -> None:
+    first = draw(LOGITS, 200, seed=3)
+    assert (first == draw(LOGITS, 200, seed=3)).all()
+    assert (first != draw(LOGITS, 200, seed=4)).any()
+    assert len(set(first[:50])) > 1
+
+
+def test_reduced_precision_is_drawn_from_too() -> None:
+    logits, draws = mixed_rows()
+    rounded = logits.to(torch.bfloat16)
+    assert choose_tokens(rounded, draws).equal(choose_tokens(rounded.float(), draws))
+
+
+def test_a_fresh_seed_is_another_one_every_time() -> None:
+    assert seed_of(GenerationSettings(seed=11)) == 11
+    fresh = {seed_of(GenerationSettings()) for _ in range(100)}
+    assert len(fresh) == 100 and all(0 <= seed < 2**63 for seed in fresh)
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,12 +169,20 @@ def test_the_nucleus_keeps_the_likely_tokens() -> None:
         {"temperature": float("nan")},
         {"temperature": float("inf")},
         {"top_p": 0},
+        {"top_p": 1.01},
         {"top_p": float("nan")},
+        {"top_k": -1},
         {"seed": -1},
-        {"seed": 2**64},
+        {"seed": 2**63},
+        {"stop": "a bare text"},
+        {"stop": ("",)},
     ],
 )
-def test_wrong_settings_are_one_sentence(options: dict) -> None:
+def test_wrong_settings_are_one_sentence(options: dict[str, Any]) -> None:
     with pytest.raises(MedPLIBError) as raised:
         GenerationSettings(**options)
     assert "\n" not in str(raised.value)
+
+
+def test_stop_texts_may_come_as_a_list() -> None:
+    assert GenerationSettings(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
