@@ -1,0 +1,235 @@
+"""Small charts as inline SVG: strips that sit in table cells, histograms, calibration.
+
+Colours are classes of ``assets/report.css``, so that they follow the page's light or dark scheme. Strips hold no text
+and stretch with their cell; charts with text are drawn for about 300 pixels, at which their text is 11 pixels high.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from model.eval.report_html import Markup, count, element, number
+
+_WIDTH, _HEIGHT = 304, 208
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 20, 40  # margins of the plot: tick labels and axis titles
+_PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def interval_strip(
+    value: float | None,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    baseline: float | None = None,
+    worse: bool = False,
+) -> Markup:
+    """A bar from 0 to a value in [0, 1], its interval as a line, a blind baseline as a tick.
+
+    Args:
+        value: length of the bar; None draws the empty scale.
+        low: lower end of the interval.
+        high: upper end.
+        baseline: where the tick stands.
+        worse: the quantity counts something bad, which another colour says.
+    """
+    shapes = [_box(0, 3, 100, 8, "track")]
+    if _finite(value):
+        shapes.append(_box(0, 3, _percent(value), 8, "bar worse" if worse else "bar"))
+    if _finite(low) and _finite(high):
+        left, right = _percent(low), _percent(high)
+        shapes += [_line(left, 7, right, 7, "whisker")]
+        shapes += [_line(end, 4, end, 10, "whisker") for end in (left, right)]
+    if _finite(baseline):
+        shapes.append(_line(_percent(baseline), 0, _percent(baseline), 14, "baseline"))
+    return _strip(shapes, _told(value, low, high, baseline))
+
+
+def difference_strip(value: float | None, low: float | None, high: float | None, reach: float) -> Markup:
+    """A difference and its interval around a zero line, on a scale from −``reach`` to ``reach``."""
+    reach = reach if reach > 0 else 1.0
+
+    def place(number_: float) -> float:
+        return 50 + 50 * max(-1.0, min(1.0, number_ / reach))
+
+    shapes = [_line(50, 0, 50, 14, "zero")]
+    if value is not None and _finite(value):
+        left, right = sorted((50.0, place(value)))
+        shapes.append(_box(left, 3, right - left, 8, "bar up" if value > 0 else "bar down"))
+    if low is not None and high is not None and _finite(low) and _finite(high):
+        shapes.append(_line(place(low), 7, place(high), 7, "whisker"))
+        shapes += [_line(place(end), 4, place(end), 10, "whisker") for end in (low, high)]
+    return _strip(shapes, _told(value, low, high, None))
+
+
+def share_strip(shares: Sequence[float], names: Sequence[str]) -> Markup:
+    """Parts of one whole beside one another, each in its own colour."""
+    total = sum(shares) or 1.0
+    shapes, left = [], 0.0
+    for index, share in enumerate(shares):
+        width = 100 * share / total
+        shapes.append(_box(left, 0, width, 14, f"series-{index % 6 + 1}", f"{names[index]}: {share / total:.1%}"))
+        left += width
+    label = ", ".join(f"{name} {share / total:.1%}" for name, share in zip(names, shares, strict=True))
+    return _strip(shapes, label)
+
+
+def histogram(values: Sequence[float] | np.ndarray, title: str, *, bins: int = 20, series: int = 1) -> Markup:
+    """How values in [0, 1] are spread; a broken line marks their median.
+
+    Args:
+        values: numbers; those outside [0, 1] count in the outermost bars, those that are not numbers are left out.
+        title: of the horizontal axis.
+        bins: bars.
+        series: colour, from 1.
+    """
+    finite = _numbers(values)
+    heights, _ = np.histogram(np.clip(finite, 0, 1), bins=bins, range=(0.0, 1.0))
+    top = _rounded_up(int(heights.max())) if len(finite) else 1
+    width = _PLOT_WIDTH / bins
+    shapes = _vertical_axis([(tick, count(round(tick * top))) for tick in _TICKS], "answers")
+    for index, height in enumerate(heights.tolist()):
+        if height:
+            tall = _PLOT_HEIGHT * height / top
+            note = f"{index / bins:.2f} to {(index + 1) / bins:.2f}: {count(height)}"
+            left = _LEFT + index * width
+            shapes.append(_box(left + 0.75, _TOP + _PLOT_HEIGHT - tall, width - 1.5, tall, f"series-{series}", note))
+    shapes += _horizontal_axis(title)
+    if len(finite):
+        middle = float(np.median(finite))
+        shapes.append(_line(_x(middle), _TOP, _x(middle), _TOP + _PLOT_HEIGHT, "median"))
+        side = "end" if middle > 0.5 else "start"
+        shapes.append(_label(_x(middle), _TOP - 7, f"median {number(middle, 2)}", side, "reading"))
+    return _chart(shapes, f"Histogram of {title} over {count(len(finite))} answers")
+
+
+def calibration(
+    predicted: Sequence[float] | np.ndarray, actual: Sequence[float] | np.ndarray, *, bins: int = 10
+) -> Markup:
+    """Means of what was reached (vertical) over means of what was predicted, for equal steps of the prediction.
+
+    The area of a dot grows with its answers, its line spans their middle half; on the diagonal predictions hold true.
+    """
+    pairs = np.column_stack([np.asarray(predicted, dtype=float), np.asarray(actual, dtype=float)])
+    pairs = np.clip(pairs[np.isfinite(pairs).all(axis=1)], 0, 1)
+    shapes = _vertical_axis([(tick, number(tick, 2)) for tick in _TICKS], "real IoU")
+    shapes += _horizontal_axis("predicted IoU")
+    shapes.append(_line(_x(0), _y(0), _x(1), _y(1), "diagonal"))
+    step = np.minimum((pairs[:, 0] * bins).astype(int), bins - 1)
+    largest = int(np.bincount(step).max()) if len(pairs) else 1
+    for index in np.unique(step).tolist():
+        inside = pairs[step == index]
+        across, up = (float(mean) for mean in inside.mean(axis=0))
+        lower, upper = (float(edge) for edge in np.quantile(inside[:, 1], (0.25, 0.75)))
+        radius = 2.5 + 5.5 * math.sqrt(len(inside) / largest)
+        note = f"predicted {across:.2f}, real {up:.2f}, {count(len(inside))} masks"
+        shapes.append(_line(_x(across), _y(lower), _x(across), _y(upper), "spread"))
+        shapes.append(_circle(_x(across), _y(up), radius, "series-1 dot", note))
+    return _chart(shapes, f"Calibration of the predicted IoU over {count(len(pairs))} masks")
+
+
+def calibration_error(
+    predicted: Sequence[float] | np.ndarray, actual: Sequence[float] | np.ndarray, *, bins: int = 10
+) -> float:
+    """Expected calibration error in [0, 1]: mean distance of the means of ``calibration``, weighted by answers; NaN
+    where there are none."""
+    pairs = np.column_stack([np.asarray(predicted, dtype=float), np.asarray(actual, dtype=float)])
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    if not len(pairs):
+        return math.nan
+    step = np.clip((pairs[:, 0] * bins).astype(int), 0, bins - 1)
+    gaps = [
+        (len(pairs[step == i]), abs(float((pairs[step == i, 0] - pairs[step == i, 1]).mean()))) for i in np.unique(step)
+    ]
+    return sum(size * gap for size, gap in gaps) / len(pairs)
+
+
+# --- the parts of a chart -------------------------------------------------------------------------------------------
+
+
+def _strip(shapes: list[Markup], label: str) -> Markup:
+    return element(
+        "svg", *shapes, viewBox="0 0 100 14", preserveAspectRatio="none", class_="strip", role="img", aria_label=label
+    )
+
+
+def _chart(shapes: list[Markup], label: str) -> Markup:
+    return element("svg", *shapes, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", class_="chart", role="img", aria_label=label)
+
+
+def _vertical_axis(ticks: Sequence[tuple[float, str]], title: str) -> list[Markup]:
+    shapes = []
+    for share, text in ticks:
+        shapes.append(_line(_LEFT, _y(share), _WIDTH - _RIGHT, _y(share), "grid" if share else "axis"))
+        shapes.append(_label(_LEFT - 6, _y(share) + 4, text, "end", "tick"))
+    middle = _TOP + _PLOT_HEIGHT / 2
+    turned = f"rotate(-90 9 {_round(middle)})"
+    return [*shapes, element("text", title, x=9, y=_round(middle), transform=turned, class_="axis-title middle")]
+
+
+def _horizontal_axis(title: str) -> list[Markup]:
+    below = _TOP + _PLOT_HEIGHT
+    shapes = [_label(_x(tick), below + 16, number(tick, 2), "middle", "tick") for tick in _TICKS]
+    return [*shapes, _label(_LEFT + _PLOT_WIDTH / 2, _HEIGHT - 6, title, "middle", "axis-title")]
+
+
+def _x(value: float) -> float:
+    return _LEFT + _PLOT_WIDTH * max(0.0, min(1.0, value))
+
+
+def _y(value: float) -> float:
+    return _TOP + _PLOT_HEIGHT * (1 - max(0.0, min(1.0, value)))
+
+
+def _box(x: float, y: float, width: float, height: float, kind: str, note: str = "") -> Markup:
+    sides = {"x": _round(x), "y": _round(y), "width": _round(width), "height": _round(height)}
+    return element("rect", element("title", note) if note else "", **sides, class_=kind)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return element("line", x1=_round(x1), y1=_round(y1), x2=_round(x2), y2=_round(y2), class_=kind)
+
+
+def _circle(x: float, y: float, radius: float, kind: str, note: str) -> Markup:
+    return element("circle", element("title", note), cx=_round(x), cy=_round(y), r=_round(radius), class_=kind)
+
+
+def _label(x: float, y: float, text: str, anchor: str, kind: str) -> Markup:
+    return element("text", text, x=_round(x), y=_round(y), class_=f"{kind} {anchor}")
+
+
+def _round(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _percent(value: float | None) -> float:
+    return 100 * max(0.0, min(1.0, value or 0.0))
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _numbers(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values, dtype=float).ravel()
+    return array[np.isfinite(array)]
+
+
+def _rounded_up(largest: int) -> int:
+    """The next number whose quarters are whole and easily read."""
+    power = 1
+    while 80 * power < largest:
+        power *= 10
+    return next(factor * power for factor in (4, 8, 12, 16, 20, 40, 60, 80) if factor * power >= largest)
+
+
+def _told(value: float | None, low: float | None, high: float | None, baseline: float | None) -> str:
+    parts = [number(value)]
+    if _finite(low) and _finite(high):
+        parts.append(f"interval {number(low)} to {number(high)}")
+    if _finite(baseline):
+        parts.append(f"blind {number(baseline)}")
+    return ", ".join(parts)

@@ -1,0 +1,71 @@
+"""``medplib eval`` and ``medplib compare``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from model.errors import MedPLIBError
+
+FAILED_QUESTIONS = 3
+"""Exit code where some questions could not be asked."""
+
+
+def add_eval_command(commands: argparse._SubParsersAction) -> None:
+    """``medplib eval MODEL SUITE``."""
+    evaluate = commands.add_parser("eval", help="run a suite of data sets and write a report")
+    evaluate.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, native or published")
+    evaluate.add_argument("suite", metavar="SUITE", help="a suite of the project, such as phantoms, or a YAML file")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="runs/eval/MODEL/SUITE when absent")
+    evaluate.add_argument("--data", type=Path, metavar="DIR", help="folder of the data; sets MEDPLIB_DATA")
+    evaluate.add_argument("--only", nargs="+", default=(), metavar="SET", help="only these sets of the suite")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N records of each set")
+    evaluate.add_argument("--overwrite", action="store_true", help="start anew; a stopped run goes on otherwise")
+    evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
+    evaluate.add_argument("--precision", choices=("fp32", "bf16"), help="as stored when absent, fp32 on a CPU")
+    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions decoded together")
+    evaluate.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP, for published checkpoints")
+    evaluate.add_argument("--sam", type=Path, metavar="FILE", help="SAM-Med2D, for published checkpoints without it")
+    evaluate.set_defaults(run=run_eval)
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """``medplib eval``: exit 3 when questions could not be asked."""
+    from model.eval.places import Place
+    from model.eval.suite import load_suite
+    from model.eval.suite_run import SuiteOptions, default_out, run_suite, told
+
+    environment = dict(os.environ)
+    if options.data is not None:
+        if not options.data.is_dir():
+            raise MedPLIBError(f"--data {options.data} is not a directory here; give the folder of the data")
+        environment["MEDPLIB_DATA"] = str(options.data)
+    suite = load_suite(options.suite, environment=environment).only(options.only)
+    place = Place.from_environment()
+    if place.is_first:  # progress lines go where a log is kept
+        logging.getLogger("model.eval").setLevel(logging.INFO)
+    chosen = SuiteOptions(
+        model=options.model,
+        suite=suite,
+        named=options.suite,
+        out=options.out or default_out(options.model, suite),
+        device=options.device,
+        precision=options.precision,
+        vision_tower=options.vision_tower,
+        sam=options.sam,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        overwrite=options.overwrite,
+    )
+    outcome = run_suite(chosen, place)
+    if outcome.result is None:
+        return 0
+    sys.stdout.write(f"{told(outcome.result)}\n\n")
+    sys.stdout.writelines(f"wrote {path}\n" for path in outcome.files)
+    if outcome.errors:
+        sys.stdout.write(f"{outcome.errors} questions could not be asked, the first because {outcome.first_error}\n")
+        return FAILED_QUESTIONS
+    return 0

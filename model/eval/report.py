@@ -1,0 +1,234 @@
+"""One self-contained HTML page of a suite's results, and the same as JSON and CSV for machines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from model.eval import report_sections as sections
+from model.eval.metrics.scores import Measures
+from model.eval.report_data import SetResult, SuiteResult
+from model.eval.report_html import Markup, count, element, joined, page
+from model.eval.report_pictures import MOST_BYTES, MOST_PICTURES, Pictures
+
+HTML_FILE, JSON_FILE, SCORES_FILE, ROWS_FILE = "report.html", "report.json", "scores.csv", "rows.csv"
+MOST_MEGABYTES = 9
+"""Of the page: its pictures, as text, and some hundred kilobytes of tables."""
+
+assert 4 / 3 * MOST_PICTURES * MOST_BYTES < (MOST_MEGABYTES - 0.5) * 1e6
+
+
+def write_report(result: SuiteResult, folder: Path) -> list[Path]:
+    """Write ``report.html``, ``report.json`` and ``scores.csv``; each is there whole or not at all.
+
+    Returns:
+        The files, in that order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {
+        HTML_FILE: suite_page(result),
+        JSON_FILE: json.dumps(as_json(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    files = [_write(folder / name, text) for name, text in whole.items()]
+    return [*files, write_scores(result.sets, folder / SCORES_FILE)]
+
+
+def suite_page(result: SuiteResult) -> str:
+    """The whole page."""
+    budget = max(12, MOST_PICTURES // max(1, len(result.sets)))
+    parts = []
+    for item in result.sets:
+        pictures = Pictures(item.images, item.regions, budget)
+        parts.append(_set_section(item, pictures))
+    several = len(result.sets) > 1
+    contents = [("Summary", "summary"), *((part.item.title, part.item.name) for part in result.sets)]
+    links = (element("a", title, href=f"#{name}") for title, name in [*contents, ("How to read this", "reading")])
+    errors = sum(part.errors for part in result.sets)
+    body = joined(
+        [
+            element(
+                "header",
+                element("p", "MedPLIB evaluation", class_="eyebrow"),
+                element("h1", result.title),
+                element("p", _lead(result), class_="lead"),
+                _errors_told(errors) if errors else "",
+                sections.facts(result.facts),
+                element("nav", *links, aria_label="Contents"),
+            ),
+            element("h2", "Summary", id="summary"),
+            element("p", result.about, class_="about") if result.about else "",
+            sections.summary(result),
+            *parts,
+            _reading(result, several),
+        ]
+    )
+    return page(f"{result.title}: {result.model}", body)
+
+
+def _set_section(part: SetResult, pictures: Pictures) -> Markup:
+    item = part.item
+    about = {
+        "Questions": count(part.questions),
+        "Split": item.split,
+        "Version": item.version,
+        "Source": item.source,
+        "Licence of the data": item.licence,
+        "Mask thresholds": ", ".join(f"{value:g}" for value in item.thresholds) if len(part.dice) else "",
+        "Prompt": "as in training" if item.prompt == "training" else "as in the published evaluation",
+        "Answering took": sections.speed(part),
+    }
+    parts = [
+        element("h2", item.title, id=item.name),
+        element("p", item.about, class_="about") if item.about else "",
+        sections.facts(about),
+        sections.scores(part),
+        sections.groups(part, "modality"),
+        sections.groups(part, "kind"),
+        sections.masks(part),
+        sections.gallery(part, pictures),
+        sections.groups(part, "structure"),
+        sections.groups(part, "dataset"),
+        sections.failures(part, pictures),
+        sections.router(part),
+    ]
+    if pictures.left_out:
+        parts.append(
+            element("p", f"{pictures.left_out} more pictures were left out to keep this page small.", class_="note")
+        )
+    return element("section", *parts)
+
+
+def _lead(result: SuiteResult) -> str:
+    questions = sum(part.questions for part in result.sets)
+    sets = "" if len(result.sets) == 1 else f" of {len(result.sets)} data sets"
+    return f"{result.model}, {count(questions)} questions{sets}"
+
+
+def _errors_told(errors: int) -> Markup:
+    were = "question could" if errors == 1 else "questions could"
+    return element(
+        "p",
+        f"{count(errors)} {were} not be asked, and {'is' if errors == 1 else 'are'} counted as wrong.",
+        class_="warning",
+    )
+
+
+def _reading(result: SuiteResult, several: bool) -> Markup:
+    told = [
+        "Intervals hold 95 % of the values that a metric takes when as many images are drawn from the set anew, with "
+        "all their questions. They tell how much chance is in the choice of images, not how the model does on others.",
+        "A dotted mark shows what an answerer reaches that never sees the image." if _any_blind(result) else "",
+        "The mean of several sets is not taken: their questions and metrics differ." if several else "",
+        f"Everything on this page is in {JSON_FILE} and {SCORES_FILE} beside it, every answer in {ROWS_FILE} and under "
+        "predictions/.",
+    ]
+    paragraphs = [element("p", text) for text in told if text]
+    again = [element("p", "To do it again: ", element("code", result.command))] if result.command else []
+    limits = element("p", "For research. Nothing here was validated for diagnosis or treatment.")
+    return element(
+        "footer",
+        element("h3", "How to read this", id="reading"),
+        *paragraphs,
+        sections.meanings(result),
+        *again,
+        limits,
+    )
+
+
+def _any_blind(result: SuiteResult) -> bool:
+    return any(part.blind for part in result.sets)
+
+
+# --- for machines ---------------------------------------------------------------------------------------------------
+
+
+def as_json(result: SuiteResult) -> dict[str, Any]:
+    """All numbers of a report; what is not defined is null."""
+    return {
+        "format": 1,
+        "suite": result.title,
+        "model": result.model,
+        "facts": dict(result.facts),
+        "command": result.command,
+        "sets": [_set_json(part) for part in result.sets],
+    }
+
+
+def _set_json(part: SetResult) -> dict[str, Any]:
+    item = part.item
+    blind = [
+        {"by": by, "group": group, "metric": metric, "value": _finite(value)}
+        for (by, group, metric), value in part.blind.items()
+    ]
+    return {
+        "name": item.name,
+        "title": item.title,
+        "task": item.task,
+        "split": item.split,
+        "version": item.version,
+        "licence": item.licence,
+        "source": item.source,
+        "headlines": list(item.headlines),
+        "scores": part.scores.to_dict(),
+        "blind": blind,
+        "known": [{"metric": known.metric, "value": known.value, "who": known.who} for known in item.known],
+        "failures": {
+            found.kind.name: {
+                "count": found.count,
+                "asked": found.asked,
+                "examples": [row.question_id for _, row, _ in found.examples],
+            }
+            for found in part.failures
+        },
+        "router": {task: shares.round(4).tolist() for task, shares in part.router.items()},
+        "seconds": round(part.seconds, 3),
+    }
+
+
+def write_scores(sets: Iterable[SetResult], path: Path) -> Path:
+    """One line for each set, group and metric: ``set,by,group,metric,value,low,high,count,blind``."""
+    lines: list[list[object]] = []
+    for part in sets:
+        tables: list[tuple[str, str, Measures]] = [("", "", part.scores.overall)]
+        tables += [(by, name, found) for by in part.scores.dimensions for name, found in part.scores.by(by).items()]
+        for by, name, found in tables:
+            for metric, measure in found.items():
+                values = (_cell(value) for value in (measure.value, measure.low, measure.high))
+                blind = _cell(part.blind.get((by, name, metric)))
+                lines.append([part.item.name, by, plain_cell(name), metric, *values, measure.count, blind])
+    head = ["set", "by", "group", "metric", "value", "low", "high", "count", "blind"]
+    return write_csv(path, head, lines)
+
+
+def write_csv(path: Path, head: list[str], lines: Iterable[Iterable[object]]) -> Path:
+    """A CSV file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8", newline="", errors="replace") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(head)
+        writer.writerows(lines)
+    return partial.replace(path)
+
+
+def plain_cell(text: str) -> str:
+    """Text for a spreadsheet, which would otherwise run what begins like a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.6f}"
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(float(value), 6)
+
+
+def _write(path: Path, text: str) -> Path:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors="replace")
+    return partial.replace(path)

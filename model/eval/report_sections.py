@@ -1,0 +1,402 @@
+"""The sections of a report: summary, scores, groups, masks, pictures, failures, router."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from model.eval.charts import calibration, calibration_error, histogram, interval_strip, share_strip
+from model.eval.metrics.definitions import CONVENTIONS, Metric
+from model.eval.metrics.scores import UNNAMED, Measure, Measures
+from model.eval.metrics.tables import MEAN_ROW
+from model.eval.predictions import Prediction
+from model.eval.report_data import SetResult, SuiteResult, metric_title
+from model.eval.report_failures import Failures, RowScore
+from model.eval.report_html import Column, Markup, breakable, count, element, interval, joined, number, quoted, table
+from model.eval.report_pictures import Pictures
+
+MOST_GROUPS = 60
+"""Rows of one table of groups; the CSV beside the report has all."""
+
+TASK_TITLES = {
+    "vqa": "Questions about the image",
+    "region": "Questions about a region",
+    "grounding": "Requests for masks",
+    "caption": "Captions",
+}
+_MODALITY_TITLES = {"ct": "CT", "mr": "MR", "x_ray": "X-ray", "x": "X-ray", "pet": "PET"}
+_GROUP_TITLES = {"modality": "Modality", "kind": "Kind of question", "structure": "Structure", "dataset": "Data set"}
+_PICTURED_TITLES = {"best": "Best", "middle": "Around the median", "worst": "Worst"}
+
+
+def summary(result: SuiteResult) -> Markup:
+    """The headline metrics of every set in one table."""
+    rows: list[list[object]] = []
+    several = len(result.sets) > 1
+    reported = any(part.item.known for part in result.sets)
+    blind = any(part.blind for part in result.sets)
+    columns = [Column("Score", "text"), Column("Value"), Column("95 % interval"), Column("", "strip")]
+    columns += [Column("Blind", meaning="What is reached without seeing the image")] if blind else []
+    columns += [Column("Reported elsewhere", "text")] if reported else []
+    columns += [Column("n", meaning="How many questions or masks the value is taken over")]
+    for part in result.sets:
+        if several:
+            rows.append([_anchor(part)])
+        for metric in part.headlines():
+            measure, base = part.scores.overall[metric.name], part.blind.get(("", "", metric.name))
+            row: list[object] = [_metric_cell(metric), _value(measure), _range(measure), _strip(measure, metric, base)]
+            row += [number(base)] if blind else []
+            row += [_known(part, metric.name)] if reported else []
+            rows.append([*row, count(measure.count)])
+    return joined([table(columns, rows, class_="headlines", label="Headline scores"), _key(blind)])
+
+
+def scores(part: SetResult) -> Markup:
+    """Every metric of a set, task by task."""
+    found = part.scores.by("task")
+    tables = [_task_table(part, task, found[task], headed=len(found) > 1) for task in in_order(found)]
+    if not tables:
+        return element("p", "Nothing could be scored: this set holds no question.", class_="warning")
+    return joined([element("h3", "All scores"), *tables])
+
+
+def _task_table(part: SetResult, task: str, measures: Measures, *, headed: bool) -> Markup:
+    """One line for each metric; a metric of several mask thresholds has a column for each."""
+    title = TASK_TITLES.get(task, task)
+    lines: dict[str, list[tuple[Metric, Measure]]] = {}
+    shown = {name.partition("@")[0] for name in part.item.headlines}
+    for metric in part.scores.metrics:
+        measure, name = measures.get(metric.name), metric.name.partition("@")[0]
+        # a rate of mishaps that did not happen needs no line
+        if measure is not None and (metric.higher_is_better or measure.value > 0 or name in shown):
+            lines.setdefault(name, []).append((metric, measure))
+    marks = [f"{value:g}" for value in part.item.thresholds if any(len(line) > 1 for line in lines.values())]
+    columns = [Column("Metric", "text"), Column(f"At {marks[0]}" if marks else "Value"), Column("95 % interval")]
+    columns += [Column("", "strip")]
+    for mark_ in marks[1:]:
+        columns += [Column(f"At {mark_}"), Column("95 % interval")]
+    rows = []
+    for line in lines.values():
+        (metric, measure), *others = line
+        row: list[object] = [_metric_cell(metric, named_threshold=False), _value(measure), _range(measure)]
+        row.append(_strip(measure, metric, None))
+        row += [cell for _, other in others for cell in (_value(other), _range(other))]
+        row += [""] * (len(columns) - len(row))
+        rows.append([*row, count(measure.count)])
+    heading = element("h4", title) if headed else ""
+    return joined([heading, table([*columns, Column("n")], rows, label=f"Scores: {title}", class_="dense")])
+
+
+def groups(part: SetResult, by: str) -> Markup | None:
+    """The headline metrics for each group of a dimension; None where fewer than two groups are known."""
+    found = {name: measures for name, measures in part.scores.by(by).items() if name != UNNAMED}
+    metrics = [metric for metric in part.headlines() if sum(metric.name in measures for measures in found.values()) > 1]
+    if not metrics:
+        return None
+    shared = sum(metric.name in measures for measures in found.values() for metric in metrics) / len(found)
+    drawn = _side_by_side(part, by, found, metrics) if shared > 1.5 or len(metrics) == 1 else None
+    return joined(
+        [element("h3", f"By {_GROUP_TITLES[by].lower()}"), drawn or _one_below_another(part, by, found, metrics)]
+    )
+
+
+def _side_by_side(part: SetResult, by: str, found: Mapping[str, Measures], metrics: Sequence[Metric]) -> Markup:
+    """A line for each group, with a value and a bar for each metric."""
+    named = [name for name, measures in found.items() if any(metric.name in measures for metric in metrics)]
+    ranked = sorted(named, key=lambda name: [_rank(found[name], metric) for metric in metrics])
+    columns = [Column(_GROUP_TITLES[by], "text")]
+    for metric in metrics:
+        columns += [Column(metric_title(metric), "pair")]
+    rows: list[list[object]] = []
+    for name in ranked[:MOST_GROUPS]:
+        rows.append([group_title(by, name), *_pairs(part, by, name, found[name], metrics)])
+    if by == "modality":
+        rows.append([MEAN_ROW.capitalize(), *_pairs(part, by, "", part.scores.mean_over(by), metrics)])
+    return joined([table(columns, rows, label=f"By {by}", class_="groups"), _left_out(len(ranked))])
+
+
+def _pairs(part: SetResult, by: str, name: str, measures: Measures, metrics: Sequence[Metric]) -> Iterator[object]:
+    for metric in metrics:
+        measure, blind = measures.get(metric.name), part.blind.get((by, name, metric.name)) if name else None
+        if measure is None:
+            yield ""
+            continue
+        ends = interval(measure.low, measure.high, 2)
+        parts = [ends if ends != "–" else "", f"n {count(measure.count)}" if name else f"{measure.count} groups"]
+        below = element("span", " · ".join(part for part in parts if part), class_="label")
+        bar = element("div", _strip(measure, metric, blind), below, class_="pair-bar")
+        yield element("div", _value(measure), bar, class_="pair-cell")
+
+
+def _one_below_another(part: SetResult, by: str, found: Mapping[str, Measures], metrics: Sequence[Metric]) -> Markup:
+    """For groups that have one metric each: a block of lines for each metric."""
+    has_blind = any(key[0] == by for key in part.blind)
+    columns = [Column(_GROUP_TITLES[by], "text"), Column("Value"), Column("95 % interval"), Column("", "strip")]
+    columns += [Column("Blind")] if has_blind else []
+    rows: list[list[object]] = []
+    for metric in metrics:
+        named = sorted((name for name in found if metric.name in found[name]), key=lambda n: _rank(found[n], metric))
+        rows.append([_metric_cell(metric)])
+        for name in named[:MOST_GROUPS]:
+            measure, blind = found[name][metric.name], part.blind.get((by, name, metric.name))
+            row: list[object] = [
+                group_title(by, name),
+                _value(measure),
+                _range(measure),
+                _strip(measure, metric, blind),
+            ]
+            rows.append([*row, *([number(blind)] if has_blind else []), count(measure.count)])
+    most = max(sum(metric.name in measures for measures in found.values()) for metric in metrics)
+    return joined([table([*columns, Column("n")], rows, label=f"By {by}", class_="dense"), _left_out(most)])
+
+
+def _left_out(groups_: int) -> Markup | str:
+    left = groups_ - MOST_GROUPS
+    return element("p", f"{count(left)} more are in scores.csv.", class_="note") if left > 0 else ""
+
+
+def _rank(measures: Measures, metric: Metric) -> float:
+    value = measures[metric.name].value if metric.name in measures else math.inf
+    return -value if metric.higher_is_better and value != math.inf else value
+
+
+def group_title(by: str, name: str) -> str:
+    """A group's name for people."""
+    if by == "modality" and name in _MODALITY_TITLES:
+        return _MODALITY_TITLES[name]
+    words = name.replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def masks(part: SetResult) -> Markup | None:
+    """How good the masks are and how well the model knows it; None where the set has no present target."""
+    if not len(part.dice):
+        return None
+    threshold = part.item.thresholds[0]
+    charts = [_figure(histogram(part.dice, "Dice"), _dice_told(part.dice, threshold))]
+    if len(part.real_iou):
+        error, mean = calibration_error(part.predicted_iou, part.real_iou), float(np.nanmean(part.predicted_iou))
+        real = float(np.nanmean(part.real_iou))
+        told = (
+            f"On average the model expects an IoU of {number(mean, 2)} and reaches {number(real, 2)}; its expected "
+            f"calibration error is {number(error, 3)}. Lines span the middle half, larger dots stand for more masks."
+        )
+        charts.append(_figure(histogram(part.predicted_iou, "predicted IoU", series=3), _expected_told(part)))
+        charts.append(_figure(calibration(part.predicted_iou, part.real_iou), [_title("Calibration. "), told]))
+    return joined([element("h3", "Masks"), element("div", *charts, class_="charts")])
+
+
+def _dice_told(dice: np.ndarray, threshold: float) -> list[object]:
+    poor, good = float((dice < 0.1).mean()), float((dice >= 0.9).mean())
+    return [
+        _title("Dice of every present target. "),
+        f"{good:.0%} reach 0.9 and {poor:.0%} stay below 0.1, at the threshold {threshold:g}; "
+        "a target without a mask counts 0.",
+    ]
+
+
+def _expected_told(part: SetResult) -> list[object]:
+    high = float((part.predicted_iou >= 0.9).mean())
+    return [_title("What the model expects. "), f"Its own score of its masks; {high:.0%} are 0.9 or more."]
+
+
+def gallery(part: SetResult, pictures: Pictures) -> Markup | None:
+    """Answers with masks from best to worst, with outlines."""
+    rows = []
+    for name, examples in part.pictured.items():
+        figures = [_pictured(row, score, pictures) for _, row, score in examples]
+        if figures:
+            rows += [element("h4", _PICTURED_TITLES.get(name, name)), element("div", *figures, class_="pictures")]
+    if not rows:
+        return None
+    key = element(
+        "div",
+        element("span", "predicted", class_="predicted"),
+        element("span", "reference", class_="reference"),
+        class_="key",
+    )
+    return joined([element("h3", "Masks on images"), key, *rows])
+
+
+def _pictured(row: Prediction, score: RowScore, pictures: Pictures) -> Markup:
+    told = [element("strong", f"Dice {number(score.dice, 2)}")]
+    if score.predicted_iou is not None:
+        told.append(Markup(f"predicted IoU {number(score.predicted_iou, 2)}"))
+    picture = pictures.of(row) or element("p", "No picture.", class_="nothing")
+    return element("figure", picture, element("figcaption", joined(told, ", "), element("br"), quoted(row.prompt, 120)))
+
+
+def failures(part: SetResult, pictures: Pictures) -> Markup:
+    """Every kind of failure with its count and examples, folded; kinds that did not occur in one sentence."""
+    rows = [_failure(found, pictures) for found in part.failures if found.count]
+    told = "Each kind counts the questions that could fail in that way, and opens to show some that did."
+    clean = [f"{found.kind.title.lower()} (of {count(found.asked)})" for found in part.failures if not found.count]
+    none = element("p", f"There were no {', no '.join(clean)}.", class_="note spaced") if clean else ""
+    return joined([element("h3", "Failures"), element("p", told, class_="about") if rows else "", *rows, none])
+
+
+def _failure(found: Failures, pictures: Pictures) -> Markup:
+    share = f"{count(found.count)} of {count(found.asked)}, {found.count / found.asked:.1%}"
+    heading = element(
+        "summary",
+        element("span", found.kind.title, class_="kind"),
+        element("span", share, class_="tally"),
+        element("span", found.kind.meaning, class_="meaning"),
+    )
+    shown = (example(row, score, pictures) for _, row, score in found.examples)
+    return element("details", heading, element("div", *shown, class_="examples"))
+
+
+def example(row: Prediction, score: RowScore, pictures: Pictures | None) -> Markup:
+    """One answer with its picture, question, reference and what it scored."""
+    picture = pictures.of(row) if pictures is not None else None
+    facts: list[tuple[str, object]] = [("question", quoted(row.prompt)), ("reference", quoted(row.gt))]
+    facts.append(("answer", quoted(row.text)) if not row.failed else ("error", quoted(row.error or "")))
+    if score.dice is not None and row.masks:
+        facts.append(("Dice", number(score.dice, 2)))
+    listed = element("dl", *(joined([element("dt", name), element("dd", value)]) for name, value in facts))
+    where = " · ".join(_whence(row))
+    return element(
+        "div",
+        picture,
+        listed,
+        element("span", quoted(where, 200), class_="source"),
+        class_="example" if picture is not None else "example plain",
+    )
+
+
+def _whence(row: Prediction) -> Iterator[str]:
+    yield str(row.question_id)
+    for name in ("modality", "kind"):
+        if row.metadata.get(name):
+            yield str(row.metadata[name])
+    yield row.image_path
+
+
+def router(part: SetResult) -> Markup | None:
+    """Which share of the tokens each expert computed, layer by layer, for each task; None where it is not known."""
+    if not part.router:
+        return None
+    tasks = in_order(part.router)
+    experts = part.router[tasks[0]].shape[1]
+    names = [f"expert {index}" for index in range(experts)]
+    columns = [Column("Layer", "text"), *(Column(TASK_TITLES.get(task, task), "pair") for task in tasks)]
+    rows: list[list[object]] = []
+    for layer in range(len(part.router[tasks[0]])):
+        cells = [_shares_cell(part.router[task][layer].tolist(), names) for task in tasks]
+        rows.append([str(layer), *cells])
+    key = element("div", *(element("span", n, class_=f"series-{i % 6 + 1}") for i, n in enumerate(names)), class_="key")
+    about = element(
+        "p",
+        "The share of all tokens, those of the question and the image included, that each expert computed; the number "
+        "is that of expert 0. Layers are the mixture layers, counted from the input on.",
+        class_="about",
+    )
+    return joined([element("h3", "Router"), about, key, table(columns, rows, label="Shares of the experts")])
+
+
+def _shares_cell(shares: list[float], names: list[str]) -> Markup:
+    bar = element("div", share_strip(shares, names), class_="pair-bar")
+    return element("div", element("span", f"{shares[0]:.0%}", class_="value"), bar, class_="pair-cell")
+
+
+def in_order(tasks: Iterable[str]) -> list[str]:
+    """Names of tasks in the order of reports."""
+    known = list(TASK_TITLES)
+    return sorted(tasks, key=lambda task: (known.index(task) if task in known else len(known), task))
+
+
+def facts(pairs: Mapping[str, object]) -> Markup:
+    """Names and values side by side; empty values are left out."""
+    cells = (
+        element("div", element("dt", name), element("dd", breakable(value))) for name, value in pairs.items() if value
+    )
+    return element("dl", *cells, class_="facts")
+
+
+def meanings(result: SuiteResult) -> Markup:
+    """What each metric is, in a sentence, and what the numbers take for granted; folded."""
+    used: dict[str, Metric] = {}
+    for metric in (metric for part in result.sets for metric in part.scores.metrics):
+        used.setdefault(metric.name.partition("@")[0], metric)
+    rows = [
+        [metric_title(metric).partition(" at ")[0], element("code", name), _sentence(metric.meaning)]
+        for name, metric in used.items()
+    ]
+    columns = [Column("Metric", "text"), Column("In files", "text"), Column("Meaning", "text")]
+    taken = [(name, text) for name, text in CONVENTIONS.items() if name != "intervals"]
+    return joined(
+        [
+            _folded("What each metric is", table(columns, rows, label="What each metric is", class_="dense")),
+            _folded(
+                "Conventions", *(element("p", element("strong", _sentence(name)), f" {text}") for name, text in taken)
+            ),
+        ]
+    )
+
+
+def _folded(title: str, *parts: Markup) -> Markup:
+    return element("details", element("summary", element("span", title, class_="kind")), *parts)
+
+
+def speed(part: SetResult) -> str:
+    """How long answering took, for people."""
+    if not part.seconds:
+        return ""
+    return f"{part.seconds:.1f} s, {part.questions / part.seconds:.1f} answers/s"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+def _metric_cell(metric: Metric, *, named_threshold: bool = True) -> Markup:
+    direction = "" if metric.higher_is_better else element("span", "lower is better", class_="direction")
+    title = metric_title(metric)
+    return joined([title if named_threshold else title.partition(" at ")[0], direction], " ")
+
+
+def _value(measure: Measure) -> Markup:
+    return element("span", number(measure.value), class_="value")
+
+
+def _range(measure: Measure) -> Markup:
+    return element("span", interval(measure.low, measure.high), class_="interval")
+
+
+def _strip(measure: Measure, metric: Metric, blind: float | None) -> Markup:
+    """A bar, for what lies between 0 and 1."""
+    if metric.unit:
+        return Markup()
+    worse = not metric.higher_is_better
+    return interval_strip(measure.value, measure.low, measure.high, baseline=blind, worse=worse)
+
+
+def _known(part: SetResult, metric: str) -> Markup:
+    said = [f"{number(known.value)} {known.who}" for known in part.item.known if known.metric == metric]
+    return joined([element("span", text, class_="label") for text in said]) if said else Markup("–")
+
+
+def _anchor(part: SetResult) -> Markup:
+    return element("a", part.item.title, href=f"#{part.item.name}")
+
+
+def _key(blind: bool) -> Markup:
+    spans = [element("span", "95 % interval", class_="range")]
+    if blind:
+        spans.append(element("span", "what an answerer reaches that does not see the image", class_="blind"))
+    return element("div", *spans, class_="key")
+
+
+def _title(text: str) -> Markup:
+    return element("strong", text)
+
+
+def _figure(chart: Markup, caption: object) -> Markup:
+    parts = caption if isinstance(caption, list) else [caption]
+    return element("figure", chart, element("figcaption", *parts))

@@ -1,0 +1,314 @@
+"""Suites: which data sets a model is asked, how they are scored and where they come from, in one checked YAML.
+
+A suite names everything that its numbers depend on, so that a table can be read years later: files, split, task,
+headline metrics, thresholds, version, licence and source of every set. The project's own are in ``configs/suites``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from model.errors import MedPLIBError
+from model.eval.metrics.definitions import metrics_for
+
+SUITES = Path(__file__).resolve().parents[2] / "configs" / "suites"
+"""Folder of the project's own suites."""
+
+Task = Literal["vqa", "region", "grounding", "mixed"]
+Layout = Literal["medplib", "slake", "vqa_rad", "parquet", "omnimedvqa"]
+Prompt = Literal["training", "published"]
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^${}]*))?\}")  # innermost first
+_BEGINS = re.compile(r"(\$\{\w+:-)*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A score of this set that somebody else reported: shown beside ours, never mixed with it."""
+
+    metric: str
+    value: float
+    who: str
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set of a suite.
+
+    Attributes:
+        name: in file names and tables; letters, digits, hyphens.
+        records: data files, asked in this order; a name may hold ``*``. Relative ones start from the suite's file.
+        images: folder that the records' paths start from.
+        split: which part of the data set these files are.
+        task: what is asked of the model, ``mixed`` for several.
+        headlines: metrics that stand for the set in the summary, best known first.
+        licence: of the data; "see the source" where it is not one licence.
+        source: who made it and where it is described.
+        version: of the data.
+        obtain: how to get the files and where to put them; told when they are not there.
+        title: for people; the name when absent.
+        about: a sentence or two on what it measures.
+        otherwise: data files for where the first of ``records`` is not there.
+        layout: of the files: the project's own, or that of a public set, which is rewritten.
+        thresholds: probabilities above which a pixel is in a mask; the first one makes the masks that are kept.
+        surface: also measure the distance of outlines (HD95, NSD), which takes longer.
+        prompt: system text of the prompt: the training's, or the one of the published evaluation.
+        answer_type: of all answers, where the records do not say.
+        max_new_tokens: longest answer.
+        blind: data files that image-free baselines learn from, in the project's own layout, their paths starting from
+            the folder they are in; no baseline is computed where empty.
+        known: scores that others reported.
+    """
+
+    name: str
+    records: tuple[Path, ...]
+    images: Path
+    split: str
+    task: Task
+    headlines: tuple[str, ...]
+    licence: str
+    source: str
+    version: str
+    obtain: str
+    title: str = ""
+    about: str = ""
+    otherwise: tuple[Path, ...] = ()
+    layout: Layout = "medplib"
+    thresholds: tuple[float, ...] = (0.1, 0.5)
+    prompt: Prompt = "training"
+    answer_type: str = ""
+    surface: bool = False
+    max_new_tokens: int = 256
+    blind: tuple[Path, ...] = ()
+    known: tuple[Known, ...] = ()
+
+    def files(self) -> list[Path]:
+        """The data files that are there: those of ``records``, else those of ``otherwise``.
+
+        Raises:
+            MedPLIBError: neither are, or the folder of images is not; it says how to get them.
+        """
+        found, missing = _existing(self.records)
+        if missing and self.otherwise:
+            found, still_missing = _existing(self.otherwise)
+            missing = missing if still_missing else []
+        if not missing and not self.images.is_dir():
+            missing = [self.images]
+        if missing:
+            raise MedPLIBError(f"{self.title} needs {missing[0]}, which is not there; {self.obtain}")
+        return found
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Data sets that are evaluated together.
+
+    Attributes:
+        name: of the suite; the file's own when absent.
+        sets: in the order of the report.
+        title: for people.
+        about: what the suite is for.
+    """
+
+    name: str
+    sets: tuple[DataSet, ...]
+    title: str = ""
+    about: str = ""
+
+    def only(self, names: Iterable[str]) -> Suite:
+        """The suite with the sets of these names alone; all of them where no name is given.
+
+        Raises:
+            MedPLIBError: there is no such set.
+        """
+        wanted = list(names)
+        known = [item.name for item in self.sets]
+        for name in wanted:
+            if name not in known:
+                raise MedPLIBError(f"the suite {self.name} has no set {name} (nearest: {_nearest(name, known)})")
+        return replace(self, sets=tuple(item for item in self.sets if item.name in wanted)) if wanted else self
+
+
+def available_suites() -> list[str]:
+    """Names of the project's own suites."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def load_suite(name: str | Path, *, environment: Mapping[str, str] | None = None) -> Suite:
+    """Read a suite and check it.
+
+    ``${NAME}`` and ``${NAME:-default}`` come from the environment. A path that begins with the value of a variable
+    starts from the current folder, any other relative path from the folder of the suite's file.
+
+    Args:
+        name: one of ``available_suites``, or a YAML file.
+        environment: variables to expand; the process's own by default.
+
+    Raises:
+        MedPLIBError: there is no such suite, or it has problems, all of which are told.
+    """
+    path = _find(str(name))
+    problems: list[str] = []
+    values = _read_yaml(path)
+    values.setdefault("name", path.stem)
+    reader = _Reader(path.parent, os.environ if environment is None else environment, problems)
+    suite = reader.build(Suite, values, "")
+    if suite is not None and not problems:
+        problems += _problems_of(suite)
+    if problems or suite is None:
+        told = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise MedPLIBError(f"the suite {path} has {told}: {'; '.join(problems)}")
+    sets = tuple(replace(item, title=item.title or item.name) for item in suite.sets)
+    return replace(suite, title=suite.title or suite.name, sets=sets)
+
+
+def nearest_key(name: str, known: Iterable[str]) -> str:
+    """A sentence about a key that does not exist, with the nearest one that does."""
+    return f"{name} is not a key (nearest: {_nearest(name, known)})"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def _find(name: str) -> Path:
+    own = SUITES / f"{name}.yaml"
+    if "/" not in name and own.is_file():
+        return own
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = ", ".join(available_suites()) or "none are installed"
+    raise MedPLIBError(f"there is no suite {name}; give a YAML file or one of: {known}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MedPLIBError(f"the suite {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise MedPLIBError(f"the suite {path} holds {type(content).__name__}, expected keys and values")
+    return content
+
+
+def _existing(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Files that are there, names with ``*`` resolved and sorted, and names that no file has."""
+    found: list[Path] = []
+    missing: list[Path] = []
+    for path in paths:
+        matches = sorted(path.parent.glob(path.name)) if "*" in path.name else [path] if path.is_file() else []
+        found += matches
+        missing += [] if matches else [path]
+    return found, missing
+
+
+def _problems_of(suite: Suite) -> list[str]:
+    problems = [] if suite.sets else ["sets is empty; give at least one"]
+    names = [item.name for item in suite.sets]
+    problems += [f"two sets have the name {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    for item in suite.sets:
+        where = f"set {item.name}"
+        if not _NAME.fullmatch(item.name):
+            problems.append(f"{where}: the name may hold letters, digits, '_', '.' and '-' only")
+        problems += [f"{where}: {key} is empty" for key in ("records", "headlines") if not getattr(item, key)]
+        problems += [f"{where}: {key} is empty; say it" for key in _TOLD if not getattr(item, key).strip()]
+        if not item.thresholds or not all(0 < value < 1 for value in item.thresholds):
+            problems.append(f"{where}: thresholds are {list(item.thresholds)}, expected numbers between 0 and 1")
+            continue
+        if item.max_new_tokens < 1:
+            problems.append(f"{where}: max_new_tokens is {item.max_new_tokens}, expected at least 1")
+        metrics = [metric.name for metric in metrics_for(item.thresholds, item.surface)]
+        named = [*item.headlines, *(known.metric for known in item.known)]
+        unknown = [name for name in named if name not in metrics]
+        problems += [f"{where}: {name} is not a metric of it (nearest: {_nearest(name, metrics)})" for name in unknown]
+    return problems
+
+
+_TOLD = ("split", "licence", "source", "version", "obtain")
+
+
+@dataclass
+class _Reader:
+    """Plain values → frozen dataclasses; whatever does not fit goes to ``problems`` with its place."""
+
+    folder: Path
+    environment: Mapping[str, str]
+    problems: list[str]
+
+    def build(self, kind: type[Any], values: Any, place: str) -> Any:
+        """An object of ``kind``, or None where a problem keeps it from being made."""
+        if not isinstance(values, Mapping):
+            self.problems.append(f"{place or 'the suite'} is {values!r:.60}, expected keys and values")
+            return None
+        hints, before = typing.get_type_hints(kind), len(self.problems)
+        arguments: dict[str, Any] = {}
+        for key, value in values.items():
+            name = f"{place}.{key}".lstrip(".")
+            if key not in hints:
+                self.problems.append(nearest_key(name, (f"{place}.{known}".lstrip(".") for known in hints)))
+            else:
+                arguments[str(key)] = self.value(value, hints[str(key)], name)
+        required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
+        absent = [name for name in required if name not in values]
+        if absent:
+            self.problems.append(f"{place or 'the suite'} lacks {', '.join(absent)}")
+        return kind(**arguments) if len(self.problems) == before else None
+
+    def value(self, value: Any, hint: Any, name: str) -> Any:
+        """``value`` as ``hint``; None where it does not fit."""
+        if typing.get_origin(hint) is tuple:
+            items = [] if value is None else value if isinstance(value, list) else [value]
+            inner = typing.get_args(hint)[0]
+            return tuple(self.value(item, inner, f"{name}[{index}]") for index, item in enumerate(items))
+        if is_dataclass(hint):
+            return self.build(typing.cast("type[Any]", hint), value, name)
+        try:
+            return self.plain(value, hint, name)
+        except ValueError as error:
+            self.problems.append(f"{name} is {value!r:.60}, expected {error}")
+            return None
+
+    def plain(self, value: Any, hint: Any, name: str) -> Any:
+        """A single value; raises with what was expected."""
+        if typing.get_origin(hint) is Literal:
+            if value not in typing.get_args(hint):
+                raise ValueError(f"one of {', '.join(typing.get_args(hint))}")
+            return value
+        if hint in (str, Path):
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise ValueError("a path" if hint is Path else "text")
+            text = self.expand(str(value), name, is_path=hint is Path)
+            return Path(os.path.normpath(self.folder / Path(text).expanduser())) if hint is Path else text
+        if hint is bool:
+            if not isinstance(value, bool):
+                raise ValueError("true or false")
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError("a whole number" if hint is int else "a number")
+        if hint is int and value != int(value):
+            raise ValueError("a whole number")
+        return hint(value)
+
+    def expand(self, text: str, name: str, *, is_path: bool = False) -> str:
+        """``text`` with its variables filled in; a variable that begins a path starts from the current folder."""
+        while (match := _VARIABLE.search(text)) is not None:
+            variable, default = match.groups()
+            given = self.environment.get(variable, "")
+            if not given and default is None:
+                self.problems.append(f"{name} needs the environment variable {variable}, which is not set")
+            if given and is_path and _BEGINS.fullmatch(text[: match.start()]):
+                given = str(Path.cwd() / Path(given).expanduser())
+            text = text[: match.start()] + (given or default or "") + text[match.end() :]
+        return text

@@ -1,0 +1,238 @@
+"""A whole suite: ask every set, score the answers, write the report; goes on where an earlier run was stopped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from model.checkpoint.opening import open_checkpoint
+from model.eval.journal import read_journal
+from model.eval.metrics.tables import aligned, number, span
+from model.eval.opening import open_engine
+from model.eval.options import InferenceOptions
+from model.eval.places import Place
+from model.eval.report import ROWS_FILE, write_csv, write_report
+from model.eval.report_data import SetResult, SuiteResult, metric_title
+from model.eval.report_html import count
+from model.eval.run import Opener, Outcome, run_inference
+from model.eval.suite import DataSet, Suite
+from model.eval.suite_questions import write_questions
+from model.eval.suite_results import ROW_COLUMNS, measure
+from model.inference.engine import Engine
+
+PREDICTIONS, QUESTIONS = "predictions", "questions"
+"""Folders of a suite's run: answers and what was asked, a file for each set."""
+
+_TEMPLATES = {"training": None, "published": "v1"}
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """One run of a suite.
+
+    Attributes:
+        model: checkpoint directory.
+        suite: what is asked.
+        named: how the user named the suite.
+        out: folder of the run.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        precision: ``fp32`` or ``bf16``; as stored where None, but fp32 on a CPU.
+        vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
+        sam: SAM-Med2D file, for published checkpoints that hold no SAM weights.
+        batch_size: questions decoded together.
+        limit: ask only so many records of each set, from the first on.
+        overwrite: start anew where there are answers already.
+    """
+
+    model: Path
+    suite: Suite
+    named: str
+    out: Path
+    device: str = "auto"
+    precision: str | None = None
+    vision_tower: Path | None = None
+    sam: Path | None = None
+    batch_size: int = 8
+    limit: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class SuiteOutcome:
+    """What a suite's run came to.
+
+    Attributes:
+        files: report and tables; empty for a process that is not the first.
+        result: what the report shows; None likewise.
+        errors: questions that could not be asked.
+        first_error: the sentence of the first one; None where there is none.
+    """
+
+    files: tuple[Path, ...] = ()
+    result: SuiteResult | None = None
+    errors: int = 0
+    first_error: str | None = None
+
+
+def default_out(model: Path, suite: Suite) -> Path:
+    """Where a suite's run goes when nobody says."""
+    return Path("runs") / "eval" / model.resolve().name / suite.name
+
+
+def run_suite(options: SuiteOptions, place: Place | None = None, opener: Opener = open_engine) -> SuiteOutcome:
+    """Ask, score and report; under a launcher every process asks its share and the first one reports.
+
+    Args:
+        options: what is asked of which model.
+        place: of this process among those of the launch; what the environment says where None.
+        opener: loads an engine; sets with the same prompt share one.
+
+    Raises:
+        MedPLIBError: data is missing (told before anything is loaded), or the options do not fit the checkpoint or
+            the answers that are there.
+    """
+    place = place or Place.from_environment()
+    for item in options.suite.sets:
+        item.files()
+    opened = open_checkpoint(options.model, vision_tower=options.vision_tower, sam=options.sam)
+    shared = _SharedEngine(opener)
+    asked = []
+    for item in options.suite.sets:
+        questions, images = write_questions(item, options.out / QUESTIONS)
+        inference = _inference(options, item, questions, images, router=opened.config.moe.enabled)
+        asked.append((item, inference, run_inference(inference, place, shared)))
+    if not place.is_first:
+        return SuiteOutcome()
+    return _report(options, asked)
+
+
+def _inference(
+    options: SuiteOptions, item: DataSet, questions: Path, images: Path, *, router: bool
+) -> InferenceOptions:
+    return InferenceOptions(
+        model=options.model,
+        data=questions,
+        images=images,
+        answers=options.out / PREDICTIONS / f"{item.name}.jsonl",
+        vision_tower=options.vision_tower,
+        sam=options.sam,
+        template=_TEMPLATES[item.prompt],
+        max_new_tokens=item.max_new_tokens,
+        thresholds=item.thresholds,
+        router=router,
+        precision=options.precision,
+        device=options.device,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        overwrite=options.overwrite,
+    )
+
+
+class _SharedEngine:
+    """Opens an engine when the first set needs one and keeps it while sets differ in nothing that it depends on."""
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._kept: tuple[tuple[object, ...], Engine] | None = None
+
+    def __call__(self, options: InferenceOptions, device: torch.device) -> Engine:
+        key = (options.model, options.template, options.precision, options.batch_size, device)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # its memory is given back before the next one is loaded
+            self._kept = (key, self._opener(options, device))
+        return self._kept[1]
+
+
+def _report(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, Outcome]]) -> SuiteOutcome:
+    results, lines = [], []
+    for item, inference, outcome in asked:
+        part, rows = measure(item, outcome.answers, inference.data, inference.images)
+        results.append(replace(part, seconds=outcome.seconds))
+        lines.append(rows)
+    suite = options.suite
+    result = SuiteResult(suite.title, suite.about, options.model.resolve().name, _facts(options, asked), results)
+    result.command = shlex.join(_command(options))
+    files = write_report(result, options.out)
+    files.append(write_csv(options.out / ROWS_FILE, list(ROW_COLUMNS), (line for rows in lines for line in rows)))
+    errors = [outcome for _, _, outcome in asked if outcome.errors]
+    return SuiteOutcome(
+        tuple(files), result, sum(outcome.errors for outcome in errors), errors[0].first_error if errors else None
+    )
+
+
+def _facts(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, Outcome]]) -> dict[str, str]:
+    """What the header of the report tells."""
+    journal = read_journal(asked[0][2].answers)
+    settings, about = (dict(journal.settings), dict(journal.about)) if journal else ({}, {})
+    longest = sorted({item.max_new_tokens for item, _, _ in asked})
+    facts = {
+        "Model": str(options.model),
+        "Digest of the model": str(dict(settings.get("model", {})).get("digest", ""))[:12],
+        "Suite": options.named,
+        "Date": f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC".lstrip("0"),
+        "Version": version(),
+        "Device": f"{about.get('device', '')}, {settings.get('precision', '')}".strip(", "),
+        "Libraries": f"torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}",
+        "Answers": f"greedy, at most {' or '.join(map(str, longest))} tokens",
+    }
+    if options.limit is not None:
+        facts["Limit"] = f"only the first {count(options.limit)} records of each set"
+    return facts
+
+
+def _command(options: SuiteOptions) -> Iterator[str]:
+    yield from ("medplib", "eval", str(options.model), options.named)
+    given: dict[str, object] = {"--precision": options.precision, "--limit": options.limit}
+    given |= {"--device": options.device if options.device != "auto" else None}
+    given |= {"--vision-tower": options.vision_tower, "--sam": options.sam}
+    for name, value in given.items():
+        if value is not None:
+            yield from (name, str(value))
+
+
+def version() -> str:
+    """Of this code: the package's, and the commit where it is run from a checkout."""
+    parts = []
+    with suppress(importlib.metadata.PackageNotFoundError):
+        parts.append(f"medplib {importlib.metadata.version('medplib')}")
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            parts.append(f"commit {found.stdout.strip()}")
+    return ", ".join(parts)
+
+
+def told(result: SuiteResult) -> str:
+    """The headline scores as text for a terminal."""
+    lines = [["set", "metric", "value", "95 % interval", "blind", "n"]]
+    for part in result.sets:
+        lines += [_line(part, index) for index in range(len(part.headlines()))]
+    has_blind = any(part.blind for part in result.sets)
+    shown = lines if has_blind else [[*line[:4], line[5]] for line in lines]
+    return aligned(shown, left=(0, 1, 3))
+
+
+def _line(part: SetResult, index: int) -> list[str]:
+    metric = part.headlines()[index]
+    measure_ = part.scores.overall[metric.name]
+    blind = part.blind.get(("", "", metric.name))
+    value = f"{number(measure_.value)} {metric.unit}".strip()
+    name = part.item.title if index == 0 else ""
+    return [
+        name,
+        metric_title(metric),
+        value,
+        span(measure_.low, measure_.high),
+        "" if blind is None else number(blind),
+        str(measure_.count),
+    ]
