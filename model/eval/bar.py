@@ -38,13 +38,13 @@ class _Lines:
 
     def __init__(self, what: str) -> None:
         self.what, self.begun = what, time.monotonic()
-        self.told = self.begun
+        self.told, self.done = self.begun, 0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.told < _EVERY and done < total:
+        if done == self.done or (now - self.told < _EVERY and done < total):
             return
-        self.told = now
+        self.told, self.done = now, done
         rate = done / max(now - self.begun, 1e-9)
         left = _clock((total - done) / rate) if rate else "?"
         logger.info("%s: %d of %d records, %.2f a second, %s left", self.what, done, total, rate, left)

@@ -11,7 +11,7 @@ from pathlib import Path
 from model.errors import MedPLIBError
 from model.eval.joining import write_lines
 from model.eval.journal import Journal, journal_path, read_journal, remove
-from model.eval.telling import score_lines
+from model.eval.telling import answer_scores, segmentation_scores
 
 FAILED_QUESTIONS = 3
 
@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         journal = join_chunks(options.answers, options.chunks, overwrite=options.overwrite)
-        scores = list(score_lines(options.answers, answers=options.eval_vqa, segmentation=options.eval_seg))
+        scores = list(answer_scores(options.answers)) if options.eval_vqa else []
+        if options.eval_seg:
+            scores += segmentation_scores(options.answers, journal.settings["thresholds"])
     except MedPLIBError as error:
         sys.stderr.write(f"join_chunks: {error}\n")
         return 2

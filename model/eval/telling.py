@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from model.eval.metrics import PublishedMasks, PublishedText
+from model.eval.metrics import PublishedText, score_predictions
 from model.eval.metrics.published_text import format_table
 from model.eval.options import InferenceOptions
 from model.eval.predictions import read_predictions
-from model.eval.run import Outcome
+
+if TYPE_CHECKING:
+    from model.eval.run import Outcome
 
 
 def told(outcome: Outcome, options: InferenceOptions) -> Iterator[str]:
@@ -19,27 +22,30 @@ def told(outcome: Outcome, options: InferenceOptions) -> Iterator[str]:
     else:
         rate = f", {outcome.rows / outcome.seconds:.2f} a second" if outcome.seconds else ""
         yield f"wrote {outcome.rows} answers to {outcome.answers} in {outcome.seconds:.1f} s{rate}"
-    yield from score_lines(outcome.answers, answers=options.answer_scores, segmentation=options.segmentation_scores)
+    if options.answer_scores:
+        yield from answer_scores(outcome.answers)
+    if options.segmentation_scores:
+        yield from segmentation_scores(outcome.answers, options.thresholds)
     if outcome.errors:
         yield f"{outcome.errors} of them could not be given, the first because {outcome.first_error}"
 
 
-def score_lines(path: Path, *, answers: bool, segmentation: bool) -> Iterator[str]:
-    """The published scores of an answers file; ``cal_metric`` has the standard ones.
-
-    Args:
-        path: of the predictions.
-        answers: the table of answer scores.
-        segmentation: mIoU and mDice, overall and per modality.
-    """
-    if not (answers or segmentation):
-        return
-    masks, text = PublishedMasks(), PublishedText()
-    for prediction in read_predictions(path):
-        masks.add_prediction(prediction)
+def answer_scores(answers: Path) -> Iterator[str]:
+    """The published table of answer scores; ``cal_metric`` has the standard ones."""
+    text = PublishedText()
+    for prediction in read_predictions(answers):
         if prediction.gt_masks is None:
             text.add(prediction)
-    if answers:
-        yield format_table(text.table()) if text.open + text.closed else "no question is about more than masks"
-    if segmentation:
-        yield masks.format() if masks.count else "no record has a reference mask, so there is no mIoU"
+    yield format_table(text.table()) if text.open + text.closed else "no question asks for more than masks"
+
+
+def segmentation_scores(answers: Path, thresholds: Sequence[float] = ()) -> Iterator[str]:
+    """The published mIoU and mDice, overall and per modality, at every threshold that the rows have masks at."""
+    scores = score_predictions(read_predictions(answers), thresholds=thresholds or None, samples=0)
+    for threshold, masks in scores.published_masks.items():
+        if not masks.count:
+            yield "no record has a reference mask, so there is no mIoU"
+            return
+        if threshold is not None:
+            yield f"masks at {threshold:g}:"
+        yield masks.format()
