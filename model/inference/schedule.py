@@ -68,11 +68,20 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A pass whose tokens the host has not seen yet: rows, chosen long [n], states [n, D]."""
+    """A pass whose tokens the host has not seen yet.
+
+    Attributes:
+        rows: whose they are.
+        chosen: long [n].
+        states: [n, D], which they were chosen from.
+        choices: bool [mixture layers, n, E], which experts computed the tokens before them, if anyone asked.
+        ready: when ``chosen`` is there.
+    """
 
     rows: list[Running]
     chosen: Tensor
     states: Tensor
+    choices: Tensor | None = None
     ready: Any = None
 
     def tokens(self) -> list[int]:
@@ -217,7 +226,7 @@ class Schedule:
         runner.cache.move(runner.cache.lane, slot, row.prompt.length)
         row.embeds = None
         self.running.append(row)
-        self._choose([row], output.hidden, slice(slot, slot + 1))
+        self._choose([row], StepOutput(output.hidden, None), slice(slot, slot + 1))  # the prompt is counted already
 
     def _decode(self) -> None:
         rows = list(self.running)
@@ -232,18 +241,14 @@ class Schedule:
         output = self._runner_ready().decode(
             self._tokens[: len(lengths)], to_device(lengths, self.model.device), bucket, observe
         )
-        if output.choices is not None:
-            for place, row in enumerate(rows):
-                if row.ticket.request.router_stats and row.finish is None:
-                    row.count_experts(output.choices[:, place : place + 1])
-        self._choose(rows, output.hidden, slice(0, len(rows)))
+        self._choose(rows, output, slice(0, len(rows)))
         seconds = time.perf_counter() - start
         for row in rows:
             row.seconds["generate"] += seconds
 
-    def _choose(self, rows: list[Running], hidden: Tensor, slots: slice) -> None:
-        """Choose the next tokens from states [n, D]; they stay on the device until ``_collect``."""
-        logits = self.model.lm_head(hidden)[: len(rows)]
+    def _choose(self, rows: list[Running], output: StepOutput, slots: slice) -> None:
+        """Choose the next tokens from the states of a pass; they stay on the device until ``_collect``."""
+        logits = self.model.lm_head(output.hidden)[: len(rows)]
         chosen = choose_tokens(logits, [row.draw() for row in rows])
         self._tokens[slots] = chosen
         for row in rows:
@@ -253,7 +258,7 @@ class Schedule:
             chosen = torch.empty_like(chosen, device="cpu", pin_memory=True).copy_(chosen, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append(_Pending(rows, chosen, hidden, ready))
+        self._pending.append(_Pending(rows, chosen, output.hidden, output.choices, ready))
 
     def _collect(self) -> None:
         """Hear the tokens of the passes that are due, and let complete answers leave their slots."""
@@ -261,6 +266,10 @@ class Schedule:
         while len(self._pending) > keep:
             pending = self._pending.popleft()
             for place, (row, token) in enumerate(zip(pending.rows, pending.tokens(), strict=True)):
+                # The superfluous token of a lookahead belongs to no answer.
+                choices = pending.choices if row.ticket.request.router_stats and row.finish is None else None
+                if choices is not None:
+                    row.count_experts(choices[:, place : place + 1])
                 self._hear(row, token, pending.states[place])
         self._compact()
 
