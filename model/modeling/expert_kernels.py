@@ -141,7 +141,7 @@ class FewTokenExperts:
     @staticmethod
     def fits(experts: Iterable[nn.Module]) -> bool:
         """Whether all experts are plain LLaMA feed-forward networks (not quantised, say) of one size and type."""
-        kinds = set()
+        kinds: set[tuple[object, ...]] = set()
         for expert in experts:
             if type(expert) is not LlamaMLP or expert.config.hidden_act not in ("silu", "swish"):
                 return False
