@@ -48,18 +48,17 @@ def interval_strip(
     return _strip(shapes, _told(value, low, high, baseline))
 
 
-def difference_strip(value: float | None, low: float | None, high: float | None, reach: float) -> Markup:
-    """A difference and its interval around a zero line, on a scale from −``reach`` to ``reach``."""
-    reach = reach if reach > 0 else 1.0
+def difference_strip(value: float, low: float, high: float, reach: float, *, better: bool) -> Markup:
+    """A difference and its interval around a zero line, on a scale from −``reach`` to ``reach``; NaN is not drawn."""
 
     def place(number_: float) -> float:
         return 50 + 50 * max(-1.0, min(1.0, number_ / reach))
 
     shapes = [_line(50, 0, 50, 14, "zero")]
-    if value is not None and _finite(value):
+    if _finite(value):
         left, right = sorted((50.0, place(value)))
-        shapes.append(_box(left, 3, right - left, 8, "bar up" if value > 0 else "bar down"))
-    if low is not None and high is not None and _finite(low) and _finite(high):
+        shapes.append(_box(left, 3, right - left, 8, "bar" if better else "bar worse"))
+    if _finite(low) and _finite(high):
         shapes.append(_line(place(low), 7, place(high), 7, "whisker"))
         shapes += [_line(place(end), 4, place(end), 10, "whisker") for end in (low, high)]
     return _strip(shapes, _told(value, low, high, None))

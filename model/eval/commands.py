@@ -69,3 +69,38 @@ def run_eval(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{outcome.errors} questions could not be asked, the first because {outcome.first_error}\n")
         return FAILED_QUESTIONS
     return 0
+
+
+def add_compare_command(commands: argparse._SubParsersAction) -> None:
+    """``medplib compare A B``."""
+    comparing = commands.add_parser("compare", help="tell whether two runs over the same questions differ")
+    comparing.add_argument("first", type=Path, metavar="A", help="prediction file, or a folder of medplib eval")
+    comparing.add_argument("second", type=Path, metavar="B", help="the same of the run whose gain is asked for")
+    comparing.add_argument("--out", type=Path, metavar="DIR", help="for the page; runs/compare/A-and-B when absent")
+    comparing.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    comparing.set_defaults(run=run_compare)
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """``medplib compare``."""
+    from model.eval.compare import compare_runs, open_run
+    from model.eval.report_compare import as_json_text, told, write_comparison
+
+    first, second = open_run(options.first), open_run(options.second)
+    found = compare_runs(first, second)
+    files = write_comparison(first, second, found, options.out or _default_out(options.first, options.second))
+    if options.json:
+        sys.stdout.write(as_json_text(first, second, found))
+        return 0
+    sys.stdout.write(f"{told(found)}\n\n")
+    sys.stdout.writelines(f"wrote {path}\n" for path in files)
+    return 0
+
+
+def _default_out(first: Path, second: Path) -> Path:
+    """``runs/compare/A-and-B``; with the folder's name before two that are the same."""
+    paths = [path.resolve() for path in (first, second)]
+    names = [path.stem if path.is_file() else path.name for path in paths]
+    if names[0] == names[1]:
+        names = [f"{path.parent.name}-{name}" for path, name in zip(paths, names, strict=True)]
+    return Path("runs") / "compare" / "-and-".join(names)

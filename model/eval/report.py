@@ -33,7 +33,7 @@ def write_report(result: SuiteResult, folder: Path) -> list[Path]:
         HTML_FILE: suite_page(result),
         JSON_FILE: json.dumps(as_json(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
-    files = [_write(folder / name, text) for name, text in whole.items()]
+    files = [write_text(folder / name, text) for name, text in whole.items()]
     return [*files, write_scores(result.sets, folder / SCORES_FILE)]
 
 
@@ -172,6 +172,10 @@ def _set_json(part: SetResult) -> dict[str, Any]:
         "version": item.version,
         "licence": item.licence,
         "source": item.source,
+        "records": [str(path) for path in item.files()],
+        "images": str(part.images),
+        "thresholds": list(item.thresholds),
+        "surface": item.surface,
         "headlines": list(item.headlines),
         "scores": part.scores.to_dict(),
         "blind": blind,
@@ -228,7 +232,8 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(float(value), 6)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """A text file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8", errors="replace")
     return partial.replace(path)

@@ -17,6 +17,8 @@ from model.eval.report_failures import Failures, RowScore
 from model.eval.report_html import Column, Markup, breakable, count, element, interval, joined, number, quoted, table
 from model.eval.report_pictures import Pictures
 
+MOST_UNFOLDED = 16
+"""Groups that a table may have to be shown without being opened."""
 MOST_GROUPS = 60
 """Rows of one table of groups; the CSV beside the report has all."""
 
@@ -46,7 +48,7 @@ def summary(result: SuiteResult) -> Markup:
             rows.append([_anchor(part)])
         for metric in part.headlines():
             measure, base = part.scores.overall[metric.name], part.blind.get(("", "", metric.name))
-            row: list[object] = [_metric_cell(metric), _value(measure), _range(measure), _strip(measure, metric, base)]
+            row: list[object] = [metric_cell(metric), _value(measure), _range(measure), _strip(measure, metric, base)]
             row += [number(base)] if blind else []
             row += [_known(part, metric.name)] if reported else []
             rows.append([*row, count(measure.count)])
@@ -80,7 +82,7 @@ def _task_table(part: SetResult, task: str, measures: Measures, *, headed: bool)
     rows = []
     for line in lines.values():
         (metric, measure), *others = line
-        row: list[object] = [_metric_cell(metric, named_threshold=False), _value(measure), _range(measure)]
+        row: list[object] = [metric_cell(metric, named_threshold=False), _value(measure), _range(measure)]
         row.append(_strip(measure, metric, None))
         row += [cell for _, other in others for cell in (_value(other), _range(other))]
         row += [""] * (len(columns) - len(row))
@@ -96,10 +98,11 @@ def groups(part: SetResult, by: str) -> Markup | None:
     if not metrics:
         return None
     shared = sum(metric.name in measures for measures in found.values() for metric in metrics) / len(found)
-    drawn = _side_by_side(part, by, found, metrics) if shared > 1.5 or len(metrics) == 1 else None
-    return joined(
-        [element("h3", f"By {_GROUP_TITLES[by].lower()}"), drawn or _one_below_another(part, by, found, metrics)]
-    )
+    draw = _side_by_side if shared > 1.5 or len(metrics) == 1 else _one_below_another
+    title, drawn = f"By {_GROUP_TITLES[by].lower()}", draw(part, by, found, metrics)
+    if len(found) <= MOST_UNFOLDED:
+        return joined([element("h3", title), drawn])
+    return joined([element("h3", title), folded(f"{count(len(found))} groups", drawn)])
 
 
 def _side_by_side(part: SetResult, by: str, found: Mapping[str, Measures], metrics: Sequence[Metric]) -> Markup:
@@ -138,7 +141,7 @@ def _one_below_another(part: SetResult, by: str, found: Mapping[str, Measures], 
     rows: list[list[object]] = []
     for metric in metrics:
         named = sorted((name for name in found if metric.name in found[name]), key=lambda n: _rank(found[n], metric))
-        rows.append([_metric_cell(metric)])
+        rows.append([metric_cell(metric)])
         for name in named[:MOST_GROUPS]:
             measure, blind = found[name][metric.name], part.blind.get((by, name, metric.name))
             row: list[object] = [
@@ -329,15 +332,16 @@ def meanings(result: SuiteResult) -> Markup:
     taken = [(name, text) for name, text in CONVENTIONS.items() if name != "intervals"]
     return joined(
         [
-            _folded("What each metric is", table(columns, rows, label="What each metric is", class_="dense")),
-            _folded(
+            folded("What each metric is", table(columns, rows, label="What each metric is", class_="dense")),
+            folded(
                 "Conventions", *(element("p", element("strong", _sentence(name)), f" {text}") for name, text in taken)
             ),
         ]
     )
 
 
-def _folded(title: str, *parts: Markup) -> Markup:
+def folded(title: str, *parts: Markup) -> Markup:
+    """Parts that show when their title is opened."""
     return element("details", element("summary", element("span", title, class_="kind")), *parts)
 
 
@@ -355,7 +359,8 @@ def _sentence(text: str) -> str:
 # --- cells ----------------------------------------------------------------------------------------------------------
 
 
-def _metric_cell(metric: Metric, *, named_threshold: bool = True) -> Markup:
+def metric_cell(metric: Metric, *, named_threshold: bool = True) -> Markup:
+    """A metric's name, and a word where less of it is better."""
     direction = "" if metric.higher_is_better else element("span", "lower is better", class_="direction")
     title = metric_title(metric)
     return joined([title if named_threshold else title.partition(" at ")[0], direction], " ")

@@ -111,6 +111,16 @@ class RowScores:
             for name in ("dice", "iou")
         )
         self._painted = (column["seg"] > 0) & (column["error"] == 0)
+        self.clean = np.where(column["absent"] > 0, 1 - column[f"false_mask{at}"], np.nan)
+
+    def column(self, what: str) -> np.ndarray:
+        """Scores of all answers, float64 [N] in [0, 1], larger is better, NaN where one does not apply.
+
+        Args:
+            what: ``right`` (closed questions), ``exact`` (open ones), ``dice`` (present targets) or ``clean`` (absent
+                targets left unpainted).
+        """
+        return {"right": self.closed, "exact": self.exact, "dice": self.dice, "clean": self.clean}[what]
 
     def of(self, place: int) -> RowScore:
         """Scores of one answer."""

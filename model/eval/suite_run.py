@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +23,7 @@ from model.eval.run import Opener, Outcome, run_inference
 from model.eval.suite import DataSet, Suite
 from model.eval.suite_questions import write_questions
 from model.eval.suite_results import ROW_COLUMNS, measure
+from model.eval.versions import version
 from model.inference.engine import Engine
 
 PREDICTIONS, QUESTIONS = "predictions", "questions"
@@ -196,20 +194,6 @@ def _command(options: SuiteOptions) -> Iterator[str]:
     for name, value in given.items():
         if value is not None:
             yield from (name, str(value))
-
-
-def version() -> str:
-    """Of this code: the package's, and the commit where it is run from a checkout."""
-    parts = []
-    with suppress(importlib.metadata.PackageNotFoundError):
-        parts.append(f"medplib {importlib.metadata.version('medplib')}")
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        with suppress(OSError, subprocess.SubprocessError):
-            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-            found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-            parts.append(f"commit {found.stdout.strip()}")
-    return ", ".join(parts)
 
 
 def told(result: SuiteResult) -> str:
