@@ -35,7 +35,7 @@ class GateRows:
     """What a gate is fitted on.
 
     Attributes:
-        features: float64 [n, 5], see ``mask_features``.
+        features: float64 [n, 4], see ``mask_features``.
         present: bool [n], whether the structure is in the image.
         images: [n], the image each mask lies on, for ``MaskGate.fit(groups=…)``.
         names: [n], the structures.
@@ -166,7 +166,7 @@ def _targets(
 def _paint(
     model: MedPLIBForCausalLM, processor: MedPLIBProcessor, image: PreparedImage, targets: Sequence[Target]
 ) -> list[NDArray[np.float64]]:
-    """Features [5] of the mask that each forced answer paints on one image."""
+    """Features [4] of the mask that each forced answer paints on one image."""
     patches = model.encode_images(image.clip_input.to(model.device, model.dtype))  # [1, P, Dv]
     embedding = model.encode_segmented_images(image.sam_input.to(model.device, model.dtype))  # [1, C, s, s]
     features = []

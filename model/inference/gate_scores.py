@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 10
+TRADE_OFFS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class GateReport:
         brier: mean squared difference of probability and truth.
         auroc: chance that a present structure scores higher than an absent one; 0.5 is blind.
         bins: per bin that is not empty: masks, mean probability, share present.
+        trade_offs: per false-mask rate that can be promised: the rate, its threshold, share of true masks lost.
     """
 
     present: int
@@ -39,9 +41,10 @@ class GateReport:
     brier: float
     auroc: float
     bins: list[list[float]]
+    trade_offs: list[list[float]]
 
     def table(self, threshold: float) -> str:
-        """The scores as a Markdown table, with the reliability of the bins below."""
+        """The scores as a Markdown table, with what other thresholds would cost and the reliability of the bins."""
         unseen = "images held out" if self.cross_validated else "the same images: too few to hold any out"
         lines = [
             f"| scored on {unseen} | |",
@@ -56,6 +59,10 @@ class GateReport:
             f"| area under the ROC curve | {self.auroc:.4f} |",
             f"| expected calibration error | {self.ece:.4f} |",
             f"| Brier score | {self.brier:.4f} |",
+            "",
+            "| false masks at most | threshold | true masks lost |",
+            "|---|---|---|",
+            *(f"| {rate:.0%} | {limit:.4f} | {lost:.1%} |" for rate, limit, lost in self.trade_offs),
             "",
             "| probability | masks | present |",
             "|---|---|---|",
@@ -89,7 +96,34 @@ def score_gate(
         brier=float(((scores - truth) ** 2).mean()),
         auroc=auroc(scores, truth),
         bins=bins,
+        trade_offs=trade_offs(scores, truth),
     )
+
+
+def choose_threshold(scores: NDArray[np.float64], truth: NDArray[np.bool_], rate: float) -> tuple[float, float]:
+    """The lowest threshold that is expected to let a share ``rate`` of absent structures pass, and what it promises.
+
+    Of n absent structures ⌊rate · (n + 1)⌋ − 1 pass, none where that is negative; then the chance that a new one
+    passes, averaged over calibrations, is at most (passing + 1) / (n + 1).
+    """
+    absent = np.sort(scores[~truth])[::-1]
+    passing = max(int(np.floor(rate * (len(absent) + 1) + 1e-9)) - 1, 0)
+    barrier = float(absent[passing])
+    above = scores[scores > barrier]
+    threshold = (barrier + float(above.min())) / 2 if len(above) else barrier
+    if threshold <= barrier:  # nothing is above, or too close to tell apart
+        threshold = float(np.nextafter(barrier, np.inf))
+    return threshold, (passing + 1) / (len(absent) + 1)
+
+
+def trade_offs(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> list[list[float]]:
+    """Per false-mask rate that can be promised: the rate, its threshold, share of true masks lost."""
+    rows = []
+    for rate in TRADE_OFFS:
+        threshold, bound = choose_threshold(scores, truth, rate)
+        if bound <= rate:
+            rows.append([rate, threshold, float((scores[truth] < threshold).mean())])
+    return rows
 
 
 def reliability(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> list[list[float]]:

@@ -19,13 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from model.errors import MedPLIBError
-from model.inference.gate_scores import GateReport, score_gate
+from model.inference.gate_scores import GateReport, choose_threshold, score_gate
 from model.inference.logistic import Logistic, fit_logistic
 
 GATE_FILE = "mask_gate.json"
 """Name of a gate's file, beside the checkpoint that it was fitted for."""
 
-FEATURES = ("predicted_iou", "peak", "foreground", "stability", "area")
+FEATURES = ("predicted_iou", "peak", "foreground", "area")
 """What a gate looks at, in order; see ``mask_features``."""
 
 _FORMAT = 1
@@ -36,7 +36,7 @@ Features = NDArray[np.float64]
 
 
 def mask_features(logits: Tensor, iou_prediction: float) -> Features:
-    """Features of one mask, float64 [5], in the order of ``FEATURES``; they do not depend on the image's size.
+    """Features of one mask, float64 [4], in the order of ``FEATURES``; they do not depend on the image's size.
 
     Args:
         logits: mask logits [H, W], −∞ allowed.
@@ -44,23 +44,24 @@ def mask_features(logits: Tensor, iou_prediction: float) -> Features:
 
     Returns:
         Predicted IoU; largest logit, cut to ±20; mean probability of the pixels above 0.5 (of the largest one where
-        there is none); share of the pixels above −1 that are above +1; square root of the share of pixels above 0.5.
+        there is none); square root of the share of pixels above 0.5.
     """
     values = logits.detach().float().flatten()
     inside = values > 0
     count = inside.sum()
     peak = values.max().clamp(-_PEAK, _PEAK)
     mean = (values.sigmoid() * inside).sum() / count.clamp(min=1)
-    stable = (values > 1).sum() / (values > -1).sum().clamp(min=1)
-    found = torch.stack(
-        [peak, torch.where(count > 0, mean, peak.sigmoid()), stable, (count / values.numel()).sqrt()]
-    ).tolist()  # one transfer from the device
+    mean = torch.where(count > 0, mean, peak.sigmoid())
+    found = torch.stack([peak, mean, (count / values.numel()).sqrt()]).tolist()  # one transfer from the device
     return np.array([float(iou_prediction), *found])
 
 
 @dataclass(frozen=True)
 class MaskGate:
     """A fitted gate.
+
+    Its probabilities hold where present and absent structures are asked for in the proportion of the masks it was
+    fitted on; the order of two masks, and the share of absent ones that pass a threshold, do not depend on that.
 
     Attributes:
         model: the regression over ``FEATURES``.
@@ -90,7 +91,7 @@ class MaskGate:
         where that is negative: ``report.false_mask_bound`` says what can be promised then.
 
         Args:
-            features: [n, 5] from ``mask_features``.
+            features: [n, 4] from ``mask_features``.
             present: bool [n], whether the structure is in the image.
             false_mask_rate: share of absent structures that may be painted, in (0, 1).
             groups: per row what it shares with others (its image); such rows are not scored by each other's help.
@@ -109,16 +110,16 @@ class MaskGate:
         model = fit_logistic(rows, truth, penalty)
         unseen = _unseen_probabilities(rows, truth, groups, penalty)
         scores = model.probability(rows) if unseen is None else unseen
-        threshold, bound = _choose_threshold(scores, truth, false_mask_rate)
+        threshold, bound = choose_threshold(scores, truth, false_mask_rate)
         report = score_gate(scores, truth, threshold, false_mask_rate, bound, cross_validated=unseen is not None)
         return cls(model, threshold, report)
 
     def probability(self, features: ArrayLike) -> Features:
-        """Probability of presence, float64 [n], of masks with these features [n, 5]."""
+        """Probability of presence, float64 [n], of masks with these features [n, 4]."""
         return self.model.probability(_check_features(features))
 
     def keeps(self, features: ArrayLike) -> NDArray[np.bool_]:
-        """Whether masks with these features [n, 5] are shown, bool [n]."""
+        """Whether masks with these features [n, 4] are shown, bool [n]."""
         return self.probability(features) >= self.threshold
 
     def save(self, path: str | Path) -> Path:
@@ -238,15 +239,3 @@ def _folds(truth: NDArray[np.bool_], groups: Sequence[object] | None) -> NDArray
         folds[rows] = fold
         counts[fold] += (absent, len(rows) - absent)
     return folds
-
-
-def _choose_threshold(scores: Features, truth: NDArray[np.bool_], rate: float) -> tuple[float, float]:
-    """The lowest threshold that keeps the false-mask rate, and the rate that it promises."""
-    absent = np.sort(scores[~truth])[::-1]
-    passing = max(int(np.floor(rate * (len(absent) + 1) + 1e-9)) - 1, 0)
-    barrier = float(absent[passing])
-    above = scores[scores > barrier]
-    threshold = (barrier + float(above.min())) / 2 if len(above) else barrier
-    if threshold <= barrier:  # nothing is above, or too close to tell apart
-        threshold = float(np.nextafter(barrier, np.inf))
-    return threshold, (passing + 1) / (len(absent) + 1)
