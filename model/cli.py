@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import MedPLIBError
+from model.eval.commands import add_compare_command, add_eval_command
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "medplib-nano"
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -49,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ask(commands)
     _add_data(commands)
     _add_train(commands)
+    add_eval_command(commands)
+    add_compare_command(commands)
     _add_export(commands)
     _add_describe(commands)
     return parser
