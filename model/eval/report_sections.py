@@ -30,6 +30,7 @@ TASK_TITLES = {
 }
 _MODALITY_TITLES = {"ct": "CT", "mr": "MR", "x_ray": "X-ray", "x": "X-ray", "pet": "PET"}
 _GROUP_TITLES = {"modality": "Modality", "kind": "Kind of question", "structure": "Structure", "dataset": "Data set"}
+_PLURALS = {"modality": "modalities", "kind": "kinds", "structure": "structures", "dataset": "data sets"}
 _PICTURED_TITLES = {"best": "Best", "middle": "Around the median", "worst": "Worst"}
 
 
@@ -102,7 +103,7 @@ def groups(part: SetResult, by: str) -> Markup | None:
     title, drawn = f"By {_GROUP_TITLES[by].lower()}", draw(part, by, found, metrics)
     if len(found) <= MOST_UNFOLDED:
         return joined([element("h3", title), drawn])
-    return joined([element("h3", title), folded(f"{count(len(found))} groups", drawn)])
+    return joined([element("h3", title), folded(f"{count(len(found))} {_PLURALS[by]}", drawn)])
 
 
 def _side_by_side(part: SetResult, by: str, found: Mapping[str, Measures], metrics: Sequence[Metric]) -> Markup:
