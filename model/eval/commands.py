@@ -66,7 +66,10 @@ def run_eval(options: argparse.Namespace) -> int:
     sys.stdout.write(f"{told(outcome.result)}\n\n")
     sys.stdout.writelines(f"wrote {path}\n" for path in outcome.files)
     if outcome.errors:
-        sys.stdout.write(f"{outcome.errors} questions could not be asked, the first because {outcome.first_error}\n")
+        several = f"{outcome.errors} questions could not be asked, the first because"
+        sys.stdout.write(
+            f"{several if outcome.errors > 1 else '1 question could not be asked:'} {outcome.first_error}\n"
+        )
         return FAILED_QUESTIONS
     return 0
 
