@@ -1,0 +1,36 @@
+"""MedPLIB in the field's harness lmms-eval: the model as one of its models, our phantoms as tasks for any model."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from model.errors import MedPLIBError
+
+MODEL_NAME = "medplib"
+"""What ``--model`` calls it, and the key of its own settings in the tasks."""
+TASKS = Path(__file__).resolve().parent / "tasks"
+"""Folder of the task files, for ``--include_path``."""
+
+
+def manifest() -> Any:
+    """What the harness needs to know to load the model; the entry point ``lmms_eval.models`` names this function.
+
+    Raises:
+        MedPLIBError: lmms-eval is not installed.
+    """
+    require_lmms_eval()
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(MODEL_NAME, simple_class_path="model.eval.lmms.adapter.MedPLIB")
+
+
+def require_lmms_eval() -> None:
+    """Check that the harness can be imported.
+
+    Raises:
+        MedPLIBError: it is not installed.
+    """
+    if find_spec("lmms_eval") is None:
+        raise MedPLIBError("lmms-eval is not installed; install it as docs/evaluation.md says, or use medplib eval")
