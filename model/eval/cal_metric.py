@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +22,11 @@ from tqdm import tqdm
 
 from model.data.records import open_records
 from model.errors import MedPLIBError
-from model.eval.metrics import PublishedMasks, PublishedText, Scores, score_predictions
+from model.eval.metrics import PublishedText, Scores, score_predictions
 from model.eval.metrics.published_text import format_table
 from model.eval.predictions import Prediction, match_references, read_predictions
 
 STANDARD_HEADING = "Standard scores (fractions of 1; 95 % intervals over images)"
-
-
-@dataclass
-class Published:
-    """The published numbers of a stream of predictions."""
-
-    text: PublishedText
-    masks: PublishedMasks = field(default_factory=PublishedMasks)
-
-    def watch(self, rows: Iterable[Prediction]) -> Iterator[Prediction]:
-        """Hand the rows on, taking each in."""
-        for row in rows:
-            self.text.add(row)
-            self.masks.add_prediction(row)
-            yield row
-
-    def to_dict(self, table: dict[str, float]) -> dict[str, Any]:
-        """JSON-ready mapping of the published table and, where there are masks, grounding scores."""
-        grounding = {
-            "mIoU": self.masks.miou,
-            "mDice": self.masks.mdice,
-            "modality": self.masks.by_modality(),
-            "masks": self.masks.count,
-        }
-        return {
-            "table": table,
-            "open": self.text.open,
-            "closed": self.text.closed,
-            "grounding": grounding if self.masks.count else None,
-        }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     """Read the predictions once, print both kinds of scores and write them where asked."""
     if options.candidate_set:
         _check_candidates(Path(options.candidate_set))
-    published = Published(PublishedText(choose_candidates=bool(options.candidate_set)))
+    published = PublishedText(choose_candidates=bool(options.candidate_set))
     rows: Iterable[Prediction] = with_bar(read_predictions(options.pred), count_rows(options.pred))
     if options.references:
         pairs = match_references(rows, open_records(options.references), options.turns)
@@ -125,11 +94,11 @@ def run(options: argparse.Namespace) -> None:
         samples=options.samples,
         seed=options.seed,
     )
-    table = print_published(options, published.text)
+    table = print_published(options, published)
     print()
-    print_standard(scores, published.masks)
-    result = {"predictions": options.pred, "published": published.to_dict(table), "standard": scores.to_dict()}
-    write_json(options.json, result)
+    print_standard(scores)
+    told = {"table": table, "open": published.open, "closed": published.closed}
+    write_json(options.json, {"predictions": options.pred, "published": told, "standard": scores.to_dict()})
 
 
 def thresholds_in(path: str | Path) -> list[float] | None:
@@ -175,10 +144,12 @@ def print_published(options: argparse.Namespace, text: PublishedText) -> dict[st
     return table
 
 
-def print_standard(scores: Scores, masks: PublishedMasks) -> None:
+def print_standard(scores: Scores) -> None:
     """Print the standard scores, and the published grounding lines above them where there are masks."""
-    if masks.count:
-        print(f"As the published --eval_seg prints it, over {masks.count} masks\n{masks.format()}\n")
+    for threshold, masks in scores.published_masks.items():
+        if masks.count:
+            at = "" if threshold is None else f", threshold {threshold:g}"
+            print(f"Grounding as published: {masks.count} masks{at}\n{masks.format()}\n")
     print(f"{STANDARD_HEADING}\n{scores.table()}")
     for dimension in scores.dimensions:
         if len(scores.by(dimension)) > 1:

@@ -21,7 +21,7 @@ if not __package__:  # run as a file: Python puts this folder on its path, not t
 
 from model.errors import MedPLIBError
 from model.eval.cal_metric import add_output_flags, count_rows, print_standard, with_bar, write_json
-from model.eval.metrics import PublishedMasks, score_predictions
+from model.eval.metrics import score_predictions
 from model.eval.metrics.published_words import published_words
 from model.eval.metrics.rows import is_closed
 from model.eval.predictions import Prediction
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"pred file {options.pred}\ncandidate_set None")
     print(f"open_cnt {published.open}\nclosed_cnt {published.closed}")
     print(f"{published.by_modality()}\nmean acc {published.mean()}\nNone\n")
-    print_standard(scores, PublishedMasks())
+    print_standard(scores)
     told = {"modality": published.by_modality(), "mean acc": published.mean()}
     write_json(options.json, {"predictions": options.pred, "published": told, "standard": scores.to_dict()})
 

@@ -102,13 +102,12 @@ def _ratio(
     below: str,
     *,
     count: str = "",
-    factor: float = 1.0,
     higher_is_better: bool = True,
     unit: str = "",
     headline: bool = False,
 ) -> Metric:
     def compute(sums: Sums) -> np.ndarray:
-        return _divide(factor * sums(above), sums(below))
+        return _divide(sums(above), sums(below))
 
     return Metric(name, meaning, compute, count or below, higher_is_better, unit, headline)
 
@@ -146,8 +145,8 @@ def _mask_metrics(at: str) -> list[Metric]:
     return [
         _ratio(f"mDice{at}", "mean Dice of the reference masks", f"dice{at}", "mask", headline=True),
         _ratio(f"mIoU{at}", "mean IoU of the reference masks (macro)", f"iou{at}", "mask", headline=True),
-        _ratio(f"micro_Dice{at}", "Dice of all pixels together", f"inter{at}", f"areas{at}", count="mask", factor=2.0),
-        Metric(f"micro_IoU{at}", "IoU of all pixels together", _micro_iou(at), "mask"),
+        Metric(f"micro_Dice{at}", "Dice of all pixels together", _micro_dice(at), "mask"),
+        _ratio(f"micro_IoU{at}", "IoU of all pixels together", f"inter{at}", f"union{at}", count="mask"),
         _ratio(f"mDice_matched{at}", "mean Dice in the best order of the masks", f"dice_matched{at}", "mask"),
         _ratio(f"mIoU_matched{at}", "mean IoU in the best order of the masks", f"iou_matched{at}", "mask"),
         _ratio(f"gIoU{at}", "mean IoU of rows, absent targets included", f"row_iou{at}", "grounding", headline=True),
@@ -161,9 +160,9 @@ def _mask_metrics(at: str) -> list[Metric]:
     ]
 
 
-def _micro_iou(at: str) -> Callable[[Sums], np.ndarray]:
+def _micro_dice(at: str) -> Callable[[Sums], np.ndarray]:
     def compute(sums: Sums) -> np.ndarray:
-        return _divide(sums(f"inter{at}"), sums(f"areas{at}") - sums(f"inter{at}"))
+        return _divide(2 * sums(f"inter{at}"), sums(f"union{at}") + sums(f"inter{at}"))
 
     return compute
 

@@ -40,7 +40,7 @@ def checked_rle(rle: Rle) -> CocoRle:
     if runs.ndim != 1 or not runs.size or runs.min() < 0 or runs.sum() != height * width:
         raise MedPLIBError(f"the runs of a mask encoding do not fill its {height}×{width} pixels; it is damaged")
     if isinstance(counts, list):
-        return coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        return coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
     return {"size": [height, width], "counts": _as_bytes(counts)}
 
 
@@ -50,20 +50,26 @@ def _as_bytes(counts: str | bytes) -> bytes:
 
 def _runs(data: bytes) -> np.ndarray:
     """Run lengths of COCO's compressed counts, int64: 5 bits a character, bit 5 continues, then differences."""
-    bits = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(bits & 32 == 0)
-    if not ends.size or ends[-1] != bits.size - 1 or bits.min() < 0 or bits.max() > 63:
+    if not data or data.translate(None, _LAST + _CONTINUED) or data[-1] not in _LAST:
         raise ValueError("the counts are no COCO counts")
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    lengths = ends - starts + 1
+    bits = np.frombuffer(data, dtype=np.uint8).astype(np.int64)
+    bits -= 48
+    ends = np.flatnonzero(bits < 32)
+    lengths = ends.copy()
+    lengths[1:] -= ends[:-1]
+    lengths[0] += 1
     if lengths.max() > 7:
         raise ValueError("the counts hold a run beyond every size")
+    starts = ends - lengths + 1
     shifts = 5 * (np.arange(bits.size) - np.repeat(starts, lengths))
     runs = np.add.reduceat((bits & 31) << shifts, starts)
-    runs -= np.where(bits[ends] & 16, 1 << 5 * lengths, 0)
+    runs -= (bits[ends] & 16) << (5 * lengths - 4)  # the highest bit is the sign
     for first in (1, 2):  # from the fourth on, each is the difference to the one before the last
-        runs[first::2] = np.cumsum(runs[first::2])
+        runs[first::2].cumsum(out=runs[first::2])
     return runs
+
+
+_LAST, _CONTINUED = bytes(range(48, 80)), bytes(range(80, 112))
 
 
 @dataclass(frozen=True)
@@ -71,26 +77,28 @@ class Overlaps:
     """Areas and intersections of P predicted and G reference masks, in pixels.
 
     Attributes:
-        predicted: int64 [P], areas.
-        wanted: int64 [G], areas.
-        intersections: int64 [P, G].
+        predicted: P areas.
+        wanted: G areas.
+        intersections: P rows of G.
     """
 
-    predicted: np.ndarray
-    wanted: np.ndarray
-    intersections: np.ndarray
+    predicted: list[int]
+    wanted: list[int]
+    intersections: list[list[int]]
 
     def pair(self, prediction: int | None, reference: int) -> tuple[int, int]:
-        """Intersection and sum of areas of one pair; a prediction of None is an empty mask."""
+        """Intersection and union of one pair; a prediction of None is an empty mask."""
         if prediction is None:
-            return 0, int(self.wanted[reference])
-        areas = int(self.predicted[prediction]) + int(self.wanted[reference])
-        return int(self.intersections[prediction, reference]), areas
+            return 0, self.wanted[reference]
+        inter = self.intersections[prediction][reference]
+        return inter, self.predicted[prediction] + self.wanted[reference] - inter
 
     def ious(self) -> np.ndarray:
         """float64 [P, G]; two empty masks have 1."""
-        unions = self.predicted[:, None] + self.wanted[None, :] - self.intersections
-        return np.where(unions == 0, 1.0, self.intersections / np.maximum(unions, 1))
+        shape = len(self.predicted), len(self.wanted)
+        inter = np.array(self.intersections, dtype=np.float64).reshape(shape)
+        unions = np.array(self.predicted)[:, None] + np.array(self.wanted)[None, :] - inter
+        return np.where(unions == 0, 1.0, inter / np.maximum(unions, 1))
 
 
 def overlaps(predicted: Sequence[CocoRle], wanted: Sequence[CocoRle]) -> Overlaps:
@@ -99,16 +107,19 @@ def overlaps(predicted: Sequence[CocoRle], wanted: Sequence[CocoRle]) -> Overlap
     Raises:
         MedPLIBError: the masks differ in size.
     """
-    sizes = {tuple(mask["size"]) for mask in (*predicted, *wanted)}
+    sizes = {(mask["size"][0], mask["size"][1]) for mask in (*predicted, *wanted)}
     if len(sizes) > 1:
         told = " and ".join(f"{height}×{width}" for height, width in sorted(sizes))
         raise MedPLIBError(f"masks of one question are {told}; predictions must have the size of the reference")
-    areas = [np.asarray(coco.area(list(masks)), dtype=np.int64) for masks in (predicted, wanted)]
-    if not len(predicted) or not len(wanted):
-        return Overlaps(areas[0], areas[1], np.zeros((len(predicted), len(wanted)), dtype=np.int64))
-    ious = np.asarray(coco.iou(list(predicted), list(wanted), [0] * len(wanted)))
-    sums = areas[0][:, None] + areas[1][None, :]
-    return Overlaps(areas[0], areas[1], np.rint(ious * sums / (1 + ious)).astype(np.int64))  # I = iou·U, U = sum − I
+    areas = [int(coco.area(mask)) for mask in predicted], [int(coco.area(mask)) for mask in wanted]
+    inter = [
+        [
+            int(coco.area(coco.merge([mask, reference], True))) if area and other else 0
+            for reference, other in zip(wanted, areas[1], strict=True)
+        ]
+        for mask, area in zip(predicted, areas[0], strict=True)
+    ]
+    return Overlaps(*areas, inter)
 
 
 def merged(masks: Sequence[CocoRle]) -> list[CocoRle]:

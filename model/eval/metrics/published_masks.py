@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
-
-from model.eval.metrics.masks import checked_rle, overlaps
-from model.eval.predictions import Prediction
 
 
 def published_iou(intersection: int, union: int) -> float:
@@ -39,17 +37,6 @@ class PublishedMasks:
         self.ious[PurePath(image_path).name.split("_")[0]].append(iou)
         self._all.append(iou)
 
-    def add_prediction(self, prediction: Prediction) -> None:
-        """Take in each reference mask of a row with the mask of the same number; a missing one is empty."""
-        if not prediction.gt_masks:
-            return
-        wanted = [checked_rle(mask) for mask in prediction.gt_masks]
-        painted = [] if prediction.failed else [checked_rle(mask["rle"]) for mask in prediction.masks]
-        found = overlaps(painted, wanted)
-        for index in range(len(wanted)):
-            intersection, areas = found.pair(index if index < len(painted) else None, index)
-            self.add(prediction.image_path, intersection, areas - intersection)
-
     @property
     def count(self) -> int:
         """Pairs taken in."""
@@ -74,6 +61,10 @@ class PublishedMasks:
             }
             for name, values in self.ious.items()
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready mapping."""
+        return {"masks": self.count, "mIoU": self.miou, "mDice": self.mdice, "modality": self.by_modality()}
 
     def format(self) -> str:
         """The two lines as published."""

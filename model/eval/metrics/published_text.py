@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
@@ -55,35 +55,29 @@ def overlap_f1(answer: Sequence[str], reference: Sequence[str]) -> tuple[float, 
     return 2 * precision * recall / (precision + recall), precision, recall
 
 
-def sentence_bleu(answer: Sequence[str], reference: Sequence[str], weights: Sequence[float]) -> float:
-    """BLEU of one sentence as nltk computes it without smoothing.
+def sentence_bleus(answer: Sequence[str], reference: Sequence[str]) -> list[float]:
+    """BLEU of one sentence for each of ``BLEU_WEIGHTS``, as nltk computes it without smoothing.
 
     An order without a match counts as the smallest positive float, not as 0; a sentence without any shared word is 0.
-
-    Args:
-        answer: words.
-        reference: words.
-        weights: of the n-gram orders from 1.
     """
     matches = ngram_matches(answer, reference)
     if not matches[0]:
-        return 0.0
+        return [0.0] * len(BLEU_WEIGHTS)
     penalty = 1.0 if len(answer) > len(reference) else math.exp(1 - len(reference) / len(answer))
-    precisions = (
-        matches[index] / max(1, len(answer) - index) if matches[index] else sys.float_info.min
-        for index in range(len(weights))
-    )
-    return penalty * math.exp(math.fsum(w * math.log(p) for w, p in zip(weights, precisions, strict=True)))
+    logs = [
+        math.log(count / max(1, len(answer) - index)) if count else math.log(sys.float_info.min)
+        for index, count in enumerate(matches)
+    ]
+    return [
+        penalty * math.exp(math.fsum(weight * log for weight, log in zip(weights, logs, strict=False)))
+        for weights in BLEU_WEIGHTS
+    ]
 
 
 def published_row(answer: str, reference: str) -> dict[str, float]:
     """All published scores of one answer, in 0..1."""
     said, wanted = published_words(answer), published_words(reference)
-    values = (
-        word_overlap(said, wanted),
-        *overlap_f1(said, wanted),
-        *(sentence_bleu(said, wanted, weights) for weights in BLEU_WEIGHTS),
-    )
+    values = (word_overlap(said, wanted), *overlap_f1(said, wanted), *sentence_bleus(said, wanted))
     return dict(zip(_SUMS, values, strict=True))
 
 
@@ -107,6 +101,12 @@ class PublishedText:
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
     references: dict[str, None] = field(default_factory=dict)
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def watch(self, rows: Iterable[Prediction]) -> Iterator[Prediction]:
+        """Hand the rows on, taking each in."""
+        for row in rows:
+            self.add(row)
+            yield row
 
     def add(self, prediction: Prediction) -> None:
         """Take one row in; a row that could not be answered has no text and scores 0."""

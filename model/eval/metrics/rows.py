@@ -27,6 +27,8 @@ from model.processing.tokens import SEG_TOKEN
 CLOSED_TYPES = frozenset(("closed", "yes/no"))
 
 Row = dict[str, float]
+Pair = tuple[int, int]
+"""Intersection and union of two masks in pixels."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,16 @@ def task_of(prediction: Prediction) -> str:
     return "grounding" if prediction.gt_masks or SEG_TOKEN in prediction.gt else "vqa"
 
 
-def score_row(prediction: Prediction, settings: RowSettings) -> Row:
-    """What one row adds to each column; columns it does not name are 0.
+@dataclass(frozen=True)
+class RowScore:
+    """What one row adds to each column (columns it does not name are 0), and its pairs of masks in order."""
+
+    numbers: Row
+    pairs: dict[float | None, list[Pair]]
+
+
+def score_row(prediction: Prediction, settings: RowSettings) -> RowScore:
+    """The numbers of one row.
 
     Raises:
         MedPLIBError: its masks are damaged, of another size than the reference, or lack a threshold that is scored.
@@ -70,10 +80,10 @@ def score_row(prediction: Prediction, settings: RowSettings) -> Row:
     if task != "grounding":
         row |= _closed_row(prediction) if is_closed(prediction) else _open_row(prediction)
     try:
-        row |= _mask_row(prediction, task, settings)
+        masks = _mask_row(prediction, task, settings)
     except MedPLIBError as error:
         raise MedPLIBError(f"question {prediction.question_id}: {error}") from error
-    return row
+    return RowScore(row | masks.numbers, masks.pairs)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -106,16 +116,21 @@ def _open_row(prediction: Prediction) -> Row:
 # --- masks ----------------------------------------------------------------------------------------------------------
 
 
-def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> Row:
+def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> RowScore:
     wanted = [checked_rle(mask) for mask in prediction.gt_masks or ()]
     painted = {threshold: _painted(prediction, threshold) for threshold in settings.thresholds}
     if task == "grounding" and prediction.gt_masks is None:
-        return {"unscored": 1}
+        return RowScore({"unscored": 1}, {})
     if not wanted and task != "grounding":
-        return _words_only_row(prediction, painted)
+        return RowScore(_words_only_row(prediction, painted), {})
     found = {threshold: overlaps(masks, wanted) for threshold, masks in painted.items()}
-    if not any(int(areas.wanted.sum()) for areas in found.values()):
-        return _absent_row(prediction, found)
+    in_order = {
+        threshold: [(index if index < len(painted[threshold]) else None, index) for index in range(len(wanted))]
+        for threshold in painted
+    }
+    pairs = {threshold: [found[threshold].pair(*places) for places in in_order[threshold]] for threshold in painted}
+    if not any(any(areas.wanted) for areas in found.values()):
+        return RowScore(_absent_row(prediction, found), pairs)
     row: Row = {
         "target": 1,
         "grounding": 1,
@@ -124,10 +139,10 @@ def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> Row:
         "extra": len(prediction.masks) > len(wanted),
     }
     for threshold, masks in painted.items():
-        row |= _overlap_row(masks, wanted, found[threshold], prediction.failed, mark(threshold))
+        row |= _overlap_row(masks, wanted, found[threshold], pairs[threshold], prediction.failed, mark(threshold))
         if settings.surface:
             row |= _surface_row(prediction, masks, wanted, found[threshold], settings, mark(threshold))
-    return row
+    return RowScore(row, pairs)
 
 
 def _painted(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
@@ -157,8 +172,7 @@ def _words_only_row(prediction: Prediction, painted: dict[float | None, list[Coc
     if prediction.failed:
         return {}
     any_painted = {
-        f"unasked_mask{mark(threshold)}": bool(overlaps(masks, ()).predicted.any())
-        for threshold, masks in painted.items()
+        f"unasked_mask{mark(threshold)}": any(overlaps(masks, ()).predicted) for threshold, masks in painted.items()
     }
     return {"words_only": 1, **any_painted}
 
@@ -168,53 +182,47 @@ def _absent_row(prediction: Prediction, found: dict[float | None, Overlaps]) -> 
         return {"grounding": 1}
     row: Row = {"grounding": 1, "absent": 1, "false_seg": _speaks_of_masks(prediction)}
     for threshold, areas in found.items():
-        at, any_painted = mark(threshold), bool(areas.predicted.any())
+        at, any_painted = mark(threshold), any(areas.predicted)
         row |= {f"false_mask{at}": any_painted, f"row_iou{at}": not any_painted}
-        row[f"row_union{at}"] = float(areas.predicted.sum())
+        row[f"row_union{at}"] = sum(areas.predicted)
     return row
 
 
-def _overlap_row(painted: Sequence[CocoRle], wanted: Sequence[CocoRle], found: Overlaps, failed: bool, at: str) -> Row:
-    in_order = [(index if index < len(painted) else None, index) for index in range(len(wanted))]
-    row = _pair_sums(found, in_order, failed, at)
+def _overlap_row(
+    painted: Sequence[CocoRle],
+    wanted: Sequence[CocoRle],
+    found: Overlaps,
+    pairs: Sequence[Pair],
+    failed: bool,
+    at: str,
+) -> Row:
+    row = _pair_sums(pairs, failed, at)
     if len(painted) <= 1 and len(wanted) == 1:
-        inter, areas = found.pair(0 if painted else None, 0)
-        matched = in_order
+        (inter, union), best = pairs[0], row
     else:
-        inter, areas = _union_pair(painted, wanted)
-        matched = _matched_pairs(found)
-    best = _pair_sums(found, matched, failed, at) if matched != in_order else row
+        inter, union = overlaps(merged(painted), merged(wanted)).pair(0 if painted else None, 0)
+        best = _pair_sums(_matched_pairs(found), failed, at)
     row |= {f"dice_matched{at}": best[f"dice{at}"], f"iou_matched{at}": best[f"iou{at}"]}
-    return row | {
-        f"row_iou{at}": inter / (areas - inter),
-        f"row_inter{at}": inter,
-        f"row_union{at}": areas - inter,
+    return row | {f"row_iou{at}": inter / union, f"row_inter{at}": inter, f"row_union{at}": union}
+
+
+def _pair_sums(pairs: Sequence[Pair], failed: bool, at: str) -> Row:
+    """Sums over reference masks; two empty masks agree, unless there was no answer to agree with."""
+    agreeing = float(not failed)
+    return {
+        f"dice{at}": sum(2 * inter / (union + inter) if union else agreeing for inter, union in pairs),
+        f"iou{at}": sum(inter / union if union else agreeing for inter, union in pairs),
+        f"inter{at}": sum(inter for inter, _ in pairs),
+        f"union{at}": sum(union for _, union in pairs),
     }
 
 
-def _pair_sums(found: Overlaps, pairs: Sequence[tuple[int | None, int]], failed: bool, at: str) -> Row:
-    """Sums over reference masks; two empty masks agree, unless there was no answer to agree with."""
-    dice = iou = inter_sum = areas_sum = 0.0
-    for prediction, reference in pairs:
-        inter, areas = found.pair(prediction, reference)
-        inter_sum += inter
-        areas_sum += areas
-        dice += 2 * inter / areas if areas else float(not failed)
-        iou += inter / (areas - inter) if areas else float(not failed)
-    return {f"dice{at}": dice, f"iou{at}": iou, f"inter{at}": inter_sum, f"areas{at}": areas_sum}
-
-
-def _matched_pairs(found: Overlaps) -> list[tuple[int | None, int]]:
+def _matched_pairs(found: Overlaps) -> list[Pair]:
     """The best one-to-one pairs by IoU, where missing predictions are empty masks."""
-    present = found.predicted.size
-    missing = max(0, found.wanted.size - present)
-    gains = np.concatenate([found.ious(), np.tile(found.wanted == 0, (missing, 1))])
-    return [(row if row < present else None, reference) for row, reference in best_matching(gains)]
-
-
-def _union_pair(painted: Sequence[CocoRle], wanted: Sequence[CocoRle]) -> tuple[int, int]:
-    found = overlaps(merged(painted), merged(wanted))
-    return found.pair(0 if painted else None, 0)
+    present = len(found.predicted)
+    empty = np.array(found.wanted) == 0
+    gains = np.concatenate([found.ious(), np.tile(empty, (max(0, len(found.wanted) - present), 1))])
+    return [found.pair(row if row < present else None, reference) for row, reference in best_matching(gains)]
 
 
 def _surface_row(

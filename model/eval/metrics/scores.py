@@ -16,6 +16,7 @@ from model.data.schema import modality_of
 from model.errors import MedPLIBError
 from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, interval
 from model.eval.metrics.definitions import CONVENTIONS, Metric, Sums, columns_for, metrics_for
+from model.eval.metrics.published_masks import PublishedMasks
 from model.eval.metrics.rows import RowSettings, score_row, task_of
 from model.eval.metrics.tables import grouped_table, overall_table
 from model.eval.predictions import Prediction
@@ -96,17 +97,20 @@ class Scores:
         groups: for each dimension the group number of each row, int32 [N], and the groups' names.
         samples: bootstrap resamplings.
         seed: of the resampling.
+        published_masks: for each threshold the published grounding numbers, over every reference mask and the
+            predicted one of the same number.
     """
 
     settings: RowSettings
-    keys: list[RowKey]
-    columns: tuple[str, ...]
-    data: np.ndarray
-    images: np.ndarray
-    references: np.ndarray
-    groups: Mapping[str, tuple[np.ndarray, list[str]]]
+    keys: list[RowKey] = field(repr=False)
+    columns: tuple[str, ...] = field(repr=False)
+    data: np.ndarray = field(repr=False)
+    images: np.ndarray = field(repr=False)
+    references: np.ndarray = field(repr=False)
+    groups: Mapping[str, tuple[np.ndarray, list[str]]] = field(repr=False)
     samples: int = 1000
     seed: int = 0
+    published_masks: Mapping[float | None, PublishedMasks] = field(default_factory=dict, repr=False)
     _found: dict[str, tuple[dict[str, Measures], Measures]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -189,6 +193,11 @@ class Scores:
                 for name in self.dimensions
             },
             "mean_over": told,
+            "published_grounding": {
+                "as written" if threshold is None else f"{threshold:g}": masks.to_dict()
+                for threshold, masks in self.published_masks.items()
+                if masks.count
+            },
         }
 
     @cached_property
@@ -285,15 +294,19 @@ class _Builder:
         self.references: list[int] = []
         self.names: dict[str, dict[str, int]] = {name: {} for name in DIMENSIONS}
         self.group_codes: dict[str, list[int]] = {name: [] for name in DIMENSIONS}
+        self.published = {threshold: PublishedMasks() for threshold in settings.thresholds}
 
     def add(self, prediction: Prediction) -> None:
-        numbers = score_row(prediction, self.settings)
+        found = score_row(prediction, self.settings)
         place = len(self.keys)
         if place % _BLOCK == 0:
             self.blocks.append(np.zeros((_BLOCK, len(self.columns))))
         target = self.blocks[-1][place % _BLOCK]
-        for name, value in numbers.items():
+        for name, value in found.numbers.items():
             target[self.places[name]] = value
+        for threshold, pairs in found.pairs.items():
+            for intersection, union in pairs:
+                self.published[threshold].add(prediction.image_path, intersection, union)
         self.keys.append(self._key(prediction))
         image = prediction.image_path or f"\0{place}"  # rows without an image stand alone
         self.image_codes.append(self.images.setdefault(image, len(self.images)))
@@ -327,6 +340,7 @@ class _Builder:
             },
             samples=samples,
             seed=seed,
+            published_masks=self.published,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 BLEU_ORDERS = (1, 2, 3, 4)
 
@@ -79,11 +79,23 @@ def token_overlap(answer: str, reference: str) -> tuple[float, float, float]:
 
 def ngram_matches(answer: Sequence[str], reference: Sequence[str]) -> tuple[int, ...]:
     """For the orders 1 to 4, n-grams of the answer that are in the reference, clipped to their number there."""
-    return tuple((_ngrams(answer, order) & _ngrams(reference, order)).total() for order in BLEU_ORDERS)
+    found: list[int] = []
+    for order in BLEU_ORDERS:
+        if found and not found[-1]:  # no longer n-gram can match either
+            found.append(0)
+            continue
+        left = Counter(_ngrams(reference, order))
+        matches = 0
+        for gram in _ngrams(answer, order):
+            if left[gram] > 0:
+                left[gram] -= 1
+                matches += 1
+        found.append(matches)
+    return tuple(found)
 
 
-def _ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
+def _ngrams(tokens: Sequence[str], order: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(tokens[start:] for start in range(order)), strict=False)
 
 
 def rouge_l(answer: Sequence[str], reference: Sequence[str]) -> float:
