@@ -80,6 +80,17 @@ def test_without_the_harness_use_is_refused_in_a_sentence(
     assert capsys.readouterr().err.startswith("error: lmms-eval is not installed")
 
 
+def test_another_series_of_the_harness_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "find_spec", lambda name: object())
+    for found, fits in (("0.7", True), ("0.7.3", True), ("0.6.1", False), ("0.70", False), ("1.0", False)):
+        monkeypatch.setattr(package, "version", lambda name, found=found: found)
+        if fits:
+            package.require_lmms_eval()
+        else:
+            with pytest.raises(MedPLIBError, match=f"version {found}, MedPLIB speaks 0.7"):
+                package.require_lmms_eval()
+
+
 def test_command_puts_model_and_tasks_in(tmp_path: Path) -> None:
     command, data = lmms_eval_arguments(["--tasks", "t", f"--data={tmp_path}", "--limit", "3"])
     assert command == ["--tasks", "t", "--limit", "3", "--model", "medplib", "--include_path", str(package.TASKS)]

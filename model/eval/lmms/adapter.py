@@ -36,7 +36,7 @@ class MedPLIB(_Base):
         values: see ``arguments.ModelArguments``; the harness adds ``batch_size``, ``max_batch_size`` and ``device``.
 
     Raises:
-        MedPLIBError: lmms-eval is not installed, an argument is wrong, or the checkpoint does not load.
+        MedPLIBError: lmms-eval is not installed or too new, an argument is wrong, or the checkpoint does not load.
     """
 
     is_simple = True  # takes the harness's plain requests: text and images apart, no chat messages
