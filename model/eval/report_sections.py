@@ -38,6 +38,7 @@ def summary(result: SuiteResult) -> Markup:
     """The headline metrics of every set in one table."""
     rows: list[list[object]] = []
     several = len(result.sets) > 1
+    one_each = several and all(len(part.headlines()) <= 1 for part in result.sets)
     reported = any(part.item.known for part in result.sets)
     blind = any(part.blind for part in result.sets)
     columns = [Column("Score", "text"), Column("Value"), Column("95 % interval"), Column("", "strip")]
@@ -45,12 +46,13 @@ def summary(result: SuiteResult) -> Markup:
     columns += [Column("Reported elsewhere", "text")] if reported else []
     columns += [Column("n", meaning="How many questions or masks the value is taken over")]
     for part in result.sets:
-        if several:
+        if several and not one_each:
             rows.append([_anchor(part)])
         for metric in part.headlines():
             measure, base = part.scores.overall[metric.name], part.blind.get(("", "", metric.name))
-            row: list[object] = [metric_cell(metric), _value(measure), _range(measure), _strip(measure, metric, base)]
-            row += [number(base)] if blind else []
+            named = joined([_anchor(part), element("span", metric_cell(metric), class_="label")])
+            row: list[object] = [named if one_each else metric_cell(metric), _value(measure), _range(measure)]
+            row += [_strip(measure, metric, base), *([number(base)] if blind else [])]
             row += [_known(part, metric.name)] if reported else []
             rows.append([*row, count(measure.count)])
     return joined([table(columns, rows, class_="headlines", label="Headline scores"), _key(blind)])
