@@ -24,6 +24,7 @@ from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval.metrics import PublishedText, Scores, score_predictions
 from model.eval.metrics.published_text import format_table
+from model.eval.metrics.rows import masks_by_threshold
 from model.eval.predictions import Prediction, match_references, read_predictions
 
 STANDARD_HEADING = "Standard scores (fractions of 1; 95 % intervals over images)"
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
 def thresholds_in(path: str | Path) -> list[float] | None:
     """Thresholds that the masks of a predictions file are given at, ascending; None where only as written."""
     first = next((row for row in read_predictions(path) if row.masks or row.masks_at), None)
-    return sorted(float(name) for name in first.masks_at) if first and first.masks_at else None
+    return sorted(masks_by_threshold(first)) or None if first else None
 
 
 def count_rows(path: str | Path) -> int:

@@ -214,6 +214,12 @@ def test_a_threshold_that_is_not_there_is_refused() -> None:
         score_predictions([row], thresholds=(0.1, 0.5))
 
 
+@pytest.mark.parametrize("masks_at", [{"x": []}, {"2": []}, {"0.5": 3}, {"0.5": None}, {"0.5": {}}])
+def test_masks_that_are_no_lists_by_threshold_are_refused(masks_at: dict[str, Any]) -> None:
+    with pytest.raises(MedPLIBError, match="question 7: masks_at holds"):
+        score_predictions([grounded(7, [rle(0)], [rle(0)], masks_at=masks_at)], thresholds=(0.5,))
+
+
 def test_masks_of_another_size_and_damaged_ones_are_told_with_their_question() -> None:
     other = encode_rle(np.ones((5, 5), dtype=bool))
     with pytest.raises(MedPLIBError, match="question 3: masks of one question are 4×10 and 5×5"):

@@ -145,6 +145,26 @@ def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> RowSc
     return RowScore(row, pairs)
 
 
+def masks_by_threshold(prediction: Prediction) -> dict[float, list[Any]]:
+    """The row's ``masks_at`` with numbers for keys; empty where it has none.
+
+    Raises:
+        MedPLIBError: a key is no number, or a value no list.
+    """
+    found: dict[float, list[Any]] = {}
+    for name, masks in (prediction.masks_at or {}).items():
+        try:
+            threshold = float(name)
+        except ValueError:
+            threshold = 0.0
+        if not 0 < threshold < 1 or not isinstance(masks, list):
+            raise MedPLIBError(
+                f'masks_at holds {name!r:.20}: {masks!r:.40}; expected lists by threshold, as "0.1": […]'
+            )
+        found[threshold] = masks
+    return found
+
+
 def _painted(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
     """Checked masks of one threshold; none for a row without an answer."""
     if prediction.failed:
@@ -153,7 +173,7 @@ def _painted(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
     if threshold is None:
         masks = [mask.get("rle") for mask in prediction.masks]
     else:
-        by_threshold = {float(key): value for key, value in (prediction.masks_at or {}).items()}
+        by_threshold = masks_by_threshold(prediction)
         if threshold not in by_threshold and prediction.masks:
             has = ", ".join(f"{key:g}" for key in by_threshold) or "no others"
             raise MedPLIBError(
