@@ -15,7 +15,7 @@ from model.modeling.configuration import IMAGE_PLACEHOLDER
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import IMAGE_TOKEN
+from model.processing.tokens import IMAGE_TOKEN, REGION_MARKER
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,8 @@ def build_prompt(
     regions = [region_to_mask(region, image.size) for region in request.regions]
     if regions and not model.config.region.enabled:
         raise MedPLIBError("this checkpoint has no region adapter; ask it about the whole image")
-    asked = place_region(request.question, len(regions)) if regions else request.question
+    told = sum(earlier.count(REGION_MARKER) for earlier, _ in request.history)  # their regions come first
+    asked = place_region(request.question, len(regions) - told) if len(regions) > told else request.question
     turns = []
     for earlier, answer in request.history:
         turns += [Turn("human", earlier), Turn("gpt", answer)]

@@ -27,7 +27,8 @@ class Request:
         image: a path (PNG, JPEG, TIFF, single-frame DICOM), bytes, a PIL image, an array H×W(×3), or what
             ``Engine.prepare`` gave.
         question: plain text; ``<region></region>`` marks where a region is meant.
-        regions: mask paths, H×W arrays, ``("box", (x1, y1, x2, y2))`` or ``("point", (x, y))`` in image pixels.
+        regions: mask paths, H×W arrays, ``("box", (x1, y1, x2, y2))`` or ``("point", (x, y))`` in image pixels;
+            those that ``history`` marks come first.
         history: earlier (question, answer) pairs about the same image.
         settings: how the answer is drawn.
         threshold: probability above which a pixel is in a mask, in (0, 1); the checkpoint's own when absent.
