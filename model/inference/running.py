@@ -26,6 +26,7 @@ class Running:
         limit: tokens it may say.
         launched: tokens whose computation was begun; those in ``ids`` are known already.
         finish: set when the answer is complete.
+        text: said so far, kept where it is streamed or may be stopped; ``told`` is what was streamed of it.
         expert_counts: long [mixture layers, E], tokens per expert so far, if asked for.
     """
 
@@ -40,6 +41,7 @@ class Running:
     seg_states: list[Tensor] = field(default_factory=list)
     finish: Finish | None = None
     text: str = ""
+    told: str = ""
     expert_counts: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     submitted: float = field(default_factory=time.perf_counter)
@@ -63,11 +65,16 @@ class Running:
 
     def hear(self, token: int, state: Tensor, end_ids: set[int], seg_id: int, processor: MedPLIBProcessor) -> None:
         """Take a token that was chosen from the state [D]; may complete the answer."""
-        if self.finish is not None:
+        if self.finish is not None or self.ticket.cancelled:
             return
         if token in end_ids:
             self.finish = "end"
-            return
+        else:
+            self._take(token, state, seg_id, processor)
+        if self.on_text is not None:
+            self._tell(self.on_text)
+
+    def _take(self, token: int, state: Tensor, seg_id: int, processor: MedPLIBProcessor) -> None:
         self.ids.append(token)
         if token == seg_id:
             self.seg_states.append(state)
@@ -75,8 +82,6 @@ class Running:
         if self.on_text is not None or settings.stop:
             self.text = processor.decode_text(self.ids)
             self._stop_at(settings.stop)
-            if self.on_text is not None:
-                self.on_text(self.text)
         if self.finish is None and len(self.ids) >= self.limit:
             self.finish = "length"
 
@@ -85,6 +90,22 @@ class Running:
         if places:
             self.text, self.finish = self.text[: min(places)].rstrip(), "stop"
             del self.seg_states[self.text.count(SEG_TOKEN) :]
+
+    def _tell(self, on_text: OnText) -> None:
+        """Stream the text, but for an end that may yet become a stop text and go.
+
+        Nor is a text told that says less than the last one: while the bytes of a rare character are incomplete, those
+        before it cannot be read either.
+        """
+        text = self.text
+        if self.finish is None:
+            stops = self.ticket.request.settings.stop
+            beginnings = [stop[:length] for stop in stops for length in range(1, len(stop))]
+            held_back = max((len(one) for one in beginnings if text.endswith(one)), default=0)
+            text = text[: len(text) - held_back].rstrip()
+        if text != self.told and (self.finish is not None or text.startswith(self.told)):
+            self.told = text
+            on_text(text)
 
     def final_text(self, processor: MedPLIBProcessor) -> str:
         """The whole answer's text."""
