@@ -61,9 +61,18 @@ class EngineSettings:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("prefill_chunk", 1), ("waiting", 1), ("image_cache_mb", 0)):
-            if getattr(self, name) < least:
-                raise MedPLIBError(f"{name} is {getattr(self, name)}; give at least {least}")
+        least = {
+            "slots": 1,
+            "max_length": 1,
+            "prefill_chunk": 1,
+            "waiting": 1,
+            "image_cache_mb": 0,
+            "prefix_cache_mb": 0,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise MedPLIBError(f"{name} is {value}; give at least {bound}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,8 @@ class Schedule:
             raise
 
     def _drop_cancelled(self) -> None:
-        for row in [row for row in self.waiting if row.ticket.cancelled]:
+        waiting = tuple(self.waiting)  # a copy in one go: other threads hand in meanwhile
+        for row in [row for row in waiting if row.ticket.cancelled]:
             self.waiting.remove(row)
             self._leave(row, "cancelled")
         if self.reading is not None and self.reading.ticket.cancelled:
@@ -180,7 +190,8 @@ class Schedule:
             if self.reading is None:
                 if not self.waiting or len(self.running) >= self.settings.slots:
                     return
-                self.reading = self._open(self.waiting.popleft())
+                self.reading = self.waiting.popleft()
+                self._open(self.reading)
             row = self.reading
             start = time.perf_counter()
             assert row.embeds is not None
@@ -205,7 +216,7 @@ class Schedule:
         room = slot_bytes(self.model.config.text_config, length, self.model.dtype) <= self.prefixes.max_bytes
         return length if room and not self._drops and length < prompt.length else 0
 
-    def _open(self, row: Running) -> Running:
+    def _open(self, row: Running) -> None:
         """Embed a prompt; its opening may be known already."""
         start = time.perf_counter()
         row.seconds["wait"] = start - row.submitted
@@ -217,7 +228,6 @@ class Schedule:
         if prefix is not None:
             self._runner_ready().cache.put_prefix(prefix)
             row.read = prefix.length
-        return row
 
     def _join(self, row: Running, output: StepOutput) -> None:
         """Move a prompt from the lane to the first free slot and choose its first token."""
@@ -297,7 +307,7 @@ class Schedule:
 
     def _finish(self) -> None:
         """Paint the masks of complete answers together and settle their tickets."""
-        rows, self._finished = self._finished, []
+        rows = self._finished  # they stay there until they are settled: painting may fail
         if not rows:
             return
         start = time.perf_counter()
@@ -326,11 +336,12 @@ class Schedule:
                         row.router_shares(),
                     )
                 )
+        self._finished = []
 
     def abandon(self, error: BaseException) -> None:
         """Settle everything with an error and forget it."""
-        rows = [*self.waiting, *self.running, *self._finished, *([self.reading] if self.reading else [])]
-        self.waiting.clear()
+        rows = [*self.running, *self._finished, *([self.reading] if self.reading else [])]
+        rows += [self.waiting.popleft() for _ in range(len(self.waiting))]  # other threads hand in meanwhile
         self.running, self._finished, self.reading = [], [], None
         self._pending.clear()
         for row in rows:
