@@ -104,8 +104,7 @@ class Engine:
         key = content_key(image)
         kept = self.images.get(key)
         if kept is None:
-            kept = prepare_image(image, self.processor)
-            self.images.put(key, kept)
+            kept = self.images.keep(key, prepare_image(image, self.processor))
         return kept
 
     def submit(self, request: Request, on_text: OnText | None = None) -> Ticket:
@@ -119,15 +118,16 @@ class Engine:
             EngineFull: as many requests are waiting as ``settings.waiting``.
         """
         self._check_open()
-        if len(self._schedule.waiting) >= self.settings.waiting:
-            raise EngineFull(f"{self.settings.waiting} requests are waiting already; ask again later")
+        self._check_room()
         ticket = Ticket(request)
         try:
             prompt = self._prompt(request)
         except MedPLIBError as error:
             ticket.settle(error)
             return ticket
-        self._enqueue(ticket, prompt, on_text)
+        with self._news:
+            self._check_room()  # again: others handed in meanwhile
+            self._enqueue(ticket, prompt, on_text)
         return ticket
 
     def ask(self, request: Request, on_text: OnText | None = None) -> Answer:
@@ -146,34 +146,48 @@ class Engine:
 
         Requests are drawn as slots become free and prepared ahead in another thread; nothing is held for long.
         """
-        source = enumerate(requests)
         preparing: deque[tuple[int, Request, Future[Prompt]]] = deque()
         open_tickets: dict[Ticket, int] = {}
-        more = True
         with ThreadPoolExecutor(1, thread_name_prefix="medplib-prepare") as pool:
-            while True:
-                while more and len(preparing) < 2 * self.settings.slots:
-                    item = next(source, None)
-                    more = item is not None
-                    if item is not None:
-                        preparing.append((*item, pool.submit(self._prompt, item[1])))
-                while preparing and len(self._schedule.waiting) < self.settings.slots:
-                    if not preparing[0][2].done() and open_tickets:
-                        break
-                    place, request, prepared = preparing.popleft()
-                    try:
-                        prompt = prepared.result()
-                    except MedPLIBError as error:
-                        yield place, error
-                        continue
-                    ticket = Ticket(request)
-                    open_tickets[ticket] = place
-                    self._enqueue(ticket, prompt, None)
-                if not open_tickets and not preparing and not more:
-                    return
-                self.step()
-                for ticket in [ticket for ticket in open_tickets if ticket.done()]:
-                    yield open_tickets.pop(ticket), ticket.result()
+            try:
+                yield from self._answer_stream(enumerate(requests), pool, preparing, open_tickets)
+            finally:  # whoever draws no more answers waits for none
+                for *_, prepared in preparing:
+                    prepared.cancel()
+                for ticket in open_tickets:
+                    ticket.cancel()
+
+    def _answer_stream(
+        self,
+        source: Iterator[tuple[int, Request]],
+        pool: ThreadPoolExecutor,
+        preparing: deque[tuple[int, Request, Future[Prompt]]],
+        open_tickets: dict[Ticket, int],
+    ) -> Iterator[tuple[int, Answer | MedPLIBError]]:
+        more = True
+        while True:
+            while more and len(preparing) < 2 * self.settings.slots:
+                item = next(source, None)
+                more = item is not None
+                if item is not None:
+                    preparing.append((*item, pool.submit(self._prompt, item[1])))
+            while preparing and len(self._schedule.waiting) < self.settings.slots:
+                if not preparing[0][2].done() and open_tickets:
+                    break
+                place, request, prepared = preparing.popleft()
+                try:
+                    prompt = prepared.result()
+                except MedPLIBError as error:
+                    yield place, error
+                    continue
+                ticket = Ticket(request)
+                open_tickets[ticket] = place
+                self._enqueue(ticket, prompt, None)
+            if not open_tickets and not preparing and not more:
+                return
+            self.step()
+            for ticket in [ticket for ticket in open_tickets if ticket.done()]:
+                yield open_tickets.pop(ticket), ticket.result()
 
     def _prompt(self, request: Request) -> Prompt:
         if request.no_mask_below is not None and self.gate is None:
@@ -225,9 +239,9 @@ class Engine:
         with self._news:
             self._closed = True
             self._news.notify()
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():  # as when a listener closes
             self._thread.join()
-            self._thread = None
+        self._thread = None
         with self._stepping:
             self._schedule.abandon(MedPLIBError("the engine was closed before the answer was there"))
 
@@ -250,6 +264,10 @@ class Engine:
                 self.step()
             except Exception:  # noqa: BLE001 - its tickets have been told; what comes next may well succeed
                 _log.exception("a step failed, and the requests in it were given up")
+
+    def _check_room(self) -> None:
+        if len(self._schedule.waiting) >= self.settings.waiting:
+            raise EngineFull(f"{self.settings.waiting} requests are waiting already; ask again later")
 
     def _check_open(self) -> None:
         if self._closed:

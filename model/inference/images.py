@@ -130,6 +130,14 @@ class BoundedCache(Generic[Value]):
             self._values.move_to_end(key)
             self._shrink()
 
+    def keep(self, key: object, value: Value) -> Value:
+        """The value that is kept under ``key`` already; else this one, kept from now on."""
+        with self._lock:
+            value = self._values.setdefault(key, value)
+            self._values.move_to_end(key)
+            self._shrink()
+            return value
+
     def refresh(self) -> None:
         """Make room again after kept values have grown."""
         with self._lock:
