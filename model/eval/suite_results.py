@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from model.data.builders.blind import blind_baseline, position_prior_dice
-from model.data.records import Records, open_records
+from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import mark
 from model.eval.metrics.scores import Scores, score_predictions
@@ -48,7 +49,7 @@ class _Kept:
 
 
 def measure(
-    item: DataSet, answers: Path, questions: Path, images: Path, *, samples: int = 1000
+    item: DataSet, answers: Path, questions: Path, images: Path, *, limit: int | None = None, samples: int = 1000
 ) -> tuple[SetResult, Iterator[list[object]]]:
     """Score the answers to a data set.
 
@@ -57,6 +58,7 @@ def measure(
         answers: its predictions.
         questions: the records that they answer, see ``write_questions``.
         images: folder that the records' paths start from.
+        limit: so many records were asked, the first ones; None: all of them.
         samples: bootstrap resamplings behind each interval.
 
     Returns:
@@ -87,7 +89,7 @@ def measure(
         failures=failures,
         pictured={name: [kept.pictured[place] for place in found] for name, found in places.items() if found},
         router={task: total / count for task, (total, count) in kept.router.items()},
-        blind=blind_scores(item, records, images, scores),
+        blind=blind_scores(item, islice(records, limit), images, scores),
         regions=regions_of(records, images, shown),
     )
     return result, row_lines(item.name, answers, rows)
@@ -179,7 +181,7 @@ def predicted_iou(row: Prediction) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def blind_scores(item: DataSet, records: Records, images: Path, scores: Scores) -> BlindScores:
+def blind_scores(item: DataSet, records: Iterable[Mapping[str, Any]], images: Path, scores: Scores) -> BlindScores:
     """What answers reach that are learned from ``item.blind`` and never see an image; empty where it names no file.
 
     Accuracies by kind of question (``blind_baseline``) are averaged over the closed questions; masks painted from each

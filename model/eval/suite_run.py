@@ -152,7 +152,7 @@ class _SharedEngine:
 def _report(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, Outcome]]) -> SuiteOutcome:
     results, lines = [], []
     for item, inference, outcome in asked:
-        part, rows = measure(item, outcome.answers, inference.data, inference.images)
+        part, rows = measure(item, outcome.answers, inference.data, inference.images, limit=options.limit)
         results.append(replace(part, seconds=outcome.seconds))
         lines.append(rows)
     suite = options.suite

@@ -313,6 +313,23 @@ def test_blind_baselines_are_those_of_the_builder(run: Run, tmp_path: Path):
     assert not result.sets[1].blind
 
 
+def test_blind_baselines_are_of_the_questions_that_were_asked(run: Run):
+    result = run(limit=2).result
+    assert result is not None
+    assert {by for by, _, _ in result.sets[0].blind} == {"", "kind"}
+    assert {kind for by, kind, _ in result.sets[0].blind if by} == {record["kind"] for record in ASKED[:2]}
+
+
+def test_a_set_may_be_asked_as_published(run: Run, opened: list[InferenceOptions], tmp_path: Path):
+    (tmp_path / "questions.json").write_text(json.dumps(ASKED[:1]))
+    write_suite(tmp_path, [SET, {**SET, "name": "second", "prompt": "published"}, {**SET, "name": "third"}])
+    result = run().result
+    assert result is not None
+    assert [options.template for options in opened] == [None, "v1", None]  # an engine each time the prompt changes
+    journal = json.loads((tmp_path / "out" / "predictions" / "second.run.json").read_text())
+    assert journal["settings"]["template"] == "v1"
+
+
 def test_a_stopped_suite_goes_on_and_a_finished_one_asks_nothing(
     run: Run, opened: list[InferenceOptions], tmp_path: Path
 ):
