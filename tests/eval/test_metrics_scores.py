@@ -285,7 +285,7 @@ def test_tables_and_json() -> None:
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert told["overall"]["closed_accuracy"]["value"] == pytest.approx(5 / 9)
     assert told["by"]["modality"]["ct"]["closed_accuracy"]["count"] == 5
-    assert told["overall"]["mDice"] == {"value": 1, "low": 1, "high": 1, "count": 1}
+    assert told["overall"]["mDice"] == {"value": 1, "low": None, "high": None, "count": 1}
     assert told["by"]["kind"].keys() == {"(unnamed)", "presence"}
     assert told["metrics"]["error_rate"]["higher_is_better"] is False
     assert told["published_grounding"]["as written"]["mIoU"] == 1
@@ -349,6 +349,15 @@ def test_one_image_has_no_interval() -> None:
     assert measure.value == 1
     assert measure.to_dict()["low"] is None
     assert math.isnan(score_predictions(grouped_rows(), samples=0).overall["closed_accuracy"].low)
+
+
+def test_one_image_with_a_target_among_others_has_no_interval_either() -> None:
+    rows = [grounded(0, [rle(0, 1)], [rle(0)]), grounded(1, [], []), grounded(2, [], [rle(0)])]
+    found = score_predictions(rows)
+    assert math.isnan(found.overall["mDice"].low)
+    assert found.overall["gIoU"].low < found.overall["gIoU"].high
+    assert math.isnan(compare(found, found).overall["mDice"].p_value)
+    assert compare(found, found).overall["gIoU"].p_value == 1
 
 
 def test_no_rows() -> None:

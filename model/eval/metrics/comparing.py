@@ -12,7 +12,7 @@ import numpy as np
 from model.errors import MedPLIBError
 from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, flipped_sums, interval
 from model.eval.metrics.definitions import Metric
-from model.eval.metrics.scores import RowKey, Scores
+from model.eval.metrics.scores import RowKey, Scores, spread
 from model.eval.metrics.tables import aligned, number, span
 
 _NAMED = 5  # mismatches told in a refusal
@@ -133,6 +133,8 @@ class Comparison:
             drawn = self._values(self.second, both[:, width:]) - self._values(self.first, both[:, :width])
             exchanged = self._exchanged(clusters)
             flipped = self._values(self.second, exchanged[1]) - self._values(self.first, exchanged[0])
+            alone = ~spread(self.metrics, self.first.sums_of(clusters[0]))
+            drawn[alone] = flipped[alone] = np.nan
         counts = self.first.sums_of(data[0].sum(axis=0))
         found = {}
         for index, metric in enumerate(self.metrics):

@@ -241,15 +241,21 @@ class Scores:
         clusters = cluster_sums(data, self.images[rows])
         values = np.array([float(metric.compute(sums)) for metric in self.metrics])
         replicates = np.full((len(self.metrics), self.samples), np.nan)
-        if self.samples and len(clusters) > 1:  # one image alone says nothing about others
+        if self.samples and len(clusters) > 1:
             resampled = self.sums_of(bootstrap_sums(clusters, self.samples, (self.seed, stream)))
             replicates = np.stack([metric.compute(resampled) for metric in self.metrics])
+            replicates[~spread(self.metrics, self.sums_of(clusters))] = np.nan
         measures = {}
         for metric, value, drawn in zip(self.metrics, values, replicates, strict=True):
             count = int(sums(metric.count))
             if count and not math.isnan(value):
                 measures[metric.name] = Measure(float(value), *interval(drawn), count)
         return measures, values, replicates
+
+
+def spread(metrics: Sequence[Metric], clusters: Sums) -> np.ndarray:
+    """Which metrics are taken over two images or more, bool [M]: one alone says nothing about others."""
+    return np.array([np.count_nonzero(clusters(metric.count)) > 1 for metric in metrics], dtype=bool)
 
 
 class _Mean:
