@@ -195,7 +195,10 @@ def _examples(
     if not shown:
         return None
     drawn = [_example(change, *part.examples[change.place], pictures) for change in shown]
-    note = f"{count(len(changes))} answers, {len(shown)} of them shown: those that changed most."
+    whole = "1 answer." if len(changes) == 1 else f"{count(len(changes))} answers."
+    note = (
+        whole if len(shown) == len(changes) else f"{whole[:-1]}, {len(shown)} of them shown: those that changed most."
+    )
     return joined([element("h3", title), element("p", note, class_="about"), element("div", *drawn, class_="changes")])
 
 
