@@ -105,8 +105,9 @@ def _items(prediction: Prediction, names: Sequence[str]) -> dict[str, Item]:
 def prediction_of(document: Mapping[str, Any], answer: str) -> Prediction:
     """The row that ``vqa_infer`` would have written of this answer.
 
-    Masks stand in the text as ``answering.text_with_masks`` writes them. In an answer without any, ``[x1, y1, x2, y2]``
-    in pixels is a box, whose filled rectangle is taken for the mask.
+    Masks stand in the text as ``answering.text_with_masks`` writes them; what stands there and is no mask of the image
+    is none. In an answer without any, ``[x1, y1, x2, y2]`` in pixels is a box, whose filled rectangle is taken for the
+    mask.
 
     Args:
         document: a row of ``documents``.
@@ -116,10 +117,13 @@ def prediction_of(document: Mapping[str, Any], answer: str) -> Prediction:
         MedPLIBError: a reference mask cannot be read.
     """
     grounding = document["task"] == "grounding"
-    masks = [mask for text in _MASK.findall(answer) if (mask := _mask(text))]
     text = _MASK.sub("", answer).strip()
-    if grounding and not masks:
-        masks = [mask.to_dict() for mask in _boxes(text, document)]
+    written, boxes = _MASK.findall(answer), _BOX.findall(text) if grounding else []
+    masks: list[dict[str, Any]] = []
+    if written or boxes:
+        size = read_image(document["image"]).size
+        masks = [mask for one in written if (mask := _mask(one, size))]
+        masks = masks or [_box_mask(numbers, size).to_dict() for numbers in boxes]
     about = {name: document[name] for name in ("task", "kind", "modality", "structure", "dataset") if document[name]}
     return Prediction(
         question_id=document["question_id"],
@@ -134,28 +138,21 @@ def prediction_of(document: Mapping[str, Any], answer: str) -> Prediction:
     )
 
 
-def _mask(text: str) -> dict[str, Any] | None:
+def _mask(text: str, size: tuple[int, int]) -> dict[str, Any] | None:
     """A mask as ``Mask.to_dict`` writes it; None for anything else that a model put between the tags."""
     try:
         mask = json.loads(text)
-    except ValueError:
+        pixels = decode_rle(mask["rle"])
+    except (ValueError, TypeError, KeyError):  # MedPLIBError is a ValueError
         return None
-    return mask if isinstance(mask, dict) and isinstance(mask.get("rle"), dict) else None
+    return {**mask, "rle": encode_rle(pixels)} if pixels.shape == size else None
 
 
-def _boxes(text: str, document: Mapping[str, Any]) -> list[Mask]:
-    found = _BOX.findall(text)
-    if not found:
-        return []
-    height, width = read_image(document["image"]).size
-    masks = []
-    for numbers in found:
-        x1, y1, x2, y2 = (float(number) for number in numbers)
-        mask = np.zeros((height, width), dtype=bool)
-        left, top = (max(0, math.floor(value)) for value in (x1, y1))
-        mask[top : max(0, math.ceil(y2)), left : max(0, math.ceil(x2))] = True
-        masks.append(Mask.from_array(mask, "", 1.0))
-    return masks
+def _box_mask(numbers: Sequence[str], size: tuple[int, int]) -> Mask:
+    x1, y1, x2, y2 = (float(number) for number in numbers)
+    mask = np.zeros(size, dtype=bool)
+    mask[max(0, math.floor(y1)) : max(0, math.ceil(y2)), max(0, math.floor(x1)) : max(0, math.ceil(x2))] = True
+    return Mask.from_array(mask, "", 1.0)
 
 
 def _as_boxes(prediction: Prediction) -> Prediction:
