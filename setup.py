@@ -29,7 +29,14 @@ setup(
         "train": TRAIN,  # staged training; deepspeed compiles a small op with g++ at its first run
         "dev": [*TRAIN, "pytest>=9,<10", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"],
         "gpu": ["flash-attn"],  # engine.attention=flash_attention_2; CUDA only: install with --no-build-isolation
+        # Beside lmms-eval itself, which is installed with --no-deps: its own list would replace torch.
+        "lmms": [
+            *("datasets>=4", "evaluate>=0.4", "loguru", "tenacity>=8.3", "pytablewriter", "sacrebleu", "scikit-learn"),
+        ],
         "sam": ["segment-anything", "torchvision"],  # cross-check of our SAM in the tests; CUDA builds of torch only
     },
-    entry_points={"console_scripts": ["medplib=model.cli:main"]},
+    entry_points={
+        "console_scripts": ["medplib=model.cli:main"],
+        "lmms_eval.models": ["medplib=model.eval.lmms:manifest"],
+    },
 )
