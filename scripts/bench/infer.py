@@ -303,7 +303,8 @@ def report(
         "",
         f"`{options.model.name}` in {str(model.dtype).removeprefix('torch.')}"
         f"{f', {options.quantisation} weights' if options.quantisation else ''} on {device} ({platform.machine()}); "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, commit {commit.stdout.strip() or 'unknown'}. "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"commit {commit.stdout.strip() or 'unknown'}. "
         f"Medians of {options.rounds} rounds of {options.requests} requests. Made by `scripts/bench/infer.py`; plain "
         "generation is described there.",
     ]
