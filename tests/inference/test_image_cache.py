@@ -122,20 +122,8 @@ def test_contents_are_told_apart() -> None:
     light, dark = Image.fromarray(zeros).convert("P"), Image.fromarray(zeros).convert("P")
     light.putpalette([200] * 768)
     dark.putpalette([9] * 768)
-    sources = [
-        zeros,
-        zeros.T,
-        zeros.reshape(6, 4),
-        zeros.astype(np.uint16),
-        zeros + 1,
-        b"",
-        b"a",
-        grey,
-        rgb,
-        light,
-        dark,
-    ]
-    keys = [content_key(source) for source in sources]
+    kinds = [Image.fromarray(zeros), Image.fromarray(zeros).convert("RGB"), light, dark]
+    keys = [content_key(source) for source in [*arrays, b"", b"a", *kinds]]
     assert keys[1] == keys[2] and len(set(keys)) == len(keys) - 1  # 6×4 zeros are 6×4 zeros
     turned = np.arange(24, dtype=np.uint8).reshape(4, 6).T
     assert content_key(turned) == content_key(turned.copy())
