@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 
 from model import MedPLIBError, Predictor
-from model.inference.generation import GenerationSettings
+from model.inference.engine import Request
+from model.inference.generation import Draw, GenerationSettings
+from model.inference.prompts import build_prompt, embed_prompt
 from tests.tiny import tiny_checkpoint
 
 SHORT = GenerationSettings(max_new_tokens=8)
@@ -26,12 +29,11 @@ def says_seg(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Predictor
     """The same predictor, made to answer with two ``<SEG>``: an untrained model would never say one."""
     seg, dot = predictor.model.config.seg_token_id, predictor.processor.tokenizer.encode("liver")[-1]
     script = [dot, seg, dot, seg, predictor.model.config.eos_token_id]
-    said = iter(script * 20)
 
-    def choose(logits: torch.Tensor, *_: object) -> torch.Tensor:
-        return torch.full((len(logits),), next(said), dtype=torch.long)
+    def choose(_: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        return torch.tensor([script[draw.step] for draw in draws])
 
-    monkeypatch.setattr("model.inference.generation.choose_tokens", choose)
+    monkeypatch.setattr("model.inference.schedule.choose_tokens", choose)
     return predictor
 
 
@@ -41,7 +43,7 @@ def test_asking_twice_gives_the_same(predictor: Predictor) -> None:
     assert first.text == predictor.ask(image, "What is it?", settings=SHORT).text
     prepared = predictor.set_image(image)
     assert first.text == predictor.ask(prepared, "What is it?", settings=SHORT).text
-    assert set(first.timing) == {"encode", "generate", "masks", "total"}
+    assert set(first.timing) == {"wait", "encode", "generate", "masks", "total"}
 
 
 def test_an_image_is_prepared_once_for_many_questions(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +76,7 @@ def test_half_precision_answers_with_masks(
     half = Predictor.from_pretrained(checkpoint, dtype=torch.bfloat16, attention=attention)
     assert half.model.model.decoder.config._attn_implementation == attention
     seg = half.model.config.seg_token_id
-    monkeypatch.setattr("model.inference.generation.choose_tokens", lambda logits, *_: torch.full((len(logits),), seg))
+    monkeypatch.setattr("model.inference.schedule.choose_tokens", lambda logits, _: torch.full((len(logits),), seg))
     image = np.random.default_rng(4).integers(0, 255, (50, 31, 3), dtype=np.uint8)
     answer = half.ask(image, "What is in this region?", ("box", (3, 3, 20, 30)), settings=SHORT)
     assert len(answer.masks) == 8
@@ -122,8 +124,8 @@ def test_a_region_changes_the_prompt(predictor: Predictor) -> None:
     image = predictor.set_image(np.random.default_rng(3).integers(0, 255, (56, 56, 3), dtype=np.uint8))
     seen = []
     for box in ((0, 0, 14, 14), (28, 28, 56, 56)):
-        prompt = predictor._prompt(image, "What is <region></region>?", [_box(box)], ())
-        seen.append(predictor.model.splice(**prompt).embeds)
+        asked = Request(image, "What is <region></region>?", [_box(box)])
+        seen.append(embed_prompt(predictor.model, build_prompt(predictor.model, predictor.processor, image, asked)))
     assert seen[0].shape == seen[1].shape and not torch.allclose(seen[0], seen[1])
 
 
