@@ -19,7 +19,7 @@ from model.inference.predictor import PreparedImage
 
 def prepared(height: int = 40, width: int = 30) -> PreparedImage:
     pixels = np.full((height, width, 3), 90, dtype=np.uint8)
-    return PreparedImage(ImageData(pixels, None, "array"), torch.zeros(0), torch.zeros(0), (1, 1))
+    return PreparedImage("a key", ImageData(pixels, None, "array"), torch.zeros(0), torch.zeros(0), (1, 1))
 
 
 def answer(height: int = 40, width: int = 30, count: int = 2) -> Answer:
