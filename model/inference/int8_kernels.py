@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,10 +22,12 @@ class Int8Kernel:
     """A kernel.
 
     Attributes:
+        name: for people.
         multiply: products bfloat16 [M, N] of rows bfloat16 [M, K], codes int8 [N, K], scales bfloat16 [N].
         most_rows: it is not worth while beyond so many rows.
     """
 
+    name: str
     multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
     most_rows: int
 
@@ -33,9 +37,14 @@ def choose_int8_kernel(device: torch.device, inputs: int) -> Int8Kernel | None:
     if inputs % _ALIGNMENT:
         return None
     if device.type == "cpu":
-        kernel = Int8Kernel(_torch_kernel, _CPU_ROWS if multiplies_bfloat16() else ANY)
+        kernel = Int8Kernel("torch", _torch_kernel, _CPU_ROWS if multiplies_bfloat16() else ANY)
         fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
         return kernel if fast and _works(kernel, device) else None
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from model.inference.int8_triton import MOST_ROWS, multiply_int8
+
+        kernel = Int8Kernel("Triton", multiply_int8, MOST_ROWS)
+        return kernel if _works(kernel, device) else None
     return None
 
 
@@ -55,6 +64,16 @@ def _torch_kernel(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(rows, codes, scale)
 
 
+def _cannot_run() -> tuple[type[Exception], ...]:
+    """What is raised where a kernel is not in this build, not for this device, or does not compile on this machine."""
+    kinds: tuple[type[Exception], ...] = (RuntimeError, AttributeError, OSError, subprocess.SubprocessError)
+    if importlib.util.find_spec("triton") is not None:
+        from triton.errors import TritonError
+
+        kinds = (*kinds, TritonError)
+    return kinds
+
+
 @lru_cache(maxsize=16)
 def _works(kernel: Int8Kernel, device: torch.device) -> bool:
     """Whether a kernel is there and gives the right products; tried on a small weight."""
@@ -64,7 +83,7 @@ def _works(kernel: Int8Kernel, device: torch.device) -> bool:
     scale = torch.full((outputs,), 0.125, dtype=torch.bfloat16, device=device)
     try:
         found = kernel.multiply(rows, codes, scale)
-    except (RuntimeError, AttributeError, NotImplementedError):  # not in this build of torch, or not for this device
+    except _cannot_run():
         return False
     expected = functional.linear(rows.float(), codes.float()) * 0.125
     return torch.allclose(found.float(), expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))

@@ -72,6 +72,11 @@ class QuantisedLinear(nn.Module):
     def portable_codes(self) -> Tensor:
         """The codes as state dicts hold them."""
 
+    @property
+    @abstractmethod
+    def kernel_name(self) -> str:
+        """What multiplies few rows here, for people."""
+
     @abstractmethod
     def arrange(self, arranged: bool = True) -> None:
         """Bring portable codes into the form that the device's kernel wants, or back."""
@@ -120,8 +125,7 @@ class Int8Linear(QuantisedLinear):
         return self.kernel.multiply(rows, self.codes, self.scale)
 
     def multiply_plainly(self, rows: Tensor) -> Tensor:
-        dense = dense_type(rows.device)
-        return functional.linear(rows.to(dense), self.codes.to(dense)).float() * self.scale.float()
+        return functional.linear(rows.to(self.dense), self.codes.to(self.dense)).float() * self.scale.float()
 
     def dequantise(self) -> Tensor:
         return self.codes.float() * self.scale.float()[:, None]
@@ -129,8 +133,13 @@ class Int8Linear(QuantisedLinear):
     def portable_codes(self) -> Tensor:
         return self.codes
 
+    @property
+    def kernel_name(self) -> str:
+        return "dequantised" if self.kernel is None else self.kernel.name
+
     def arrange(self, arranged: bool = True) -> None:
         self.kernel = choose_int8_kernel(self.codes.device, self.in_features) if arranged else None
+        self.dense = dense_type(self.codes.device)
 
 
 class Int4Linear(QuantisedLinear):
@@ -170,6 +179,10 @@ class Int4Linear(QuantisedLinear):
 
     def portable_codes(self) -> Tensor:
         return self.codes if self.layout is None else join_nibbles(self._levels())
+
+    @property
+    def kernel_name(self) -> str:
+        return "dequantised" if self.layout is None else "torch"
 
     def arrange(self, arranged: bool = True) -> None:
         if not arranged:
