@@ -94,6 +94,9 @@ def test_the_first_of_several_stop_texts_counts() -> None:
     stop = (late, "never said", early)
     found = engine().ask(replace(asked, settings=replace(asked.settings, stop=stop)))
     assert found.text == whole.text[: min(whole.text.index(early), whole.text.index(late))].rstrip()
+    longer = (whole.text[4:6], whole.text[2:6], whole.text[3:6])  # complete at the same time
+    found = engine().ask(replace(asked, settings=replace(asked.settings, stop=longer)))
+    assert found.text == whole.text[:2].rstrip()
     never = replace(asked, settings=replace(asked.settings, stop=("never said",)))
     assert_same(engine().ask(never), whole)
 

@@ -201,6 +201,17 @@ def test_the_caches_stay_within_their_bounds(monkeypatch: pytest.MonkeyPatch, sp
     assert [mask.rle for mask in again.masks] == [mask.rle for mask in first.masks]
 
 
+@pytest.mark.parametrize("question", ["What is it?", "Segment it."])
+def test_encodings_count_towards_the_bound(engine: Engine, speaks: Any, question: str) -> None:
+    speaks(engine)
+    prepared = engine.prepare(pictures()[0])
+    if question == "Segment it.":
+        ask(engine, prepared)
+    engine.images.max_bytes = engine.images.num_bytes + 10
+    ask(engine, prepared, question)
+    assert len(engine.images) == 0
+
+
 def test_an_image_may_outlive_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = counted(monkeypatch, image_cache_mb=0)
     prepared = engine.prepare(pictures()[0])
