@@ -27,6 +27,11 @@ VARIANTS = [
 ]
 
 
+def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal but for rounding, which on some processors depends on how the weights are aligned in memory."""
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_to_published_to_native_is_exact(make, tmp_path: Path, options: dict, dtype: torch.dtype) -> None:
@@ -52,7 +57,7 @@ def test_native_loads_through_transformers(make, tmp_path: Path, route) -> None:
     assert len(list((tmp_path / "native").glob("model-*.safetensors"))) > 1
     loaded = route.from_pretrained(tmp_path / "native").eval()
     assert_same_weights(loaded, model)
-    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert_same(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert AutoConfig.from_pretrained(tmp_path / "native").to_dict()["moe"] == model.config.to_dict()["moe"]
 
 
@@ -92,9 +97,9 @@ def test_loaded_network_computes_the_same(make, tmp_path: Path) -> None:
     loaded, _ = load(tmp_path / "native")
     assert not loaded.training
     assert not [name for name, buffer in loaded.named_buffers() if buffer.is_meta]
-    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert_same(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
     image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded.encode_images(image), model.encode_images(image))
+    assert_same(loaded.encode_images(image), model.encode_images(image))
     for name, parameter in model.named_parameters():  # what is never trained stays so
         assert loaded.get_parameter(name).requires_grad == parameter.requires_grad
 

@@ -109,9 +109,10 @@ def seg_states(arrays: dict[str, np.ndarray], seg_token: int, patches: int) -> t
 def test_masks_of_a_training_batch(
     golden: Path, forward_branches: dict[str, tuple[SamMed2D, MaskHead]], case: str
 ) -> None:
-    """Looser for logits: these random weights amplify rounding, so that even in double precision 3e-4 remains.
+    """Looser: these random weights amplify rounding, so that even in double precision 3e-4 remains of the logits.
 
-    A wrong normalisation epsilon, the smallest mistake there is, shows as 1e-3 to 1e-2.
+    Scores differ by as much from one processor to another. A wrong normalisation epsilon, the smallest mistake there is,
+    shows as 1e-3 to 1e-2.
     """
     sam, head = forward_branches[case.split("_")[0]]
     folder = golden / "3_forward"
@@ -125,7 +126,7 @@ def test_masks_of_a_training_batch(
     masks = restore_masks(low_res, sizes, [tuple(size) for size in facts["label_shapes"]], 256, "legacy")
     for index, mask in enumerate(masks):
         assert_near(low_res[index : index + 1, :, ::4, ::4], arrays[f"low_res_{index}_stride4"], 5e-4)
-        assert_near(iou[index : index + 1], arrays[f"iou_pred_{index}"])
+        assert_near(iou[index : index + 1], arrays[f"iou_pred_{index}"], 5e-4)
         assert_near(mask, arrays[f"pred_mask_{index}"], 5e-4)
 
 
