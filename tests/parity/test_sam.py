@@ -111,7 +111,7 @@ def test_masks_of_a_training_batch(
 ) -> None:
     """Looser: these random weights amplify rounding, so that even in double precision 3e-4 remains of the logits.
 
-    Scores differ by as much from one processor to another. A wrong normalisation epsilon, the smallest mistake there is,
+    Scores differ as much between processors. A wrong normalisation epsilon, the smallest mistake there is,
     shows as 1e-3 to 1e-2.
     """
     sam, head = forward_branches[case.split("_")[0]]
