@@ -65,14 +65,23 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
     _add_parts(ask)
     ask.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 …")
     ask.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help="the last needs CUDA and flash-attn")
+    ask.add_argument("--quantisation", choices=("int8", "int4"), help="keep the language model's weights in fewer bits")
     where = ask.add_mutually_exclusive_group()
     where.add_argument("--region", type=Path, metavar="MASK.png", help="the region the question is about")
     where.add_argument("--box", type=_numbers, metavar="X1,Y1,X2,Y2", help="the same as a box in image pixels")
     where.add_argument("--point", type=_numbers, metavar="X,Y", help="the same as a point in image pixels")
     ask.add_argument("--threshold", type=float, help="probability above which a pixel is in a mask")
+    ask.add_argument(
+        "--no-mask-below", type=float, metavar="P", help="leave a mask empty that is there with less probability than P"
+    )
     ask.add_argument("--max-new-tokens", type=int, default=256)
     ask.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    ask.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens up to P in sum"
+    )
+    ask.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 keeps all")
     ask.add_argument("--seed", type=int, help="makes sampling repeatable")
+    ask.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before it; repeatable")
     ask.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     ask.add_argument("--out", type=Path, default=Path("medplib_out"), metavar="DIR", help="where pictures are written")
     ask.set_defaults(run=run_ask)
@@ -144,7 +153,9 @@ def run_ask(options: argparse.Namespace) -> int:
     from model.inference.pictures import write_pictures
     from model.inference.predictor import Predictor
 
-    settings = GenerationSettings(options.max_new_tokens, options.temperature, seed=options.seed)
+    settings = GenerationSettings(
+        options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, tuple(options.stop)
+    )
     region = options.region or (options.box and ("box", options.box)) or (options.point and ("point", options.point))
     predictor = Predictor.from_pretrained(
         options.model or default_model(),
@@ -152,11 +163,19 @@ def run_ask(options: argparse.Namespace) -> int:
         vision_tower=options.vision_tower,
         sam=options.sam,
         attention=options.attention,
+        quantisation=options.quantisation,
     )
     start = time.perf_counter()
     image = predictor.set_image(options.image)
     encoding = time.perf_counter() - start
-    answer = predictor.ask(image, options.question, region, options.threshold, settings=settings)
+    answer = predictor.ask(
+        image,
+        options.question,
+        region,
+        options.threshold,
+        settings=settings,
+        no_mask_below=options.no_mask_below,
+    )
     for part in ("encode", "total"):
         answer.timing[part] += encoding
     files = write_pictures(options.out, options.image.stem, image, answer, region)

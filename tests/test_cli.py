@@ -54,8 +54,36 @@ def speaks_seg(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ask_prints_one_json_object(ask, picture: Path, capsys: pytest.CaptureFixture) -> None:
     assert ask(picture, "What is it?", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
-    assert set(printed) == {"text", "masks", "timing"}
+    assert set(printed) == {"text", "masks", "finish", "new_tokens", "timing"}
+    assert (printed["finish"], printed["new_tokens"]) == ("length", 4) or printed["finish"] == "end"
     assert printed["timing"]["total"] > printed["timing"]["encode"] > 0
+
+
+def test_how_an_answer_is_drawn(ask, picture: Path, capsys: pytest.CaptureFixture) -> None:
+    def text(*flags: object) -> str:
+        assert ask(picture, "What is it?", "--json", *flags) == 0
+        return json.loads(capsys.readouterr().out)["text"]
+
+    greedy = text()
+    assert text("--temperature", 2, "--top-k", 1) == text("--temperature", 2, "--top-p", 0.001) == greedy
+    drawn = [text("--temperature", 5, "--seed", seed) for seed in (1, 2, 1)]
+    assert drawn[0] == drawn[2] and len({*drawn, greedy}) == 3
+
+
+def test_an_answer_ends_before_a_stop_text(ask, picture: Path, capsys: pytest.CaptureFixture) -> None:
+    assert ask(picture, "What is it?", "--json") == 0
+    whole = json.loads(capsys.readouterr().out)["text"]
+    assert ask(picture, "What is it?", "--json", "--stop", "never said", "--stop", whole[-1]) == 0
+    stopped = json.loads(capsys.readouterr().out)
+    assert (stopped["text"], stopped["finish"]) == (whole[: whole.index(whole[-1])].rstrip(), "stop")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantised_model_answers(tmp_path: Path, capsys: pytest.CaptureFixture, scheme: str) -> None:
+    words = ["What modality is used to take this image?", "--quantisation", scheme, "--max-new-tokens", "8", "--json"]
+    image = next((ROOT / "data" / "sample" / "images").glob("ultrasound*seed505*"))
+    assert main(["ask", str(image), *words, "--out", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "Ultrasound"
 
 
 @pytest.mark.usefixtures("speaks_seg")
@@ -109,6 +137,11 @@ def test_dicom_with_spacing(ask, capsys: pytest.CaptureFixture) -> None:
         ["SCAN", "What?", "--region", "missing.png"],
         ["SCAN", "What?", "--region", "SCAN_OF_OTHER_SIZE"],
         ["SCAN", "What?", "--temperature", "-1"],
+        ["SCAN", "What?", "--top-p", "0"],
+        ["SCAN", "What?", "--top-k", "-1"],
+        ["SCAN", "What?", "--stop", ""],
+        ["SCAN", "What?", "--no-mask-below", "2"],
+        ["SCAN", "What?", "--no-mask-below", "0.5"],  # the checkpoint has no gate
         ["SCAN", "What?", "--device", "abacus"],
         ["SCAN", "What?", "--device", "meta"],
         ["SCAN", "What?", "--attention", "flash_attention_2"],

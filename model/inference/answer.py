@@ -112,6 +112,8 @@ class Answer:
         return {
             "text": self.text,
             "masks": [mask.to_dict() for mask in self.masks],
+            "finish": self.finish,
+            "new_tokens": self.new_tokens,
             "timing": {name: round(seconds, 4) for name, seconds in self.timing.items()},
         }
 

@@ -42,6 +42,8 @@ def test_mask_round_trip() -> None:
 
 def test_answer_is_json() -> None:
     mask = Mask.from_array(np.eye(4, dtype=bool), "x", 0.5)
-    printed = json.loads(json.dumps(Answer("a <SEG>", [mask], {"total": 0.123456}).to_dict()))
-    assert set(printed) == {"text", "masks", "timing"}
+    answer = Answer("a <SEG>", [mask], {"total": 0.123456}, finish="length", new_tokens=3)
+    printed = json.loads(json.dumps(answer.to_dict()))
+    assert set(printed) == {"text", "masks", "finish", "new_tokens", "timing"}
+    assert (printed["finish"], printed["new_tokens"], printed["timing"]) == ("length", 3, {"total": 0.1235})
     assert set(printed["masks"][0]) == {"label", "rle", "score", "bbox", "area_px"}
