@@ -17,7 +17,7 @@ from typing import Any
 
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
-from model.inference.images import ImageSource, PreparedImage, content_key, prepare_image
+from model.inference.images import ImageSource, PreparedImage, content_key, prepare_image, reusable
 from model.inference.loading import load_for_inference
 from model.inference.mask_gate import MaskGate
 from model.inference.prompts import Prompt, build_prompt
@@ -99,8 +99,7 @@ class Engine:
         """
         if isinstance(image, PreparedImage):
             return image
-        if hasattr(image, "read"):
-            image = image.read()
+        image = reusable(image)
         key = content_key(image)
         kept = self.images.get(key)
         if kept is None:

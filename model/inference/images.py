@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections import OrderedDict
@@ -11,9 +12,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-from model.data.readers import ImageData, read_image
+from model.data.readers import ImageData, is_file, read_image
+from model.errors import MedPLIBError
 from model.processing.processor import MedPLIBProcessor
 
 ImageSource = Any
@@ -71,7 +73,7 @@ def prepare_image(source: ImageSource, processor: MedPLIBProcessor) -> PreparedI
     Raises:
         MedPLIBError: the image cannot be read.
     """
-    source = _reusable(source)
+    source = reusable(source)
     key = content_key(source)
     data = read_image(source)
     clip, sam, sam_size = processor.image_inputs(data.pixels)
@@ -79,28 +81,45 @@ def prepare_image(source: ImageSource, processor: MedPLIBProcessor) -> PreparedI
 
 
 def content_key(source: ImageSource) -> str:
-    """Digest of an image's content; two files with the same bytes have the same one, wherever they lie."""
+    """Digest of an image's content; two files with the same bytes have the same one, wherever they lie.
+
+    What cannot be read has some key too: it is for the reader to complain.
+    """
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, str | Path):
-        path = Path(source)
-        if path.is_file():  # what cannot be read is for the reader to complain about
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+        with contextlib.suppress(OSError):
+            if is_file(Path(source)):
+                with Path(source).open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
     elif isinstance(source, bytes):
         digest.update(source)
     elif isinstance(source, Image.Image):
         digest.update(f"{source.mode} {source.size}".encode())
-        digest.update(source.convert("RGBA").tobytes() if source.mode == "P" else source.tobytes())
+        with contextlib.suppress(Exception):  # a broken file makes decoders raise nearly anything
+            digest.update(f" {source.getexif().get(ExifTags.Base.Orientation)}".encode())
+            digest.update((source.convert("RGBA") if source.mode in ("P", "PA") else source).tobytes())
     elif isinstance(source, np.ndarray):
         digest.update(f"{source.dtype.str} {source.shape}".encode())
         digest.update(np.ascontiguousarray(source).tobytes())
     return digest.hexdigest()
 
 
-def _reusable(source: ImageSource) -> ImageSource:
-    """A file object's bytes, for it can be read only once; anything else as it is."""
-    return source.read() if hasattr(source, "read") else source
+def reusable(source: ImageSource) -> ImageSource:
+    """A file object's bytes, for it can be read only once; anything else as it is.
+
+    Raises:
+        MedPLIBError: the file object cannot be read, or gives text.
+    """
+    if not hasattr(source, "read"):
+        return source
+    try:
+        content = source.read()
+    except (OSError, ValueError) as error:
+        raise MedPLIBError(f"the image stream cannot be read ({error}); give an open file") from error
+    if not isinstance(content, bytes):
+        raise MedPLIBError(f"the image stream gives {type(content).__name__}; open the file in binary mode")
+    return content
 
 
 class BoundedCache(Generic[Value]):

@@ -53,6 +53,9 @@ class Request:
                 raise MedPLIBError(f"the threshold is {threshold}; give a number between 0 and 1")
         if self.no_mask_below is not None and not 0 <= self.no_mask_below <= 1:
             raise MedPLIBError(f"no_mask_below is {self.no_mask_below}; give a probability from 0 to 1")
+        for text in (self.question, *(text for pair in self.history for text in pair)):
+            if not isinstance(text, str) or any("\ud800" <= sign <= "\udfff" for sign in text):
+                raise MedPLIBError(f"{text!a:.60} is no text that can be read; give whole Unicode characters")
         if not self.question.strip():
             raise MedPLIBError("the question is empty; ask something")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
@@ -21,7 +23,7 @@ from model.inference.engine import Engine, EngineFull, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-from tests.inference.mixtures import assert_same, engine_of, pictures, plain_answer, random_requests, talker
+from tests.inference.mixtures import assert_same, engine_of, pictures, plain_answer, png, random_requests, talker
 
 LOOKAHEAD = pytest.mark.parametrize("lookahead", [False, True])
 
@@ -303,9 +305,19 @@ def test_a_stream_of_requests_is_never_too_much() -> None:
     assert len(found) == 7
 
 
+class Unreadable(io.BytesIO):
+    def read(self, *_: Any) -> bytes:
+        raise OSError("the disk is gone")
+
+
 BAD = {
     "a missing image": Request("missing.png", "What is it?"),
+    "a name that no file can have": Request("x" * 5000, "What is it?"),
     "no image": Request(b"no image", "What is it?"),
+    "nothing": Request(None, "What is it?"),
+    "a file of text": Request(io.StringIO("text"), "What is it?"),
+    "a file that cannot be read": Request(Unreadable(), "What is it?"),
+    "a damaged image": Request(Image.open(io.BytesIO(png(pictures()[0])[:-3000])), "What is it?"),
     "a region outside": Request(pictures()[0], "What is in the region?", [("box", (0, 0, 999, 9))]),
     "markers without regions": Request(pictures()[0], "What is <region></region>?"),
     "an image in the question": Request(pictures()[0], "What about <image>?"),
@@ -327,9 +339,30 @@ def test_what_is_wrong_with_a_request_is_its_own_matter(name: str) -> None:
 def test_a_stream_goes_on_behind_a_bad_request() -> None:
     requests = [request(), *BAD.values(), request(image=1)]
     found = dict(engine(slots=2).answer_all(requests))
-    assert [isinstance(found[place], MedPLIBError) for place in range(len(requests))] == [False, *[True] * 6, False]
+    assert sorted(found) == list(range(len(requests)))
+    assert all(isinstance(found[place], MedPLIBError) for place in range(1, len(BAD) + 1))
     assert_same(found[0], wanted(0))  # type: ignore[arg-type]
-    assert_same(found[7], wanted(1))  # type: ignore[arg-type]
+    assert_same(found[len(BAD) + 1], wanted(1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"question": ""},
+        {"question": " \n"},
+        {"question": "half a character \ud800"},
+        {"question": None},
+        {"history": [("What is it?", None)]},
+        {"threshold": 0.0},
+        {"threshold": float("nan")},
+        {"thresholds": (0.5, 1.0)},
+        {"no_mask_below": 1.1},
+    ],
+)
+def test_a_request_that_makes_no_sense_cannot_be_made(options: dict[str, Any]) -> None:
+    with pytest.raises(MedPLIBError) as raised:
+        Request(**{"image": pictures()[0], "question": "What is it?", **options})
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("part", ["encode_images", "encode_segmented_images", "decode_masks", "lm_head"])

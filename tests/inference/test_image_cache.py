@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from model.inference.answer import Answer
 from model.inference.engine import Engine, Request
@@ -125,8 +125,18 @@ def test_contents_are_told_apart() -> None:
     kinds = [Image.fromarray(zeros), Image.fromarray(zeros).convert("RGB"), light, dark]
     keys = [content_key(source) for source in [*arrays, b"", b"a", *kinds]]
     assert keys[1] == keys[2] and len(set(keys)) == len(keys) - 1  # 6×4 zeros are 6×4 zeros
+    for mode in ("PA", "P"):
+        assert content_key(light.convert(mode)) != content_key(dark.convert(mode))
     turned = np.arange(24, dtype=np.uint8).reshape(4, 6).T
     assert content_key(turned) == content_key(turned.copy())
+
+
+def test_a_photograph_that_lies_on_its_side_is_another_one(engine: Engine) -> None:
+    """The same pixels may be meant upright or turned."""
+    upright = Image.fromarray(pictures()[0])
+    turned = upright.copy()
+    turned.getexif()[ExifTags.Base.Orientation] = 6
+    assert engine.prepare(upright).size == (40, 56) and engine.prepare(turned).size == (56, 40)
 
 
 # --- encoded when it must be ----------------------------------------------------------------------------------------
