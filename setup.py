@@ -13,6 +13,16 @@ def requirements(file: str) -> list[str]:
 
 
 TRAIN = ["deepspeed==0.19.8", "tensorboard>=2.20"]
+SERVE = [
+    "fastapi>=0.128",  # controller and workers
+    "uvicorn>=0.40",
+    "httpx>=0.28,<1",  # controller to worker, page to controller
+    "prometheus-client>=0.22",
+    "gradio>=6.20,<7",  # the web page
+    "nibabel>=5.3",  # NIfTI volumes in, masks out
+    "highdicom>=0.27",  # masks as DICOM-SEG
+]
+CLUSTER = ["ray[serve]>=2.50"]
 
 setup(
     name="medplib",
@@ -27,7 +37,13 @@ setup(
     install_requires=requirements("requirements.txt"),
     extras_require={
         "train": TRAIN,  # staged training; deepspeed compiles a small op with g++ at its first run
-        "dev": [*TRAIN, "pytest>=9,<10", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"],
+        "serve": SERVE,
+        "cluster": CLUSTER,  # the same engine under Ray Serve
+        "dev": [
+            *(*TRAIN, *SERVE, *CLUSTER),
+            *("pytest>=9,<10", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"),
+            *("openai>=2", "schemathesis>=4", "playwright>=1.55"),  # drive the servers as their users do
+        ],
         "gpu": ["flash-attn"],  # engine.attention=flash_attention_2; CUDA only: install with --no-build-isolation
         # Beside lmms-eval itself, which is installed with --no-deps: its own list would replace torch.
         "lmms": [
