@@ -1,7 +1,7 @@
 """What controller, workers and clients say to each other: the messages of LLaVA and FastChat, and ours beside them.
 
-Requests are JSON. An answer is a stream of JSON objects, each ended by a NUL byte; each holds the whole text so far, and
-the last one the masks (reference §10). A field that the published programs do not know is optional everywhere.
+Requests are JSON. An answer is a stream of JSON objects, each ended by a NUL byte; each holds the whole text so far,
+and the last one the masks (reference §10). A field that the published programs do not know is optional everywhere.
 """
 
 from __future__ import annotations
