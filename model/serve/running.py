@@ -1,0 +1,129 @@
+"""Running a server: its port is looked at before anything heavy is loaded, and it stops as it is asked to.
+
+The first SIGTERM or Ctrl-C stops taking connections and lets what is under way end within a grace time; the second
+one stops at once. Either way the process ends with 0: stopping a server is no failure.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from model.errors import MedPLIBError
+
+GRACE_SECONDS = 30.0
+"""How long requests under way may take after the first signal."""
+KEEP_ALIVE_SECONDS = 20
+"""An idle connection is kept so long: longer than our clients keep theirs, so that none is closed under a request."""
+
+
+def check_port(host: str, port: int) -> None:
+    """Whether a server can listen there; nothing is left bound.
+
+    Args:
+        host: name or address of this machine.
+        port: 0..65535; 0 stands for any free one.
+
+    Raises:
+        MedPLIBError: the port is in use or not allowed, or the host is not this machine.
+    """
+    if not 0 <= port <= 65535:
+        raise MedPLIBError(f"the port is {port}; give a number from 1 to 65535 with --port")
+    for family, address in _addresses(host, port):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+                probe.listen(1)
+        except OSError as error:
+            raise MedPLIBError(_why_not(host, port, error)) from error
+
+
+def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise MedPLIBError(f"the host {host!r} has no address; give one of this machine's with --host") from error
+    return list({(entry[0], entry[4]): None for entry in found})
+
+
+def _why_not(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} of {host or 'this machine'} is in use; stop what listens there or give another with --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} needs more rights than this user has; give one above 1023 with --port"
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        return f"{host} is no address of this machine; give one that is with --host"
+    return f"cannot listen on {host}:{port}: {error.strerror or error}; give another place with --host and --port"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether everything that the host name stands for is this machine alone."""
+    return all(address[0].startswith("127.") or address[0] == "::1" for _, address in _addresses(host, 0))
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server, which does not raise the signal again once it has stopped."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._on_stop is not None:
+            self._on_stop()
+        await super().shutdown(sockets)
+
+
+def run_app(
+    app: Any,
+    host: str,
+    port: int,
+    *,
+    grace: float = GRACE_SECONDS,
+    on_stop: Callable[[], None] | None = None,
+    log_level: int = logging.WARNING,
+) -> None:
+    """Serve an ASGI application until SIGTERM or Ctrl-C.
+
+    Args:
+        app: what to serve.
+        host: name or address to listen on.
+        port: port to listen on; 0 takes any free one.
+        grace: seconds that requests under way may take after the first signal, > 0; then they are cancelled.
+        on_stop: called on the event loop after the first signal, before requests under way are waited for.
+        log_level: of uvicorn's own messages; requests are not logged one by one.
+
+    Raises:
+        MedPLIBError: the port cannot be listened on.
+    """
+    check_port(host, port)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        access_log=False,
+        log_config=None,
+        log_level=log_level,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(grace)),
+    )
+    try:
+        _Server(config, on_stop).run()
+    except KeyboardInterrupt:  # pressed before the server was up
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
