@@ -1,0 +1,301 @@
+"""What a request may cost, checked before anything is decoded; and the only ways in which a request's data is opened.
+
+Nothing that a client sends is ever taken for a path or an address: images come as bytes in base64, regions as bytes,
+run lengths or rows. A program that answers over HTTP puts ``BodyLimit`` in front of everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from model.data.readers import ImageData, ReadLimits, read_image, read_mask
+from model.errors import MedPLIBError
+from model.processing.masks import decode_rle
+from model.serve.protocol import ErrorCode
+
+_MIB = 2**20
+_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_OTHER_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")  # TIFF with DICOM behind is a known pair
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows
+_MAX_NAME = 100
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    """What one request may cost.
+
+    Attributes:
+        max_image_bytes: of an encoded image or region.
+        max_pixels: of an image.
+        max_frames: of a volume.
+        max_regions: marked in a conversation.
+        max_turns: questions of a conversation, the one to answer included.
+        max_prompt_chars: of the whole conversation.
+        max_new_tokens: an answer may have.
+        max_body_bytes: of a request as it comes over the wire.
+    """
+
+    max_image_bytes: int = 64 * _MIB
+    max_pixels: int = 40_000_000
+    max_frames: int = 2000
+    max_regions: int = 16
+    max_turns: int = 32
+    max_prompt_chars: int = 20_000
+    max_new_tokens: int = 1024
+    max_body_bytes: int = 96 * _MIB
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                raise MedPLIBError(f"{field.name} is {getattr(self, field.name)}; give at least 1")
+
+    @property
+    def reading(self) -> ReadLimits:
+        """The same for the readers of image files."""
+        return ReadLimits(self.max_image_bytes, self.max_pixels)
+
+
+def decode_base64(text: str, limits: ServeLimits) -> bytes:
+    """Bytes of plain base64 or of a ``data:…;base64,`` URI; its length is checked before it is decoded.
+
+    Raises:
+        MedPLIBError: it is an address, is no base64, is empty, or is longer than ``limits.max_image_bytes``.
+    """
+    if not isinstance(text, str):
+        raise MedPLIBError(f"expected an image in base64, got {type(text).__name__}")
+    start = 0
+    if match := _DATA_URI.match(text):
+        start = match.end()
+    elif _ADDRESS.match(text):
+        raise MedPLIBError("an image is sent in base64 or as a data:…;base64, URI; addresses and paths are not opened")
+    if (len(text) - start) * 3 // 4 > limits.max_image_bytes + 2 * len(text) // 64:  # line ends may be among them
+        raise _too_long(limits)
+    try:
+        data = base64.b64decode("".join(text[start:].split()), validate=True)
+    except (binascii.Error, ValueError) as error:  # the latter where a character is not ASCII
+        raise MedPLIBError("an image is not valid base64; encode the file's bytes, or send a data URI") from error
+    if not data:
+        raise MedPLIBError("an image is empty; send the bytes of a file in base64")
+    if len(data) > limits.max_image_bytes:
+        raise _too_long(limits)
+    return data
+
+
+def _too_long(limits: ServeLimits) -> MedPLIBError:
+    return MedPLIBError(f"an image is larger than the limit of {limits.max_image_bytes / _MIB:.3g} MiB; shrink it")
+
+
+def open_image(data: bytes, limits: ServeLimits) -> ImageData:
+    """Decode an image file's bytes; sizes are checked before pixels are decoded.
+
+    Raises:
+        MedPLIBError: too large, damaged, several frames, two formats at once, or no image at all.
+    """
+    if not isinstance(data, bytes):  # a text would be taken for a path
+        raise MedPLIBError(f"expected the bytes of an image file, got {type(data).__name__}")
+    if data[128:132] == b"DICM" and data.startswith(_OTHER_BEGINNINGS):
+        raise MedPLIBError("the image is a DICOM file and a picture of another format at once; send one of them")
+    return read_image(data, limits.reading)
+
+
+def open_region(value: Any, size: tuple[int, int], limits: ServeLimits) -> np.ndarray:
+    """A region as clients send one.
+
+    Args:
+        value: base64 or data URI of a mask's PNG, COCO run lengths ``{"size": [h, w], "counts": …}``, or h rows of w
+            zeros and ones.
+        size: (height, width) of the image it is marked in.
+        limits: of the request.
+
+    Returns:
+        bool [h, w].
+
+    Raises:
+        MedPLIBError: it is malformed, of another size than the image, or empty.
+    """
+    if isinstance(value, str):
+        mask = read_mask(decode_base64(value, limits), limits.reading)
+    elif isinstance(value, Mapping):
+        mask = _from_run_lengths(value, size)
+    elif isinstance(value, list):
+        mask = _from_rows(value, size)
+    else:
+        raise MedPLIBError(
+            f"a region is a PNG in base64, COCO run lengths or rows of 0 and 1; got {type(value).__name__}"
+        )
+    _check_size(mask.shape, size)
+    if not mask.any():
+        raise MedPLIBError("a region is empty; mark at least one pixel")
+    return mask
+
+
+def _from_run_lengths(value: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    stored, counts = value.get("size"), value.get("counts")
+    sides = isinstance(stored, list) and len(stored) == 2 and all(type(side) is int for side in stored)
+    runs = isinstance(counts, str) or (isinstance(counts, list) and all(type(run) is int for run in counts))
+    if not sides or not runs:
+        raise MedPLIBError("a region's run lengths are malformed; expected COCO's {'size': [h, w], 'counts': …}")
+    _check_size(tuple(stored), size)  # type: ignore[arg-type]
+    return decode_rle(value)
+
+
+def _from_rows(rows: list[Any], size: tuple[int, int]) -> np.ndarray:
+    if not all(isinstance(row, list) for row in rows):
+        raise MedPLIBError("a region's rows are malformed; expected one list of 0 and 1 for each row of the image")
+    widths = {len(row) for row in rows}
+    if len(widths) != 1:
+        raise MedPLIBError("a region's rows are not of one length; give one number for each column of the image")
+    _check_size((len(rows), widths.pop()), size)
+    mask = np.zeros(size, dtype=bool)
+    for inside, row in zip(mask, rows, strict=True):
+        if not all(value is True or value is False or (type(value) is int and value in (0, 1)) for value in row):
+            raise MedPLIBError("a region's rows hold something other than 0 and 1; mark what is inside with 1")
+        inside[:] = row
+    return mask
+
+
+def _check_size(got: tuple[int, ...], size: tuple[int, int]) -> None:
+    if got != size:
+        shape = "×".join(str(side) for side in got)
+        raise MedPLIBError(f"a region is {shape}, the image {size[0]}×{size[1]} (height×width); give them one size")
+
+
+def safe_file_name(name: str, default: str = "file") -> str:
+    """A name that is one file in whatever folder it is put: no folders, no control characters, at most 100 characters.
+
+    Args:
+        name: what somebody called a file.
+        default: taken where nothing of it is left.
+    """
+    last = re.split(r"[/\\]", unicodedata.normalize("NFC", str(name)))[-1]
+    kept = re.sub(r"[^\w.-]+", "_", last).lstrip("._-").rstrip("._ ")
+    if len(kept) > _MAX_NAME:  # the ending tells what it is
+        stem, dot, ending = kept.rpartition(".")
+        ending = f".{ending[:16]}" if dot else ""
+        kept = (stem or kept)[: _MAX_NAME - len(ending)] + ending
+    if not kept:
+        return default
+    return f"{default}_{kept}" if _RESERVED.fullmatch(kept) else kept
+
+
+class BodyLimit:
+    """ASGI middleware: no request's body is longer, stays away longer, or is kept beside more others than this.
+
+    Answers 413, 408 and 429 with ``{"error": sentence, "error_code": n}``, and a body whose length is told and too
+    large is not read at all.
+
+    Args:
+        app: the program behind it.
+        max_bytes: of one body.
+        max_total_bytes: of all bodies whose requests have not begun to be answered; four of the largest when absent.
+        idle_seconds: the next piece of a body may take.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, *, max_total_bytes: int | None = None, idle_seconds: float = 30.0
+    ) -> None:
+        self.app, self.max_bytes, self.idle_seconds = app, max_bytes, idle_seconds
+        self.max_total_bytes = max_total_bytes or 4 * max_bytes
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on while it keeps the limits."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if _told_length(scope) > self.max_bytes:
+            await self._too_long().answer(send)
+            return
+        await self._pass_on(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length, complete, begun = 0, False, False
+        refusal: _Refusal | None = None
+
+        async def limited_receive() -> Message:
+            nonlocal length, complete, refusal
+            if complete:  # only the client's leaving can follow, which may take as long as the answer
+                return await receive()
+            try:
+                message = await self._next_piece(receive, length)
+            except _Refusal as reason:
+                refusal = reason
+                raise
+            length += len(message.get("body", b""))
+            self._held += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            return message
+
+        async def noting_send(message: Message) -> None:
+            nonlocal begun, length
+            if refusal is not None and not begun:  # the program's own words about an error it does not know
+                return
+            begun = True
+            self._held -= length
+            length = 0
+            await send(message)
+
+        try:
+            await self.app(scope, limited_receive, noting_send)
+        except Exception:
+            if refusal is None or begun:
+                raise
+        finally:
+            self._held -= length
+        if refusal is not None and not begun:
+            await refusal.answer(send)
+
+    async def _next_piece(self, receive: Receive, length: int) -> Message:
+        """The next piece of a body of which ``length`` bytes are here."""
+        try:
+            message = await asyncio.wait_for(receive(), self.idle_seconds)
+        except TimeoutError:
+            sentence = f"the request stopped coming for {self.idle_seconds:g} s; send it again"
+            raise _Refusal(408, ErrorCode.TIMEOUT, sentence) from None
+        size = len(message.get("body", b""))
+        if length + size > self.max_bytes:
+            raise self._too_long()
+        if self._held + size > self.max_total_bytes and self._held > length:  # alone, it is within its own limit
+            raise _Refusal(429, ErrorCode.BUSY, "too many large requests are being read; ask again later")
+        return message
+
+    def _too_long(self) -> _Refusal:
+        return _Refusal(
+            413,
+            ErrorCode.BAD_INPUT,
+            f"the request is longer than {self.max_bytes / _MIB:.3g} MiB; send a smaller image",
+        )
+
+
+class _Refusal(Exception):
+    """Leaves the program behind the middleware; told by the middleware."""
+
+    def __init__(self, status: int, code: ErrorCode, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status, self.code, self.sentence = status, code, sentence
+
+    async def answer(self, send: Send) -> None:
+        """Tell the client; the rest of its body is not read, so the connection ends."""
+        content = json.dumps({"error": self.sentence, "error_code": int(self.code)}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        headers += [(b"connection", b"close"), *([(b"retry-after", b"1")] if self.status == 429 else [])]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+def _told_length(scope: Scope) -> int:
+    """What ``Content-Length`` says; 0 where it says nothing that can be read."""
+    told = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
+    return int(told) if told.isdigit() and len(told) < 20 else 0
