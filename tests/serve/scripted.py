@@ -1,48 +1,17 @@
-"""A controller that says what a test wrote for it, and any ASGI application served on a free port."""
+"""A controller that says what a test wrote for it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from model.serve.protocol import Chunk, GenerateRequest
 
-PATIENCE = 30.0  # seconds after which a test fails rather than waits
 Script = Callable[[GenerateRequest], AsyncIterator[Chunk | bytes]]
-
-
-def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """The condition's value as soon as it is true; a test that waits for longer fails."""
-    end = time.monotonic() + patience
-    while not (value := condition()):
-        assert time.monotonic() < end, f"waited for {what} for {patience} s"
-        time.sleep(0.01)
-    return value
-
-
-@contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    """The application's address for as long as it is served, in a thread, on a free port of the loopback."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        wait_for(lambda: server.started, "the server")
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE)
-        listener.close()
 
 
 class ScriptedController:

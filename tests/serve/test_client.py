@@ -12,65 +12,66 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from model.errors import MedPLIBError
 from model.serve.client import AnswerFailed, ControllerClient
 from model.serve.protocol import Chunk, ErrorCode, GenerateRequest, error_chunk
-from tests.serve.scripted import PATIENCE, ScriptedController, fail, say, say_for_ever, say_nothing, served, wait_for
+from tests.serve.scripted import ScriptedController, fail, say, say_for_ever, say_nothing
 
+PATIENCE = 30  # seconds after which a test fails rather than waits
 ASKED = GenerateRequest(model="nano", prompt="USER: What is it? ASSISTANT:")
 
 
-def test_models_are_listed_and_refreshed():
+def test_models_are_listed_and_refreshed(serving):
     controller = ScriptedController(models=("seven", "nano"))
-    with served(controller.app) as address:
+    with serving(controller.app) as address:
         client = ControllerClient(address + "/")
         client.refresh()
         assert client.models() == ["nano", "seven"] and controller.refreshed == 1
 
 
-def test_an_answer_streams_and_its_last_chunk_holds_the_masks():
+def test_an_answer_streams_and_its_last_chunk_holds_the_masks(serving):
     mask = {"label": "disc", "rle": {"size": [1, 1], "counts": "01"}, "score": 0.9, "bbox": [0, 0, 1, 1], "area_px": 1}
     controller = ScriptedController(say("The disc is <SEG>.", (mask,)))
-    with served(controller.app) as address:
+    with serving(controller.app) as address:
         chunks = list(ControllerClient(address).stream(ASKED))
     assert [chunk.answer for chunk in chunks][:2] == ["The", "The disc"]
     assert chunks[-1].masks == [mask] and chunks[-1].finish == "end"
     assert controller.requests == [ASKED]
 
 
-def test_closing_the_iterator_closes_the_connection():
+def test_closing_the_iterator_closes_the_connection(serving, wait_until):
     controller = ScriptedController(say_for_ever)
-    with served(controller.app) as address:
+    with serving(controller.app) as address:
         stream = ControllerClient(address).stream(ASKED)
         assert next(stream).answer
         stream.close()
         assert list(stream) == []
-        wait_for(lambda: controller.left, "the controller to notice")
+        wait_until(lambda: controller.left, "the controller to notice")
 
 
 @pytest.mark.parametrize("script", [say_for_ever, say_nothing])
-def test_another_thread_can_close_it_while_it_is_waited_on(script):
+def test_another_thread_can_close_it_while_it_is_waited_on(script, serving, wait_until):
     controller = ScriptedController(script)
-    with served(controller.app) as address:
+    with serving(controller.app) as address:
         stream = ControllerClient(address).stream(ASKED)
         reader = threading.Thread(target=lambda: list(stream))
         reader.start()
-        wait_for(lambda: controller.requests, "the request")
+        wait_until(lambda: controller.requests, "the request")
         stream.close()
         reader.join(PATIENCE)
         assert not reader.is_alive()
-        wait_for(lambda: controller.left, "the controller to notice")
+        wait_until(lambda: controller.left, "the controller to notice")
 
 
-def test_a_stream_closed_before_it_began_asks_nothing():
+def test_a_stream_closed_before_it_began_asks_nothing(serving):
     controller = ScriptedController()
-    with served(controller.app) as address:
+    with serving(controller.app) as address:
         stream = ControllerClient(address).stream(ASKED)
         stream.close()
         assert list(stream) == [] and controller.requests == []
 
 
 @pytest.mark.parametrize("code", [ErrorCode.BUSY, ErrorCode.NO_WORKER, ErrorCode.FAILED])
-def test_an_error_chunk_is_raised_with_its_code(code):
+def test_an_error_chunk_is_raised_with_its_code(code, serving):
     controller = ScriptedController(fail(Chunk(text="", answer="The"), error_chunk(code, "the worker is gone")))
-    with served(controller.app) as address:
+    with serving(controller.app) as address:
         stream = ControllerClient(address).stream(ASKED)
         assert next(stream).answer == "The"
         with pytest.raises(AnswerFailed, match="the worker is gone") as told:
@@ -82,9 +83,9 @@ def test_an_error_chunk_is_raised_with_its_code(code):
     ("script", "sentence"),
     [(fail(), "before it began"), (fail(b"<html>\0"), "cannot be read"), (fail(b'{"no": 1}\0'), "cannot be read")],
 )
-def test_streams_that_are_none(script, sentence):
+def test_streams_that_are_none(script, sentence, serving):
     controller = ScriptedController(script)
-    with served(controller.app) as address, pytest.raises(AnswerFailed, match=sentence):
+    with serving(controller.app) as address, pytest.raises(AnswerFailed, match=sentence):
         list(ControllerClient(address).stream(ASKED))
 
 
@@ -107,9 +108,9 @@ def test_a_stream_that_breaks_off_says_so():
         server.join(PATIENCE)
 
 
-def test_a_controller_that_is_silent_is_given_up():
+def test_a_controller_that_is_silent_is_given_up(serving):
     controller = ScriptedController(say_nothing)
-    with served(controller.app) as address, pytest.raises(AnswerFailed, match="silent") as told:
+    with serving(controller.app) as address, pytest.raises(AnswerFailed, match="silent") as told:
         list(ControllerClient(address, silence=0.2).stream(ASKED))
     assert told.value.code is ErrorCode.TIMEOUT
 
@@ -123,19 +124,19 @@ def test_nobody_there():
             ask()
 
 
-def test_a_key_is_sent_and_its_want_is_told():
+def test_a_key_is_sent_and_its_want_is_told(serving):
     controller = ScriptedController(key="secret")
-    with served(controller.app) as address:
+    with serving(controller.app) as address:
         assert ControllerClient(address, api_key="secret").models() == ["nano"]
         with pytest.raises(AnswerFailed, match="--client-key"):
             ControllerClient(address).models()
 
 
-def test_statuses_before_the_stream_keep_the_sentence():
+def test_statuses_before_the_stream_keep_the_sentence(serving):
     app = FastAPI()
     app.post("/worker_generate_stream")(lambda: JSONResponse({"error": "the worker is busy"}, 429))
     app.post("/list_models")(lambda: PlainTextResponse("what?", 418))
-    with served(app) as address:
+    with serving(app) as address:
         with pytest.raises(AnswerFailed, match="the worker is busy") as told:
             list(ControllerClient(address).stream(ASKED))
         assert told.value.code is ErrorCode.BUSY
