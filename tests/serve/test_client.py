@@ -43,7 +43,7 @@ def test_closing_the_iterator_closes_the_connection(serving, wait_until):
         assert next(stream).answer
         stream.close()
         assert list(stream) == []
-        wait_until(lambda: controller.left, "the controller to notice")
+        wait_until(lambda: controller.left, what="the notice")
 
 
 @pytest.mark.parametrize("script", [say_for_ever, say_nothing])
@@ -53,11 +53,11 @@ def test_another_thread_can_close_it_while_it_is_waited_on(script, serving, wait
         stream = ControllerClient(address).stream(ASKED)
         reader = threading.Thread(target=lambda: list(stream))
         reader.start()
-        wait_until(lambda: controller.requests, "the request")
+        wait_until(lambda: controller.requests, what="the request")
         stream.close()
         reader.join(PATIENCE)
         assert not reader.is_alive()
-        wait_until(lambda: controller.left, "the controller to notice")
+        wait_until(lambda: controller.left, what="the notice")
 
 
 def test_a_stream_closed_before_it_began_asks_nothing(serving):
