@@ -205,9 +205,10 @@ def _open(name: str, content: bytes, limits: ReadLimits) -> Image.Image:
     except Exception as error:  # PIL's plugins raise whatever a broken header makes them
         raise MedPLIBError(f"{name} is not a readable image; PNG, JPEG, TIFF, BMP or DICOM was expected") from error
     _check_pixels(image.size[::-1], name, limits)
-    frames = _decode(name, lambda: getattr(image, "n_frames", 1))
-    if frames > 1 and image.format != "MPO":  # a camera's JPEG with its preview
-        raise MedPLIBError(f"{name} holds {frames} images in one file; extract the one to look at")
+    # Counting them would take minutes where a file was made for that.
+    several = _decode(name, lambda: getattr(image, "is_animated", False))
+    if several and image.format != "MPO":  # a camera's JPEG with its preview
+        raise MedPLIBError(f"{name} holds several images in one file; extract the one to look at")
     return image
 
 

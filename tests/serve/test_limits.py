@@ -142,8 +142,18 @@ def test_odd_and_broken_files() -> None:
     for form in ("GIF", "TIFF", "PNG", "WEBP"):
         stream = io.BytesIO()
         frames[0].save(stream, form, save_all=True, append_images=frames[1:])
-        with pytest.raises(MedPLIBError, match="holds 2 images"):
+        with pytest.raises(MedPLIBError, match="holds several images"):
             open_image(stream.getvalue(), LIMITS)
+
+
+def test_a_file_of_very_many_pages_is_not_read_through() -> None:
+    """Each page costs as many steps as there are pages before it."""
+    tags = ((256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 4), (277, 1), (278, 1), (279, 1))
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    page = struct.pack("<H", len(tags)) + entries
+    pages = b"".join(page + struct.pack("<I", 8 + (number + 1) * (len(page) + 4)) for number in range(200_000))
+    with pytest.raises(MedPLIBError, match="holds several images"):
+        open_image(b"II*\0" + struct.pack("<I", 8) + pages + page + bytes(4), LIMITS)
 
 
 def test_regions_in_each_form_are_the_same() -> None:
