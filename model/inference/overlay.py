@@ -10,7 +10,7 @@ from model.inference.answer import Mask
 
 # Distinct for most colour-blind readers (Okabe–Ito), bright enough on dark medical images.
 PALETTE = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178))
-_ALPHA = 0.4
+ALPHA = 0.4
 _LEGIBLE, _LARGEST = 256, 4096  # pixels: shorter side for a legend to be read, longer side that enlarging may reach
 
 
@@ -32,11 +32,10 @@ def draw_overlay(image: np.ndarray, masks: list[Mask], region: np.ndarray | None
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC) if scale > 1 else image.copy()
     for index, mask in enumerate(masks):
         inside = _resize(mask.to_array(), size)
-        colour = np.array(PALETTE[index % len(PALETTE)], dtype=np.float32)
-        canvas[inside] = ((1 - _ALPHA) * canvas[inside] + _ALPHA * colour).astype(np.uint8)
-        _contour(canvas, inside, PALETTE[index % len(PALETTE)])
+        blend(canvas, inside, PALETTE[index % len(PALETTE)], ALPHA)
+        draw_contour(canvas, inside, PALETTE[index % len(PALETTE)])
     if region is not None:
-        _contour(canvas, _resize(region, size), (255, 255, 255))
+        draw_contour(canvas, _resize(region, size), (255, 255, 255))
     return _legend(canvas, masks)
 
 
@@ -44,9 +43,16 @@ def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
-def _contour(canvas: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int]) -> None:
+def blend(canvas: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int], alpha: float) -> None:
+    """Tint the pixels of ``canvas`` [H, W, 3] that are ``inside`` [H, W], in place; ``alpha`` 1 covers them."""
+    tint = np.array(colour, dtype=np.float32)
+    canvas[inside] = ((1 - alpha) * canvas[inside] + alpha * tint).astype(np.uint8)
+
+
+def draw_contour(canvas: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int], extra: int = 0) -> None:
+    """Outline ``inside`` [H, W] on ``canvas`` [H, W, 3], in place, ``extra`` pixels thicker than its size asks for."""
     outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    thickness = max(1, min(canvas.shape[:2]) // 200)
+    thickness = max(1, min(canvas.shape[:2]) // 200) + extra
     cv2.drawContours(canvas, outlines, -1, colour, thickness, cv2.LINE_AA)
 
 
