@@ -110,6 +110,7 @@ class Asker:
             thresholds=options.thresholds,
             no_mask_below=options.no_mask_below,
             router_stats=options.router,
+            always_mask=options.always_mask and question.masks is not None,
         )
 
     def _row(self, item: Prepared) -> Prediction:

@@ -85,6 +85,12 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
         help="probabilities above which a pixel is in a mask; rows carry the masks at each, the first is that of "
         "“masks” (the checkpoint's own)",
     )
+    group.add_argument(
+        "--always_mask",
+        action="store_true",
+        help="paint a mask for each grounding question whether or not the answer says <SEG>, as the published "
+        "--eval_seg did; without, such an answer scores 0",
+    )
     group.add_argument("--no_mask_below", type=float, metavar="P", help="leave masks of a lower presence empty")
     group.add_argument("--vis_mask", action="store_true", help="write a picture of every row with masks")
     group.add_argument("--vis_save_path", type=Path, metavar="DIR", help="where to (./vis_output)")
@@ -141,6 +147,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> tuple[InferenceOption
         top_p=1.0 if flags.top_p is None else flags.top_p,
         seed=flags.seed,
         thresholds=tuple(flags.thresholds),
+        always_mask=flags.always_mask,
         no_mask_below=flags.no_mask_below,
         regions=flags.region_fea_adapter,
         moe=flags.moe_enable,

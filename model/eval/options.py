@@ -36,6 +36,8 @@ class InferenceOptions:
         seed: of sampling; every question draws from its own.
         thresholds: mask thresholds in (0, 1): the first is that of ``masks``, all of them are written as ``masks_at``.
             The checkpoint's own where there is none.
+        always_mask: paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the
+            published evaluation does.
         no_mask_below: probability of presence below which a mask is left empty; needs a checkpoint with a mask gate.
         regions: True demands a region adapter; False asks without looking at regions, as the published VQA loop does;
             None looks at them.
@@ -72,6 +74,7 @@ class InferenceOptions:
     top_p: float = 1.0
     seed: int = 42
     thresholds: tuple[float, ...] = ()
+    always_mask: bool = False
     no_mask_below: float | None = None
     regions: bool | None = None
     moe: bool = False

@@ -63,6 +63,8 @@ class DataSet:
         layout: of the files: the project's own, or that of a public set, which is rewritten.
         thresholds: probabilities above which a pixel is in a mask; the first one makes the masks that are kept.
         surface: also measure the distance of outlines (HD95, NSD), which takes longer.
+        always_mask: paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the
+            published evaluation does.
         prompt: system text of the prompt: the training's, or the one of the published evaluation.
         answer_type: of all answers, where the records do not say.
         max_new_tokens: longest answer.
@@ -86,6 +88,7 @@ class DataSet:
     otherwise: tuple[Path, ...] = ()
     layout: Layout = "medplib"
     thresholds: tuple[float, ...] = (0.1, 0.5)
+    always_mask: bool = False
     prompt: Prompt = "training"
     answer_type: str = ""
     surface: bool = False

@@ -125,6 +125,7 @@ def _inference(
         template=_TEMPLATES[item.prompt],
         max_new_tokens=item.max_new_tokens,
         thresholds=item.thresholds,
+        always_mask=item.always_mask,
         router=router,
         precision=options.precision,
         device=options.device,

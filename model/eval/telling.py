@@ -49,3 +49,6 @@ def segmentation_scores(answers: Path, thresholds: Sequence[float] = ()) -> Iter
         if threshold is not None:
             yield f"masks at {threshold:g}:"
         yield masks.format()
+    targets, silent = scores.total("target"), scores.total("target") - scores.total("seg")
+    if silent:
+        yield f"{silent:.0f} of {targets:.0f} answers say no <SEG>; without --always_mask their masks are empty"

@@ -36,6 +36,7 @@ class Mask:
         area_px: foreground pixels.
         area_mm2: the same in mm² where the file knows its spacing.
         presence: calibrated probability that there is something to paint, where the checkpoint has a mask gate.
+        spoken: False where the answer has no ``<SEG>`` for it and it was painted because it was asked for in any case.
     """
 
     label: str
@@ -45,6 +46,7 @@ class Mask:
     area_px: int
     area_mm2: float | None = None
     presence: float | None = None
+    spoken: bool = True
 
     @classmethod
     def from_array(
@@ -54,13 +56,14 @@ class Mask:
         score: float,
         spacing_mm: tuple[float, float] | None = None,
         presence: float | None = None,
+        spoken: bool = True,
     ) -> Mask:
         """Mask of a bool array [H, W]; ``spacing_mm`` is (row, column) spacing."""
         area = int(mask.sum())
         area_mm2 = area * spacing_mm[0] * spacing_mm[1] if spacing_mm else None
         box = tuple(int(side) for side in bounding_box(mask))
         score = float(np.clip(score, 0.0, 1.0))
-        return cls(label, encode_rle(mask), score, box, area, area_mm2, presence)  # type: ignore[arg-type]
+        return cls(label, encode_rle(mask), score, box, area, area_mm2, presence, spoken)  # type: ignore[arg-type]
 
     def to_array(self) -> np.ndarray:
         """The mask as bool [H, W] at image size."""
@@ -79,6 +82,8 @@ class Mask:
             output["area_mm2"] = round(self.area_mm2, 2)
         if self.presence is not None:
             output["presence"] = round(self.presence, 4)
+        if not self.spoken:
+            output["spoken"] = False
         return output
 
 
@@ -91,7 +96,7 @@ class Answer:
 
     Attributes:
         text: the answer.
-        masks: in the order of their ``<SEG>`` in the text.
+        masks: in the order of their ``<SEG>`` in the text; see ``Request.always_mask`` for a text without any.
         timing: seconds by part.
         finish: what ended it: the model itself, the length it may have, a stop text, or whoever asked.
         new_tokens: tokens generated, the end token not counted.

@@ -25,11 +25,12 @@ class MaskJob:
 
     Attributes:
         image: the image they lie on.
-        states: decoder states [D], one for each ``<SEG>``.
+        states: decoder states [D], one for each mask.
         labels: their names.
         threshold: probability above which a pixel is in the mask, in (0, 1).
         thresholds: further ones.
         no_mask_below: leave a mask empty whose probability of presence is lower.
+        spoken: whether the answer has a ``<SEG>`` for each.
     """
 
     image: PreparedImage
@@ -38,6 +39,7 @@ class MaskJob:
     threshold: float
     thresholds: Sequence[float] = ()
     no_mask_below: float | None = None
+    spoken: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _add(painted: PaintedMasks, job: MaskJob, label: str, logits: Tensor, score:
     if presence is not None and job.no_mask_below is not None and presence < job.no_mask_below:
         logits = torch.full_like(logits, -torch.inf)
     array = threshold_mask(logits, job.threshold)
-    painted.masks.append(Mask.from_array(array, label, score, job.image.data.spacing_mm, presence))
+    painted.masks.append(Mask.from_array(array, label, score, job.image.data.spacing_mm, presence, job.spoken))
     for threshold in job.thresholds:
         painted.masks_at[f"{threshold:g}"].append(encode_rle(threshold_mask(logits, threshold)))
 

@@ -35,6 +35,8 @@ class Request:
         thresholds: further thresholds, whose masks come as ``Answer.masks_at``.
         no_mask_below: a mask whose calibrated probability of presence is lower is left empty; 0..1, needs a mask gate.
         router_stats: tell which share of the tokens each expert computed (``Answer.router_stats``).
+        always_mask: where the answer has no ``<SEG>``, paint one mask all the same, from the state that the published
+            evaluation takes then; its ``Mask.spoken`` is False.
     """
 
     image: ImageSource
@@ -46,6 +48,7 @@ class Request:
     thresholds: Sequence[float] = ()
     no_mask_below: float | None = None
     router_stats: bool = False
+    always_mask: bool = False
 
     def __post_init__(self) -> None:
         for threshold in (*self.thresholds, *([] if self.threshold is None else [self.threshold])):

@@ -26,6 +26,8 @@ class Running:
         limit: tokens it may say.
         launched: tokens whose computation was begun; those in ``ids`` are known already.
         finish: set when the answer is complete.
+        seg_states: what each ``<SEG>`` was chosen from.
+        last_states: what the last two tokens were chosen from, kept where a mask is painted in any case.
         text: said so far, kept where it is streamed or may be stopped; ``told`` is what was streamed of it.
         expert_counts: long [mixture layers, E], tokens per expert so far, if asked for.
     """
@@ -39,6 +41,7 @@ class Running:
     embeds: Tensor | None = None
     ids: list[int] = field(default_factory=list)
     seg_states: list[Tensor] = field(default_factory=list)
+    last_states: tuple[Tensor, ...] = ()
     finish: Finish | None = None
     text: str = ""
     told: str = ""
@@ -67,6 +70,8 @@ class Running:
         """Take a token that was chosen from the state [D]; may complete the answer."""
         if self.finish is not None or self.ticket.cancelled:
             return
+        if self.ticket.request.always_mask:
+            self.last_states = (*self.last_states[-1:], state)
         if token in end_ids:
             self.finish = "end"
         else:
@@ -114,13 +119,16 @@ class Running:
     def mask_job(self, text: str, default_threshold: float) -> MaskJob:
         """What is to be painted."""
         request = self.ticket.request
+        unspoken = () if self.seg_states or self.finish == "cancelled" else self.last_states[:1]
+        states = unspoken or self.seg_states
         return MaskJob(
             self.prompt.image,
-            self.seg_states,
-            mask_labels(text, request.question, len(self.seg_states)),
+            states,
+            mask_labels("" if unspoken else text, request.question, len(states)),
             default_threshold if request.threshold is None else request.threshold,
             request.thresholds,
             request.no_mask_below,
+            spoken=not unspoken,
         )
 
     def router_shares(self) -> list[list[float]] | None:

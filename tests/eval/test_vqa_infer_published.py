@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from model.eval.metrics import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.places import Place
 from model.eval.predictions import Prediction, read_predictions
@@ -26,6 +28,8 @@ def images(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in (golden / "1_preprocess" / "inputs").glob("*.png"):
         kind = "masks" if file.name.startswith("mask_") else "images"
         (folder / kind / file.name.removeprefix("mask_")).symlink_to(file)
+    reference = np.load(golden / "4_generate" / "generate.npz")["llava_v1/new_ground/gt_mask"]
+    Image.fromarray(reference * 255).save(folder / "masks" / "pet_00--odd2--h.png")
     return folder
 
 
@@ -43,6 +47,10 @@ def answered(golden: Path, images: Path, answers: Path, data: str, **changes: An
     )
     run_inference(options, Place())
     return list(read_predictions(answers))
+
+
+def recorded_masks(golden: Path) -> dict[str, Any]:
+    return json.loads((golden / "4_generate" / "validate_and_margins.json").read_text())["validate_seg_patched"]
 
 
 def test_answers_are_those_of_the_published_loop(golden: Path, images: Path, tmp_path: Path):
@@ -69,17 +77,35 @@ def test_a_region_that_is_shown_changes_the_answer(golden: Path, images: Path, t
 
 
 def test_masks_score_as_in_the_published_loop(golden: Path, images: Path, tmp_path: Path):
-    """Where ``<SEG>`` was said; the published loop paints a mask in any case, ours is then empty and scores 0."""
+    """Where ``<SEG>`` was said; where not, ours is empty and scores 0 unless a mask is asked for in any case."""
     answers = tmp_path / "masks.jsonl"
     rows = answered(golden, images, answers, "validate_seg_input.json", moe=True, thresholds=(0.1, 0.5), workers=0)
-    recorded = json.loads((golden / "4_generate" / "validate_and_margins.json").read_text())["validate_seg_patched"]
+    recorded = recorded_masks(golden)
     published = literal_eval(recorded["stdout"].splitlines()[1])
     lines = list(segmentation_scores(answers, (0.1, 0.5)))
     assert lines[0] == "masks at 0.1:"
     found = literal_eval(lines[1].splitlines()[1])
     for modality in ("x", "mr", "fundus"):
         assert found[modality] == pytest.approx(published[modality], abs=2e-4)
-    assert found["endoscopy"] == {"iou": 0.0, "dice": 0.0}
+    assert found["endoscopy"] == found["pet"] == {"iou": 0.0, "dice": 0.0}
     assert [bool(row.masks) for row in rows] == [True, True, True, False, False]
-    assert rows[3].failed  # its mask is not among the recorded files
     assert np.isfinite([row.masks[0]["score"] for row in rows[:3]]).all()
+
+
+def test_masks_painted_in_any_case_score_as_published(golden: Path, images: Path, tmp_path: Path):
+    """With ``always_mask`` an answer without ``<SEG>`` has a mask too, and every published number comes out."""
+    recorded = recorded_masks(golden)
+    answers = tmp_path / "always.jsonl"
+    rows = answered(golden, images, answers, "validate_seg_input.json", always_mask=True, thresholds=(0.1,))
+    assert ["<SEG>" in row.text for row in rows] == [True, True, True, False, False]
+    assert [mask.get("spoken", True) for row in rows for mask in row.masks] == [True, True, True, False, False]
+    lines = list(segmentation_scores(answers, (0.1,)))
+    published, found = (literal_eval(text.splitlines()[1]) for text in (recorded["stdout"], lines[1]))
+    assert found.keys() == published.keys()
+    for modality, scores in published.items():
+        assert found[modality] == pytest.approx(scores, abs=2e-4), modality
+    scores = score_predictions(rows, thresholds=(0.1,), samples=0)
+    assert scores.published_masks[0.1].miou == pytest.approx(recorded["miou"], abs=1e-4)
+    assert scores.published_masks[0.1].mdice == pytest.approx(recorded["mDice"], abs=1e-4)
+    assert scores.overall["SEG_emission_rate"].value == pytest.approx(0.6)
+    assert lines[2] == "2 of 5 answers say no <SEG>; without --always_mask their masks are empty"

@@ -185,7 +185,8 @@ def _painted(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
 
 
 def _speaks_of_masks(prediction: Prediction) -> bool:
-    return SEG_TOKEN in prediction.text or bool(prediction.masks)
+    """Whether the answer says ``<SEG>`` or, of a model without it, has masks; one that was painted anyway is not said."""
+    return SEG_TOKEN in prediction.text or any(mask.get("spoken", True) for mask in prediction.masks)
 
 
 def _words_only_row(prediction: Prediction, painted: dict[float | None, list[CocoRle]]) -> Row:
