@@ -185,7 +185,7 @@ def _painted(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
 
 
 def _speaks_of_masks(prediction: Prediction) -> bool:
-    """Whether the answer says ``<SEG>`` or, of a model without it, has masks; one that was painted anyway is not said."""
+    """Whether the answer says ``<SEG>`` or, of a model without it, has masks; one painted in any case is not said."""
     return SEG_TOKEN in prediction.text or any(mask.get("spoken", True) for mask in prediction.masks)
 
 
