@@ -37,7 +37,8 @@ def save(
     An existing checkpoint in ``directory`` is replaced once the new one is complete; other files there stay.
 
     Raises:
-        MedPLIBError: the directory exists and is no checkpoint, LoRA weights are unmerged, or it cannot be written.
+        MedPLIBError: the directory exists and is no checkpoint, LoRA weights are unmerged, weights are quantised, or it
+            cannot be written.
     """
     state = _plain_state(model)
     with _replacing(Path(directory)) as folder:
@@ -106,6 +107,12 @@ def published_state(model: MedPLIBForCausalLM) -> dict[str, Tensor]:
 
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    rounded = [name for name, module in model.named_modules() if getattr(module, "has_lost_weights", False)]
+    if rounded:
+        raise MedPLIBError(
+            f"the network is quantised ({len(rounded)} layers, the first {rounded[0]}), and checkpoints hold whole "
+            "weights; load it again without quantisation to save it"
+        )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     if any(".lora_" in name or ".base_layer." in name for name in state):
         raise MedPLIBError("the network holds unmerged LoRA weights; call merge_lora before saving it")

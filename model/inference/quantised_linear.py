@@ -35,7 +35,10 @@ class QuantisedLinear(nn.Module):
         codes: the integers.
         scale: bfloat16, what turns them into weights.
         bias: [N] in the model's type, or None.
+        has_lost_weights: tells what writes checkpoints that these weights are no longer those that were loaded.
     """
+
+    has_lost_weights = True
 
     codes: Tensor
     scale: Tensor

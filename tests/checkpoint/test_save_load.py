@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from model.checkpoint import describe, export_published, load, load_with_report, save
 from model.checkpoint import saving as saving_module
 from model.errors import MedPLIBError
+from model.inference.quantise import quantise
 from model.modeling.medplib import MedPLIBForCausalLM
 from tests.checkpoint.conftest import assert_same_weights
 
@@ -216,6 +217,16 @@ def test_unmerged_lora_is_refused(make, tmp_path: Path) -> None:
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
     with pytest.raises(MedPLIBError, match="merge_lora"):
         save(model, processor, tmp_path / "native")
+
+
+def test_quantised_weights_are_refused(make, tmp_path: Path) -> None:
+    """Their codes could be written, but nothing would read them."""
+    model, processor = make()
+    quantise(model, "int8")
+    for write in (save, export_published):
+        with pytest.raises(MedPLIBError, match=r"is quantised \(\d+ layers, the first model\.decoder.* load it again"):
+            write(model, processor, tmp_path / "checkpoint")
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_format_is_refused(make, tmp_path: Path) -> None:
