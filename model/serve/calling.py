@@ -1,0 +1,110 @@
+"""The controller's calls to a worker: to its checked addresses only, with the key, within bounds of time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import dataclass
+
+import httpx
+
+from model.serve.access import CheckedAddress, bearer
+from model.serve.protocol import ErrorCode, WorkerStatus
+from model.serve.refusals import Refusal
+
+_MAX_ERROR_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """Bounds of time and number.
+
+    Attributes:
+        connect_timeout: seconds until a worker takes a connection.
+        silence_timeout: seconds a worker may say nothing, before its first chunk or between two.
+        status_timeout: seconds a worker may take to say how it is.
+        max_connections: to all workers together.
+    """
+
+    connect_timeout: float = 3.0
+    silence_timeout: float = 300.0
+    status_timeout: float = 3.0
+    max_connections: int = 1000
+
+
+class WorkerCaller:
+    """Posts to workers; one for all of them.
+
+    Args:
+        key: secret that workers ask for.
+        settings: bounds of time and number.
+    """
+
+    def __init__(self, key: str | None = None, settings: CallSettings | None = None) -> None:
+        self.settings = settings or CallSettings()
+        self._headers = {**bearer(key), "Accept-Encoding": "identity", "Content-Type": "application/json"}
+        self._client = _make_client(self.settings)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def post(self, address: CheckedAddress, path: str, body: bytes) -> httpx.Response:
+        """Post to a worker at the first of its checked addresses that takes a connection; give the open response.
+
+        Raises:
+            httpx.TransportError: the worker cannot be reached, or breaks off.
+        """
+        *others, last = address.endpoints
+        for endpoint in others:
+            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
+                return await self._send(address, endpoint + path, body)
+        return await self._send(address, last + path, body)
+
+    async def _send(self, address: CheckedAddress, url: str, body: bytes) -> httpx.Response:
+        request = self._client.build_request("POST", url, content=body, headers={**self._headers, "Host": address.host})
+        if request.url.scheme == "https":
+            request.extensions["sni_hostname"] = address.server_name  # the certificate names the host, not its address
+        return await self._client.send(request, stream=True)
+
+    async def status(self, address: CheckedAddress) -> WorkerStatus:
+        """What a worker says of itself, within a short time.
+
+        Raises:
+            Refusal: it says nothing, or nothing that can be read.
+        """
+        try:
+            async with asyncio.timeout(self.settings.status_timeout):
+                response = await self.post(address, "/worker_get_status", b"{}")
+                try:
+                    if response.status_code != 200:
+                        raise ValueError(f"it answered with status {response.status_code}")
+                    return WorkerStatus.model_validate_json(await read_some(response))
+                finally:
+                    await response.aclose()
+        except (httpx.TransportError, TimeoutError, ValueError) as error:
+            sentence = f"the worker at {address.name} does not tell its status; is it running, and with the same key?"
+            raise Refusal(ErrorCode.BAD_INPUT, sentence) from error
+
+
+async def read_some(response: httpx.Response) -> bytes:
+    """The body's beginning, enough for any error or status."""
+    found = b""
+    async for data in response.aiter_raw():
+        found += data
+        if len(found) > _MAX_ERROR_BYTES:
+            break
+    return found[:_MAX_ERROR_BYTES]
+
+
+def _make_client(settings: CallSettings) -> httpx.AsyncClient:
+    keep_alive = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]  # a machine that is off says nothing at all
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            keep_alive.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    connections = settings.max_connections
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=64, keepalive_expiry=4.0)
+    transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=keep_alive, trust_env=False)
+    timeout = httpx.Timeout(settings.silence_timeout, connect=settings.connect_timeout, pool=settings.connect_timeout)
+    return httpx.AsyncClient(transport=transport, timeout=timeout, follow_redirects=False, trust_env=False)

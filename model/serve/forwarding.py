@@ -1,0 +1,348 @@
+"""One request to a worker, and its answer back: the bytes as they are, or as chunks.
+
+Until something of the answer was handed on, a worker that fails is replaced by another one of the same model. An answer
+is read from the worker only as fast as it is taken, so a slow client costs no memory; a client that leaves (the
+iterator is closed) closes the worker's connection, which is how the worker learns of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from model.serve.calling import WorkerCaller, read_some
+from model.serve.measuring import ControllerMetrics
+from model.serve.protocol import END_OF_CHUNK, Chunk, ErrorCode, GenerateRequest, Message
+from model.serve.refusals import Refusal
+from model.serve.registry import Registry, Worker
+
+_RETRIED = (ErrorCode.FAILED, ErrorCode.BUSY, ErrorCode.DRAINING)
+
+
+class ForwardError(Refusal):
+    """Why a request has no answer, or none to its end: ``code``, ``sentence`` and perhaps ``retry_after``."""
+
+
+class _Fault(Exception):
+    """What went wrong with one worker.
+
+    Args:
+        error: what the client is told, should nobody else answer.
+        counts: whether it speaks against the worker.
+    """
+
+    def __init__(self, error: ForwardError, counts: bool) -> None:
+        super().__init__(error.sentence)
+        self.error, self.counts = error, counts
+
+
+@dataclass(frozen=True)
+class ForwardSettings:
+    """How often and how much.
+
+    Attributes:
+        tries: workers that one request is sent to at most.
+        max_chunk_bytes: of one object of an answer.
+    """
+
+    tries: int = 3
+    max_chunk_bytes: int = 64 * 2**20
+
+
+class Forwarder:
+    """Sends requests to the workers of a registry.
+
+    Args:
+        registry: the workers.
+        caller: how they are spoken to.
+        settings: how often and how much.
+        metrics: what happens is counted there.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        caller: WorkerCaller,
+        settings: ForwardSettings | None = None,
+        metrics: ControllerMetrics | None = None,
+    ) -> None:
+        self.registry, self.caller = registry, caller
+        self.settings, self.metrics = settings or ForwardSettings(), metrics or ControllerMetrics()
+        self._waits: set[asyncio.Timeout] = set()
+        self._stop_at: float | None = None
+
+    def stop(self, grace: float) -> None:
+        """End every answer with an error that is not complete within ``grace`` seconds; for the event loop's thread."""
+        self._stop_at = asyncio.get_running_loop().time() + grace
+        for wait in tuple(self._waits):
+            if not wait.expired():
+                wait.reschedule(self._stop_at)
+
+    @property
+    def _stopped(self) -> bool:
+        return self._stop_at is not None and asyncio.get_running_loop().time() >= self._stop_at
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
+        """The chunks of an answer. A chunk with an error code, which a worker may send late, is the last one.
+
+        Raises:
+            ForwardError: no worker answers, or the one that did failed on the way.
+        """
+        body = request.model_dump_json(exclude_unset=True).encode()
+        async with contextlib.aclosing(self.generate_bytes(body, request.model)) as pieces:
+            async for piece in pieces:
+                for part in piece.split(END_OF_CHUNK):
+                    if part.strip():
+                        yield _parse(part)
+
+    async def generate_bytes(self, body: bytes, model: str) -> AsyncGenerator[bytes]:
+        """The bytes of an answer as a worker sends them, cut only between chunks.
+
+        Args:
+            body: the request, JSON of a ``GenerateRequest``.
+            model: whose answer it wants.
+
+        Raises:
+            ForwardError: no worker answers, or the one that did failed on the way.
+        """
+        begun, outcome = time.perf_counter(), "left"
+        self.metrics.running.inc()
+        try:
+            async with contextlib.aclosing(self._attempts(body, self._model(model))) as pieces:
+                async for piece in pieces:
+                    self.metrics.bytes.inc(len(piece))
+                    yield piece
+            outcome = "ok"
+        except ForwardError as error:
+            outcome = error.code.name.lower()
+            raise
+        finally:
+            self.metrics.running.dec()
+            self.metrics.requests.labels(outcome=outcome).inc()
+            self.metrics.duration.observe(time.perf_counter() - begun)
+
+    def _model(self, asked: str) -> str:
+        """The model asked for; the only one where the request names none."""
+        models = self.registry.models()
+        return models[0] if not asked and len(models) == 1 else asked
+
+    async def _attempts(self, body: bytes, model: str) -> AsyncGenerator[bytes]:
+        """An answer from one worker after another, until one has begun to answer."""
+        tried: list[str] = []
+        last: ForwardError | None = None
+        while len(tried) < self.settings.tries and (name := self.registry.choose(model, tried)) is not None:
+            self.metrics.tries.labels(retry="true" if tried else "false").inc()
+            tried.append(name)
+            begun = False
+            try:
+                async with contextlib.aclosing(self._from_worker(name, body)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                self.registry.report_success(name)
+                return
+            except _Fault as fault:
+                last = self._note(name, fault)
+                if begun or last.code not in _RETRIED or self._stopped:
+                    break
+            finally:
+                self.registry.release(name)
+        raise last or self._no_worker(model)
+
+    def _note(self, name: str, fault: _Fault) -> ForwardError:
+        if fault.counts:
+            self.registry.report_failure(name)
+            self.metrics.worker_failures.inc()
+        elif fault.error.code == ErrorCode.DRAINING:
+            self.registry.rest(name)
+        else:
+            self.registry.report_success(name)
+        return fault.error
+
+    def _no_worker(self, model: str) -> ForwardError:
+        models = self.registry.models()
+        if model in models:
+            wait = self.registry.retry_after(model)
+            return ForwardError(ErrorCode.NO_WORKER, f"no worker of {model} is fit to answer now; ask again", wait)
+        if not models:
+            return ForwardError(ErrorCode.NO_WORKER, "no worker is there; start one, or wait until it has loaded", 5)
+        there = ", ".join(models)
+        return ForwardError(ErrorCode.BAD_INPUT, f"there is no model {model[:100]!r}; there is {there}", status=404)
+
+    async def _from_worker(self, name: str, body: bytes) -> AsyncGenerator[bytes]:
+        """Whole chunks of one worker's answer, as they come.
+
+        Raises:
+            _Fault: whatever went wrong.
+        """
+        worker = self.registry.get(name)
+        assert worker is not None
+        begun = time.perf_counter()
+        whole = _WholeChunks(self.settings.max_chunk_bytes)
+        async with contextlib.AsyncExitStack() as stack:
+            response = await self._guarded(worker, self.caller.post(worker.address, "/worker_generate_stream", body))
+            stack.push_async_callback(response.aclose)
+            if response.status_code != 200:
+                raise await self._guarded(worker, _status_fault(response))
+            pieces = response.aiter_raw()
+            while (data := await self._guarded(worker, anext(pieces, None))) is not None:
+                if not (piece := whole.feed(data)):
+                    continue
+                if not whole.given:
+                    _check_first(piece)
+                    self.metrics.first_chunk.observe(time.perf_counter() - begun)
+                whole.given = True
+                yield piece
+        if whole.rest or not whole.given:
+            raise _failed("the worker ended its answer before it was complete; ask again")
+
+    async def _guarded(self, worker: Worker, step: Any) -> Any:
+        """Wait for one step of a worker's; its failures become faults, and its going, or ours, ends the wait."""
+        wait = asyncio.timeout_at(self._stop_at)
+
+        def give_up() -> None:
+            if not wait.expired():
+                wait.reschedule(asyncio.get_running_loop().time())
+
+        try:
+            async with wait:
+                self._waits.add(wait)
+                worker.gone.add(give_up)
+                try:
+                    return await step
+                finally:
+                    self._waits.discard(wait)
+                    worker.gone.discard(give_up)
+        except TimeoutError as error:
+            if self._stopped:
+                stopped = ForwardError(ErrorCode.FAILED, "the controller is being stopped; ask again in a while", 5)
+                raise _Fault(stopped, counts=False) from error
+            raise _failed("the worker went silent and was given up; ask again") from error
+        except httpx.PoolTimeout as error:
+            busy = ForwardError(ErrorCode.BUSY, "too many answers are under way; ask again later", 1)
+            raise _Fault(busy, counts=False) from error
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise _failed("the worker cannot be reached; ask again") from error
+        except httpx.TimeoutException as error:
+            sentence = f"the worker said nothing for {self.caller.settings.silence_timeout:g} s; ask again, or for less"
+            raise _Fault(ForwardError(ErrorCode.TIMEOUT, sentence), counts=True) from error
+        except httpx.TransportError as error:
+            raise _failed("the connection to the worker broke; ask again") from error
+
+
+class _WholeChunks:
+    """Bytes as they arrive → bytes up to the last end of a chunk."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.rest = b""
+        self.given = False
+        self._held: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """What is complete with these bytes; empty while nothing is.
+
+        Raises:
+            _Fault: a chunk is too long, or no JSON object.
+        """
+        end = data.rfind(END_OF_CHUNK) + 1
+        if not end:
+            self._hold(data)
+            return b""
+        whole = b"".join([*self._held, data[:end]])
+        self._held, self._size, self.rest = [], 0, b""
+        self._hold(data[end:])
+        for chunk in whole[:-1].split(END_OF_CHUNK):
+            chunk = chunk.strip()
+            if chunk and not (chunk.startswith(b"{") and chunk.endswith(b"}")):
+                raise _unreadable()
+        return whole
+
+    def _hold(self, data: bytes) -> None:
+        if data:
+            self._held.append(data)
+            self.rest = data
+            self._size += len(data)
+        if self._size > self.max_bytes:
+            raise _unreadable()
+
+
+def _parse(chunk: bytes) -> Chunk:
+    try:
+        return Chunk.model_validate_json(chunk)
+    except ValueError as error:
+        raise _unreadable().error from error
+
+
+class _Head(Message):
+    """As much of a chunk as tells whether it is one; its masks are not looked at."""
+
+    text: str
+    error_code: int = 0
+
+
+def _check_first(piece: bytes) -> None:
+    """Raises:
+    _Fault: the answer begins with an error or with nothing that can be read.
+    """
+    try:
+        chunk = _Head.model_validate_json(piece.split(END_OF_CHUNK, 1)[0])
+    except ValueError as error:
+        raise _unreadable() from error
+    if chunk.error_code:
+        code = ErrorCode(chunk.error_code) if chunk.error_code in set(ErrorCode) else ErrorCode.FAILED
+        raise _Fault(ForwardError(code, chunk.text), counts=code == ErrorCode.FAILED)
+
+
+def _failed(sentence: str) -> _Fault:
+    return _Fault(ForwardError(ErrorCode.FAILED, sentence, status=502), counts=True)
+
+
+def _unreadable() -> _Fault:
+    return _failed("the worker sent something that is no answer; ask again")
+
+
+async def _status_fault(response: httpx.Response) -> _Fault:
+    """What a status other than 200 means."""
+    status = response.status_code
+    said = _sentence(await read_some(response))
+    wait = response.headers.get("Retry-After", "")
+    retry_after = float(wait) if wait.isdigit() and len(wait) < 6 else None
+    if status == 429:
+        return _Fault(ForwardError(ErrorCode.BUSY, said or "the worker is busy; ask again", retry_after or 1), False)
+    if status == 503:
+        draining = "the worker takes nothing new; ask again"
+        return _Fault(ForwardError(ErrorCode.DRAINING, said or draining, retry_after or 1), False)
+    if status == 504:
+        return _Fault(ForwardError(ErrorCode.TIMEOUT, said or "the worker took too long; ask for less"), False)
+    if status in (401, 403):
+        return _failed("the worker does not accept the controller's key; start both with the same --api-key")
+    if status in (400, 413, 422):
+        unread = ForwardError(ErrorCode.BAD_INPUT, said or "the worker cannot read the request", status=status)
+        return _Fault(unread, counts=False)
+    return _failed(said if said and status >= 500 else f"the worker answered with status {status}; ask again")
+
+
+def _sentence(body: bytes) -> str:
+    """The sentence of an error's JSON body; empty where there is none."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return ""
+    error = said.get("error") if isinstance(said, dict) else None
+    return error[:2000] if isinstance(error, str) else ""
+
+
+def error_bytes(error: Refusal) -> bytes:
+    """An error as the last chunk of a stream."""
+    return Chunk(text=error.sentence, error_code=int(error.code)).encode()

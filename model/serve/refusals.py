@@ -1,0 +1,96 @@
+"""Errors as answers over HTTP: one shape for whatever goes wrong, always with a sentence.
+
+``{"error": sentence, "error_code": n}``; under ``/v1/`` the object that clients of OpenAI's API read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from model.errors import MedPLIBError
+from model.serve.protocol import ErrorCode
+
+
+class Refusal(Exception):
+    """Why there is no answer.
+
+    Args:
+        code: whose fault it is.
+        sentence: what went wrong, for people.
+        retry_after: seconds after which asking again may help.
+        status: HTTP status where it is not the code's own.
+    """
+
+    def __init__(
+        self, code: ErrorCode, sentence: str, retry_after: float | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(sentence)
+        self.code, self.sentence, self.retry_after = code, sentence, retry_after
+        self.status = status or code.http_status
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that the answer carries."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def error_body(path: str, sentence: str, code: ErrorCode, status: int) -> dict[str, Any]:
+    """The JSON object that tells an error to who asked at ``path``."""
+    if not path.startswith("/v1/"):
+        return {"error": sentence, "error_code": int(code)}
+    kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    other = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": sentence, "type": kind.get(status, other), "param": None, "code": code.name.lower()}}
+
+
+def validation_sentence(error: RequestValidationError) -> str:
+    """What is wrong with a request's first malformed field; never what was in it."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        return "the request's body is no valid JSON; send an object of this route's fields"
+    if not where:
+        return f"the request's body is malformed: {first['msg']}; send a JSON object with Content-Type application/json"
+    return f"the request's field {where} is malformed: {first['msg']}"
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Have an application tell every error in the one shape."""
+
+    def tell(request: Request, refusal: Refusal) -> JSONResponse:
+        body = error_body(request.url.path, refusal.sentence, refusal.code, refusal.status)
+        return JSONResponse(body, refusal.status, refusal.headers)
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, Refusal)
+        return tell(request, error)
+
+    async def wrong_input(request: Request, error: Exception) -> JSONResponse:
+        return tell(request, Refusal(ErrorCode.BAD_INPUT, str(error)))
+
+    async def malformed(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return tell(request, Refusal(ErrorCode.BAD_INPUT, validation_sentence(error)))
+
+    async def no_route(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        sentence = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        answer = tell(request, Refusal(ErrorCode.BAD_INPUT, sentence, status=error.status_code))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def broken(request: Request, _: Exception) -> JSONResponse:
+        return tell(request, Refusal(ErrorCode.FAILED, "this server made a mistake; its log tells which"))
+
+    app.add_exception_handler(Refusal, refused)
+    app.add_exception_handler(MedPLIBError, wrong_input)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(Exception, broken)
