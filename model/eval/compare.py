@@ -18,6 +18,7 @@ from model.errors import MedPLIBError
 from model.eval.journal import journal_path, read_journal
 from model.eval.metrics.comparing import Comparison
 from model.eval.metrics.comparing import compare as compare_scores
+from model.eval.metrics.rows import masks_by_threshold
 from model.eval.metrics.scores import RowKey, Scores, score_predictions
 from model.eval.predictions import Key, Prediction, read_predictions
 from model.eval.report import JSON_FILE
@@ -253,17 +254,18 @@ def _file_run(path: Path) -> Run:
 
 def _file_set(path: Path) -> RunSet:
     """What the file and the journal beside it say."""
-    thresholds: list[float] = []
-    for row in read_predictions(path):
-        if row.masks_at:
-            thresholds = [float(threshold) for threshold in row.masks_at]
-            break
+    thresholds = next((_thresholds(row, path) for row in read_predictions(path) if row.masks_at), ())
     journal = read_journal(path) if journal_path(path).is_file() else None
     images = Path(str(journal.settings["images"])) if journal and journal.settings.get("images") else None
     questions = path.parent.parent / "questions" / path.name  # as medplib eval lays them out
-    return RunSet(
-        path.stem, path, tuple(thresholds), images=images, questions=questions if questions.is_file() else None
-    )
+    return RunSet(path.stem, path, thresholds, images=images, questions=questions if questions.is_file() else None)
+
+
+def _thresholds(row: Prediction, path: Path) -> tuple[float, ...]:
+    try:
+        return tuple(masks_by_threshold(row))
+    except MedPLIBError as error:
+        raise MedPLIBError(f"{path}, question {row.question_id}: {error}") from error
 
 
 def _told_set(known: RunSet, told: Mapping[str, Any]) -> RunSet:

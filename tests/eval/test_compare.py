@@ -185,6 +185,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path):
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(MedPLIBError, match="is no report of medplib eval"):
         open_run(tmp_path)
+    odd = save(tmp_path / "odd.jsonl", changed({0: lambda answer: replace(answer, masks_at={"strict": []})}))
+    with pytest.raises(MedPLIBError, match=r"odd\.jsonl, question q0: masks_at holds 'strict'.*expected lists by"):
+        open_run(odd)
     save(tmp_path / "empty.jsonl", [])
     with pytest.raises(MedPLIBError, match="a run without predictions"):
         compare_runs(open_run(tmp_path / "empty.jsonl"), open_run(tmp_path / "empty.jsonl"))
