@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_ask(commands)
+    _add_chat(commands)
     _add_data(commands)
     _add_train(commands)
     add_eval_command(commands)
@@ -61,30 +62,58 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
     ask = commands.add_parser("ask", help="ask one question about one image")
     ask.add_argument("image", type=Path, help="PNG, JPEG, TIFF or single-frame DICOM")
     ask.add_argument("question")
-    ask.add_argument("--model", type=Path, default=None, metavar="DIR", help="checkpoint; the nano when absent")
-    _add_parts(ask)
-    ask.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 …")
-    ask.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help="the last needs CUDA and flash-attn")
-    ask.add_argument("--quantisation", choices=("int8", "int4"), help="keep the language model's weights in fewer bits")
+    _add_asking(ask)
     where = ask.add_mutually_exclusive_group()
     where.add_argument("--region", type=Path, metavar="MASK.png", help="the region the question is about")
     where.add_argument("--box", type=_numbers, metavar="X1,Y1,X2,Y2", help="the same as a box in image pixels")
     where.add_argument("--point", type=_numbers, metavar="X,Y", help="the same as a point in image pixels")
-    ask.add_argument("--threshold", type=float, help="probability above which a pixel is in a mask")
-    ask.add_argument(
+    ask.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    ask.set_defaults(run=run_ask)
+
+
+def _add_chat(commands: argparse._SubParsersAction) -> None:
+    chat = commands.add_parser("chat", help="talk about an image in the terminal, or pipe questions in")
+    chat.add_argument("image", type=Path, help="PNG, JPEG, TIFF or single-frame DICOM")
+    _add_asking(chat)
+    where: dict[str, Any] = {"dest": "regions", "action": "append", "default": []}
+    chat.add_argument(
+        "--region", type=Path, metavar="MASK.png", help="a region of the first question; repeatable", **where
+    )
+    chat.add_argument("--box", type=_box, metavar="X1,Y1,X2,Y2", help="the same as a box in image pixels", **where)
+    chat.add_argument("--point", type=_point, metavar="X,Y", help="the same as a point in image pixels", **where)
+    chat.set_defaults(run=run_chat)
+
+
+def _add_asking(command: argparse.ArgumentParser) -> None:
+    """The model, how it answers, and where pictures go."""
+    command.add_argument("--model", type=Path, default=None, metavar="DIR", help="checkpoint; the nano when absent")
+    _add_parts(command)
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 …")
+    command.add_argument(
+        "--attention", choices=ATTENTION, default=ATTENTION[0], help="the last needs CUDA and flash-attn"
+    )
+    command.add_argument(
+        "--quantisation", choices=("int8", "int4"), help="keep the language model's weights in fewer bits"
+    )
+    command.add_argument("--threshold", type=float, help="probability above which a pixel is in a mask")
+    command.add_argument(
         "--no-mask-below", type=float, metavar="P", help="leave a mask empty that is there with less probability than P"
     )
-    ask.add_argument("--max-new-tokens", type=int, default=256)
-    ask.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    ask.add_argument(
+    command.add_argument("--max-new-tokens", type=int, default=256)
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    command.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens up to P in sum"
     )
-    ask.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 keeps all")
-    ask.add_argument("--seed", type=int, help="makes sampling repeatable")
-    ask.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before it; repeatable")
-    ask.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    ask.add_argument("--out", type=Path, default=Path("medplib_out"), metavar="DIR", help="where pictures are written")
-    ask.set_defaults(run=run_ask)
+    command.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 keeps all"
+    )
+    command.add_argument("--seed", type=int, help="makes sampling repeatable")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end an answer before it; repeatable"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("medplib_out"), metavar="DIR", help="where pictures are written"
+    )
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
@@ -147,15 +176,28 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
-def run_ask(options: argparse.Namespace) -> int:
-    """``medplib ask``."""
-    from model.inference.generation import GenerationSettings
-    from model.inference.pictures import write_pictures
-    from model.inference.predictor import Predictor
+def _box(text: str) -> tuple[str, tuple[float, ...]]:
+    return "box", _numbers(text)
 
-    settings = GenerationSettings(
+
+def _point(text: str) -> tuple[str, tuple[float, ...]]:
+    return "point", _numbers(text)
+
+
+def _generation(options: argparse.Namespace) -> Any:
+    from model.inference.generation import GenerationSettings
+
+    return GenerationSettings(
         options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, tuple(options.stop)
     )
+
+
+def run_ask(options: argparse.Namespace) -> int:
+    """``medplib ask``."""
+    from model.inference.pictures import mask_line, write_pictures
+    from model.inference.predictor import Predictor
+
+    settings = _generation(options)
     region = options.region or (options.box and ("box", options.box)) or (options.point and ("point", options.point))
     predictor = Predictor.from_pretrained(
         options.model or default_model(),
@@ -184,10 +226,30 @@ def run_ask(options: argparse.Namespace) -> int:
         return 0
     print(answer.text)
     for mask in answer.masks:
-        print(f"  {mask.label or 'mask'}: score {mask.score:.2f}, {mask.area_px} px, box {list(mask.bbox)}")
+        print(f"  {mask_line(mask)}")
     for file in files:
         print(f"  wrote {file}")
     return 0
+
+
+def run_chat(options: argparse.Namespace) -> int:
+    """``medplib chat``: exit 2 when questions came from a pipe and one could not be answered."""
+    from model.inference.engine import Engine, EngineSettings, Request
+    from model.serve.chat import ChatSettings, run_chat
+
+    asked = Request(
+        None, "-", settings=_generation(options), threshold=options.threshold, no_mask_below=options.no_mask_below
+    )
+    engine = Engine.from_pretrained(
+        options.model or default_model(),
+        EngineSettings(slots=1),
+        device=options.device,
+        vision_tower=options.vision_tower,
+        sam=options.sam,
+        attention=options.attention,
+        quantisation=options.quantisation,
+    )
+    return run_chat(engine, options.image, ChatSettings(options.out, asked), options.regions)
 
 
 def default_model() -> Path:

@@ -170,7 +170,12 @@ def test_wrong_input_is_one_sentence_and_exit_2(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["ask"], ["ask", "a", "b", "--box", "x"], ["nonsense"], ["ask", "a", "b", "--no"]]
+    "arguments",
+    [
+        *([], ["nonsense"]),
+        *(["ask"], ["ask", "a", "b", "--box", "x"], ["ask", "a", "b", "--no"]),
+        *(["chat"], ["chat", "a", "--point", "x"], ["chat", "a", "b"]),
+    ],
 )
 def test_wrong_flags_exit_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:

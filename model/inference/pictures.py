@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from model.errors import MedPLIBError
-from model.inference.answer import Answer
+from model.inference.answer import Answer, Mask
 from model.inference.overlay import draw_overlay
 from model.inference.predictor import PreparedImage
 from model.inference.regions import Region, region_to_mask
@@ -48,3 +48,9 @@ def write_pictures(
         reason = error.strerror or error
         raise MedPLIBError(f"cannot write pictures to {out}: {reason}; name a writable folder") from error
     return list(pictures)
+
+
+def mask_line(mask: Mask) -> str:
+    """A mask in one line for people."""
+    area = f"{mask.area_px} px" if mask.area_mm2 is None else f"{mask.area_px} px ({mask.area_mm2:.1f} mm²)"
+    return f"{mask.label or 'mask'}: score {mask.score:.2f}, {area}, box {list(mask.bbox)}"

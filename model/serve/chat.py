@@ -1,0 +1,320 @@
+"""``medplib chat``: a conversation about one image in a terminal, with the engine in the same process.
+
+Questions come from a person at a terminal or from a pipe, line by line; a line that starts with ``/`` is a command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import MedPLIBError
+from model.inference.answer import Answer, Mask
+from model.inference.engine import Engine, Request, Ticket
+from model.inference.images import PreparedImage
+from model.inference.pictures import mask_line, write_pictures
+from model.inference.regions import Region, place_region, region_to_mask
+
+HELP = """\
+Type a question, or one of these:
+  /box X1,Y1,X2,Y2   the next question is about this box, in image pixels; several regions add up
+  /point X,Y         the same for a point
+  /region FILE       the same for a mask of the image's size
+  /clear             forget the conversation and the regions
+  /image FILE        go on with another image; forgets the conversation too
+  /masks             the masks so far, and their files
+  /help              this list
+  /quit              leave (so does Ctrl-D; Ctrl-C stops an answer)"""
+_PROMPT = "you> "
+_LISTENING_SECONDS = 0.05  # between looks at whether an answer is complete that says nothing more
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What holds for every question of a chat.
+
+    Attributes:
+        out: folder of the pictures.
+        request: a request whose settings and thresholds all others take.
+    """
+
+    out: Path
+    request: Request = field(default_factory=lambda: Request(None, "-"))
+
+
+class Chat:
+    """One conversation: its image, what was said, the regions of the next question, the masks so far.
+
+    Args:
+        engine: that is started; it answers.
+        settings: of every question.
+        write: takes pieces of text for the person, as they come.
+    """
+
+    def __init__(self, engine: Engine, settings: ChatSettings, write: Callable[[str], object]) -> None:
+        self.engine, self.settings, self.write = engine, settings, write
+        self.image: PreparedImage | None = None
+        self.stem = "image"
+        self.history: list[tuple[str, str]] = []
+        self.told_regions: list[np.ndarray] = []  # of the questions in the history
+        self.regions: list[np.ndarray] = []  # of the next question
+        self.masks: list[tuple[Mask, Path]] = []
+        self._number = 0
+
+    def open_image(self, path: Path) -> None:
+        """Turn to an image; what was said about another one is forgotten.
+
+        Raises:
+            MedPLIBError: the file cannot be read.
+        """
+        self.image, self.stem = self.engine.prepare(path), path.stem
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin the conversation anew."""
+        self.history, self.told_regions, self.regions = [], [], []
+
+    def mark(self, region: Region) -> None:
+        """The next question is about this region, too.
+
+        Raises:
+            MedPLIBError: it is malformed, empty or not of the image's size.
+        """
+        self.regions.append(region_to_mask(region, self._open_image().size))
+
+    def ask(self, question: str) -> Answer:
+        """Ask, stream the answer, write its pictures; Ctrl-C ends the answer with what was said by then.
+
+        Raises:
+            MedPLIBError: there is something wrong with the question, or it no longer fits; nothing is forgotten.
+        """
+        asked = place_region(question, len(self.regions)) if self.regions else question
+        image = self._open_image()
+        request = replace(
+            self.settings.request,
+            image=image,
+            question=asked,
+            regions=[*self.told_regions, *self.regions],
+            history=tuple(self.history),
+        )
+        answer = self._listen(request)
+        marked = np.logical_or.reduce(self.regions) if self.regions else None
+        if answer.text:  # an answer that was stopped before its first word is no turn
+            self.history.append((asked, answer.text))
+            self.told_regions += self.regions
+            self.regions = []
+        self._write_files(image, question, answer, marked)
+        return answer
+
+    def _open_image(self) -> PreparedImage:
+        if self.image is None:
+            raise MedPLIBError("there is no image yet; open one with /image FILE")
+        return self.image
+
+    def _listen(self, request: Request) -> Answer:
+        """Wait for an answer and write its text as it grows, in the thread that was asked, not the engine's."""
+        heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+        ticket = self.engine.submit(request, heard.put)
+        said = ""
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                while not (ticket.done() and heard.empty()):
+                    said = self._say_more(said, heard)
+        finally:
+            ticket.cancel()  # whoever no longer reads needs no answer
+        answer = self._settled(ticket)
+        self.write(f"{_rest(answer.text, said)}{' [stopped]' if answer.finish == 'cancelled' else ''}\n")
+        return answer
+
+    def _say_more(self, said: str, heard: queue.SimpleQueue[str]) -> str:
+        try:
+            text = heard.get(timeout=_LISTENING_SECONDS)
+        except queue.Empty:
+            return said
+        self.write(_rest(text, said))
+        return text
+
+    @staticmethod
+    def _settled(ticket: Ticket) -> Answer:
+        """The answer of a ticket that is done or cancelled, whoever is impatient meanwhile."""
+        while True:
+            try:
+                return ticket.result()
+            except KeyboardInterrupt:
+                continue
+
+    def _write_files(self, image: PreparedImage, question: str, answer: Answer, marked: np.ndarray | None) -> None:
+        if not answer.masks and marked is None:
+            return
+        name = self._free_name()
+        files = write_pictures(self.settings.out, name, image, answer, marked)
+        self.masks += zip(answer.masks, files, strict=False)
+        if answer.masks:
+            record = {
+                "question": question,
+                "answer": answer.text,
+                "masks": [mask.to_dict() for mask in answer.masks],
+            }
+            files.append(self.settings.out / f"{name}_masks.json")
+            files[-1].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        for mask in answer.masks:
+            self.write(f"  {mask_line(mask)}\n")
+        for file in files:
+            self.write(f"  wrote {file}\n")
+
+    def _free_name(self) -> str:
+        """``STEM_1``, ``STEM_2`` …: an earlier chat's pictures in the same folder stay."""
+        for number in count(self._number + 1):
+            name = f"{self.stem}_{number}"
+            if not any((self.settings.out / f"{name}_{end}").exists() for end in ("overlay.png", "masks.json")):
+                self._number = number
+                return name
+        raise AssertionError("numbers do not end")
+
+    # --- commands -------------------------------------------------------------------------------------------------
+
+    def obey(self, line: str) -> None:
+        """Do what a command says.
+
+        Raises:
+            MedPLIBError: there is no such command, or something is wrong with what stands behind it.
+        """
+        name, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        match name:
+            case "/help":
+                self.write(f"{HELP}\n")
+            case "/box" | "/point":
+                self.mark((name[1:], tuple(rest.replace(",", " ").split())))  # type: ignore[arg-type]
+                self._tell_regions()
+            case "/region":
+                self.mark(_path(rest, line))
+                self._tell_regions()
+            case "/image":
+                self.open_image(_path(rest, line))
+                self.write(f"{self.introduction()}\n")
+            case "/clear":
+                self.forget()
+                self.write("The conversation and its regions are forgotten.\n")
+            case "/masks":
+                lines = [f"{mask_line(mask)}  {path}" for mask, path in self.masks]
+                self.write("\n".join(lines or ["There are no masks yet."]) + "\n")
+            case _:
+                raise MedPLIBError(f"there is no command {name}; /help lists them")
+
+    def _tell_regions(self) -> None:
+        several = f"{len(self.regions)} regions" if len(self.regions) > 1 else "1 region"
+        self.write(f"The next question is about {several}.\n")
+
+    def introduction(self) -> str:
+        """Which image it is about."""
+        height, width = self._open_image().size
+        return f"{self.stem}: {width}×{height} (width×height)"
+
+
+def _path(text: str, line: str) -> Path:
+    if not text:
+        raise MedPLIBError(f"{line.strip()} needs a file behind it")
+    return Path(text).expanduser()
+
+
+def _rest(text: str, said: str) -> str:
+    """What of a text was not said yet, without anything that would steer a terminal."""
+    fresh = text[len(said) :] if text.startswith(said) else f"\n{text}"
+    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in fresh)
+
+
+def run_chat(
+    engine: Engine, image: Path, settings: ChatSettings, regions: Sequence[Region] = (), lines: Any = None
+) -> int:
+    """Talk until the questions end.
+
+    Args:
+        engine: not yet started.
+        image: what it is about.
+        settings: of every question.
+        regions: of the first question.
+        lines: where questions come from; standard input when absent.
+
+    Returns:
+        0; 2 where questions came from a pipe and one of them, or a command, failed.
+
+    Raises:
+        MedPLIBError: image or regions cannot be read.
+    """
+    source = sys.stdin if lines is None else lines
+    person = source.isatty()
+    with engine:
+        chat = Chat(engine, settings, _write)
+        chat.open_image(image)
+        for region in regions:
+            chat.mark(region)
+        if person:
+            _write(f"{chat.introduction()}. Ask about it; /help lists the commands. For research only.\n")
+        failures = sum(not _turn(chat, line, person) for line in _lines(source, person, chat))
+    return 2 if failures and not person else 0
+
+
+def _turn(chat: Chat, line: str, person: bool) -> bool:
+    """One question or command; tells whether it went well."""
+    try:
+        if line.startswith("/"):
+            chat.obey(line)
+        else:
+            chat.ask(line)
+    except MedPLIBError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"medplib: {error}\n")
+        return False
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        sys.stderr.write(f"medplib: {chat.settings.out}: {error.strerror or error}; name another folder with --out\n")
+        return False
+    except KeyboardInterrupt:  # between answers: a person meant the line, a script is to end
+        if not person:
+            raise
+        _write("\n")
+    return True
+
+
+def _lines(source: Any, person: bool, chat: Chat) -> Iterator[str]:
+    """Questions and commands without the empty ones, until one leaves or there are no more."""
+    if person:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - makes input() edit its line and remember others
+    elif isinstance(source, TextIOWrapper):
+        source.reconfigure(errors="surrogateescape")  # what is no text is refused with its question, not with the chat
+    while True:
+        try:
+            line = input(_PROMPT) if person else source.readline()
+        except EOFError:  # Ctrl-D
+            _write("\n")
+            return
+        except KeyboardInterrupt:
+            if not person:
+                raise
+            _write("\n(/quit or Ctrl-D leaves)\n")
+            continue
+        if not person and not line:
+            return
+        line = line.strip()
+        if line in ("/quit", "/exit"):
+            return
+        if line:
+            yield line
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
