@@ -19,7 +19,7 @@ from model.errors import MedPLIBError
 from model.processing.processor import MedPLIBProcessor
 
 ImageSource = Any
-"""A path, bytes, a file object, a PIL image or an array H×W(×3)."""
+"""A path, bytes, a file object, a PIL image, an array H×W(×3), or what ``read_image`` gave."""
 
 
 class Sized(Protocol):
@@ -75,7 +75,7 @@ def prepare_image(source: ImageSource, processor: MedPLIBProcessor) -> PreparedI
     """
     source = reusable(source)
     key = content_key(source)
-    data = read_image(source)
+    data = source if isinstance(source, ImageData) else read_image(source)
     clip, sam, sam_size = processor.image_inputs(data.pixels)
     return PreparedImage(key, data, clip[None], sam[None], sam_size)
 
@@ -86,6 +86,9 @@ def content_key(source: ImageSource) -> str:
     What cannot be read has some key too: it is for the reader to complain.
     """
     digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, ImageData):
+        digest.update(f"read {source.spacing_mm}".encode())
+        source = source.pixels
     if isinstance(source, str | Path):
         with contextlib.suppress(OSError):
             if is_file(Path(source)):

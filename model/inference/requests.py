@@ -24,8 +24,8 @@ class Request:
     """One question about one image.
 
     Attributes:
-        image: a path (PNG, JPEG, TIFF, single-frame DICOM), bytes, a PIL image, an array H×W(×3), or what
-            ``Engine.prepare`` gave.
+        image: a path (PNG, JPEG, TIFF, single-frame DICOM), bytes, a PIL image, an array H×W(×3), what ``read_image``
+            gave, or what ``Engine.prepare`` gave.
         question: plain text; ``<region></region>`` marks where a region is meant.
         regions: mask paths, H×W arrays, ``("box", (x1, y1, x2, y2))`` or ``("point", (x, y))`` in image pixels;
             those that ``history`` marks come first.
@@ -70,6 +70,8 @@ class Ticket:
         self.request = request
         self.cancelled = False
         self._ready = threading.Event()
+        self._settling = threading.Lock()
+        self._listeners: list[Callable[[], None]] = []
         self._answer: Answer | None = None
         self._error: BaseException | None = None
 
@@ -80,6 +82,14 @@ class Ticket:
     def done(self) -> bool:
         """Whether the answer, or an error, is there."""
         return self._ready.is_set()
+
+    def when_done(self, listener: Callable[[], None]) -> None:
+        """Call the listener once it is done, from whichever thread settles it; at once where it is done already."""
+        with self._settling:
+            if not self._ready.is_set():
+                self._listeners.append(listener)
+                return
+        listener()
 
     def result(self, timeout: float | None = None) -> Answer:
         """The answer.
@@ -104,4 +114,8 @@ class Ticket:
             self._error = outcome
         else:
             self._answer = outcome
-        self._ready.set()
+        with self._settling:
+            self._ready.set()
+            listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener()
