@@ -23,6 +23,8 @@ from model.processing.tokens import (
 WRAPPED_IMAGE = IMAGE_START_TOKEN + IMAGE_TOKEN + IMAGE_END_TOKEN
 
 _ALREADY_WRAPPED = re.compile(rf"{IMAGE_START_TOKEN}\s*{IMAGE_TOKEN}\s*{IMAGE_END_TOKEN}")
+_ASKING, _ANSWERING = "USER: ", " ASSISTANT:"
+_NEXT_ROUND = re.compile(rf"{EOS_TOKEN}\s*{_ASKING}")
 _CONTROL_TOKEN = re.compile(rf"<(?=/?s>|{IMAGE_START_TOKEN[1:]}|{IMAGE_END_TOKEN[1:]})")
 
 
@@ -85,6 +87,39 @@ def render(turns: Sequence[Turn], template: str = "llava_v1") -> str:
     return "".join(piece.text for piece in render_pieces(turns, template))
 
 
+def parse_prompt(prompt: str) -> list[Turn]:
+    """The turns of a prompt as ``render`` writes it with any chat template; the last one is the question to answer.
+
+    Rendered again, they give the same prompt. The question to answer may write out ``USER:`` and ``ASSISTANT:`` itself.
+    In an earlier turn an ``ASSISTANT:`` that is part of the text cannot be told from the one where the answer begins;
+    the last one is taken for that.
+
+    Args:
+        prompt: system text or none, turns, and the opened answer. Whatever is not of this form is one question.
+
+    Returns:
+        Alternating turns, human first and last; images stand as ``<image>``.
+    """
+    systems = (style.system for style in TEMPLATES.values() if style.chat)
+    system = next((text for text in systems if prompt.startswith(text)), "")
+    talk = prompt.removeprefix(system).strip()
+    whole = _images_unwrapped(prompt)
+    if not (talk.startswith(_ASKING) and talk[len(_ASKING) :].endswith(_ANSWERING)):
+        return [Turn("human", whole)]
+    *told, last = _NEXT_ROUND.split(talk[len(_ASKING) : -len(_ANSWERING)])
+    turns = []
+    for text in told:
+        asked, opened, answer = text.rpartition(_ANSWERING)
+        if not opened:
+            return [Turn("human", whole)]
+        turns += [Turn("human", _images_unwrapped(asked)), Turn("gpt", answer.removeprefix(" "))]
+    return [*turns, Turn("human", _images_unwrapped(last))]
+
+
+def _images_unwrapped(text: str) -> str:
+    return _ALREADY_WRAPPED.sub(IMAGE_TOKEN, text)
+
+
 def render_pieces(turns: Sequence[Turn], template: str = "llava_v1") -> list[Piece]:
     """The conversation in pieces; the supervised ones are the answers, from the character after their role on.
 
@@ -96,7 +131,7 @@ def render_pieces(turns: Sequence[Turn], template: str = "llava_v1") -> list[Pie
     for turn in turns:
         if turn.role == "human":
             asked = place_images(turn.text)
-            text = f"USER: {asked} ASSISTANT:" if style.chat else IMAGE_TOKEN * asked.count(IMAGE_TOKEN)
+            text = f"{_ASKING}{asked}{_ANSWERING}" if style.chat else IMAGE_TOKEN * asked.count(IMAGE_TOKEN)
             pieces.append(Piece(text, False))
         else:
             opening = " " if style.chat and turn.text else ""
@@ -133,7 +168,7 @@ def place_images(text: str) -> str:
     published code makes one of them.) Control tokens that a user wrote out are taken apart, so that text cannot end a
     turn or pose as an image.
     """
-    text = _CONTROL_TOKEN.sub("< ", _ALREADY_WRAPPED.sub(IMAGE_TOKEN, text))
+    text = _CONTROL_TOKEN.sub("< ", _images_unwrapped(text))
     count = text.count(IMAGE_TOKEN)
     if count == 0:
         return text
