@@ -74,15 +74,15 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that the slots and the prefill lane take, whatever is asked."""
+        """Bytes of keys and values that the slots take, whatever is asked."""
         one = slot_bytes(self.model.config.text_config, self.max_length, self.model.dtype)
-        return one * (self.settings.slots + 1)
+        return one * self.settings.slots
 
     def status(self) -> dict[str, int]:
         """Requests waiting and running, and what the caches hold."""
         return {
             "waiting": len(self._schedule.waiting),
-            "running": len(self._schedule.running) + (self._schedule.reading is not None),
+            "running": len(self._schedule.running) + len(self._schedule.reading),
             "slots": self.settings.slots,
             "images": len(self.images),
             "image_hits": self.images.hits,

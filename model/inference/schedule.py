@@ -1,13 +1,14 @@
 """What happens in a step: prompts are read, tokens decoded and heard, slots freed, masks painted.
 
-Waiting → prefill lane → slot → masks → ticket. Knows nothing of threads; whoever steps it does so one at a time.
+Waiting → read (``reading.py``) → running → masks → ticket. Knows nothing of threads; whoever steps it does so one at a
+time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,15 +16,17 @@ from torch import Tensor
 
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Finish
+from model.inference.decoding import Decoding
 from model.inference.generation import choose_tokens
 from model.inference.images import BoundedCache, PreparedImage
 from model.inference.mask_gate import MaskGate
 from model.inference.mask_stage import paint_masks
-from model.inference.prompts import Prompt, embed_prompt, to_device
+from model.inference.prompts import Prompt, to_device
+from model.inference.reading import PromptReader
 from model.inference.requests import OnText, Ticket
-from model.inference.runner import DecoderRunner, StepOutput
+from model.inference.runner import DecoderRunner, Piece, Rows, StepOutput
 from model.inference.running import Running
-from model.inference.slots import Prefix, SlotCache, slot_bytes
+from model.inference.slots import Prefix, SlotCache
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 
@@ -46,9 +49,12 @@ class EngineSettings:
             question about an image most of its prefill.
         lookahead: begin the next step before the last one's tokens are known to the host; by default on CUDA. Costs
             one superfluous token at the end of an answer, never changes it.
-        batch_invariant: decode all slots always, the free ones too, so that a row's rounding does not depend on its
-            company: in reduced precision a near tie between two tokens can otherwise go either way. Costs work where
-            slots are free, and every expert computes every row.
+        graphs: decode by CUDA graphs; by default on CUDA.
+        kernels: decode by Triton kernels; by default on CUDA, where they compute what the network computes.
+        compiled: decode by what torch's compiler makes of the pass; minutes to start.
+        batch_invariant: decode all slots always, the free ones too, and read every prompt in passes of its own, so that
+            a row's rounding does not depend on its company: in reduced precision a near tie between two tokens can
+            otherwise go either way. Costs work where slots are free, and every expert computes every row.
     """
 
     slots: int = 8
@@ -58,6 +64,9 @@ class EngineSettings:
     image_cache_mb: int = 256
     prefix_cache_mb: int = 256
     lookahead: bool | None = None
+    graphs: bool | None = None
+    kernels: bool | None = None
+    compiled: bool = False
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
@@ -83,13 +92,15 @@ class _Pending:
         rows: whose they are.
         chosen: long [n].
         states: [n, D], which they were chosen from.
-        choices: bool [mixture layers, n, E], which experts computed the tokens before them, if anyone asked.
+        choices: bool [mixture layers, ≥ n, E], which experts computed the tokens before them, if anyone asked.
+        decoded: how many of the rows were decoded; the others' prompts were read in the same pass.
         ready: when ``chosen`` is there.
     """
 
     rows: list[Running]
     chosen: Tensor
     states: Tensor
+    decoded: int
     choices: Tensor | None = None
     ready: Any = None
 
@@ -134,11 +145,13 @@ class Schedule:
         self._end_ids = set(ends) if isinstance(ends, list | tuple) else {2 if ends is None else int(ends)}
         self._lookahead = model.device.type == "cuda" if settings.lookahead is None else settings.lookahead
         self.waiting: deque[Running] = deque()
-        self.reading: Running | None = None
         self.running: list[Running] = []
         self._finished: list[Running] = []
         self._pending: deque[_Pending] = deque()
-        self._runner: DecoderRunner | None = None
+        # One pass reads and decodes, unless rounding must not depend on company.
+        self._packs = not (self._drops or settings.batch_invariant)
+        self._decoding: Decoding | None = None
+        self._reader: PromptReader | None = None
 
     def add(self, ticket: Ticket, prompt: Prompt, on_text: OnText | None) -> None:
         """Let a request wait."""
@@ -150,13 +163,17 @@ class Schedule:
         """Whether a step would do anything."""
         return bool(self.waiting or self.reading or self.running or self._pending or self._finished)
 
+    @property
+    def reading(self) -> list[Running]:
+        """Requests whose prompts are being read."""
+        return [] if self._reader is None else list(self._reader.slots)
+
     @torch.inference_mode()
     def step(self) -> None:
         """Advance everything by one step. An error of the machine (out of memory) settles every ticket."""
         try:
             self._drop_cancelled()
-            self._prefill()
-            self._decode()
+            self._advance()
             self._collect()
             self._finish()
         except BaseException as error:
@@ -168,9 +185,9 @@ class Schedule:
         for row in [row for row in waiting if row.ticket.cancelled]:
             self.waiting.remove(row)
             self._leave(row, "cancelled")
-        if self.reading is not None and self.reading.ticket.cancelled:
-            self._leave(self.reading, "cancelled")
-            self.reading = None
+        for row in [row for row in self.reading if row.ticket.cancelled]:
+            self.reader.drop(row)
+            self._leave(row, "cancelled")
         for row in self.running:
             if row.ticket.cancelled and row.finish is None:
                 row.finish = "cancelled"
@@ -180,85 +197,58 @@ class Schedule:
         row.finish = finish
         self._finished.append(row)
 
-    def _prefill(self) -> None:
-        """Read prompts, a chunk at a time, until ``prefill_chunk`` tokens are read; whole prompts join the running.
-
-        Where chunks end depends on the prompt alone, so its states do not depend on what else is read.
-        """
-        budget = self._chunk
-        while budget > 0:
-            if self.reading is None:
-                if not self.waiting or len(self.running) >= self.settings.slots:
-                    return
-                self.reading = self.waiting.popleft()
-                self._open(self.reading)
-            row = self.reading
-            start = time.perf_counter()
-            assert row.embeds is not None
-            shared = self._shared_tokens(row.prompt)
-            end = min(shared if row.read < shared else row.prompt.length, row.read + self._chunk)
-            observe = row.ticket.request.router_stats
-            output = self._runner_ready().prefill(row.embeds[:, row.read : end], row.read, observe)
-            budget -= end - row.read
-            row.read = end
-            if output.choices is not None:
-                row.count_experts(output.choices)
-            if end == shared:
-                self.prefixes.put(row.prompt.prefix_key, self._runner_ready().cache.take_prefix(shared))
-            row.seconds["generate"] += time.perf_counter() - start
-            if row.read == row.prompt.length:
-                self._join(row, output)
-                self.reading = None
-
-    def _shared_tokens(self, prompt: Prompt) -> int:
-        """Where a pass over a prompt must end so that its opening can be kept; 0 where it is not kept."""
-        length = prompt.prefix_length
-        room = slot_bytes(self.model.config.text_config, length, self.model.dtype) <= self.prefixes.max_bytes
-        return length if room and not self._drops and length < prompt.length else 0
-
-    def _open(self, row: Running) -> None:
-        """Embed a prompt; its opening may be known already."""
-        start = time.perf_counter()
-        row.seconds["wait"] = start - row.submitted
-        row.embeds = embed_prompt(self.model, row.prompt)
+    def _advance(self) -> None:
+        """Read prompts until ``prefill_chunk`` tokens are read, and decode a token of every running request."""
+        pieces = self.reader.next_pieces(self.waiting, len(self.running), self._chunk)
         self.images.refresh()
-        row.seconds["encode"] += time.perf_counter() - start
-        whole = row.ticket.request.router_stats  # whose experts are to be seen
-        prefix = self.prefixes.get(row.prompt.prefix_key) if self._shared_tokens(row.prompt) and not whole else None
-        if prefix is not None:
-            self._runner_ready().cache.put_prefix(prefix)
-            row.read = prefix.length
-
-    def _join(self, row: Running, output: StepOutput) -> None:
-        """Move a prompt from the lane to the first free slot and choose its first token."""
-        runner = self._runner_ready()
-        slot = len(self.running)
-        runner.cache.move(runner.cache.lane, slot, row.prompt.length)
-        row.embeds = None
-        self.running.append(row)
-        self._choose([row], StepOutput(output.hidden, None), slice(slot, slot + 1))  # the prompt is counted already
-
-    def _decode(self) -> None:
-        rows = list(self.running)
-        if not any(row.launched < row.limit for row in rows):
+        if pieces and self._packs and not self.decoding.replays:
+            self._pass(pieces, decode=True)
             return
+        for row, piece in pieces:  # each alone, so that its states do not depend on what else is read
+            self._pass([(row, replace(piece, slot=self.reader.slots[row]))], decode=False)
+        self._pass([], decode=True)
+
+    def _pass(self, reads: list[tuple[Running, Piece]], decode: bool) -> None:
+        """One pass of the network: read some pieces, decode the running requests; what was read whole joins these."""
         start = time.perf_counter()
-        lengths = [row.length for row in rows]
-        if self.settings.batch_invariant:
-            lengths += [0] * (self.settings.slots - len(rows))
-        bucket = min(-(-(max(lengths) + 1) // _READ_STEP) * _READ_STEP, self.max_length)
-        observe = any(row.ticket.request.router_stats for row in rows)
-        output = self._runner_ready().decode(
-            self._tokens[: len(lengths)], to_device(lengths, self.model.device), bucket, observe
-        )
-        self._choose(rows, output, slice(0, len(rows)))
+        rows = list(self.running) if decode and any(row.launched < row.limit for row in self.running) else []
+        if not reads and not rows:
+            return
+        observe = any(row.ticket.request.router_stats for row in (*rows, *(row for row, _ in reads)))
+        output = self.decoding([piece for _, piece in reads], self._rows(rows), observe)
+        first, count = 0 if rows else len(self.running), len(rows)
+        place, whole = count, []
+        for number, (row, piece) in enumerate(reads):
+            if output.choices is not None and row.ticket.request.router_stats:
+                row.count_experts(output.choices[:, place : place + len(piece.embeds)])
+            place += len(piece.embeds)
+            if self.reader.advance(row, piece):
+                whole.append((row, output.hidden[count + number]))
+        for row, _ in whole:  # only now: who is still read may have to change places with it
+            self.reader.seat(row, len(self.running))
+            self.running.append(row)
+            rows.append(row)
+        if rows:
+            states = torch.stack([*output.hidden[:count], *(state for _, state in whole)]) if reads else output.hidden
+            self._choose(rows, count, replace(output, hidden=states), slice(first, first + len(rows)))
         seconds = time.perf_counter() - start
-        for row in rows:
+        for row in {*rows, *(row for row, _ in reads)}:
             row.seconds["generate"] += seconds
 
-    def _choose(self, rows: list[Running], output: StepOutput, slots: slice) -> None:
+    def _rows(self, rows: list[Running]) -> Rows | None:
+        """The running requests as a pass takes them; free slots may fill up the batch."""
+        if not rows:
+            return None
+        lengths = [row.length for row in rows]
+        held = self.reader.lengths()
+        lengths += [held.get(slot, 0) for slot in range(len(rows), self.decoding.batch_for(len(rows)))]
+        bucket = min(-(-(max(lengths) + 1) // _READ_STEP) * _READ_STEP, self.max_length)
+        return Rows(self._tokens[: len(lengths)], to_device(lengths, self.model.device), bucket)
+
+    def _choose(self, rows: list[Running], decoded: int, output: StepOutput, slots: slice) -> None:
         """Choose the next tokens from the states of a pass; they stay on the device until ``_collect``."""
-        logits = self.model.lm_head(output.hidden)[: len(rows)]
+        logits = self.model.lm_head(output.hidden) if output.logits is None else output.logits
+        logits = logits[: len(rows)]
         chosen = choose_tokens(logits, [row.draw() for row in rows])
         self._tokens[slots] = chosen
         for row in rows:
@@ -268,7 +258,7 @@ class Schedule:
             chosen = torch.empty_like(chosen, device="cpu", pin_memory=True).copy_(chosen, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append(_Pending(rows, chosen, output.hidden, output.choices, ready))
+        self._pending.append(_Pending(rows, chosen, output.hidden, decoded, output.choices, ready))
 
     def _collect(self) -> None:
         """Hear the tokens of the passes that are due, and let complete answers leave their slots."""
@@ -277,9 +267,9 @@ class Schedule:
             pending = self._pending.popleft()
             for place, (row, token) in enumerate(zip(pending.rows, pending.tokens(), strict=True)):
                 # The superfluous token of a lookahead belongs to no answer.
-                choices = pending.choices if row.ticket.request.router_stats and row.finish is None else None
-                if choices is not None:
-                    row.count_experts(choices[:, place : place + 1])
+                counts = row.ticket.request.router_stats and row.finish is None and place < pending.decoded
+                if counts and pending.choices is not None:
+                    row.count_experts(pending.choices[:, place : place + 1])
                 self._hear(row, token, pending.states[place])
         self._compact()
 
@@ -299,7 +289,7 @@ class Schedule:
             last = len(self.running) - 1
             if slot != last:
                 mover = self.running[last]
-                self._runner_ready().cache.move(last, slot, mover.length)
+                self.decoding.cache.move(last, slot, mover.length)
                 self._tokens[slot] = self._tokens[last]
                 self.running[slot] = mover
             self.running.pop()
@@ -340,19 +330,37 @@ class Schedule:
 
     def abandon(self, error: BaseException) -> None:
         """Settle everything with an error and forget it."""
-        rows = [*self.running, *self._finished, *([self.reading] if self.reading else [])]
+        rows = [*self.running, *self._finished, *([] if self._reader is None else self._reader.clear())]
         rows += [self.waiting.popleft() for _ in range(len(self.waiting))]  # other threads hand in meanwhile
-        self.running, self._finished, self.reading = [], [], None
+        self.running, self._finished = [], []
         self._pending.clear()
         for row in rows:
             if not row.ticket.done():
                 row.ticket.settle(error)
 
-    def _runner_ready(self) -> DecoderRunner:
-        """The runner; its slots are allocated at the first request."""
-        if self._runner is None:
-            model = self.model
-            cache = SlotCache(model.config.text_config, self.settings.slots, self.max_length, model.dtype, model.device)
-            self._runner = DecoderRunner(model.model.decoder, cache, self._drops, self.settings.batch_invariant)
-            self._tokens = torch.zeros(self.settings.slots, dtype=torch.long, device=model.device)
-        return self._runner
+    @property
+    def decoding(self) -> Decoding:
+        """How passes are run; slots are allocated at the first request."""
+        if self._decoding is None:
+            model, settings = self.model, self.settings
+            cache = SlotCache(model.config.text_config, settings.slots, self.max_length, model.dtype, model.device)
+            runner = DecoderRunner(model.model.decoder, cache, self._drops, settings.batch_invariant)
+            self._tokens = torch.zeros(settings.slots, dtype=torch.long, device=model.device)
+            self._decoding = Decoding(
+                runner, model.lm_head, graphs=settings.graphs, kernels=settings.kernels, compiled=settings.compiled
+            )
+        return self._decoding
+
+    @property
+    def reader(self) -> PromptReader:
+        """The prompts that are being read."""
+        if self._reader is None:
+            self._reader = PromptReader(
+                self.model,
+                self.decoding.cache,
+                self.prefixes,
+                chunk=self._chunk,
+                shares=not self._drops,
+                splits=not self._packs,
+            )
+        return self._reader

@@ -1,7 +1,8 @@
-"""Keys and values of the requests that are being answered: one fixed slot each, and one lane where prompts are read.
+"""Keys and values of the requests that are being answered: one fixed slot each.
 
-Requests in decoding always fill the first slots, so a step reads a plain slice and never gathers. What a slot needs is
-allocated once: memory has a bound that can be stated before the first request (``slot_bytes``).
+Requests in decoding always fill the first slots, so a step reads a plain slice and never gathers; prompts are read into
+the slots beyond. What a slot needs is allocated once: memory has a bound that can be stated before the first request
+(``slot_bytes``).
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class Prefix:
 
 
 class SlotCache:
-    """Keys and values, each [layers, slots + 1, heads, max_length, width]; the last row is the prefill lane.
+    """Keys and values, each [layers, slots, heads, max_length, width].
 
     Args:
         config: sizes of the language model.
-        slots: requests decoded together.
+        slots: requests read and decoded together.
         max_length: tokens a request may hold, prompt and answer.
         dtype: of the stored keys and values.
         device: where they live.
@@ -57,31 +58,38 @@ class SlotCache:
     def __init__(
         self, config: LlamaConfig, slots: int, max_length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_hidden_layers, slots + 1, _kv_heads(config), max_length, head_width(config))
+        shape = (config.num_hidden_layers, slots, _kv_heads(config), max_length, head_width(config))
         # Zeros, not rubbish: masked places are multiplied by a weight of zero, and zero times NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.slots, self.lane, self.max_length = slots, slots, max_length
+        self.slots, self.max_length = slots, max_length
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all slots and the lane."""
+        """Bytes of all slots."""
         return self.keys.nbytes + self.values.nbytes
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of one row over another."""
+        """Copy the first ``length`` tokens of one slot over another."""
         for store in (self.keys, self.values):
             store[:, target, :, :length] = store[:, source, :, :length]
 
-    def take_prefix(self, length: int) -> Prefix:
-        """A copy of the first ``length`` tokens of the prefill lane."""
-        keys, values = (store[:, self.lane, :, :length].clone() for store in (self.keys, self.values))
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first ``length`` tokens of two slots."""
+        for store in (self.keys, self.values):
+            kept = store[:, one, :, :length].clone()
+            store[:, one, :, :length] = store[:, other, :, :length]
+            store[:, other, :, :length] = kept
+
+    def take_prefix(self, slot: int, length: int) -> Prefix:
+        """A copy of the first ``length`` tokens of a slot."""
+        keys, values = (store[:, slot, :, :length].clone() for store in (self.keys, self.values))
         return Prefix(keys, values)
 
-    def put_prefix(self, prefix: Prefix) -> None:
-        """Begin the prefill lane with a prefix."""
-        self.keys[:, self.lane, :, : prefix.length] = prefix.keys
-        self.values[:, self.lane, :, : prefix.length] = prefix.values
+    def put_prefix(self, slot: int, prefix: Prefix) -> None:
+        """Begin a slot with a prefix."""
+        self.keys[:, slot, :, : prefix.length] = prefix.keys
+        self.values[:, slot, :, : prefix.length] = prefix.values
 
 
 def buckets(largest: int, smallest: int = 1) -> Sequence[int]:

@@ -150,6 +150,16 @@ def test_many_random_mixes() -> None:
         check(engine, requests[::-1], wanted[::-1])
 
 
+@pytest.mark.parametrize("kind", ["two of three experts", "shared heads"])
+def test_half_precision_is_independent_of_its_company_where_that_is_asked_for(kind: str) -> None:
+    model, processor = talker(kind)
+    model.to(torch.bfloat16)
+    requests = random_requests(1, 10)
+    alone = engine_of(model, processor, batch_invariant=True)
+    wanted = [alone.ask(request) for request in requests]
+    check(engine_of(model, processor, batch_invariant=True), requests[::-1], wanted[::-1])
+
+
 @pytest.mark.parametrize("kind", ["one of two experts", "shared heads", "dense"])
 def test_transformers_own_loop_says_the_same_tokens(kind: str) -> None:
     model, processor, requests, _ = mixture(kind)

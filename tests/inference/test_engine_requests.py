@@ -63,6 +63,7 @@ def test_an_answer_has_at_most_so_many_tokens(most: int) -> None:
     assert wanted().text.startswith(found.text)
 
 
+@cache
 def longest(seed: int = 5) -> tuple[Request, Answer]:
     """A greedy request whose answer is long and holds a ``<SEG>`` that is not its beginning."""
     for candidate in random_requests(seed, 30, max_new_tokens=14, temperature=0.0):
@@ -214,7 +215,7 @@ def second(row: Any) -> bool:
 
 STAGES: dict[str, Callable[[Engine], bool]] = {
     "waiting": lambda one: bool(one._schedule.running),
-    "in prefill": lambda one: second(one._schedule.reading),
+    "in prefill": lambda one: any(map(second, one._schedule.reading)),
     "decoding": lambda one: any(second(row) and len(row.ids) > 2 for row in one._schedule.running),
 }
 
@@ -231,7 +232,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(stage: str, look
     several.step()
     given_up = tickets[1].result(0)
     schedule = several._schedule
-    assert not any(map(second, (*schedule.waiting, schedule.reading, *schedule.running)))
+    assert not any(map(second, (*schedule.waiting, *schedule.reading, *schedule.running)))
     assert given_up.finish == "cancelled" and given_up.masks == []
     assert wanted(1).text.startswith(given_up.text) and bool(given_up.text) == (stage == "decoding")
     drive(several)
@@ -444,6 +445,6 @@ def test_the_memory_of_the_slots_is_what_was_stated() -> None:
     one = engine(slots=5, max_length=300)
     stated = one.cache_bytes
     one.ask(request())
-    cache = one._schedule._runner_ready().cache
+    cache = one._schedule.decoding.cache
     assert cache.num_bytes == stated
-    assert stated == 2 * np.prod([2, 5 + 1, 2, 300, 16]) * 4  # layers, slots and lane, heads, length, width, fp32
+    assert stated == 2 * np.prod([2, 5, 2, 300, 16]) * 4  # layers, slots, heads, length, width, fp32

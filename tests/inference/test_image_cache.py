@@ -182,9 +182,13 @@ def test_images_of_answers_that_end_together_are_encoded_together(monkeypatch: p
 def test_a_second_question_reads_only_what_is_new(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     ask(engine, pictures()[0])
-    runner = engine._schedule._runner_ready()
-    prefill = runner.prefill
-    monkeypatch.setattr(runner, "prefill", lambda embeds, *rest: read.append(embeds.shape[1]) or prefill(embeds, *rest))
+    runner = engine._schedule.decoding.runner
+    run = runner.run
+    monkeypatch.setattr(
+        runner,
+        "run",
+        lambda pieces, *rest: read.extend(len(piece.embeds) for piece in pieces) or run(pieces, *rest),
+    )
     asked = Request(pictures()[0], "Is there a kidney?", settings=SHORT)
     prompt = engine._prompt(asked)
     engine.ask(asked)

@@ -1,0 +1,139 @@
+"""Prompts on their way into slots: who is read next, how far, and what of it another question need not read again."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from model.inference.images import BoundedCache
+from model.inference.prompts import Prompt, embed_prompt
+from model.inference.runner import Piece
+from model.inference.running import Running
+from model.inference.slots import Prefix, SlotCache, slot_bytes
+from model.modeling.medplib import MedPLIBForCausalLM
+
+
+class PromptReader:
+    """The prompts that are being read, each in a slot of its own beyond those of the running requests.
+
+    Args:
+        model: the network.
+        cache: the slots.
+        prefixes: kept openings of prompts.
+        chunk: tokens of one prompt read in one pass, at most.
+        shares: whether openings are kept and used.
+        splits: let a pass end where an opening ends, so that what is kept was computed as if it stood alone.
+    """
+
+    def __init__(
+        self,
+        model: MedPLIBForCausalLM,
+        cache: SlotCache,
+        prefixes: BoundedCache[Prefix],
+        *,
+        chunk: int,
+        shares: bool,
+        splits: bool,
+    ) -> None:
+        self.model, self.cache, self.prefixes = model, cache, prefixes
+        self.chunk, self.shares, self.splits = chunk, shares, splits
+        self.slots: dict[Running, int] = {}
+        self._embeds: dict[Running, Tensor] = {}
+
+    def next_pieces(self, waiting: deque[Running], running: int, budget: int) -> list[tuple[Running, Piece]]:
+        """What to read in this pass: a stretch of each prompt until ``budget`` tokens are reached.
+
+        Takes from ``waiting`` while there are slots. A prompt whose opening is being read waits for it: it will find
+        it kept.
+        """
+        chosen = []
+        for row in self.slots:
+            if budget > 0:
+                chosen.append((row, self._piece(row)))
+                budget -= len(chosen[-1][1].embeds)
+        for row in tuple(waiting):  # a copy in one go: other threads hand in meanwhile
+            if budget <= 0 or running + len(self.slots) >= self.cache.slots:
+                break
+            if self._opening_is_read(row.prompt):
+                continue
+            waiting.remove(row)
+            self._open(row, running)
+            chosen.append((row, self._piece(row)))
+            budget -= len(chosen[-1][1].embeds)
+        return chosen
+
+    def advance(self, row: Running, piece: Piece) -> bool:
+        """Note that a piece was read; tells whether that was the whole prompt."""
+        shared = self._shared_tokens(row.prompt)
+        if row.read < shared <= piece.end:
+            self.prefixes.put(row.prompt.prefix_key, self.cache.take_prefix(piece.slot, shared))
+        row.read = piece.end
+        return row.read == row.prompt.length
+
+    def seat(self, row: Running, slot: int) -> None:
+        """Move a prompt that was read into ``slot``; whoever is read there changes places with it."""
+        place = self.slots.pop(row)
+        del self._embeds[row]
+        if place == slot:
+            return
+        other = next((other for other, held in self.slots.items() if held == slot), None)
+        if other is None:
+            self.cache.move(place, slot, row.read)
+        else:
+            self.cache.swap(place, slot, max(row.read, other.read))
+            self.slots[other] = place
+
+    def drop(self, row: Running) -> None:
+        """Forget a prompt."""
+        del self.slots[row], self._embeds[row]
+
+    def clear(self) -> list[Running]:
+        """Forget all; tells whom."""
+        rows = list(self.slots)
+        self.slots.clear()
+        self._embeds.clear()
+        return rows
+
+    def lengths(self) -> dict[int, int]:
+        """By slot, the tokens that are read: where a pass that decodes all slots may write what nobody needs."""
+        return {slot: row.read for row, slot in self.slots.items()}
+
+    def _piece(self, row: Running) -> Piece:
+        shared = self._shared_tokens(row.prompt)
+        end = shared if self.splits and row.read < shared else row.prompt.length
+        end = min(end, row.read + self.chunk)
+        return Piece(self._embeds[row][row.read : end], self.slots[row], row.read)
+
+    def _open(self, row: Running, running: int) -> None:
+        """Give a prompt a slot and embed it; its opening may be known already."""
+        start = time.perf_counter()
+        row.seconds["wait"] = start - row.submitted
+        taken = set(self.slots.values())
+        self.slots[row] = next(slot for slot in range(running, self.cache.slots) if slot not in taken)
+        try:
+            self._embeds[row] = embed_prompt(self.model, row.prompt)[0]
+        except BaseException:
+            self._embeds[row] = torch.empty(0)  # it is among the read, so that it will be told
+            raise
+        row.seconds["encode"] += time.perf_counter() - start
+        whole = row.ticket.request.router_stats  # whose experts are to be seen
+        prefix = self.prefixes.get(row.prompt.prefix_key) if self._shared_tokens(row.prompt) and not whole else None
+        if prefix is not None:
+            self.cache.put_prefix(self.slots[row], prefix)
+            row.read = prefix.length
+
+    def _opening_is_read(self, prompt: Prompt) -> bool:
+        """Whether the opening that a prompt could use is being read, and not yet kept."""
+        if not self._shared_tokens(prompt):
+            return False
+        keys = (row.prompt.prefix_key for row in self.slots if row.read < self._shared_tokens(row.prompt))
+        return prompt.prefix_key in keys
+
+    def _shared_tokens(self, prompt: Prompt) -> int:
+        """Leading tokens of a prompt that are worth keeping; 0 where they are not kept."""
+        length = prompt.prefix_length
+        room = slot_bytes(self.model.config.text_config, length, self.model.dtype) <= self.prefixes.max_bytes
+        return length if room and self.shares and length < prompt.length else 0
