@@ -6,7 +6,6 @@ headline metrics, thresholds, version, licence and source of every set. The proj
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -16,10 +15,9 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import metrics_for
+from model.yaml_files import expand, nearest, read_mapping, unknown_key
 
 SUITES = Path(__file__).resolve().parents[2] / "configs" / "suites"
 """Folder of the project's own suites."""
@@ -28,8 +26,6 @@ Task = Literal["vqa", "region", "grounding", "mixed"]
 Layout = Literal["medplib", "slake", "vqa_rad", "parquet", "omnimedvqa"]
 Prompt = Literal["training", "published"]
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^${}]*))?\}")  # innermost first
-_BEGINS = re.compile(r"(\$\{\w+:-)*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -139,7 +135,7 @@ class Suite:
         known = [item.name for item in self.sets]
         for name in wanted:
             if name not in known:
-                raise MedPLIBError(f"the suite {self.name} has no set {name} (nearest: {_nearest(name, known)})")
+                raise MedPLIBError(f"the suite {self.name} has no set {name} (nearest: {nearest(name, known)})")
         return replace(self, sets=tuple(item for item in self.sets if item.name in wanted)) if wanted else self
 
 
@@ -163,7 +159,7 @@ def load_suite(name: str | Path, *, environment: Mapping[str, str] | None = None
     """
     path = _find(str(name))
     problems: list[str] = []
-    values = _read_yaml(path)
+    values = read_mapping(path, "the suite")
     values.setdefault("name", path.stem)
     reader = _Reader(path.parent, os.environ if environment is None else environment, problems)
     suite = reader.build(Suite, values, "")
@@ -176,15 +172,6 @@ def load_suite(name: str | Path, *, environment: Mapping[str, str] | None = None
     return replace(suite, title=suite.title or suite.name, sets=sets)
 
 
-def nearest_key(name: str, known: Iterable[str]) -> str:
-    """A sentence about a key that does not exist, with the nearest one that does."""
-    return f"{name} is not a key (nearest: {_nearest(name, known)})"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-
-
 def _find(name: str) -> Path:
     own = SUITES / f"{name}.yaml"
     if "/" not in name and own.is_file():
@@ -194,16 +181,6 @@ def _find(name: str) -> Path:
         return path
     known = ", ".join(available_suites()) or "none are installed"
     raise MedPLIBError(f"there is no suite {name}; give a YAML file or one of: {known}")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MedPLIBError(f"the suite {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise MedPLIBError(f"the suite {path} holds {type(content).__name__}, expected keys and values")
-    return content
 
 
 def _existing(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -235,7 +212,7 @@ def _problems_of(suite: Suite) -> list[str]:
         metrics = [metric.name for metric in metrics_for(item.thresholds, item.surface)]
         named = [*item.headlines, *(known.metric for known in item.known)]
         unknown = [name for name in named if name not in metrics]
-        problems += [f"{where}: {name} is not a metric of it (nearest: {_nearest(name, metrics)})" for name in unknown]
+        problems += [f"{where}: {name} is not a metric of it (nearest: {nearest(name, metrics)})" for name in unknown]
     return problems
 
 
@@ -260,7 +237,7 @@ class _Reader:
         for key, value in values.items():
             name = f"{place}.{key}".lstrip(".")
             if key not in hints:
-                self.problems.append(nearest_key(name, (f"{place}.{known}".lstrip(".") for known in hints)))
+                self.problems.append(unknown_key(name, (f"{place}.{known}".lstrip(".") for known in hints)))
             else:
                 arguments[str(key)] = self.value(value, hints[str(key)], name)
         required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
@@ -306,12 +283,8 @@ class _Reader:
 
     def expand(self, text: str, name: str, *, is_path: bool = False) -> str:
         """``text`` with its variables filled in; a variable that begins a path starts from the current folder."""
-        while (match := _VARIABLE.search(text)) is not None:
-            variable, default = match.groups()
-            given = self.environment.get(variable, "")
-            if not given and default is None:
-                self.problems.append(f"{name} needs the environment variable {variable}, which is not set")
-            if given and is_path and _BEGINS.fullmatch(text[: match.start()]):
-                given = str(Path.cwd() / Path(given).expanduser())
-            text = text[: match.start()] + (given or default or "") + text[match.end() :]
-        return text
+
+        def missing(variable: str) -> None:
+            self.problems.append(f"{name} needs the environment variable {variable}, which is not set")
+
+        return expand(text, self.environment, missing, is_path=is_path)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from model.train.recipe import Mixture, Recipe
 from model.train.trainable import LORA_TARGETS, PARTS
+from model.yaml_files import unknown_key
 
 _LOWEST: Mapping[str, float] = {
     "seed": 0,
@@ -140,9 +140,3 @@ def _check_mixture(recipe: Recipe) -> list[str]:
     ):
         problems.append("mixture.projector_experts is set, but trainable lacks projector, so they would never differ")
     return problems
-
-
-def unknown_key(name: str, known: Iterable[str]) -> str:
-    """A sentence about a key that does not exist, with the nearest one that does."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"{name} is not a key (nearest: {nearest[0]})" if nearest else f"{name} is not a key"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,13 +15,12 @@ import yaml
 
 from model.errors import MedPLIBError
 from model.train.recipe import Recipe
-from model.train.recipe_checks import check_values, unknown_key
+from model.train.recipe_checks import check_values
 from model.train.stages import PUBLISHED
+from model.yaml_files import expand, read_mapping, unknown_key
 
 RECIPE_FILE = "recipe.yaml"
 """Name of the recipe that is saved in every run folder."""
-
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 def load_recipe(
@@ -42,7 +40,9 @@ def load_recipe(
         MedPLIBError: listing every unknown key, wrong type, wrong value and unset variable.
     """
     problems: list[str] = []
-    values = _read_yaml(Path(path))
+    if not Path(path).exists():
+        raise MedPLIBError(f"there is no recipe at {path}; the project's own are in configs/stages")
+    values = read_mapping(Path(path), "recipe")
     for text in overrides:
         _lay_override(values, text, problems)
     return _finish(values, f"recipe {path}", problems, os.environ if environment is None else environment)
@@ -97,18 +97,6 @@ def _finish(values: dict[str, Any], where: str, problems: list[str], environment
     return recipe
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MedPLIBError(f"there is no recipe at {path}; the project's own are in configs/stages") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MedPLIBError(f"recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise MedPLIBError(f"recipe {path} holds {type(content).__name__}, expected keys and values")
-    return content
-
-
 def _lay_override(values: dict[str, Any], text: str, problems: list[str]) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -147,15 +135,10 @@ def _expand(value: Any, name: str, problems: list[str], environment: Mapping[str
     if not isinstance(value, str):
         return value
 
-    def replace(match: re.Match[str]) -> str:
-        variable, default = match.groups()
-        if environment.get(variable):
-            return environment[variable]
-        if default is None:
-            problems.append(f"{name} needs the environment variable {variable}, which is not set (or give {name}=…)")
-        return default or ""
+    def missing(variable: str) -> None:
+        problems.append(f"{name} needs the environment variable {variable}, which is not set (or give {name}=…)")
 
-    return _VARIABLE.sub(replace, value)
+    return expand(value, environment, missing)
 
 
 def _build(kind: type[Any], values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:

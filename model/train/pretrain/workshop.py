@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -35,6 +34,7 @@ from model.train.pretrain.seen import (
     train_seen,
 )
 from model.train.pretrain.vision import VisionPlan, pretrain_vision
+from model.yaml_files import read_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class Workshop:
     """
 
     def __init__(self, config: Path, out: Path, workers: int = 1) -> None:
-        self.settings, self.out, self.workers = read_yaml(config), out, workers
-        self.sizes = read_yaml(Path(self.settings["sizes"]))
+        self.settings, self.out, self.workers = read_mapping(config, "the settings"), out, workers
+        self.sizes = read_mapping(Path(self.settings["sizes"]), "the sizes")
         self.seed = int(self.settings.get("seed", 0))
         self.log = out / "log.jsonl"
 
@@ -185,21 +185,6 @@ class Workshop:
         if not path.is_file():
             raise MedPLIBError(f"{path} is missing; run the pre-training step {name!r} first")
         return load_file(path)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping.
-
-    Raises:
-        MedPLIBError: there is no such file, or it is no mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise MedPLIBError(f"{path} cannot be read as YAML ({error}); give a readable file") from error
-    if not isinstance(content, dict):
-        raise MedPLIBError(f"{path} holds a {type(content).__name__}; expected a mapping")
-    return content
 
 
 def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
