@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -17,12 +16,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.data.readers import ImageData, ReadLimits, read_image, read_mask
 from model.errors import MedPLIBError
 from model.processing.masks import decode_rle
 from model.serve.protocol import ErrorCode
+from model.serve.refusals import Refusal, error_body
 
 _MIB = 2**20
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
@@ -193,8 +194,7 @@ def safe_file_name(name: str, default: str = "file") -> str:
 class BodyLimit:
     """ASGI middleware: no request's body is longer, stays away longer, or is kept beside more others than this.
 
-    Answers 413, 408 and 429 with ``{"error": sentence, "error_code": n}``, and a body whose length is told and too
-    large is not read at all.
+    Answers 413, 408 and 429 with a sentence; a body whose length is told and too large is not read at all.
 
     Args:
         app: the program behind it.
@@ -216,13 +216,13 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         if _told_length(scope) > self.max_bytes:
-            await self._too_long().answer(send)
+            await _answer(self._too_long(), scope, send)
             return
         await self._pass_on(scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         length, complete, begun = 0, False, False
-        refusal: _Refusal | None = None
+        refusal: Refusal | None = None
 
         async def limited_receive() -> Message:
             nonlocal length, complete, refusal
@@ -230,7 +230,7 @@ class BodyLimit:
                 return await receive()
             try:
                 message = await self._next_piece(receive, length)
-            except _Refusal as reason:
+            except Refusal as reason:
                 refusal = reason
                 raise
             length += len(message.get("body", b""))
@@ -255,7 +255,7 @@ class BodyLimit:
         finally:
             self._held -= length
         if refusal is not None and not begun:
-            await refusal.answer(send)
+            await _answer(refusal, scope, send)
 
     async def _next_piece(self, receive: Receive, length: int) -> Message:
         """The next piece of a body of which ``length`` bytes are here."""
@@ -263,36 +263,26 @@ class BodyLimit:
             message = await asyncio.wait_for(receive(), self.idle_seconds)
         except TimeoutError:
             sentence = f"the request stopped coming for {self.idle_seconds:g} s; send it again"
-            raise _Refusal(408, ErrorCode.TIMEOUT, sentence) from None
+            raise Refusal(ErrorCode.TIMEOUT, sentence, status=408) from None
         size = len(message.get("body", b""))
         if length + size > self.max_bytes:
             raise self._too_long()
         if self._held + size > self.max_total_bytes and self._held > length:  # alone, it is within its own limit
-            raise _Refusal(429, ErrorCode.BUSY, "too many large requests are being read; ask again later")
+            raise Refusal(ErrorCode.BUSY, "too many large requests are being read; ask again later", retry_after=1)
         return message
 
-    def _too_long(self) -> _Refusal:
-        return _Refusal(
-            413,
-            ErrorCode.BAD_INPUT,
-            f"the request is longer than {self.max_bytes / _MIB:.3g} MiB; send a smaller image",
-        )
+    def _too_long(self) -> Refusal:
+        sentence = f"the request is longer than {self.max_bytes / _MIB:.3g} MiB; send a smaller image"
+        return Refusal(ErrorCode.BAD_INPUT, sentence, status=413)
 
 
-class _Refusal(Exception):
-    """Leaves the program behind the middleware; told by the middleware."""
-
-    def __init__(self, status: int, code: ErrorCode, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status, self.code, self.sentence = status, code, sentence
-
-    async def answer(self, send: Send) -> None:
-        """Tell the client; the rest of its body is not read, so the connection ends."""
-        content = json.dumps({"error": self.sentence, "error_code": int(self.code)}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        headers += [(b"connection", b"close"), *([(b"retry-after", b"1")] if self.status == 429 else [])]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+async def _answer(refusal: Refusal, scope: Scope, send: Send) -> None:
+    """Tell the client. What it still sends is thrown away by the server, so that it comes to read this."""
+    body = error_body(scope.get("path", ""), refusal.sentence, refusal.code, refusal.status)
+    close = {"Connection": "close"} if refusal.code == ErrorCode.TIMEOUT else {}
+    response = JSONResponse(body, refusal.status, {**refusal.headers, **close})
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})
 
 
 def _told_length(scope: Scope) -> int:

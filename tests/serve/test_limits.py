@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
@@ -285,6 +286,17 @@ def test_a_program_with_words_of_its_own_does_not_hide_why() -> None:
         assert reply.status_code == 413
         assert "longer than" in reply.json()["error"]
         assert client.post("/", json={"a": "x" * 200}).status_code == 413
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_client_that_sends_far_too_much_reads_why(serving: Any, told: bool) -> None:
+    content = b"a" * 2**24
+    with serving(BodyLimit(echo_length, 2**20)) as url, httpx.Client() as client:
+        for _ in range(2):
+            reply = client.post(url, content=content if told else iter([content[: 2**22]] * 4))
+            assert reply.status_code == 413
+            assert "longer than 1 MiB" in reply.json()["error"]
+        assert client.post(url, content=b"a" * 2**20).text == str(2**20)
 
 
 def test_a_body_that_stops_coming_is_given_up() -> None:
