@@ -1,0 +1,277 @@
+"""The OpenAI-compatible API on the controller: ``/v1/models`` and ``/v1/chat/completions``, streamed and not.
+
+A conversation about one image goes in, text and masks come out; ``openai_messages`` makes it one request of our own,
+any worker answers it, and what went wrong comes back in the shape that OpenAI's clients read. Nothing is kept between
+requests, nothing is fetched, and no path is opened. A client that leaves takes its request with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Annotated, Any, Protocol, TypeVar
+
+import anyio
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+
+from model.errors import MedPLIBError
+from model.serve.limits import ServeLimits
+from model.serve.openai_examples import ASKING, ERRORS, STREAMED
+from model.serve.openai_messages import RefusedField, generate_request
+from model.serve.openai_replies import DONE, Listener, Reply
+from model.serve.openai_schema import ChatCompletion, ChatRequest, ModelCard, ModelList
+from model.serve.protocol import Chunk, ErrorCode, GenerateRequest
+from model.serve.refusals import Refusal, error_body
+
+Result = TypeVar("Result")
+_CLIENT_LEFT = 499  # nobody reads it; it is what logs call it
+_NAME = re.compile(r"[a-z]\w*")
+_TAGS = ("text", "image_url")
+_log = logging.getLogger(__name__)
+
+
+class Answers(Protocol):
+    """Gives requests to workers: ``forwarding.Forwarder``."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """The answer as it grows; raises ``Refusal`` where there is none."""
+
+
+class Models(Protocol):
+    """Knows which models can be asked: ``registry.Registry``."""
+
+    def models(self) -> list[str]:
+        """Their names."""
+
+
+class Settings(Protocol):
+    """What the routes need to know of the controller's settings."""
+
+    @property
+    def limits(self) -> ServeLimits:
+        """What a request may cost."""
+
+
+def openai_router(forwarder: Answers, registry: Models, settings: Settings) -> APIRouter:
+    """The routes under ``/v1``; the caller guards them with its key and ends over-long bodies."""
+    api = _Api(forwarder, registry, settings.limits)
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route)
+    refusals: dict[int | str, dict[str, Any]] = {**ERRORS}
+    router.add_api_route("/models", api.models, methods=["GET"], response_model=ModelList, responses=refusals)
+    router.add_api_route(
+        "/models/{model_id:path}", api.model, methods=["GET"], response_model=ModelCard, responses=refusals
+    )
+    router.add_api_route(
+        "/chat/completions",
+        api.chat,
+        methods=["POST"],
+        response_model=ChatCompletion,
+        responses={200: STREAMED, **refusals},
+    )
+    return router
+
+
+class _Route(APIRoute):
+    """Tells errors with the field that they are about."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_or_tell(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                param, sentence = _malformed(error)
+                return _tell(Refusal(ErrorCode.BAD_INPUT, sentence), param)
+            except MedPLIBError as error:
+                param = error.param if isinstance(error, RefusedField) else None
+                return _tell(Refusal(ErrorCode.BAD_INPUT, str(error)), param)
+            except UnknownModel as refusal:
+                return _tell(refusal, "model", "model_not_found")
+            except Refusal as refusal:
+                return _tell(refusal)
+
+        return handle_or_tell
+
+
+class UnknownModel(Refusal):
+    """There are models, and this is none of them."""
+
+    def __init__(self, model: str, known: list[str]) -> None:
+        sentence = f"there is no model {model[:100]!r} here; known: {', '.join(known) or 'none'}"
+        super().__init__(ErrorCode.BAD_INPUT, sentence, status=404)
+
+
+class _Api:
+    """The handlers.
+
+    Args:
+        forwarder: gives requests to workers.
+        registry: knows the models.
+        limits: of a request.
+    """
+
+    def __init__(self, forwarder: Answers, registry: Models, limits: ServeLimits) -> None:
+        self.forwarder, self.registry, self.limits = forwarder, registry, limits
+        self.started = int(time.time())
+
+    async def models(self) -> ModelList:
+        """Models that can be asked now."""
+        return ModelList(data=[ModelCard(id=name, created=self.started) for name in self.registry.models()])
+
+    async def model(self, model_id: str) -> ModelCard:
+        """One model, if it can be asked now."""
+        if model_id not in (known := self.registry.models()):
+            raise UnknownModel(model_id, known)
+        return ModelCard(id=model_id, created=self.started)
+
+    async def chat(self, body: Annotated[ChatRequest, Body(openapi_examples=ASKING)], request: Request) -> Response:
+        """Answer a question about an image, with masks where the answer points at something.
+
+        With `stream`, events `data: {…}` of `object` `chat.completion.chunk`, ended by `data: [DONE]`; the one that has
+        a `finish_reason` carries `medplib` in its `delta`.
+        """
+        known = self.registry.models()
+        if known and body.model not in known:  # where there is none, the forwarder says when to come again
+            raise UnknownModel(body.model, known)
+        asked = generate_request(body, self.limits)
+        listener = Listener(self.forwarder.generate(asked))
+        reply = Reply(body.model, asked.prompt)
+        streaming = False
+        try:
+            if not body.stream:
+                completion = reply.completion(await _unless_gone(request, listener.last()))
+                return Response(completion.model_dump_json(), media_type="application/json")
+            first = await _unless_gone(request, _first(listener))
+            streaming = True
+        except _ClientLeft:
+            return Response(status_code=_CLIENT_LEFT)
+        finally:
+            if not streaming:
+                await listener.close()
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return _EventStream(_events(listener, reply, first, with_usage), listener)
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+async def _first(listener: Listener) -> Chunk:
+    chunk = await listener.next()
+    if chunk is None:
+        raise Refusal(ErrorCode.FAILED, "the worker ended its answer before it began; ask again")
+    return chunk
+
+
+async def _events(listener: Listener, reply: Reply, first: Chunk, with_usage: bool) -> AsyncIterator[bytes]:
+    """The answer's events; what goes wrong after the first one becomes an event too."""
+    yield reply.opening()
+    chunk: Chunk | None = first
+    last = first
+    try:
+        while chunk is not None:
+            last = chunk
+            if news := reply.news(chunk):
+                yield news
+            chunk = await listener.next()
+        yield reply.ending(last, with_usage)
+    except Refusal as refusal:
+        yield _error_event(refusal)
+    except Exception:  # noqa: BLE001 - whatever it is, the client must not wait for a word that never comes
+        _log.exception("an answer's stream broke")
+        yield _error_event(Refusal(ErrorCode.FAILED, "this server made a mistake; its log tells which"))
+
+
+def _error_event(refusal: Refusal) -> bytes:
+    return b"data: " + json.dumps(_error(refusal)).encode() + b"\n\n" + DONE
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events that end what they listen to, however the client goes."""
+
+    def __init__(self, events: AsyncIterator[bytes], listener: Listener) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._listener = listener
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all events."""
+        try:
+            await super().stream_response(send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._listener.close()
+
+
+class _ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The work's result.
+
+    Raises:
+        _ClientLeft: the client left before; the work was given up.
+    """
+    result = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise _ClientLeft
+        return result.result()
+    finally:
+        gone.cancel()
+        result.cancel()
+        await asyncio.wait({result, gone})
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def _error(refusal: Refusal, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    body = error_body("/v1/", refusal.sentence, refusal.code, refusal.status)
+    body["error"]["param"] = param
+    body["error"]["code"] = code or body["error"]["code"]
+    return body
+
+
+def _tell(refusal: Refusal, param: str | None = None, code: str | None = None) -> JSONResponse:
+    return JSONResponse(_error(refusal, param, code), refusal.status, refusal.headers)
+
+
+def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
+    """Field and sentence of what is wrong with a request; of a choice of forms, those of the one that fits best."""
+    found = max(error.errors(), key=lambda one: len(one["loc"]))
+    if found["type"] == "json_invalid":
+        return None, "the request is no valid JSON; send an object with Content-Type application/json"
+    param = _field(found["loc"])
+    reason = str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+    sentence = f"{param}: {reason}" if param else f"{reason}; send a JSON object with Content-Type application/json"
+    return param, sentence.encode("utf-8", "replace").decode()[:500]
+
+
+def _field(location: tuple[int | str, ...]) -> str | None:
+    """``messages[0].content`` of a place in the request."""
+    path = ""
+    for before, name, after in zip(("", *location), location, (*location[1:], None), strict=False):
+        if isinstance(name, int):
+            path += f"[{name}]"
+        elif not (name == "body" or not _NAME.fullmatch(name) or name == "str" or (name in _TAGS and after == name)):
+            is_tag = isinstance(before, int) and name in _TAGS and after is not None
+            path += "" if is_tag else f".{name}"
+    return path.lstrip(".") or None
