@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.data.readers import ImageData, ReadLimits, read_image, read_mask
 from model.errors import MedPLIBError
-from model.processing.masks import decode_rle
 from model.serve.protocol import ErrorCode
 from model.serve.refusals import Refusal, error_body
 
@@ -143,6 +142,8 @@ def open_region(value: Any, size: tuple[int, int], limits: ServeLimits) -> np.nd
 
 
 def _from_run_lengths(value: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    from model.processing.masks import decode_rle  # brings torch and transformers, which a controller does without
+
     stored, counts = value.get("size"), value.get("counts")
     sides = isinstance(stored, list) and len(stored) == 2 and all(type(side) is int for side in stored)
     runs = isinstance(counts, str) or (isinstance(counts, list) and all(type(run) is int for run in counts))

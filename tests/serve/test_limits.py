@@ -7,6 +7,8 @@ import base64
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 from model.errors import MedPLIBError
 from model.processing.masks import encode_rle
 from model.serve.limits import BodyLimit, ServeLimits, decode_base64, open_image, open_region, safe_file_name
+from tests.conftest import ROOT
 
 LIMITS = ServeLimits()
 RNG = np.random.default_rng(0)
@@ -43,6 +46,11 @@ def claiming(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     good = encoded(np.zeros((4, 4, 3), dtype=np.uint8))
     return good[:12] + header + struct.pack(">I", zlib.crc32(header)) + good[33:]
+
+
+def test_whoever_needs_only_limits_does_not_wait_for_torch() -> None:
+    asked = "import sys, model.serve.limits; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_limits_are_positive() -> None:
