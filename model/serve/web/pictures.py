@@ -77,7 +77,7 @@ def overlay(
     canvas = np.ascontiguousarray(pixels).copy()
     opacity = min(max(float(opacity), 0.0), 1.0)
     drawn = [
-        (_of_size(mask, canvas.shape[:2]), colour(number))
+        (of_size(mask, canvas.shape[:2]), colour(number))
         for number, mask in enumerate(masks)
         if number >= len(shown) or shown[number]
     ]
@@ -103,7 +103,7 @@ def region_outline(pixels: np.ndarray, regions: Sequence[np.ndarray]) -> np.ndar
     """
     canvas = np.ascontiguousarray(pixels).copy()
     for number, region in enumerate(regions, start=1):
-        inside = _of_size(region, canvas.shape[:2])
+        inside = of_size(region, canvas.shape[:2])
         draw_contour(canvas, inside, _INK, extra=2)
         draw_contour(canvas, inside, _PAPER)
         if len(regions) > 1 and inside.any():
@@ -140,7 +140,12 @@ def legend_html(masks: Sequence[Mask], shown: Sequence[bool] = ()) -> str:
     return f'<ul class="mask-legend" style="list-style:none;padding:0;margin:0">{"".join(rows)}</ul>'
 
 
-def _of_size(mask: Mask | np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def of_size(mask: Mask | np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A mask as bool [H, W].
+
+    Raises:
+        MedPLIBError: it is not of this (height, width).
+    """
     inside = mask.to_array() if isinstance(mask, Mask) else np.asarray(mask).astype(bool)
     if inside.shape != tuple(size):
         got = "×".join(str(side) for side in inside.shape)

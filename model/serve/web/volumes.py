@@ -27,10 +27,11 @@ Window = tuple[float, float]
 Plane = Literal["axial", "coronal", "sagittal"]
 
 _PLANES: tuple[Plane, ...] = ("sagittal", "coronal", "axial")  # by the axis of a left-posterior-superior array
-_OTHER_BEGINNINGS = (
-    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*"),
+_OTHER_BEGINNINGS = (  # not TIFF: a DICOM file may carry a TIFF header, so that either kind of program finds its pixels
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF"),
     *(b"\x1f\x8b", b"PK", b"%PDF", b"MZ", b"\x7fELF", b"#!", b"<"),
 )
+_TIFF = (b"II*\0", b"MM\0*")
 _ANISOTROPIC = 1.5  # times coarser across slices than within: the plane that the scanner acquired
 _SAMPLES = 1_000_000  # voxels that the first window of a NIfTI volume is estimated from
 
@@ -58,6 +59,7 @@ class Volume(ABC):
         kind: ``picture``, ``dicom`` or ``nifti``.
         name: what messages call the file.
         num_slices: at least 1.
+        size: (height, width) of a slice in pixels.
         window: (centre, width) in the file's own values that a slider starts at; None where there is nothing to window.
         spacing_mm: (row, column) distance of a slice's pixel centres; None where the file does not say.
         planes: that slices can be taken along; empty where there is no choice.
@@ -67,6 +69,7 @@ class Volume(ABC):
     kind: Literal["picture", "dicom", "nifti"]
     name: str
     num_slices: int = 1
+    size: tuple[int, int]
     window: Window | None = None
     spacing_mm: tuple[float, float] | None = None
     planes: tuple[Plane, ...] = ()
@@ -125,7 +128,7 @@ class Picture(Volume):
     kind = "picture"
 
     def __init__(self, data: ImageData, name: str) -> None:
-        self.data, self.name, self.spacing_mm = data, name, data.spacing_mm
+        self.data, self.name, self.size, self.spacing_mm = data, name, data.size, data.spacing_mm
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         return self.data.pixels
@@ -138,6 +141,7 @@ class DicomVolume(Volume):
 
     def __init__(self, frames: DicomFrames, name: str) -> None:
         self.frames, self.name = frames, name
+        self.size = frames.size
         self.num_slices, self.window, self.spacing_mm = frames.count, frames.window, frames.spacing_mm
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
@@ -179,6 +183,7 @@ class NiftiVolume(Volume):
         self._axis = _PLANES.index(self.plane)
         self.num_slices = self._lps.shape[self._axis]
         down, across = _down_and_across(self._axis)
+        self.size = (self._lps.shape[down], self._lps.shape[across])
         self.spacing_mm = (self._lengths[down], self._lengths[across])
         self.window = window or _first_window(source)
 
@@ -226,7 +231,7 @@ def open_volume(data: bytes, name: str, limits: Limits) -> Volume:
     marked = data[128:132] == b"DICM"
     if marked and data.startswith(_OTHER_BEGINNINGS):
         raise MedPLIBError(f"{told} is a DICOM file and something else at once; export it as plain DICOM")
-    if marked or (name.lower().endswith((".dcm", ".dicom")) and not data.startswith(_OTHER_BEGINNINGS)):
+    if marked or (name.lower().endswith((".dcm", ".dicom")) and not data.startswith(_OTHER_BEGINNINGS + _TIFF)):
         return DicomVolume(dicom_frames(data, told, limits.max_pixels, limits.max_frames), told)
     if data.startswith(b"\x1f\x8b") or looks_like_nifti(data) or name.lower().endswith(".nii"):
         return NiftiVolume(read_nifti(data, told, MAX_VOLUME_BYTES), told, limits)
