@@ -102,6 +102,7 @@ class Answer:
         new_tokens: tokens generated, the end token not counted.
         masks_at: for each further threshold asked for, the masks' COCO run lengths.
         router_stats: for each mixture layer, the share of the tokens that each expert computed, if asked for.
+        prompt_tokens: of the conversation before it, the image's included.
     """
 
     text: str
@@ -111,6 +112,7 @@ class Answer:
     new_tokens: int = 0
     masks_at: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     router_stats: list[list[float]] | None = None
+    prompt_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready mapping, as ``medplib ask --json`` prints it."""

@@ -324,6 +324,7 @@ class Schedule:
                         len(row.ids),
                         result.masks_at,
                         row.router_shares(),
+                        row.prompt.length,
                     )
                 )
         self._finished = []

@@ -9,6 +9,8 @@ import pytest
 
 from model.data.readers import ImageData, read_image
 from model.inference.answer import Answer
+from model.inference.engine import Engine
+from model.inference.generation import GenerationSettings
 from model.inference.images import content_key, prepare_image
 from model.inference.requests import Request, Ticket
 from model.processing.processor import MedPLIBProcessor
@@ -60,3 +62,12 @@ def test_an_image_that_was_read_is_not_read_again_and_keeps_its_spacing() -> Non
     assert len(keys) == 4
     assert content_key(ImageData(PIXELS.copy(), (0.5, 0.7), "png")) == content_key(spaced)
     assert content_key(read_image(PIXELS[::-1])) not in keys
+
+
+def test_an_answer_tells_how_long_its_prompt_was() -> None:
+    engine = Engine.from_pretrained(ROOT / "assets" / "medplib-nano")
+    short = GenerationSettings(max_new_tokens=1)
+    one = engine.ask(Request(PIXELS, "What?", settings=short))
+    two = engine.ask(Request(PIXELS, "What?", history=[("What is it?", "liver")], settings=short))
+    assert one.prompt_tokens > engine.model.config.vision_grid**2
+    assert two.prompt_tokens > one.prompt_tokens
