@@ -14,6 +14,7 @@ from typing import Any
 
 from model.errors import MedPLIBError
 from model.eval.commands import add_compare_command, add_eval_command
+from model.serve.commands import add_serve_command
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "medplib-nano"
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     add_eval_command(commands)
     add_compare_command(commands)
+    add_serve_command(commands).set_defaults(run=run_serve)
     _add_export(commands)
     _add_describe(commands)
     return parser
@@ -250,6 +252,13 @@ def run_chat(options: argparse.Namespace) -> int:
         quantisation=options.quantisation,
     )
     return run_chat(engine, options.image, ChatSettings(options.out, asked), options.regions)
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """``medplib serve``."""
+    from model.serve.commands import run_serve as serve
+
+    return serve(options, options.model or default_model())
 
 
 def default_model() -> Path:

@@ -1,0 +1,131 @@
+"""What can be told before a model is loaded: whether it is there, and whether it fits the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from model.errors import MedPLIBError
+
+BESIDE_WEIGHTS = 600 * 2**20
+"""Bytes that a worker takes beside its weights: libraries, caches, a picture or two."""
+_CGROUP = Path("/sys/fs/cgroup")
+_GIB = 2**30
+
+
+def check_packages(names: Sequence[str]) -> None:
+    """Whether the packages of serving are installed.
+
+    Raises:
+        MedPLIBError: some are not.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise MedPLIBError(f"{', '.join(missing)} cannot be imported; install with pip install -e '.[serve]'")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's weights as they are stored: their bytes, and whether they take two a number."""
+
+    size: int
+    half: bool
+
+
+def check_checkpoint(directory: Path) -> Weights:
+    """A checkpoint's weights, which are not read.
+
+    Raises:
+        MedPLIBError: it is no directory with a configuration and weights.
+    """
+    settings = _settings(directory)
+    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    if not weights:
+        raise MedPLIBError(f"{directory} holds no weights (*.safetensors or *.bin); name a complete checkpoint")
+    size = sum(path.stat().st_size for path in weights)
+    if size == 0:
+        raise MedPLIBError(f"the weights in {directory} are empty; copy the checkpoint again")
+    return Weights(size, "16" in str(settings.get("dtype") or settings.get("torch_dtype") or ""))
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """The checkpoint's own configuration, or that of its adapter."""
+    if not directory.is_dir():
+        raise MedPLIBError(f"there is no directory {directory}; name a checkpoint with --model DIR")
+    for name in ("config.json", "adapter_config.json"):
+        if (directory / name).is_file():
+            try:
+                settings = json.loads((directory / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise MedPLIBError(f"{directory / name} cannot be read ({error}); copy the checkpoint again") from error
+            return settings if isinstance(settings, dict) else {}
+    raise MedPLIBError(f"{directory} is no checkpoint: it has no config.json; name one with --model DIR")
+
+
+def check_memory(weights: Weights, devices: Sequence[str], *, dtype: str | None = None, bits: int = 16) -> None:
+    """Whether the workers fit the memory that is free now; what cannot be told is left to them.
+
+    Args:
+        weights: of their checkpoint.
+        devices: of each worker: ``cpu``, ``cuda``, ``cuda:1`` …
+        dtype: that was asked for; a CPU takes 32 bits where none was.
+        bits: a weight takes on a GPU once it is loaded.
+
+    Raises:
+        MedPLIBError: they do not.
+    """
+    on_cpu = weights.size * (2 if weights.half and dtype in (None, "fp32") else 1) + BESIDE_WEIGHTS
+    for device in dict.fromkeys(devices):
+        count = devices.count(device)
+        needed = count * (on_cpu if device == "cpu" else weights.size * min(bits, 16) // 16)
+        free = free_memory() if device == "cpu" else _free_gpu_memory(device)
+        if free is not None and needed > free:
+            workers = "1 worker needs" if count == 1 else f"{count} workers need"
+            raise MedPLIBError(
+                f"{workers} about {needed / _GIB:.1f} GiB of memory and {device} has {free / _GIB:.1f} GiB free; "
+                "stop other programs, start fewer workers, or take a smaller checkpoint"
+            )
+
+
+def free_memory() -> int | None:
+    """Bytes that this machine, or the container it is, can still give; None where that is not told."""
+    found = [_available_memory(), _container_memory()]
+    return min((value for value in found if value is not None), default=None)
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _container_memory() -> int | None:
+    try:
+        most = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        taken = (_CGROUP / "memory.current").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return max(0, int(most) - int(taken)) if most.isdigit() and taken.isdigit() else None
+
+
+def _free_gpu_memory(device: str) -> int | None:
+    """Free bytes of a GPU by nvidia-smi; None where it cannot be told, or not which GPU is meant."""
+    program = shutil.which("nvidia-smi")
+    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return None
+    number = device.partition(":")[2] or "0"
+    command = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={number}"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return int(told.strip()) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None

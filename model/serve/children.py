@@ -1,0 +1,169 @@
+"""Servers as child processes: started, heard, restarted after a crash, stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import httpx
+
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
+"""Seconds before a crashed child is started again: doubled each time, up to the longest."""
+STEADY_SECONDS = 60.0
+"""A child that ran for so long has its earlier crashes forgotten."""
+_LINES, _LINE_BYTES = 40, 4000
+_LOG_BYTES, _LOG_FILES = 5 * 2**20, 3
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is to be run.
+
+    Attributes:
+        name: for people, such as ``worker 1``.
+        module: run as ``python -m`` would.
+        flags: of its command line; never a secret.
+        address: ``http://host:port`` it can be asked at.
+        environment: variables it gets beside this process's own.
+        without: variables of this process's own that it does not get.
+        ready_path: answers 200 once it serves.
+    """
+
+    name: str
+    module: str
+    flags: tuple[str, ...]
+    address: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    ready_path: str = "/readyz"
+
+
+class Child:
+    """One program's process, and the one after that.
+
+    Args:
+        program: what to run.
+        logs: folder of its log file; None keeps its last lines alone.
+        hear: called with each of its lines, from another thread.
+    """
+
+    def __init__(self, program: Program, logs: Path | None = None, hear: Callable[[str], None] | None = None) -> None:
+        self.program = program
+        self.lines: deque[str] = deque(maxlen=_LINES)
+        self.crashes = 0
+        self.restart_at = 0.0
+        self._hear = hear
+        self._log = _log_file(logs, program.name) if logs is not None else None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
+        self._started = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs or ran last."""
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        """Start the program; from the main thread, for it ends with the thread that started it."""
+        self.lines.clear()
+        environment = {name: value for name, value in os.environ.items() if name not in self.program.without}
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "model.serve.launch", str(os.getpid())),
+                *(self.program.module, *self.program.flags),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**environment, "PYTHONUNBUFFERED": "1", **self.program.environment},
+            start_new_session=True,  # a terminal's Ctrl-C is ours to pass on, in order
+        )
+        self._started = time.monotonic()
+        self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
+        self._reader.start()
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        while data := process.stdout.readline(_LINE_BYTES):
+            line = data.decode("utf-8", "replace").rstrip()
+            if not line:
+                continue
+            self.lines.append(line)
+            if self._log is not None:
+                self._log.emit(logging.makeLogRecord({"msg": line}))
+            if self._hear is not None:
+                self._hear(line)
+
+    def running(self) -> bool:
+        """Whether its process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def ready(self, client: httpx.Client) -> bool:
+        """Whether it says that it serves."""
+        try:
+            return client.get(self.program.address + self.program.ready_path).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def crash(self) -> str:
+        """Its process ended unasked: plans the next one, and tells what happened in a sentence and its last lines."""
+        self.crashes = 1 if time.monotonic() - self._started > STEADY_SECONDS else self.crashes + 1
+        delay = min(FIRST_DELAY * 2 ** (self.crashes - 1), LONGEST_DELAY)
+        self.restart_at = time.monotonic() + delay
+        return self.last_words()
+
+    def last_words(self) -> str:
+        """How its process ended, and what it said last."""
+        assert self._process is not None and self._reader is not None
+        code = self._process.wait()
+        self._reader.join(timeout=2)  # what it wrote just before its end is still being read
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        lines = list(self.lines)[-1:] if code == 2 else list(self.lines)[-12:]  # 2: one sentence says it all
+        if not lines:
+            return f"{self.program.name} {how} and said nothing"
+        said = lines[0].removeprefix("medplib: ") if len(lines) == 1 else "\n  ".join(["", *lines])
+        return f"{self.program.name} {how}: {said}"
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        if self._process is not None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """End it, and what it may have started itself."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Reap the ended process and close its log."""
+        if self._process is not None:
+            self._process.wait()
+        if self._reader is not None:
+            self._reader.join(timeout=2)
+        if self._log is not None:
+            self._log.close()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _log_file(folder: Path, name: str) -> RotatingFileHandler:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.replace(' ', '-')}.log"
+    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return handler

@@ -1,0 +1,99 @@
+"""``medplib serve``: its flags, and what they come to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from model.errors import MedPLIBError
+
+
+def add_serve_command(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """``medplib serve``; whoever adds it says what runs it."""
+    serve = commands.add_parser("serve", help="start controller, workers and web page, until Ctrl-C")
+    serve.add_argument("--model", type=Path, metavar="DIR", help="checkpoint; the nano when absent")
+    serve.add_argument("--host", default="127.0.0.1", help="of page and API; 127.0.0.1 (default) is this machine alone")
+    serve.add_argument("--port", type=int, default=0, metavar="N", help="of the page; any free one when absent")
+    serve.add_argument("--api-port", type=int, default=0, metavar="N", help="of the API; any free one when absent")
+    serve.add_argument("--no-web", action="store_true", help="the API alone")
+    serve.add_argument("--workers", type=int, metavar="N", help="as many as there are devices when absent")
+    serve.add_argument(
+        "--device", default="cpu", metavar="A[,B…]", help="cpu (default), cuda, or cuda:0,cuda:1 for workers in turn"
+    )
+    serve.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights; as stored when absent, fp32 on a CPU")
+    serve.add_argument("--load-8bit", "--load_8bit", action="store_true", help="language model in 8 bits")
+    serve.add_argument("--load-4bit", "--load_4bit", action="store_true", help="language model in 4 bits")
+    serve.add_argument("--vision-tower", "--vision_tower", metavar="DIR", help="CLIP, for published checkpoints")
+    serve.add_argument(
+        "--sam", "--vision_pretrained", metavar="FILE", help="SAM-Med2D, for published checkpoints without it"
+    )
+    serve.add_argument("--slots", type=int, metavar="N", help="answers that a worker writes at once")
+    serve.add_argument("--max-waiting", type=int, metavar="N", help="requests that wait at a worker; then it says 429")
+    serve.add_argument("--request-timeout", type=float, metavar="S", help="seconds an answer may take")
+    serve.add_argument("--dispatch-method", choices=("lottery", "shortest_queue"), default="shortest_queue")
+    serve.add_argument("--votes-file", type=Path, metavar="FILE", help="where the page's votes are appended")
+    serve.add_argument("--log-conversations", action="store_true", help="log questions and answers")
+    serve.add_argument("--logs", type=Path, metavar="DIR", help="log files of the programs, 20 MB each at most")
+    serve.add_argument("--start-timeout", type=float, default=900.0, metavar="S", help="seconds a start may take")
+    serve.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds answers may take at a stop")
+    return serve
+
+
+def run_serve(options: argparse.Namespace, model: Path) -> int:
+    """``medplib serve`` of a checkpoint.
+
+    Raises:
+        MedPLIBError: something is wrong with what is to be served, or a program could not be started.
+    """
+    from model.serve.stack import StackSettings, run_stack
+
+    if options.load_8bit and options.load_4bit:
+        raise MedPLIBError("--load-8bit and --load-4bit exclude each other; give one")
+    common = ["--log-conversations"] if options.log_conversations else []
+    return run_stack(
+        StackSettings(
+            model=model,
+            host=options.host,
+            port=options.port,
+            api_port=options.api_port,
+            devices=worker_devices(options.device, options.workers),
+            web=not options.no_web,
+            worker_flags=[*worker_flags(options), *common],
+            web_flags=[*(["--votes-file", str(options.votes_file)] if options.votes_file else []), *common],
+            controller_flags=["--dispatch-method", options.dispatch_method],
+            dtype=options.dtype,
+            bits=4 if options.load_4bit else 8 if options.load_8bit else 16,
+            logs=options.logs,
+            start_seconds=options.start_timeout,
+            grace=options.grace,
+        )
+    )
+
+
+def worker_devices(names: str, workers: int | None) -> list[str]:
+    """A device for each worker, in turn.
+
+    Raises:
+        MedPLIBError: there is no device or no worker.
+    """
+    devices = [name.strip() for name in names.split(",") if name.strip()]
+    if not devices:
+        raise MedPLIBError("--device names no device; give cpu, or cuda on a GPU machine")
+    count = len(devices) if workers is None else workers
+    if count < 1:
+        raise MedPLIBError(f"--workers is {count}; give at least 1")
+    return [devices[number % len(devices)] for number in range(count)]
+
+
+def worker_flags(options: argparse.Namespace) -> list[str]:
+    """What of the command line is for the workers."""
+    values = {
+        "--dtype": options.dtype,
+        "--vision_tower": options.vision_tower,
+        "--vision_pretrained": options.sam,
+        "--slots": options.slots,
+        "--max-waiting": options.max_waiting,
+        "--request-timeout": options.request_timeout,
+    }
+    flags = [word for name, value in values.items() if value is not None for word in (name, str(value))]
+    return [*flags, *(f"--load-{bits}bit" for bits in (8, 4) if getattr(options, f"load_{bits}bit"))]

@@ -1,0 +1,222 @@
+"""``medplib serve``: its checks, its children, and the whole of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from model.cli import main
+from model.errors import MedPLIBError
+from model.serve import checks
+from model.serve.checks import Weights, check_checkpoint, check_memory
+from model.serve.children import Child, Program
+from model.serve.commands import worker_devices
+from model.serve.stack import API_KEY, CLIENT_KEY, StackSettings, make_programs
+from tests.conftest import ROOT
+
+NANO = ROOT / "assets" / "medplib-nano"
+Wait = Callable[..., Any]
+
+SERVER = """
+import http.server, os, sys
+print("listening", sys.argv[1:], os.environ.get("GIVEN"), os.environ.get("HIDDEN"), flush=True)
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/readyz" else 404)
+        self.end_headers()
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Ready).serve_forever()
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Write a module that children can run."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+    def write(content: str) -> str:
+        name = f"child_{len(list(tmp_path.glob('child_*')))}"
+        (tmp_path / f"{name}.py").write_text(content)
+        return name
+
+    return write
+
+
+# --- children -----------------------------------------------------------------------------------------------------
+
+
+def test_a_child_serves_and_ends(module: Any, port: int, wait_until: Wait, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIDDEN", "secret")
+    environment = {"GIVEN": "a value"}
+    address = f"http://127.0.0.1:{port}"
+    child = Child(Program("server", module(SERVER), (str(port), "--flag"), address, environment, ("HIDDEN",)))
+    child.start()
+    with httpx.Client(trust_env=False) as client:
+        wait_until(lambda: child.ready(client))
+    assert child.lines[0] == f"listening ['{port}', '--flag'] a value None"
+    child.terminate()
+    wait_until(lambda: not child.running())
+    assert "SIGTERM" in child.last_words()
+    child.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("import sys; print('noise'); sys.exit('medplib: the port is in use')", "noise"),  # exit code 1: its last lines
+        ("import sys; print('noise'); print('medplib: no such port'); sys.exit(2)", "exit code 2: no such port"),
+        ("raise RuntimeError('out of something')", "RuntimeError: out of something"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL and said nothing"),
+        ("print('\\x00\\xff' * 9000); raise SystemExit(3)", "exit code 3"),
+    ],
+)
+def test_last_words(module: Any, wait_until: Wait, content: str, told: str) -> None:
+    child = Child(Program("worker 1", module(content), (), "http://127.0.0.1:9"))
+    child.start()
+    wait_until(lambda: not child.running())
+    said = child.crash()
+    assert said.startswith("worker 1 ") and told in said
+    child.close()
+
+
+def test_crashes_in_a_row_are_followed_by_longer_waits(module: Any, wait_until: Wait, tmp_path: Path) -> None:
+    child = Child(Program("worker 1", module("print('no'); raise SystemExit(1)"), (), "http://x"), tmp_path / "logs")
+    delays = []
+    for _ in range(3):
+        child.start()
+        wait_until(lambda: not child.running())
+        child.crash()
+        delays.append(round(child.restart_at - time.monotonic()))
+    assert delays == [1, 2, 4]
+    child.close()
+    assert (tmp_path / "logs" / "worker-1.log").read_text().count("no\n") == 3
+
+
+def test_children_end_with_whoever_started_them(module: Any, port: int, wait_until: Wait) -> None:
+    script = (
+        "import time; from model.serve.children import *\n"
+        f"child = Child(Program('server', {module(SERVER)!r}, ('{port}',), 'http://127.0.0.1:{port}'))\n"
+        "child.start(); print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    parent.stdout.close()
+
+
+# --- what is told before anything starts ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_looked_at_without_being_read(tmp_path: Path) -> None:
+    weights = check_checkpoint(NANO)
+    assert weights.half and weights.size == (NANO / "model.safetensors").stat().st_size
+    for name, content in (("config.json", "no JSON"), ("config.json", "{}"), ("model.safetensors", "")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(MedPLIBError, match=str(tmp_path)):
+            check_checkpoint(tmp_path)
+    with pytest.raises(MedPLIBError, match="no directory"):
+        check_checkpoint(tmp_path / "missing")
+
+
+def test_workers_have_to_fit_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weights = Weights(10 * 2**30, half=True)
+    monkeypatch.setattr(checks, "free_memory", lambda: 25 * 2**30)
+    check_memory(weights, ["cpu"])
+    check_memory(weights, ["cpu", "cpu"], dtype="bf16")
+    with pytest.raises(MedPLIBError, match=r"2 workers need about 41\.2 GiB of memory and cpu has 25\.0 GiB free"):
+        check_memory(weights, ["cpu", "cpu"])
+    smi = tmp_path / "nvidia-smi"  # tells 6000 MiB of card 0 and 12000 MiB of card 1
+    smi.write_text('#!/bin/sh\ncase "$*" in *--id=0*) echo 6000 ;; *--id=1*) echo 12000 ;; *) exit 1 ;; esac\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_memory(weights, ["cuda:1", "cuda:7"])  # of card 7 nothing is known
+    check_memory(weights, ["cuda"], bits=8)
+    with pytest.raises(MedPLIBError, match=r"cuda:0 has 5\.9 GiB free"):
+        check_memory(weights, ["cuda:1", "cuda:0"])
+
+
+def test_free_memory_is_that_of_the_machine_or_of_its_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "_CGROUP", tmp_path)
+    whole = checks.free_memory()
+    assert whole is not None and 0 < whole <= psutil.virtual_memory().total
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1\n")
+    assert checks._container_memory() is None
+    (tmp_path / "memory.max").write_text("1001\n")
+    assert checks.free_memory() == 1000
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model", "missing"],
+        ["--model", "EMPTY"],
+        ["--port", "70000"],
+        ["--api-port", "BUSY"],
+        ["--port", "BUSY"],
+        ["--host", "no.such.host.invalid"],
+        ["--host", "192.0.2.1"],
+        ["--workers", "0"],
+        ["--device", ","],
+        ["--workers", "100000"],
+        ["--load-8bit", "--load-4bit"],
+    ],
+)
+def test_what_cannot_start_is_one_sentence_and_exit_2(
+    flags: list[str], tmp_path: Path, serving: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastapi import FastAPI
+
+    with serving(FastAPI()) as busy:
+        names = {"EMPTY": str(tmp_path), "BUSY": busy.rpartition(":")[2]}
+        assert main(["serve", *(names.get(flag, flag) for flag in flags)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "whoever reaches" not in line]
+    assert len(said) == 1 and said[0].startswith("medplib: ")
+
+
+# --- what is started --------------------------------------------------------------------------------------------------
+
+
+def test_secrets_go_by_the_environment_and_only_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CLIENT_KEY, "for clients")
+    monkeypatch.delenv(API_KEY, raising=False)
+    settings = StackSettings(NANO, devices=["cpu", "cpu"])
+    first, second = make_programs(settings), make_programs(settings)
+    keys = {program.environment.get(API_KEY) for program in first}
+    assert keys == {first[0].environment[API_KEY], None} and len(first[0].environment[API_KEY]) > 30
+    assert second[0].environment[API_KEY] != first[0].environment[API_KEY]  # one for each run
+    by_name = {program.name: program for program in first}
+    assert API_KEY not in by_name["web page"].environment and API_KEY in by_name["web page"].without
+    assert CLIENT_KEY in by_name["worker 1"].without and CLIENT_KEY not in by_name["controller"].without
+    assert not [word for program in first for word in program.flags if word in (*keys, "for clients")]
+    assert len({program.address for program in first}) == 4
+    monkeypatch.setenv(API_KEY, "of the group")  # for workers on other hosts
+    assert make_programs(settings)[1].environment[API_KEY] == "of the group"
+
+
+def test_workers_listen_on_loopback_whatever_the_page_does() -> None:
+    programs = make_programs(StackSettings(NANO, host="0.0.0.0", port=1234, api_port=1235))
+    flags = {program.name: " ".join(program.flags) for program in programs}
+    assert "--host 127.0.0.1 " in flags["worker 1"] and "--controller http://127.0.0.1:1235 " in flags["worker 1"]
+    assert flags["web page"].startswith("--host 0.0.0.0 --port 1234 --controller http://127.0.0.1:1235")
+
+
+def test_devices_are_taken_in_turn() -> None:
+    assert worker_devices("cpu", None) == ["cpu"]
+    assert worker_devices("cuda:0, cuda:1", None) == ["cuda:0", "cuda:1"]
+    assert worker_devices("cuda:0,cuda:1", 3) == ["cuda:0", "cuda:1", "cuda:0"]
