@@ -114,8 +114,8 @@ def open_region(value: Any, size: tuple[int, int], limits: ServeLimits) -> np.nd
     """A region as clients send one.
 
     Args:
-        value: base64 or data URI of a mask's PNG, COCO run lengths ``{"size": [h, w], "counts": …}``, or h rows of w
-            zeros and ones.
+        value: base64 or data URI of a mask's PNG, COCO run lengths ``{"size": [h, w], "counts": …}``, h rows of w
+            zeros and ones, ``{"box": [x1, y1, x2, y2]}`` or ``{"point": [x, y]}`` in pixels.
         size: (height, width) of the image it is marked in.
         limits: of the request.
 
@@ -127,18 +127,27 @@ def open_region(value: Any, size: tuple[int, int], limits: ServeLimits) -> np.nd
     """
     if isinstance(value, str):
         mask = read_mask(decode_base64(value, limits), limits.reading)
+    elif isinstance(value, Mapping) and len(value) == 1 and (shape := next(iter(value))) in ("box", "point"):
+        mask = _from_numbers(shape, value[shape], size)
     elif isinstance(value, Mapping):
         mask = _from_run_lengths(value, size)
     elif isinstance(value, list):
         mask = _from_rows(value, size)
     else:
         raise MedPLIBError(
-            f"a region is a PNG in base64, COCO run lengths or rows of 0 and 1; got {type(value).__name__}"
+            f"a region is a PNG in base64, COCO run lengths, rows of 0 and 1, box or point; got {type(value).__name__}"
         )
     _check_size(mask.shape, size)
     if not mask.any():
         raise MedPLIBError("a region is empty; mark at least one pixel")
     return mask
+
+
+def _from_numbers(shape: str, numbers: Any, size: tuple[int, int]) -> np.ndarray:
+    from model.inference.regions import region_to_mask  # takes a while to import
+
+    proper = isinstance(numbers, list) and all(type(one) in (int, float) and abs(one) < 2**31 for one in numbers)
+    return region_to_mask((shape, tuple(numbers) if proper else ()), size)
 
 
 def _from_run_lengths(value: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:

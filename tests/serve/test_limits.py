@@ -185,7 +185,18 @@ def test_regions_in_each_form_are_the_same() -> None:
         assert np.array_equal(found, mask)
 
 
+def test_boxes_and_points_are_regions_of_the_image() -> None:
+    box = open_region({"box": [1, 2, 4.5, 6]}, (10, 20), LIMITS)
+    assert box.shape == (10, 20)
+    assert box[2:6, 1:5].all() and box.sum() == 16
+    assert open_region({"point": [19.5, 0]}, (10, 20), LIMITS)[0, 19]
+
+
 def wrong_regions() -> Iterator[Any]:
+    for numbers in (None, [], [1, 2, 3], ["0", "0", "2", "2"], [0, 0, 2, float("nan")], [0, 0, 2, 10**400], {"0": 1}):
+        yield from ({"box": numbers}, {"point": numbers})
+    yield from ({"box": [0, 0, 7, 4]}, {"box": [3, 0, 3, 4]}, {"point": [6, 0]}, {"point": [True, 0]})
+    yield {"point": [1, 1], "box": [0, 0, 2, 2]}
     full, runs = np.ones((4, 6), dtype=bool), encode_rle(np.ones((4, 6), dtype=bool))
     yield from (None, 7, 1.5, True, "", "AAAA", "http://localhost/a.png", [], {}, [[]], [1, 0], ["ab"] * 4)
     yield in_base64(encoded(full.T))
