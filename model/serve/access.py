@@ -55,23 +55,45 @@ def shows_key(header: str | None, key: str) -> bool:
 
 
 class KeyGuard:
-    """FastAPI dependency: lets through who shows the key, or everyone where there is none.
+    """FastAPI dependency: lets through who shows one of the keys, or everyone where there is none.
 
     Args:
-        key: the secret.
-        name: what to call it in the refusal.
+        keys: the secrets; empty ones are none.
+        name: what to call them in the refusal.
     """
 
-    def __init__(self, key: str | None, name: str = "key") -> None:
-        self.key, self.name = key, name
+    def __init__(self, *keys: str | None, name: str = "key") -> None:
+        self.keys, self.name = [key for key in keys if key], name
 
     async def __call__(self, request: Request) -> None:
-        """Raises:
-        Refusal: 401, the key is missing or wrong.
+        """Let the request through.
+
+        Raises:
+            Refusal: 401, the key is missing or wrong.
         """
-        if self.key and not shows_key(request.headers.get("authorization"), self.key):
+        header = request.headers.get("authorization")
+        if self.keys and not sum(shows_key(header, key) for key in self.keys):
             sentence = f"the {self.name} is missing or wrong; send it as Authorization: Bearer KEY"
             raise Refusal(ErrorCode.BAD_INPUT, sentence, status=401)
+
+
+class WorkerGuard(KeyGuard):
+    """Lets through workers and administrators: who shows the key, or where there is none, programs of this machine.
+
+    A page in a browser of this machine is none: browsers say where their requests originate.
+    """
+
+    async def __call__(self, request: Request) -> None:
+        """Let the request through.
+
+        Raises:
+            Refusal: 401, the key is missing or wrong; 403, there is no key and the request is not of this machine.
+        """
+        await super().__call__(request)
+        peer = request.client.host if request.client else None
+        if not self.keys and (not from_loopback(peer) or "origin" in request.headers):
+            sentence = "without a key only programs of this machine may do this; start the controller with --api-key"
+            raise Refusal(ErrorCode.BAD_INPUT, sentence, status=403)
 
 
 @dataclass(frozen=True)

@@ -292,8 +292,10 @@ class _Head(Message):
 
 
 def _check_first(piece: bytes) -> None:
-    """Raises:
-    _Fault: the answer begins with an error or with nothing that can be read.
+    """Look at an answer's first chunk.
+
+    Raises:
+        _Fault: it is an error, or nothing that can be read.
     """
     try:
         chunk = _Head.model_validate_json(piece.split(END_OF_CHUNK, 1)[0])

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from model.errors import MedPLIBError
@@ -41,6 +42,17 @@ class Refusal(Exception):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
+class ErrorAnswer(BaseModel):
+    """What the body of an error looks like."""
+
+    error: str
+    error_code: ErrorCode
+
+
+ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
+"""For the ``responses`` of routes outside ``/v1/``."""
+
+
 def error_body(path: str, sentence: str, code: ErrorCode, status: int) -> dict[str, Any]:
     """The JSON object that tells an error to who asked at ``path``."""
     if not path.startswith("/v1/"):
@@ -57,7 +69,7 @@ def validation_sentence(error: RequestValidationError) -> str:
     if first["type"] == "json_invalid":
         return "the request's body is no valid JSON; send an object of this route's fields"
     if not where:
-        return f"the request's body is malformed: {first['msg']}; send a JSON object with Content-Type application/json"
+        return "the request's body is missing or no JSON object; send one with Content-Type application/json"
     return f"the request's field {where} is malformed: {first['msg']}"
 
 

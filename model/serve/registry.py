@@ -222,11 +222,11 @@ class Registry:
 
     # --- outcomes -------------------------------------------------------------------------------------------------
 
-    def release(self, name: str) -> None:
-        """A request that was sent there is over, whatever came of it."""
+    def release(self, name: str, answered: bool = True) -> None:
+        """A request that was sent there is over, whatever came of it; or, not answered, out of our sight."""
         if worker := self._workers.get(name):
             worker.running = max(0, worker.running - 1)
-            worker.ended += 1
+            worker.ended += answered
 
     def report_success(self, name: str) -> None:
         """A worker answered: it is trusted again."""
@@ -273,8 +273,10 @@ class Registry:
 
 
 def check_models(names: list[str]) -> None:
-    """Raises:
-    MedPLIBError: there are none, too many, or malformed ones.
+    """Look at the models that a worker names.
+
+    Raises:
+        MedPLIBError: there are none, too many, or malformed ones.
     """
     proper = all(0 < len(name) <= _MAX_MODEL_NAME and name.isprintable() and name.strip() == name for name in names)
     if not 0 < len(names) <= _MAX_MODELS or not proper:

@@ -6,11 +6,12 @@ one stops at once. Either way the process ends with 0: stopping a server is no f
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
-import signal
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -18,10 +19,15 @@ import uvicorn
 
 from model.errors import MedPLIBError
 
+_log = logging.getLogger(__name__)
+
 GRACE_SECONDS = 30.0
 """How long requests under way may take after the first signal."""
 KEEP_ALIVE_SECONDS = 20
 """An idle connection is kept so long: longer than our clients keep theirs, so that none is closed under a request."""
+_BACKLOG = 512
+_TCP_OPTIONS = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
+"""A peer whose machine is off, or that takes nothing of an answer, is dropped after about a minute."""
 
 
 def check_port(host: str, port: int) -> None:
@@ -34,18 +40,42 @@ def check_port(host: str, port: int) -> None:
     Raises:
         MedPLIBError: the port is in use or not allowed, or the host is not this machine.
     """
+    for listener in listen(host, port):
+        listener.close()
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen at every address the host stands for; they drop peers that are gone or take nothing.
+
+    Raises:
+        MedPLIBError: the port is in use or not allowed, or the host is not this machine.
+    """
     if not 0 <= port <= 65535:
         raise MedPLIBError(f"the port is {port}; give a number from 1 to 65535 with --port")
-    for family, address in _addresses(host, port):
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-                probe.listen(1)
-        except OSError as error:
-            raise MedPLIBError(_why_not(host, port, error)) from error
+    listeners: list[socket.socket] = []
+    try:
+        for family, address in _addresses(host, port):
+            listeners.append(socket.socket(family, socket.SOCK_STREAM))
+            _set_options(listeners[-1], family)
+            chosen = port or (listeners[0].getsockname()[1] if len(listeners) > 1 else 0)  # the same one for all
+            listeners[-1].bind((address[0], chosen, *address[2:]))
+            listeners[-1].listen(_BACKLOG)
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise MedPLIBError(_why_not(host, port, error)) from error
+    return listeners
+
+
+def _set_options(listener: socket.socket, family: socket.AddressFamily) -> None:
+    """Options that accepted connections inherit."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _TCP_OPTIONS.items():
+        if hasattr(socket, name):  # not everywhere
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
@@ -111,11 +141,9 @@ def run_app(
     Raises:
         MedPLIBError: the port cannot be listened on.
     """
-    check_port(host, port)
+    listeners = listen(host, port)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         access_log=False,
         log_config=None,
         log_level=log_level,
@@ -123,7 +151,24 @@ def run_app(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(grace)),
     )
-    try:
-        _Server(config, on_stop).run()
-    except KeyboardInterrupt:  # pressed before the server was up
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, listeners[0].getsockname()[1])
+    _Server(config, on_stop).run(sockets=listeners)
+
+
+def set_up_logging() -> None:
+    """Servers tell what they do on standard error; the libraries only warn."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("model.serve").setLevel(logging.INFO)
+
+
+def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse flags whose names may be spelled with underscores or hyphens; the parser names them with hyphens."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return parser.parse_args([_hyphened(argument) for argument in given])
+
+
+def _hyphened(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value

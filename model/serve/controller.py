@@ -1,0 +1,326 @@
+"""The controller: ``python -m model.serve.controller --host 0.0.0.0 --port 64000``; see ``--help``.
+
+Workers register with it and send heartbeats; pages and programs ask it for models and answers. It speaks LLaVA's and
+FastChat's protocol (``protocol.py``) and OpenAI's under ``/v1``. It keeps nothing: one that is started anew knows its
+workers again within a heartbeat. It has the routes of a worker too, so that one controller can stand behind another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+
+from model.errors import MedPLIBError
+from model.serve.access import KeyGuard, WorkerAllowList, WorkerGuard, normal_name
+from model.serve.calling import WorkerCaller
+from model.serve.controller_settings import ControllerSettings, make_parser, settings_from
+from model.serve.forwarding import Forwarder, error_bytes
+from model.serve.measuring import ControllerMetrics
+from model.serve.protocol import (
+    ErrorCode,
+    GenerateRequest,
+    HeartBeat,
+    Message,
+    ModelQuery,
+    RegisterWorker,
+    WorkerStatus,
+)
+from model.serve.refusals import ERROR_ANSWERS, Refusal, answer_errors
+from model.serve.registry import Registry
+from model.serve.running import check_port, is_loopback, parse_flags, run_app, set_up_logging
+
+_log = logging.getLogger("model.serve.controller")  # also where it is run as a program
+
+
+class DrainWorker(Message):
+    """``/drain_worker``: the worker of this name gets nothing new, or, where ``drain`` is false, requests again."""
+
+    worker_name: str
+    drain: bool = True
+
+
+class _AskedModel(Message):
+    """As much of a request as is needed to choose a worker; the rest is not looked at."""
+
+    model: str = Field("", max_length=1000)
+
+
+class ChunkStream(StreamingResponse):
+    """An answer's chunks as they come, an error as the last of them; who leaves or takes nothing ends its answer.
+
+    Args:
+        pieces: of the answer.
+        client_timeout: seconds the client may take to accept a piece.
+    """
+
+    def __init__(self, pieces: AsyncGenerator[bytes], client_timeout: float) -> None:
+        super().__init__(pieces, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
+        self._pieces, self._client_timeout = pieces, client_timeout
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all of it."""
+
+        async def send_in_time(message: dict[str, Any]) -> None:
+            async with asyncio.timeout(self._client_timeout):
+                await send(message)
+
+        async with contextlib.aclosing(self._pieces) as pieces:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            with contextlib.suppress(TimeoutError):  # the server then closes the connection
+                try:
+                    async for piece in pieces:
+                        await send_in_time({"type": "http.response.body", "body": piece, "more_body": True})
+                except Refusal as refusal:
+                    last = {"type": "http.response.body", "body": error_bytes(refusal), "more_body": True}
+                    await send_in_time(last)
+                await send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Controller:
+    """The routes and what they work on.
+
+    Args:
+        settings: how it behaves.
+    """
+
+    def __init__(self, settings: ControllerSettings) -> None:
+        self.settings = settings
+        self.registry = Registry(settings.registry)
+        self.metrics = ControllerMetrics()
+        self.caller = WorkerCaller(settings.api_key, settings.calls)
+        self.forwarder = Forwarder(self.registry, self.caller, settings.forwarding, self.metrics)
+        self.allowed = WorkerAllowList(settings.allow_workers)
+        self._refreshing: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.metrics.gauge("controller_workers", "Workers known", lambda: len(self.registry.workers()))
+        self.metrics.gauge("controller_workers_fit", "Workers that are sent requests", self.registry.fit_workers)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Forget silent workers while the application runs."""
+        expiring = asyncio.create_task(self._expire())
+        try:
+            yield
+        finally:
+            expiring.cancel()
+            await self.caller.aclose()
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self.settings.registry.expiry / 5))
+            self.registry.expire()
+
+    def stop(self) -> None:
+        """Take nothing new, and end within the grace time what is under way; for the event loop's thread."""
+        self._stopping = True
+        self.forwarder.stop(max(0.0, self.settings.grace - 1))  # a second to tell the clients
+
+    # --- workers --------------------------------------------------------------------------------------------------
+
+    async def register_worker(self, body: RegisterWorker, request: Request) -> dict[str, Any]:
+        """A worker is there; without a status it is asked for it."""
+        peer = request.client.host if request.client else None
+        address = await self.allowed.check(body.worker_name, peer)
+        status = body.worker_status or await self.caller.status(address)
+        self.registry.register(address, status, body.check_heart_beat)
+        return {"registered": address.name}
+
+    async def receive_heart_beat(self, body: HeartBeat) -> dict[str, bool]:
+        """A worker lives; `exist` is false where it has to register."""
+        return {"exist": self.registry.heart_beat(normal_name(body.worker_name), body.queue_length)}
+
+    async def drain_worker(self, body: DrainWorker) -> dict[str, Any]:
+        """Send a worker nothing new, or requests again; what it has it ends."""
+        name = normal_name(body.worker_name)
+        if not (self.registry.drain(name) if body.drain else self.registry.undrain(name)):
+            raise Refusal(ErrorCode.BAD_INPUT, f"there is no worker {name}; GET /workers lists them", status=404)
+        return {"worker_name": name, "draining": body.drain}
+
+    async def list_workers(self) -> list[dict[str, Any]]:
+        """Each worker: its models, how busy it is, whether it is trusted."""
+        return self.registry.status()
+
+    # --- clients --------------------------------------------------------------------------------------------------
+
+    async def refresh_all_workers(self) -> dict[str, Any]:
+        """Ask every worker anew what it can do; callers at the same time share one round."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._refresh())
+        await asyncio.shield(self._refreshing)
+        return {"models": self.registry.models()}
+
+    async def _refresh(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for worker in self.registry.workers():
+                group.create_task(self._refresh_one(worker.address.name))
+
+    async def _refresh_one(self, name: str) -> None:
+        worker = self.registry.get(name)
+        if worker is None:
+            return
+        try:
+            self.registry.update(name, await self.caller.status(worker.address))
+        except (Refusal, MedPLIBError) as error:
+            if not worker.check_heart_beat:  # nothing else would tell that it is gone
+                self.registry.remove(name, str(error))
+            else:
+                self.registry.report_failure(name)
+
+    async def list_models(self) -> dict[str, list[str]]:
+        """Models that can be asked now."""
+        return {"models": self.registry.models()}
+
+    async def get_worker_address(self, body: ModelQuery) -> dict[str, str]:
+        """A worker that has the model, for clients that ask it themselves; empty where there is none."""
+        name = self.registry.choose(body.model)
+        if name is not None:
+            self.registry.release(name, answered=False)
+        return {"address": name or ""}
+
+    async def worker_generate_stream(self, request: Request) -> Response:
+        """An answer as it comes: JSON objects, each ended by a NUL byte; one with an `error_code` is the last."""
+        body = await request.body()
+        try:
+            model = _AskedModel.model_validate_json(body).model
+        except ValueError:
+            raise Refusal(ErrorCode.BAD_INPUT, "the request is no JSON object of this route's fields") from None
+        return ChunkStream(self.forwarder.generate_bytes(body, model), self.settings.client_timeout)
+
+    async def worker_get_status(self) -> WorkerStatus:
+        """All workers as if they were one, for a controller before this one."""
+        fit = [worker for worker in self.registry.workers() if not worker.draining]
+        capacities = [worker.status.capacity for worker in fit]
+        return WorkerStatus(
+            model_names=self.registry.models(),
+            speed=sum(worker.status.speed for worker in fit) or 1.0,
+            queue_length=sum(max(worker.status.queue_length, worker.running) for worker in fit),
+            capacity=None if None in capacities else sum(filter(None, capacities)),
+            draining=self._stopping,
+            details={"workers": len(fit)},
+        )
+
+    # --- monitors -------------------------------------------------------------------------------------------------
+
+    async def livez(self) -> dict[str, bool]:
+        """The process is up."""
+        return {"live": True}
+
+    async def readyz(self) -> Response:
+        """A request would be answered: at least one worker is fit."""
+        fit = self.registry.fit_workers()
+        if self._stopping:
+            raise Refusal(ErrorCode.DRAINING, "the controller is being stopped")
+        if not fit:
+            raise Refusal(ErrorCode.NO_WORKER, "no worker is there; start one, or wait until it has loaded")
+        return JSONResponse({"ready": True, "workers": fit})
+
+    async def tell_metrics(self) -> Response:
+        """What was counted, for Prometheus."""
+        return self.metrics.answer()
+
+    # --- routes ---------------------------------------------------------------------------------------------------
+
+    def routes(self) -> list[APIRouter]:
+        """All routes, behind the keys they need."""
+        settings = self.settings
+        workers = APIRouter(tags=["workers"], responses=ERROR_ANSWERS)
+        workers.dependencies.append(Depends(WorkerGuard(settings.api_key, name="key")))
+        workers.add_api_route("/register_worker", self.register_worker, methods=["POST"])
+        workers.add_api_route("/receive_heart_beat", self.receive_heart_beat, methods=["POST"])
+        workers.add_api_route("/drain_worker", self.drain_worker, methods=["POST"])
+        workers.add_api_route("/workers", self.list_workers, methods=["GET"])
+
+        clients = APIRouter(tags=["clients"], responses=ERROR_ANSWERS)
+        clients.dependencies.append(Depends(self.client_guard()))
+        clients.add_api_route("/refresh_all_workers", self.refresh_all_workers, methods=["POST"])
+        clients.add_api_route("/list_models", self.list_models, methods=["POST"])
+        clients.add_api_route("/get_worker_address", self.get_worker_address, methods=["POST"])
+        clients.add_api_route("/worker_get_status", self.worker_get_status, methods=["POST"])
+        clients.add_api_route(
+            "/worker_generate_stream",
+            self.worker_generate_stream,
+            methods=["POST"],
+            response_class=Response,
+            responses={200: {"content": {"application/octet-stream": {}}}},
+            openapi_extra=_body_of(GenerateRequest),
+        )
+
+        monitors = APIRouter(tags=["monitors"], responses=ERROR_ANSWERS)
+        monitors.add_api_route("/livez", self.livez, methods=["GET"])
+        monitors.add_api_route("/readyz", self.readyz, methods=["GET"])
+        monitors.add_api_route("/metrics", self.tell_metrics, methods=["GET"], response_class=Response)
+        return [workers, clients, monitors]
+
+    def client_guard(self) -> KeyGuard:
+        """Where there is a client key: lets through who shows it, and controllers before this one."""
+        key = self.settings.client_key
+        return KeyGuard(key, self.settings.api_key if key else None, name="client key")
+
+
+def _body_of(message: type[Message]) -> dict[str, Any]:
+    schema = message.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def make_app(settings: ControllerSettings | None = None) -> FastAPI:
+    """The controller as an ASGI application; ``app.state.controller`` is what its routes work on.
+
+    Raises:
+        MedPLIBError: the settings do not fit.
+    """
+    from model.serve.limits import BodyLimit  # these two take a while
+    from model.serve.openai_api import openai_router
+
+    settings = settings or ControllerSettings()
+    controller = Controller(settings)
+    app = FastAPI(
+        title="MedPLIB controller",
+        description="Questions about medical images, answered by the workers behind. Research use only.",
+        lifespan=controller.lifespan,
+        docs_url=None,  # their pages are fetched from elsewhere
+        redoc_url=None,
+    )
+    app.state.controller = controller
+    app.add_middleware(BodyLimit, max_bytes=settings.limits.max_body_bytes)
+    answer_errors(app)
+    for router in controller.routes():
+        app.include_router(router)
+    v1 = openai_router(controller.forwarder, controller.registry, settings)
+    app.include_router(v1, dependencies=[Depends(controller.client_guard())])
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parse_flags(make_parser(), arguments)
+    try:
+        check_port(options.host, options.port)  # before what takes long to import
+        settings = settings_from(options)
+        set_up_logging()
+        if not settings.api_key and not is_loopback(options.host):
+            _log.warning(
+                "reachable from other machines without --api-key: only workers of this machine are taken, and %s",
+                "clients need the client key" if settings.client_key else "everyone who reaches it may ask",
+            )
+        app = make_app(settings)
+        run_app(app, options.host, options.port, grace=settings.grace, on_stop=app.state.controller.stop)
+    except MedPLIBError as error:
+        sys.stderr.write(f"controller: {error}\n")
+        return 2
+    except KeyboardInterrupt:  # before the server was up
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
