@@ -8,6 +8,7 @@ requests, nothing is fetched, and no path is opened. A client that leaves takes 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -16,12 +17,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Annotated, Any, Protocol, TypeVar
 
 import anyio
-from fastapi import APIRouter, Body, Request, Response
+from fastapi import APIRouter, Body, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.responses import StreamingResponse
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from model.errors import MedPLIBError
 from model.serve.limits import ServeLimits
@@ -60,11 +62,26 @@ class Settings(Protocol):
     def limits(self) -> ServeLimits:
         """What a request may cost."""
 
+    @property
+    def client_key(self) -> str | None:
+        """Secret of those who ask; None where anyone may."""
+
+    @property
+    def client_timeout(self) -> float:
+        """Seconds a client may take to accept the next event."""
+
 
 def openai_router(forwarder: Answers, registry: Models, settings: Settings) -> APIRouter:
-    """The routes under ``/v1``; the caller guards them with its key and ends over-long bodies."""
-    api = _Api(forwarder, registry, settings.limits)
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route)
+    """The routes under ``/v1``.
+
+    Args:
+        forwarder: gives requests to workers.
+        registry: knows the models.
+        settings: of the controller, which guards the routes with its client key and ends over-long bodies.
+    """
+    api = _Api(forwarder, registry, settings)
+    shown = [Depends(HTTPBearer(auto_error=False, scheme_name="client key"))] if settings.client_key else []
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route, dependencies=shown)  # in the schema only
     refusals: dict[int | str, dict[str, Any]] = {**ERRORS}
     router.add_api_route("/models", api.models, methods=["GET"], response_model=ModelList, responses=refusals)
     router.add_api_route(
@@ -117,11 +134,11 @@ class _Api:
     Args:
         forwarder: gives requests to workers.
         registry: knows the models.
-        limits: of a request.
+        settings: of the controller.
     """
 
-    def __init__(self, forwarder: Answers, registry: Models, limits: ServeLimits) -> None:
-        self.forwarder, self.registry, self.limits = forwarder, registry, limits
+    def __init__(self, forwarder: Answers, registry: Models, settings: Settings) -> None:
+        self.forwarder, self.registry, self.settings = forwarder, registry, settings
         self.started = int(time.time())
 
     async def models(self) -> ModelList:
@@ -143,7 +160,7 @@ class _Api:
         known = self.registry.models()
         if known and body.model not in known:  # where there is none, the forwarder says when to come again
             raise UnknownModel(body.model, known)
-        asked = generate_request(body, self.limits)
+        asked = generate_request(body, self.settings.limits)
         listener = Listener(self.forwarder.generate(asked))
         reply = Reply(body.model, asked.prompt)
         streaming = False
@@ -159,7 +176,8 @@ class _Api:
             if not streaming:
                 await listener.close()
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return _EventStream(_events(listener, reply, first, with_usage), listener)
+        events = _events(listener, reply, first, with_usage)
+        return _EventStream(events, listener, self.settings.client_timeout)
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
@@ -196,17 +214,23 @@ def _error_event(refusal: Refusal) -> bytes:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events that end what they listen to, however the client goes."""
+    """Server-sent events; whoever leaves, or takes nothing for too long, ends what they listen to."""
 
-    def __init__(self, events: AsyncIterator[bytes], listener: Listener) -> None:
+    def __init__(self, events: AsyncIterator[bytes], listener: Listener, client_timeout: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._listener = listener
+        self._listener, self._client_timeout = listener, client_timeout
 
     async def stream_response(self, send: Send) -> None:
         """Send all events."""
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self._client_timeout):
+                await send(message)
+
         try:
-            await super().stream_response(send)
+            with contextlib.suppress(TimeoutError):  # the server then closes the connection
+                await super().stream_response(send_in_time)
         finally:
             with anyio.CancelScope(shield=True):
                 await self._listener.close()

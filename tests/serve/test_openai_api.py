@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,7 @@ MASK = {
     "area_mm2": 0.75,
     "png": "data:image/png;base64,AAAA",
 }
-FOREVER = "a worker that says nothing more"
+FOREVER, PAUSE = "a worker that says nothing more", "one that lets others work first"
 
 
 def said(answer: str, finish: str | None = None, **more: Any) -> Chunk:
@@ -56,7 +57,7 @@ class Workers:
     """Stands for all workers: says the steps of its script to everyone who asks.
 
     Attributes:
-        script: chunks to say, errors to raise, events to wait for, or ``FOREVER``.
+        script: chunks to say, errors to raise, events to wait for, ``PAUSE`` or ``FOREVER``.
         asked: requests as they came.
         ended: set when an answer is over or was given up.
     """
@@ -81,6 +82,9 @@ class Workers:
                     assert await asyncio.to_thread(step.wait, 10), "nobody let the script go on"
                 elif step is FOREVER:
                     await asyncio.Event().wait()
+                elif step is PAUSE:
+                    for _ in range(10):
+                        await asyncio.sleep(0)
                 else:
                     yield step
         finally:
@@ -98,7 +102,9 @@ def app(workers: Workers) -> FastAPI:
     answer_errors(app)
     limits = ServeLimits(max_body_bytes=100_000)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
-    app.include_router(openai_router(workers, workers, SimpleNamespace(limits=limits)))
+    app.include_router(
+        openai_router(workers, workers, SimpleNamespace(limits=limits, client_key=None, client_timeout=1.0))
+    )
     return app
 
 
@@ -345,7 +351,7 @@ def test_bodies_that_are_no_request(url: str, content: bytes, status: int, lengt
 # --- clients that leave ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def connection(url: str, **fields: Any) -> Iterator[socket.socket]:
     """A connection on which a question was sent, closed at the end."""
     body = json.dumps({"model": "nano", "messages": QUESTION, **fields}).encode()
@@ -376,7 +382,7 @@ def test_closing_a_stream_of_the_client_ends_it(client: openai.OpenAI, workers: 
     assert workers.ended.wait(10)
 
 
-def test_a_slow_client_delays_no_worker(url: str, workers: Workers) -> None:
+def test_a_slow_client_delays_no_worker_but_gets_everything(url: str, workers: Workers) -> None:
     words = "word " * 2000
     workers.script = [said(words[:end]) for end in range(0, len(words), 10)] + [said(words, "end")]
     with connection(url, stream=True) as sock:
@@ -387,6 +393,18 @@ def test_a_slow_client_delays_no_worker(url: str, workers: Workers) -> None:
     events = [json.loads(line[6:]) for line in received.decode().splitlines() if line.startswith("data: {")]
     told = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
     assert told == words
+
+
+def test_a_client_that_takes_nothing_is_given_up(url: str, workers: Workers) -> None:
+    """More than the socket's buffers hold, to a client that does not read: its answer ends, and the connection."""
+    flood = [said("word " * count * 400_000) for count in range(1, 6)]
+    workers.script = [part for chunk in flood for part in (chunk, PAUSE)] + [FOREVER]
+    with connection(url, stream=True) as sock:
+        assert workers.ended.wait(20)
+        sock.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(1 << 20):
+                pass
 
 
 # --- what is documented ---------------------------------------------------------------------------------------------
