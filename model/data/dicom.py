@@ -135,6 +135,8 @@ def _check_compressed(data: Any, name: str, index: int) -> None:
     from PIL import Image
     from pydicom.encaps import get_frame
 
+    from model.data.readers import check_scans
+
     syntax = data.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
         return
@@ -146,6 +148,7 @@ def _check_compressed(data: Any, name: str, index: int) -> None:
                 "convert the file to an uncompressed one"
             )
         return
+    check_scans(frame, name)
     try:
         size = Image.open(io.BytesIO(frame), formats=("JPEG", "JPEG2000")).size
     except Exception:  # noqa: BLE001 - formats that this library does not know are left to their decoder

@@ -223,9 +223,9 @@ def _check_count(data: Any, name: str, count: int) -> None:
 
     pixels = next(data[keyword].value for keyword in _STANDS_FOR_PIXELS if keyword in data)
     if data.file_meta.TransferSyntaxUID.is_encapsulated:
-        there, _ = parse_fragments(io.BytesIO(pixels))
-        if there < count:
-            raise MedPLIBError(f"{name} tells of {count:,} frames but holds at most {there:,}; the file is damaged")
+        items, _ = parse_fragments(io.BytesIO(pixels))
+        if items - 1 < count:  # the first one is a table
+            raise MedPLIBError(f"{name} tells of {count:,} frames but holds {items - 1:,} at most; the file is damaged")
         return
     expected = get_expected_length(data)
     if len(pixels) < expected:

@@ -191,7 +191,8 @@ def _affine(header: Any, name: str) -> np.ndarray:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     except Exception as error:  # a quaternion that is none, and whatever else
         raise MedPLIBError(f"{name} has an orientation that cannot be followed ({first_line(error)})") from error
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * lengths.prod():
         raise MedPLIBError(f"{name} has an orientation that cannot be followed; mend its sform or qform")
     return affine
 

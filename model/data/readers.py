@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_MAX_SCANS = 64  # programs write about ten
 _FIRST_MERGED_INSTANCES = 8  # instance numbers may have gaps where small instances were dropped
 
 
@@ -205,11 +206,24 @@ def _open(name: str, content: bytes, limits: ReadLimits) -> Image.Image:
     except Exception as error:  # PIL's plugins raise whatever a broken header makes them
         raise MedPLIBError(f"{name} is not a readable image; PNG, JPEG, TIFF, BMP or DICOM was expected") from error
     _check_pixels(image.size[::-1], name, limits)
+    if image.format in ("JPEG", "MPO"):
+        check_scans(content, name)
     # Counting them would take minutes where a file was made for that.
     several = _decode(name, lambda: getattr(image, "is_animated", False))
     if several and image.format != "MPO":  # a camera's JPEG with its preview
         raise MedPLIBError(f"{name} holds several images in one file; extract the one to look at")
     return image
+
+
+def check_scans(content: bytes, name: str) -> None:
+    """A progressive JPEG goes over all its pixels once for each scan, and a scan may take a hundred bytes.
+
+    Raises:
+        MedPLIBError: it has more scans than any camera or program writes.
+    """
+    scans = content.count(b"\xff\xda")
+    if scans > _MAX_SCANS:
+        raise MedPLIBError(f"{name} is a JPEG of {scans:,} scans; save it anew with at most {_MAX_SCANS}")
 
 
 def _check_pixels(shape: tuple[int, ...], name: str, limits: ReadLimits) -> None:

@@ -137,6 +137,15 @@ def test_limits_hold_before_decoding(tmp_path: Path) -> None:
         read_image(bomb)
 
 
+def test_a_jpeg_of_endless_scans_is_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", Image.fromarray(np.tile(RAMP, (9, 9))), progressive=True)
+    content = path.read_bytes()
+    assert read_image(content).size == (54, 72)
+    scan = content[content.rfind(b"\xff\xda") : -2]
+    with pytest.raises(MedPLIBError, match=r"JPEG of 1,0\d\d scans"):
+        read_image(content[:-2] + scan * 1000 + content[-2:])
+
+
 def test_any_pixel_that_is_not_zero_is_foreground(tmp_path: Path) -> None:
     expected = np.zeros((5, 7), dtype=bool)
     expected[1:3, 2:6] = True
