@@ -96,7 +96,11 @@ def _task_table(part: SetResult, task: str, measures: Measures, *, headed: bool)
 
 def groups(part: SetResult, by: str) -> Markup | None:
     """The headline metrics for each group of a dimension; None where fewer than two groups are known."""
-    found = {name: measures for name, measures in part.scores.by(by).items() if name != UNNAMED}
+    found = {
+        name: {metric: measure for metric, measure in measures.items() if measure.count}
+        for name, measures in part.scores.by(by).items()
+        if name != UNNAMED
+    }
     metrics = [metric for metric in part.headlines() if sum(metric.name in measures for measures in found.values()) > 1]
     if not metrics:
         return None
@@ -379,7 +383,7 @@ def _range(measure: Measure) -> Markup:
 
 def _strip(measure: Measure, metric: Metric, blind: float | None) -> Markup:
     """A bar, for what lies between 0 and 1."""
-    if metric.unit:
+    if metric.unit or not measure.count:
         return Markup()
     worse = not metric.higher_is_better
     return interval_strip(measure.value, measure.low, measure.high, baseline=blind, worse=worse)

@@ -71,9 +71,9 @@ def test_text_scores() -> None:
     penalty = math.exp(1 - 5 / 4)
     assert values(found)["BLEU-1"] == pytest.approx(3 / 4 * penalty)
     assert values(found)["BLEU-2"] == pytest.approx(math.sqrt(3 / 4 * 1 / 2) * penalty)
-    assert values(found)["BLEU-3"] == values(found)["BLEU-4"] == 0
+    assert values(found)["BLEU-3"] == 0  # of the one reference with three words, no two were said
     assert counts(found)["closed_accuracy"] == 3
-    assert counts(found)["BLEU-4"] == 2
+    assert [counts(found)[f"BLEU-{order}"] for order in (1, 2, 3, 4)] == [2, 2, 1, 0]
     assert "mDice" not in found.overall
 
 
@@ -81,6 +81,27 @@ def test_bleu_has_no_penalty_for_long_answers() -> None:
     found = score_predictions([asked(0, "a b c d", "a b c d e f g h")])
     assert values(found)["BLEU-1"] == pytest.approx(4 / 8)
     assert values(found)["BLEU-4"] == pytest.approx((4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25)
+
+
+def test_bleu_is_of_references_that_are_long_enough() -> None:
+    """A right answer in two words has no four words in a row, and says nothing about answers that have."""
+    short = [asked(0, "left lung", "left lung"), asked(1, "CT", "CT"), asked(2, "liver and spleen", "liver and spleen")]
+    found = score_predictions(short)
+    assert [values(found)[f"BLEU-{order}"] for order in (1, 2, 3)] == pytest.approx([1, 1, 1])
+    assert [counts(found)[f"BLEU-{order}"] for order in (1, 2, 3)] == [3, 2, 1]
+    assert math.isnan(values(found)["BLEU-4"])
+    assert math.isnan(found.overall["BLEU-4"].low)
+    assert found.overall["BLEU-4"].to_dict() == {"value": None, "low": None, "high": None, "count": 0}
+    (line,) = (line for line in found.table().splitlines() if line.startswith("BLEU-4"))
+    assert line.split()[:3] == ["BLEU-4", "–", "0"]
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["overall"]["BLEU-4"]["value"] is None
+    long = asked(3, "a b c d", "a b c d e f g h")
+    both, alone = score_predictions([*short, long]), score_predictions([long])
+    assert values(both)["BLEU-4"] == pytest.approx(values(alone)["BLEU-4"])
+    assert counts(both)["BLEU-4"] == 1
+    assert np.isnan(both.per_row("BLEU-4")).tolist() == [True, True, True, False]
+    closed = [asked(0, "Yes", "Yes", "closed"), grounded(1, [rle(0)], [rle(0)])]
+    assert not [name for name in score_predictions(closed).overall if name.startswith("BLEU")]
 
 
 def test_a_row_without_an_answer_is_wrong_even_where_nothing_was_wanted() -> None:

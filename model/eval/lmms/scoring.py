@@ -85,7 +85,7 @@ def _items(prediction: Prediction, names: Sequence[str]) -> dict[str, Item]:
     scores = score_predictions([prediction], samples=0)
     items: dict[str, Item] = {}
     for metric in scores.metrics:
-        if metric.name in names:
+        if metric.name in names and scores.total(metric.count):
             columns: dict[str, float] = {}
 
             def read(name: str, columns: dict[str, float] = columns) -> np.ndarray:

@@ -21,8 +21,9 @@ CONVENTIONS = {
     "question, every other an open one.",
     "closed": "Right if the answer begins with the yes or no that the reference begins with; if it names the option or "
     "its text; else if it has the same words.",
-    "BLEU": "Corpus BLEU: n-gram counts are summed over all open rows, then combined with the brevity penalty; no "
-    "smoothing, so it is 0 where no n-gram of some order matches.",
+    "BLEU": "Corpus BLEU: n-gram counts are summed over rows, then combined with the brevity penalty; no smoothing, so "
+    "it is 0 where no n-gram of some order matches. BLEU-n is taken over the open rows whose reference has n words or "
+    "more; the others have nothing to match and do not count. Where there is none such it is undefined (–).",
     "masks": "Mask k of an answer is compared with reference mask k; a missing one is an empty one. Scores that say "
     "“matched” take the best one-to-one matching instead. Masks beyond the references count in gIoU and cIoU, which "
     "compare the union of all masks of a row.",
@@ -50,6 +51,8 @@ class Metric:
         higher_is_better: False for error rates and distances.
         unit: ``mm`` or ``px`` for distances, else empty.
         headline: whether tables that split by modality and the like show it.
+        among: column of the rows that it could be taken over; where it is taken over none of these, tables show –. As
+            ``count`` where empty.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Metric:
     higher_is_better: bool = True
     unit: str = ""
     headline: bool = False
+    among: str = ""
 
 
 def mark(threshold: float | None) -> str:
@@ -92,6 +96,8 @@ def columns_for(thresholds: Sequence[float | None] = (None,), surface: bool = Fa
     for metric in metrics_for(thresholds, surface):
         metric.compute(note)
         note(metric.count)
+        if metric.among:
+            note(metric.among)
     return (*names, "unscored")
 
 
@@ -130,15 +136,18 @@ def _text_metrics() -> list[Metric]:
 
 def _bleu(order: int) -> Metric:
     def compute(sums: Sums) -> np.ndarray:
-        length, wanted = sums("answer_words"), sums("reference_words")
+        said, wanted = sums(f"said_{order}"), sums(f"wanted_{order}")
         with np.errstate(divide="ignore", invalid="ignore"):
-            logs = [np.log(_divide(sums(f"match_{n}"), sums(f"ngram_{n}"))) for n in BLEU_ORDERS[:order]]
-            penalty = np.minimum(0.0, 1 - wanted / length)
+            logs = [
+                np.log(_divide(sums(f"match_{order}_{n}"), sums(f"ngram_{order}_{n}"))) for n in BLEU_ORDERS[:order]
+            ]
+            penalty = np.minimum(0.0, 1 - wanted / said)
             value = np.exp(np.mean(logs, axis=0) + penalty)
-        return np.where(sums("open") > 0, np.nan_to_num(value), np.nan)
+        return np.where(sums(f"bleu_{order}") > 0, np.nan_to_num(value), np.nan)
 
-    orders = "order 1" if order == 1 else f"orders 1 to {order}"
-    return Metric(f"BLEU-{order}", f"corpus BLEU of the n-gram {orders}, without smoothing", compute, "open")
+    orders = "order 1" if order == 1 else f"orders 1 to {order}, of references with {order} words or more"
+    meaning = f"corpus BLEU of the n-gram {orders}, without smoothing"
+    return Metric(f"BLEU-{order}", meaning, compute, f"bleu_{order}", among="open")
 
 
 def _mask_metrics(at: str) -> list[Metric]:

@@ -95,21 +95,28 @@ def _closed_row(prediction: Prediction) -> Row:
 
 def _open_row(prediction: Prediction) -> Row:
     wanted = words(prediction.gt)
-    row: Row = {"open": 1, "reference_words": len(wanted)}
     if prediction.failed:
-        return row
+        return {"open": 1, **_bleu_row([], wanted)}
     said = words(prediction.text)
     _, recall, f1 = token_overlap(prediction.text, prediction.gt)
-    row |= {
+    return {
+        "open": 1,
         "exact": same_words(prediction.text, prediction.gt),
         "recall": recall,
         "f1": f1,
         "rouge_l": rouge_l(said, wanted),
-        "answer_words": len(said),
+        **_bleu_row(said, wanted),
     }
-    for order, matches in zip(BLEU_ORDERS, ngram_matches(said, wanted), strict=True):
-        row[f"match_{order}"] = matches
-        row[f"ngram_{order}"] = max(0, len(said) - order + 1)
+
+
+def _bleu_row(said: list[str], wanted: list[str]) -> Row:
+    """Counts for BLEU of each order that the reference is long enough for: a shorter one has no such n-gram to meet."""
+    row: Row = {}
+    matches = ngram_matches(said, wanted)
+    for order in BLEU_ORDERS[: len(wanted)]:
+        row |= {f"bleu_{order}": 1, f"said_{order}": len(said), f"wanted_{order}": len(wanted)}
+        for n in BLEU_ORDERS[:order]:
+            row |= {f"match_{order}_{n}": matches[n - 1], f"ngram_{order}_{n}": max(0, len(said) - n + 1)}
     return row
 
 

@@ -35,7 +35,10 @@ _BLOCK = 4096  # rows of an array that grows by blocks
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric's value: over ``count`` things, with a 95 % interval (NaN where it cannot be told)."""
+    """One metric's value: over ``count`` things, with a 95 % interval (NaN where it cannot be told).
+
+    One that is taken over nothing, though there are rows that it could be taken over, is NaN itself.
+    """
 
     value: float
     low: float
@@ -43,7 +46,7 @@ class Measure:
     count: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready mapping; null where there is no interval."""
+        """JSON-ready mapping; null where there is no value or no interval."""
         named = {"value": self.value, "low": self.low, "high": self.high}
         return {**{name: None if math.isnan(x) else x for name, x in named.items()}, "count": self.count}
 
@@ -118,7 +121,7 @@ class Scores:
         """The metrics that these rows have anything to say about, in the order of the tables."""
         sums = self.sums_of(self.data.sum(axis=0))
         defined = metrics_for(self.settings.thresholds, self.settings.surface)
-        return tuple(metric for metric in defined if sums(metric.count) > 0)
+        return tuple(metric for metric in defined if sums(metric.among or metric.count) > 0)
 
     @cached_property
     def overall(self) -> Measures:
@@ -250,6 +253,8 @@ class Scores:
             count = int(sums(metric.count))
             if count and not math.isnan(value):
                 measures[metric.name] = Measure(float(value), *interval(drawn), count)
+            elif metric.among and sums(metric.among) > 0:
+                measures[metric.name] = Measure(math.nan, math.nan, math.nan, 0)
         return measures, values, replicates
 
 
