@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from model.inference.prompts import Prompt, build_prompt
 from model.inference.requests import EngineFull, OnText, Request, Ticket
 from model.inference.schedule import EngineSettings, Schedule
 from model.inference.slots import slot_bytes
+from model.inference.threads import lone_thread, release_helpers
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 
@@ -57,7 +58,8 @@ class Engine:
         self._schedule = Schedule(self.model, processor, self.settings, gate)
         self.max_length = self._schedule.max_length
         self.images, self.prefixes = self._schedule.images, self._schedule.prefixes
-        self._stepping, self._prompting = threading.RLock(), threading.Lock()
+        self._stepping = threading.RLock()
+        self._preparing = lone_thread("medplib-prepare")  # a tokenizer serves one caller at a time
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -120,7 +122,7 @@ class Engine:
         self._check_room()
         ticket = Ticket(request)
         try:
-            prompt = self._prompt(request)
+            prompt = self._prepared(request).result()
         except MedPLIBError as error:
             ticket.settle(error)
             return ticket
@@ -147,19 +149,17 @@ class Engine:
         """
         preparing: deque[tuple[int, Request, Future[Prompt]]] = deque()
         open_tickets: dict[Ticket, int] = {}
-        with ThreadPoolExecutor(1, thread_name_prefix="medplib-prepare") as pool:
-            try:
-                yield from self._answer_stream(enumerate(requests), pool, preparing, open_tickets)
-            finally:  # whoever draws no more answers waits for none
-                for *_, prepared in preparing:
-                    prepared.cancel()
-                for ticket in open_tickets:
-                    ticket.cancel()
+        try:
+            yield from self._answer_stream(enumerate(requests), preparing, open_tickets)
+        finally:  # whoever draws no more answers waits for none
+            for *_, prepared in preparing:
+                prepared.cancel()
+            for ticket in open_tickets:
+                ticket.cancel()
 
     def _answer_stream(
         self,
         source: Iterator[tuple[int, Request]],
-        pool: ThreadPoolExecutor,
         preparing: deque[tuple[int, Request, Future[Prompt]]],
         open_tickets: dict[Ticket, int],
     ) -> Iterator[tuple[int, Answer | MedPLIBError]]:
@@ -169,7 +169,7 @@ class Engine:
                 item = next(source, None)
                 more = item is not None
                 if item is not None:
-                    preparing.append((*item, pool.submit(self._prompt, item[1])))
+                    preparing.append((*item, self._prepared(item[1])))
             while preparing and len(self._schedule.waiting) < self.settings.slots:
                 if not preparing[0][2].done() and open_tickets:
                     break
@@ -188,6 +188,13 @@ class Engine:
             for ticket in [ticket for ticket in open_tickets if ticket.done()]:
                 yield open_tickets.pop(ticket), ticket.result()
 
+    def _prepared(self, request: Request) -> Future[Prompt]:
+        try:
+            return self._preparing.submit(self._prompt, request)
+        except RuntimeError:  # the executor takes nothing more
+            self._check_open()
+            raise
+
     def _prompt(self, request: Request) -> Prompt:
         if request.no_mask_below is not None and self.gate is None:
             raise MedPLIBError(
@@ -195,8 +202,7 @@ class Engine:
                 "make one with python -m model.inference.calibrate_gate"
             )
         image = self.prepare(request.image)
-        with self._prompting:  # a tokenizer serves one caller at a time
-            prompt = build_prompt(self.model, self.processor, image, request)
+        prompt = build_prompt(self.model, self.processor, image, request)
         if prompt.length > self.max_length - 2:
             raise MedPLIBError(
                 f"the prompt has {prompt.length} tokens and a request may hold {self.max_length}; "
@@ -230,6 +236,7 @@ class Engine:
         """Step in a background thread until ``close``."""
         self._check_open()
         if self._thread is None:
+            release_helpers()  # the caller's; from now on it is the background thread that computes
             self._thread = threading.Thread(target=self._work, name="medplib-engine", daemon=True)
             self._thread.start()
 
@@ -241,6 +248,7 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():  # as when a listener closes
             self._thread.join()
         self._thread = None
+        self._preparing.shutdown(wait=False)
         with self._stepping:
             self._schedule.abandon(MedPLIBError("the engine was closed before the answer was there"))
 
