@@ -1,0 +1,147 @@
+"""A worker's word to its controller: that it is there, what it can do, and every few seconds that it still is.
+
+The controller may come later, go away and come back without its memory: the worker keeps trying and registers anew. It
+is a task of the event loop, and nothing that the worker computes delays it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from model.serve.access import bearer
+from model.serve.protocol import HEARTBEAT_SECONDS, HeartBeat, RegisterWorker, WorkerStatus
+
+_MAX_SENTENCE = 300
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Whom a worker tells that it is there.
+
+    Attributes:
+        controller: address of the controller, ``http(s)://host:port``.
+        worker: address under which the controller reaches the worker.
+        key: secret that the controller asks for.
+        interval: seconds between two heartbeats.
+        retry: seconds until a controller that is away is tried again.
+        timeout: seconds that it may take to answer.
+    """
+
+    controller: str
+    worker: str
+    key: str | None = None
+    interval: float = HEARTBEAT_SECONDS
+    retry: float = 2.0
+    timeout: float = 5.0
+
+
+class _Refused(Exception):
+    """The controller is there and does not take the worker."""
+
+
+class Heart:
+    """Registers a worker and beats.
+
+    Args:
+        registration: with whom, as whom, how often.
+        status: the worker's state now.
+        transport: how the controller is reached, for tests; the network when absent.
+    """
+
+    def __init__(
+        self,
+        registration: Registration,
+        status: Callable[[], WorkerStatus],
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.registration, self._status = registration, status
+        self.registered = False
+        self._trouble = ""
+        self._client = httpx.AsyncClient(
+            base_url=registration.controller,
+            headers=bearer(registration.key),
+            timeout=registration.timeout,
+            transport=transport,
+            trust_env=False,
+            follow_redirects=False,
+        )
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        settings = self.registration
+        try:
+            while True:
+                well = await self._reach(self._beat)
+                await asyncio.sleep(settings.interval if well else min(settings.retry, settings.interval))
+        finally:
+            await self._client.aclose()
+
+    async def announce(self) -> bool:
+        """Tell the controller the worker's state at once, as when it begins to drain; whether it heard."""
+        return await self._reach(self._register)
+
+    async def _reach(self, step: Callable[[], Any]) -> bool:
+        """Take one step; what goes wrong is logged once, not each time."""
+        try:
+            await step()
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            self._lost(f"the controller at {self.registration.controller} cannot be reached ({type(error).__name__})")
+        except _Refused as error:
+            self._lost(f"the controller at {self.registration.controller} does not take this worker: {error}")
+        else:
+            if self._trouble:
+                _log.warning("the controller at %s is there again", self.registration.controller)
+            self._trouble = ""
+        return not self._trouble
+
+    def _lost(self, trouble: str) -> None:
+        self.registered = False
+        if trouble != self._trouble:
+            _log.warning("%s; trying on", trouble)
+        self._trouble = trouble
+
+    async def _beat(self) -> None:
+        if self.registered:
+            beat = HeartBeat(worker_name=self.registration.worker, queue_length=self._status().queue_length)
+            answer = await self._post("/receive_heart_beat", beat.model_dump())
+            self.registered = bool(answer.get("exist")) if isinstance(answer, dict) else False
+        if not self.registered:
+            await self._register()
+
+    async def _register(self) -> None:
+        message = RegisterWorker(
+            worker_name=self.registration.worker, check_heart_beat=True, worker_status=self._status()
+        )
+        await self._post("/register_worker", message.model_dump())
+        if not self.registered:
+            _log.info("registered with the controller at %s", self.registration.controller)
+        self.registered = True
+
+    async def _post(self, path: str, message: dict[str, Any]) -> Any:
+        """The controller's answer.
+
+        Raises:
+            _Refused: it says no.
+        """
+        response = await self._client.post(path, json=message)
+        if response.status_code != 200:
+            raise _Refused(_sentence(response))
+        return response.json() if response.content.strip() else None
+
+
+def _sentence(response: httpx.Response) -> str:
+    """What an answer other than 200 says."""
+    try:
+        said = response.json()
+    except ValueError:
+        said = None
+    error = said.get("error") if isinstance(said, dict) else None
+    return error[:_MAX_SENTENCE] if isinstance(error, str) else f"it answered with status {response.status_code}"
