@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["model", "model.*"]),
-    package_data={"model.eval": ["assets/*", "*.sh"], "model.eval.lmms": ["tasks/*"]},
+    package_data={"model.eval": ["assets/*", "*.sh"], "model.eval.lmms": ["tasks/*"], "model.serve.web": ["assets/*"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "train": TRAIN,  # staged training; deepspeed compiles a small op with g++ at its first run

@@ -1,0 +1,228 @@
+"""A visitor's conversation: what is sent to the controller, what comes back, and how it is shown.
+
+What a model or a visitor wrote is handed to the browser as data and becomes text there, never markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from model.errors import MedPLIBError
+from model.inference.regions import place_region
+from model.processing.conversation import Turn, render
+from model.processing.masks import encode_rle
+from model.processing.tokens import IMAGE_TOKEN, SEG_TOKEN
+from model.serve.client import AnswerStream, ControllerClient
+from model.serve.limits import ServeLimits
+from model.serve.protocol import Chunk, GenerateRequest
+from model.serve.web.pictures import colour, read_masks
+from model.serve.web.state import Exchange, Picture, Session
+
+_log = logging.getLogger(__name__)
+_MACHINE_FAULT = "something went wrong in the page itself; ask again, and tell whoever runs it to look at its log"
+_NOTES = {"length": "Cut off: it reached the longest length allowed.", "cancelled": "Stopped."}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How an answer is drawn; see ``GenerateRequest``. A threshold of 0 stands for the checkpoint's own."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    threshold: float = 0.0
+    seed: int | None = None
+
+
+def begin(session: Session, question: str, limits: ServeLimits) -> Exchange:
+    """Note a question about the picture and the marks that are there.
+
+    Raises:
+        MedPLIBError: there is no picture, nothing is asked, too much is, or another answer is on its way.
+    """
+    _check_free(session)
+    question = question.strip()
+    if session.picture is None:
+        raise MedPLIBError("there is no image yet; open one or pick an example, then ask")
+    if not question:
+        raise MedPLIBError("the question is empty; ask something")
+    if len(question) > limits.max_prompt_chars // 4:
+        raise MedPLIBError(f"the question has {len(question):,} characters; ask with {limits.max_prompt_chars // 4:,}")
+    marks = tuple(session.marks)
+    told = sum(len(earlier.marks) for earlier in session.history())
+    if told + len(marks) > limits.max_regions:
+        raise MedPLIBError(
+            f"the conversation has more than {limits.max_regions} regions; clear it, or mark fewer at a time"
+        )
+    if len(session.exchanges) >= limits.max_turns:
+        raise MedPLIBError(f"the conversation has {limits.max_turns} questions, as many as it may; clear it to go on")
+    asked = place_region(question.replace(IMAGE_TOKEN, "image"), len(marks))
+    exchange = Exchange(session.next_number(), session.picture, question, asked, marks)
+    session.marks, session.spent = [], list(marks)
+    session.exchanges.append(exchange)
+    return exchange
+
+
+def begin_again(session: Session) -> Exchange:
+    """Take the last answer back and note its question anew.
+
+    Raises:
+        MedPLIBError: nothing was asked, another answer is on its way, or the picture is another one by now.
+    """
+    _check_free(session)
+    if not session.exchanges:
+        raise MedPLIBError("nothing was asked yet; ask something first")
+    old = session.exchanges[-1]
+    if session.picture is None or not session.picture.same_view(old.picture):
+        raise MedPLIBError("the last question was about another view; turn back to it, or ask anew")
+    exchange = Exchange(session.next_number(), old.picture, old.question, old.asked, old.marks)
+    session.exchanges[-1] = exchange
+    return exchange
+
+
+def _check_free(session: Session) -> None:
+    if session.busy:
+        raise MedPLIBError("an answer is still on its way; wait for it or press Stop")
+
+
+def build_request(session: Session, exchange: Exchange, model: str, parameters: Parameters) -> GenerateRequest:
+    """The question, with what was said before about the same view, as the controller takes it."""
+    earlier = [other for other in session.history() if other.number < exchange.number]
+    turns: list[Turn] = []
+    for other in earlier:
+        turns += [Turn("human", other.asked), Turn("gpt", other.answer)]
+    turns.append(Turn("human", exchange.asked))
+    turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
+    marks = [mark for other in (*earlier, exchange) for mark in other.marks]
+    return GenerateRequest(
+        model=model,
+        prompt=render(turns),
+        temperature=parameters.temperature,
+        top_p=parameters.top_p,
+        max_new_tokens=parameters.max_new_tokens,
+        threshold=parameters.threshold or None,
+        seed=parameters.seed,
+        no_mask_below=None,
+        top_k=0,
+        timeout=None,
+        images=[_sent(exchange.picture)],
+        region_masks=[encode_rle(mark.region) for mark in marks],
+    )
+
+
+def _sent(picture: Picture) -> str:
+    """A picture as it is sent: PNG in base64, so that nothing of a file but its pixels leaves the page."""
+    return base64.b64encode(picture.volume.png(picture.index, picture.window)).decode("ascii")
+
+
+def listen(
+    session: Session, exchange: Exchange, client: ControllerClient, model: str, parameters: Parameters
+) -> Iterator[None]:
+    """Ask and fill the exchange as the answer comes; yields whenever there is more of it.
+
+    Faults become the exchange's ``error``. Closing the iterator, or ``Session.stop``, closes the connection.
+    """
+    started = time.monotonic()
+    exchange.model = model
+    stream: AnswerStream | None = None
+    try:
+        if not model:
+            raise MedPLIBError("no model is served at the moment; start a worker, then press the button beside Model")
+        with client.stream(build_request(session, exchange, model, parameters)) as stream:
+            session.stream = stream
+            yield
+            for chunk in stream:
+                with session.lock:
+                    _take(exchange, chunk)
+                yield
+            stopped = stream.closed
+        with session.lock:
+            exchange.state = "stopped" if stopped or exchange.finish == "cancelled" else "done"
+    except MedPLIBError as error:
+        exchange.state, exchange.error = "failed", str(error)
+    except Exception:  # noqa: BLE001 - whatever it is, the visitor is told and the page lives on
+        _log.exception("an answer failed in the page")
+        exchange.state, exchange.error = "failed", _MACHINE_FAULT
+    finally:
+        if session.stream is stream:
+            session.stream = None
+        exchange.seconds = time.monotonic() - started
+        if exchange.state == "running":  # the visitor left
+            exchange.state = "stopped"
+
+
+def _take(exchange: Exchange, chunk: Chunk) -> None:
+    exchange.answer = chunk.answer or _without_prompt(chunk.text)
+    exchange.finish = chunk.finish or exchange.finish
+    if chunk.masks:
+        masks = read_masks(chunk.masks, exchange.picture.volume.spacing_mm)
+        if any(tuple(mask.rle["size"]) != exchange.picture.size for mask in masks):
+            raise MedPLIBError("the answer's masks are not of the image's size; ask again, or another model")
+        exchange.masks = masks
+        exchange.shown = [True] * len(masks)
+
+
+def _without_prompt(text: str) -> str:
+    """The answer of a published worker, which sends the prompt with it."""
+    return text.rpartition("ASSISTANT:")[2].strip()
+
+
+# --- how it is shown --------------------------------------------------------------------------------------------------
+
+
+def messages(session: Session) -> list[dict[str, Any]]:
+    """The conversation as the browser shows it, oldest first."""
+    first_mask: dict[int, int] = {}
+    for number, exchange, place in session.masks():
+        first_mask.setdefault(exchange.number, number - place)
+    told: list[dict[str, Any]] = []
+    for exchange in session.exchanges:
+        about = []
+        if exchange.marks:
+            about.append("1 region" if len(exchange.marks) == 1 else f"{len(exchange.marks)} regions")
+        if exchange.picture.volume.num_slices > 1:
+            about.append(f"slice {exchange.picture.index + 1}")
+        told.append({"id": exchange.number, "role": "you", "parts": [{"text": exchange.question}], "about": about})
+        told.append(
+            {
+                "id": exchange.number,
+                "role": "model",
+                "parts": _parts(exchange, first_mask.get(exchange.number, 0)),
+                "state": exchange.state,
+                "error": exchange.error,
+                "note": _note(exchange),
+                "vote": exchange.vote,
+                "again": exchange is session.exchanges[-1] and exchange.state != "running",
+            }
+        )
+    return told
+
+
+def _parts(exchange: Exchange, first: int) -> list[dict[str, Any]]:
+    """The answer's text with a chip where a mask stands."""
+    parts: list[dict[str, Any]] = []
+    for place, text in enumerate(exchange.answer.split(SEG_TOKEN)):
+        if place:
+            red, green, blue = colour(first + place - 1)
+            there = place <= len(exchange.masks)
+            parts.append({"mask": first + place if there else 0, "colour": f"rgb({red},{green},{blue})"})
+        if text:
+            parts.append({"text": text})
+    return parts
+
+
+def _note(exchange: Exchange) -> str:
+    if exchange.state == "running":
+        return ""
+    if exchange.state == "stopped":
+        return "Stopped."
+    known = _NOTES.get(exchange.finish, "")
+    empty = [mask for mask in exchange.masks if not mask.area_px]
+    if empty and len(empty) == len(exchange.masks):
+        known = f"{known} The mask is empty: the model found nothing to paint.".strip()
+    return known

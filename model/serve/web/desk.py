@@ -1,0 +1,265 @@
+"""What a visitor can do on the page. Each method changes the visitor's session and names the parts to show anew.
+
+Nothing here knows gradio: ``page.py`` lays the parts out and calls these methods.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, get_args
+
+from model.errors import MedPLIBError
+from model.serve.client import ControllerClient
+from model.serve.limits import ServeLimits
+from model.serve.web import chat, drawing
+from model.serve.web.downloads import Kind, write
+from model.serve.web.examples import Example
+from model.serve.web.state import Exchange, Picture, Session
+from model.serve.web.volumes import Volume, open_volume
+from model.serve.web.votes import VoteLog
+
+Parts = frozenset[str]
+P = ParamSpec("P")
+
+_log = logging.getLogger(__name__)
+_OPENED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons", "volume"})
+_ANSWER: Parts = frozenset({"talk", "buttons"})
+_ANSWERED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons"})
+_MACHINE_FAULT = "Something went wrong in the page; try again, and tell whoever runs it to look at its log."
+
+
+def told(
+    method: Callable[Concatenate[Desk, Session, P], Parts],
+) -> Callable[Concatenate[Desk, Session, P], Parts]:
+    """Run a method with the session locked; what goes wrong becomes the page's notice."""
+
+    @functools.wraps(method)
+    def run(desk: Desk, session: Session, *arguments: P.args, **options: P.kwargs) -> Parts:
+        with session.lock:
+            before, session.notice = session.notice, ""
+            try:
+                parts = method(desk, session, *arguments, **options)
+            except MedPLIBError as error:
+                session.notice = _sentence(error)
+                return Parts({"notice", "viewer"})
+            except Exception:  # noqa: BLE001 - whatever it is, the visitor is told and the page lives on
+                _log.exception("an action failed in the page")
+                session.notice = _MACHINE_FAULT
+                return Parts({"notice", "viewer"})
+            return parts | {"notice"} if before != session.notice else parts
+
+    return run
+
+
+@dataclass
+class Desk:
+    """Actions of visitors.
+
+    Attributes:
+        client: the controller's.
+        votes: where votes are kept.
+        limits: of files and conversations.
+        examples: pictures to try.
+        models: that were served when last looked.
+    """
+
+    client: ControllerClient
+    votes: VoteLog
+    limits: ServeLimits = field(default_factory=ServeLimits)
+    examples: list[Example] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+
+    @told
+    def open_file(self, session: Session, path: Path) -> Parts:
+        """Look at an upload, which is read and deleted at once."""
+        name = path.name
+        try:
+            if path.stat().st_size > self.limits.max_image_bytes:
+                most = self.limits.max_image_bytes / 2**20
+                raise MedPLIBError(f"{name} is larger than the limit of {most:.3g} MiB; give a smaller file")
+            content = path.read_bytes()
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+        return self._look_at(session, content, name)
+
+    @told
+    def open_example(self, session: Session, index: Any) -> Parts:
+        """Look at an example."""
+        if not isinstance(index, int) or not 0 <= index < len(self.examples):
+            raise MedPLIBError("there is no such example; pick one of those shown")
+        path = self.examples[index].path
+        return self._look_at(session, path.read_bytes(), path.name)
+
+    def _look_at(self, session: Session, content: bytes, name: str) -> Parts:
+        volume = open_volume(content, name, self.limits)
+        middle = volume.num_slices // 2
+        session.show(Picture(volume, volume.slice(middle), middle, file=session.next_number()))
+        return _OPENED
+
+    @told
+    def turn_to(self, session: Session, slice_number: float, centre: float, width: float) -> Parts:
+        """Look at a slice (as people count, from 1) through a window."""
+        picture = _picture(session)
+        volume = picture.volume
+        window = (float(centre), float(width)) if volume.window is not None else None
+        if window == volume.window:
+            window = None  # the file's own
+        index = volume.checked(int(slice_number) - 1)
+        session.show(Picture(volume, volume.slice(index, window), index, window, picture.file))
+        return Parts({"viewer", "masks", "talk"})
+
+    @told
+    def cut(self, session: Session, plane: Any) -> Parts:
+        """Look at the volume in slices of another plane."""
+        picture = _picture(session)
+        volume: Volume = picture.volume.along(plane)
+        middle = volume.num_slices // 2
+        session.show(Picture(volume, volume.slice(middle, picture.window), middle, picture.window, picture.file))
+        return Parts({"viewer", "masks", "talk", "volume"})
+
+    @told
+    def mark(self, session: Session, drawn: Any) -> Parts:
+        """Add what was drawn to the regions of the next question."""
+        picture = _picture(session)
+        if len(session.marks) >= self.limits.max_regions:
+            raise MedPLIBError(f"{self.limits.max_regions} regions are marked, as many as may be; ask about them first")
+        session.marks.append(drawing.read_mark(drawn, picture.size))
+        return Parts({"viewer", "talk"})
+
+    @told
+    def unmark(self, session: Session, everything: bool) -> Parts:
+        """Take the last mark back, or all of them."""
+        session.spent = []
+        del session.marks[0 if everything else -1 :]
+        return Parts({"viewer", "talk"})
+
+    def ask(self, session: Session, question: str, model: str, parameters: chat.Parameters) -> Iterator[Parts]:
+        """Ask; yields the parts to show anew whenever more of the answer is there."""
+        return self._answer(session, lambda: chat.begin(session, question, self.limits), model, parameters)
+
+    def ask_again(self, session: Session, model: str, parameters: chat.Parameters) -> Iterator[Parts]:
+        """Have the last question answered anew."""
+        return self._answer(session, lambda: chat.begin_again(session), model, parameters)
+
+    def _answer(
+        self, session: Session, begin: Callable[[], Exchange], model: str, parameters: chat.Parameters
+    ) -> Iterator[Parts]:
+        exchange = None
+        with session.lock:
+            session.notice = ""
+            try:
+                exchange = begin()
+            except MedPLIBError as error:
+                session.notice = _sentence(error)
+        if exchange is None:
+            yield Parts({"notice"})
+            return
+        yield _ANSWERED | {"question"}
+        for _ in chat.listen(session, exchange, self.client, model, parameters):
+            yield _ANSWER
+        yield _ANSWERED
+
+    def stop(self, session: Session) -> Parts:
+        """Give up the answer that is on its way."""
+        session.stop()
+        return Parts()
+
+    @told
+    def forget(self, session: Session) -> Parts:
+        """Clear the conversation and its masks."""
+        session.forget()
+        return _ANSWERED
+
+    @told
+    def vote(self, session: Session, number: Any, vote: Any) -> Parts:
+        """Vote for or against an answer; the same vote again takes it back."""
+        exchange = next((one for one in session.exchanges if one.number == number), None)
+        if exchange is None or vote not in (1, -1):
+            raise MedPLIBError("that answer is gone; vote for one that is shown")
+        exchange.vote = 0 if exchange.vote == vote else vote
+        self.votes.write(exchange)
+        return Parts({"talk"})
+
+    @told
+    def show_mask(self, session: Session, place: Any, shown: Any) -> Parts:
+        """Lay a mask over the picture, or take it off."""
+        for _, exchange, number in session.masks():
+            if [exchange.number, number] == place:
+                exchange.shown[number] = bool(shown)
+                return Parts({"viewer", "masks"})
+        raise MedPLIBError("that mask is gone; choose one that is shown")
+
+    @told
+    def shade(self, session: Session, opacity: float, contour: bool) -> Parts:
+        """How masks are laid over the picture."""
+        session.opacity, session.contour = min(max(float(opacity), 0.0), 1.0), bool(contour)
+        return Parts({"viewer"})
+
+    def download(self, session: Session, kind: Any) -> tuple[Parts, dict[str, Any] | None]:
+        """The masks of this slice that are shown, as a file: its name and its bytes in base64."""
+        made: dict[str, Any] = {}
+        return self._write(session, kind, made), made or None
+
+    @told
+    def _write(self, session: Session, kind: Any, made: dict[str, Any]) -> Parts:
+        picture = _picture(session)
+        if kind not in get_args(Kind):
+            raise MedPLIBError("there is no such kind of file; choose one of the buttons")
+        here = {number for number, _, _ in session.masks_here()}
+        every = [
+            (exchange.masks[place], number in here and exchange.shown[place])
+            for number, exchange, place in session.masks()
+        ]
+        if kind != "overlay":  # there, a mask's place in the list is its colour
+            every = [(mask, shown) for mask, shown in every if shown]
+        if not any(shown for _, shown in every):
+            raise MedPLIBError("no mask is shown to be saved; tick one in the list, or ask for one")
+        with tempfile.TemporaryDirectory(prefix="medplib-") as folder:
+            path = write(
+                kind,
+                [mask for mask, _ in every],
+                picture.volume,
+                picture.index,
+                Path(folder),
+                shown=[shown for _, shown in every],
+                opacity=session.opacity,
+                contour=session.contour,
+                window=picture.window,
+            )
+            data = base64.b64encode(path.read_bytes()).decode("ascii")
+            made |= {"name": path.name, "data": data, "key": session.next_number()}
+        return Parts({"masks"})
+
+    @told
+    def look_for_models(self, session: Session) -> Parts:
+        """Have the controller ask its workers, and list the models anew."""
+        try:
+            self.client.refresh()
+            self.models = self.client.models()
+        except MedPLIBError:
+            self.models = []
+            raise
+        if not self.models:
+            raise MedPLIBError("no model is served at the moment; start a worker, then press Reload")
+        return Parts({"models"})
+
+
+def _picture(session: Session) -> Picture:
+    if session.picture is None:
+        raise MedPLIBError("there is no image yet; open one or pick an example")
+    return session.picture
+
+
+def _sentence(error: MedPLIBError) -> str:
+    text = str(error).strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -1,0 +1,348 @@
+"""The page: where everything is, and which action each control calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.serve.web import view
+from model.serve.web.chat import Parameters
+from model.serve.web.desk import Desk, Parts
+from model.serve.web.examples import Example
+from model.serve.web.state import Session, Sessions
+from model.serve.web.style import asset, theme
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import gradio as gr
+
+TITLE = "MedPLIB"
+_EVERYTHING = Parts({"viewer", "talk", "masks", "notice", "buttons", "volume", "models"})
+_HEAD = (
+    '<div class="title"><h1>MedPLIB</h1><p><strong>Research use only.</strong> '
+    "Not a medical device; not for diagnosis or treatment.</p></div>"
+)
+_VIEWER = """<section class="viewer" aria-label="Image">
+<div class="tools" role="toolbar" aria-label="Mark a region" hidden>
+<button type="button" data-tool="look">Look</button><button type="button" data-tool="point">Point</button>
+<button type="button" data-tool="box">Box</button><button type="button" data-tool="free">Free-hand</button>
+<span class="gap"></span>
+<button type="button" data-act="undo">Undo</button><button type="button" data-act="clear">Clear marks</button></div>
+<div class="frame"><img alt=""><canvas tabindex="0" role="application"
+aria-label="Mark regions in the image: arrow keys move, Enter marks, Escape gives up"></canvas>
+<div class="nothing"><b>Drop an image here</b><small>or open one: PNG, JPEG, TIFF, DICOM, NIfTI</small></div></div>
+<div class="below"><p class="hint" aria-live="polite"></p><p class="caption"></p></div></section>"""
+_TALK = """<section class="talk" aria-label="Conversation"><div class="scroll" tabindex="0">
+<ol role="log" aria-live="polite"></ol><div class="start"><p></p><div class="suggestions"></div></div></div></section>"""
+_MASKS = """<section class="masks" aria-label="Masks" hidden>
+<h2>Masks</h2><ul></ul><div class="files"></div></section>"""
+_EXAMPLES = """<section class="examples" aria-label="Examples" hidden><div class="strip"></div></section>"""
+_NOTICE = """<section class="notice" role="alert" hidden><p></p></section>"""
+_SMALL = (
+    "<p id=\"small\">Answers may be wrong while sounding sure; a mask's score is the model's own guess. "
+    "Uploads are kept in memory only, until you leave.</p>"
+)
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """What the page offers.
+
+    Attributes:
+        regions: whether regions can be marked.
+        reload: list the models anew whenever the page is opened.
+    """
+
+    regions: bool = False
+    reload: bool = True
+
+
+class Page:
+    """Layout and wiring.
+
+    Args:
+        desk: does what visitors ask for.
+        settings: what is offered.
+        sessions: the visitors.
+    """
+
+    def __init__(self, desk: Desk, settings: PageSettings, sessions: Sessions | None = None) -> None:
+        self.desk, self.settings = desk, settings
+        self.sessions = sessions or Sessions()
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 600)) as self.blocks:
+            self._lay_out()
+            self._wire()
+        self.blocks.queue(default_concurrency_limit=None, max_size=256, api_open=False)
+
+    # --- where everything is ------------------------------------------------------------------------------------------
+
+    def _lay_out(self) -> None:
+        with gr.Row(elem_id="head"):
+            gr.HTML(_HEAD, js_on_load=None, apply_default_css=False, elem_classes=["plain"])
+            with gr.Row(elem_id="picker"):
+                self.model = gr.Dropdown(label="Model", choices=[], value=None, interactive=True, min_width=120)
+                self.reload = gr.Button("Reload", size="sm")
+        with gr.Row(elem_id="columns"):
+            with gr.Column(scale=6, min_width=340, elem_id="left"):
+                self._lay_out_picture()
+            with gr.Column(scale=5, min_width=340, elem_id="right"):
+                self._lay_out_talk()
+
+    def _lay_out_picture(self) -> None:
+        with gr.Row(elem_id="open-row"):
+            self.open = gr.UploadButton("Open image…", size="sm", elem_id="open-image", type="filepath")
+            shown = [{"label": example.label, "thumbnail": example.thumbnail} for example in self.desk.examples]
+            self.examples = _own("examples", _EXAMPLES, shown)
+        self.notice = _own("notice", _NOTICE, "")
+        self.viewer = _own("viewer", _VIEWER, view.viewer(Session(), self.settings.regions))
+        with gr.Group(visible=False) as self.volume:
+            self.plane = gr.Radio(label="Plane", choices=[], visible=False)
+            self.slice = gr.Slider(1, 2, 1, step=1, label="Slice", visible=False)
+            with gr.Row():
+                self.centre = gr.Slider(-1, 1, 0, label="Window level", visible=False, min_width=140)
+                self.width = gr.Slider(0, 1, 1, label="Window width", visible=False, min_width=140)
+        self.masks = _own("masks", _MASKS, view.masks(Session()))
+        with gr.Row(visible=False) as self.shading:
+            self.opacity = gr.Slider(0, 1, 0.4, step=0.05, label="Mask opacity", min_width=200, scale=3)
+            self.contour = gr.Checkbox(True, label="Outlines", min_width=110, scale=1)
+
+    def _lay_out_talk(self) -> None:
+        self.talk = _own("talk", _TALK, view.talk(Session()))
+        with gr.Row(elem_id="ask-row"):
+            self.question = gr.Textbox(
+                label="Question",
+                placeholder="Ask about the image, or name what to segment",
+                lines=1,
+                max_lines=5,
+                elem_id="question",
+                max_length=self.desk.limits.max_prompt_chars // 4,
+            )
+            self.send = gr.Button("Ask", variant="primary", elem_id="send")
+            self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+        self.forget = gr.Button("Clear conversation", size="sm", elem_id="forget")
+        most = self.desk.limits.max_new_tokens
+        with gr.Accordion("Parameters", open=False, elem_id="parameters"):
+            self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 gives the likeliest answer.")
+            self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Only with a temperature above 0.")
+            self.max_tokens = gr.Slider(1, most, min(256, most), step=1, label="Longest answer, in tokens")
+            self.threshold = gr.Slider(
+                0, 0.95, 0, step=0.05, label="Mask threshold", info="0 is the model's own; higher paints less."
+            )
+            self.seed = gr.Number(label="Seed", info="Leave empty for a new one each time.", precision=0, minimum=0)
+        gr.HTML(_SMALL, js_on_load=None, apply_default_css=False, elem_classes=["plain"])
+
+    # --- what calls what ----------------------------------------------------------------------------------------------
+
+    def _wire(self) -> None:
+        desk = self.desk
+        self.blocks.load(self._arrive, None, self._outputs, show_progress="hidden", api_visibility="private")
+        self.blocks.unload(self._leave)
+        self._on(self.reload.click, desk.look_for_models)
+        self._on(self.open.upload, lambda session, file: desk.open_file(session, Path(file)), self.open)
+        self._on_data(self.examples.select, lambda session, data: desk.open_example(session, data.get("index")))
+        self._on_data(self.viewer.select, desk.mark)
+        self._on_data(self.viewer.undo, lambda session, _: desk.unmark(session, False))
+        self._on_data(self.viewer.clear, lambda session, _: desk.unmark(session, True))
+        for control in (self.slice, self.centre, self.width):
+            self._on(control.input, desk.turn_to, self.slice, self.centre, self.width, latest=True)
+        self._on(self.plane.input, desk.cut, self.plane)
+        for shading in (self.opacity, self.contour):
+            self._on(shading.input, desk.shade, self.opacity, self.contour, latest=True)
+        self._on_data(
+            self.masks.select, lambda session, data: desk.show_mask(session, data.get("id"), data.get("shown"))
+        )
+        self._on_data(self.talk.like, lambda session, data: desk.vote(session, data.get("id"), data.get("vote")))
+        self._on(self.stop.click, desk.stop)
+        self._on(self.forget.click, desk.forget)
+        self._wire_download()
+        self._wire_answers()
+
+    def _wire_download(self) -> None:
+        def download(event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
+            session = self._session(request)
+            parts, file = self.desk.download(session, _data(event).get("kind"))
+            return self._shown(parts, session, file)
+
+        self._listen(self.masks.download, download, [])
+
+    def _wire_answers(self) -> None:
+        drawn = [self.model, self.temperature, self.top_p, self.max_tokens, self.threshold, self.seed]
+
+        def ask(request: gr.Request, question: str, model: str, *values: Any) -> Iterator[dict[Any, Any]]:
+            session = self._session(request)
+            for parts in self.desk.ask(session, question or "", model or "", _parameters(*values)):
+                yield self._shown(parts, session)
+
+        def again(request: gr.Request, model: str, *values: Any) -> Iterator[dict[Any, Any]]:
+            session = self._session(request)
+            for parts in self.desk.ask_again(session, model or "", _parameters(*values)):
+                yield self._shown(parts, session)
+
+        def suggest(event: gr.EventData) -> dict[Any, Any]:
+            return {self.question: str(_data(event).get("text", ""))[:500]}
+
+        for asked in (self.question.submit, self.send.click):
+            self._listen(asked, ask, [self.question, *drawn])
+        self._listen(self.talk.retry, again, drawn)
+        self._listen(self.talk.example_select, suggest, [])
+
+    def _on(self, event: Any, act: Callable[..., Parts], *inputs: Any, latest: bool = False) -> None:
+        """Call ``act(session, *values of the inputs)`` when the event happens."""
+
+        def run(request: gr.Request, *values: Any) -> dict[Any, Any]:
+            session = self._session(request)
+            return self._shown(act(session, *values), session)
+
+        self._listen(event, run, list(inputs), latest)
+
+    def _on_data(self, event: Any, act: Callable[..., Parts]) -> None:
+        """Call ``act(session, data)`` when one of our own parts tells something."""
+
+        def run(event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
+            session = self._session(request)
+            return self._shown(act(session, _data(event)), session)
+
+        self._listen(event, run, [])
+
+    def _listen(self, event: Any, run: Callable[..., Any], inputs: list[Any], latest: bool = False) -> None:
+        event(
+            run,
+            inputs,
+            self._outputs,
+            show_progress="hidden",
+            trigger_mode="always_last" if latest else "multiple",
+            api_visibility="private",
+        )
+
+    def _arrive(self, request: gr.Request) -> dict[Any, Any]:
+        session = self._session(request)
+        parts = _EVERYTHING
+        if self.settings.reload or not self.desk.models:
+            parts |= self.desk.look_for_models(session)
+        return self._shown(parts, session)
+
+    def _leave(self, request: gr.Request) -> None:
+        if request.session_hash:
+            self.sessions.leave(request.session_hash)
+
+    def _session(self, request: gr.Request) -> Session:
+        return self.sessions.of(request.session_hash or "")
+
+    # --- what is shown anew -------------------------------------------------------------------------------------------
+
+    @property
+    def _outputs(self) -> list[Any]:
+        volume = [self.volume, self.plane, self.slice, self.centre, self.width]
+        own = [self.viewer, self.talk, self.masks, self.notice]
+        return [*own, *volume, self.shading, self.question, self.send, self.stop, self.model]
+
+    def _shown(self, parts: Parts, session: Session, file: dict[str, Any] | None = None) -> dict[Any, Any]:
+        """New values of the parts' components."""
+        with session.lock:
+            shown: dict[Any, Any] = {}
+            if "viewer" in parts:
+                shown[self.viewer] = gr.update(value=view.viewer(session, self.settings.regions))
+            if "talk" in parts:
+                shown[self.talk] = gr.update(value=view.talk(session, self._questions(session)))
+            if "masks" in parts:
+                shown[self.masks] = gr.update(value=view.masks(session, file))
+                shown[self.shading] = gr.update(visible=bool(session.masks_here()))
+            if "notice" in parts:
+                shown[self.notice] = gr.update(value=session.notice)
+            if "buttons" in parts:
+                shown[self.send] = gr.update(visible=not session.busy)
+                shown[self.stop] = gr.update(visible=session.busy)
+            if "question" in parts:
+                shown[self.question] = ""
+            if "models" in parts:
+                shown[self.model] = self._models()
+            if "volume" in parts:
+                shown |= self._volume(session)
+            return shown
+
+    def _models(self) -> Any:
+        models = self.desk.models
+        return gr.update(choices=models, value=models[0] if models else None)
+
+    def _questions(self, session: Session) -> tuple[str, ...]:
+        name = session.picture.volume.name if session.picture is not None else ""
+        found: Example | None = next((example for example in self.desk.examples if example.path.name == name), None)
+        return found.questions if found else ()
+
+    def _volume(self, session: Session) -> dict[Any, Any]:
+        picture = session.picture
+        if picture is None:
+            return {self.volume: gr.update(visible=False)}
+        volume = picture.volume
+        several, planes = volume.num_slices > 1, list(volume.planes)
+        shown = {
+            self.volume: gr.update(visible=several or volume.window is not None or len(planes) > 1),
+            self.plane: gr.update(choices=planes, value=volume.plane, visible=len(planes) > 1),
+            self.slice: gr.update(maximum=max(2, volume.num_slices), value=picture.index + 1, visible=several),
+            self.centre: gr.update(visible=volume.window is not None),
+            self.width: gr.update(visible=volume.window is not None),
+        }
+        if volume.window is not None:
+            centre, width = picture.window or volume.window
+            step = _step(width)
+            reach = 2 * max(width, abs(centre))
+            shown[self.centre] = gr.update(
+                minimum=centre - reach, maximum=centre + reach, value=centre, step=step, visible=True
+            )
+            shown[self.width] = gr.update(minimum=step, maximum=4 * width, value=width, step=step, visible=True)
+        return shown
+
+
+def _own(name: str, template: str, value: Any) -> gr.HTML:
+    """One of our own parts: fixed markup, and a script that shows its value."""
+    return gr.HTML(
+        value,
+        html_template=template,
+        js_on_load=asset(f"{name}.js"),
+        apply_default_css=False,
+        elem_id=name,
+        elem_classes=["plain"],
+    )
+
+
+def _data(event: gr.EventData) -> dict[str, Any]:
+    data = event._data
+    return data if isinstance(data, dict) else {}
+
+
+def _parameters(
+    temperature: float, top_p: float, max_tokens: float, threshold: float, seed: float | None
+) -> Parameters:
+    return Parameters(temperature, top_p, int(max_tokens), threshold, None if seed is None else int(seed))
+
+
+def _step(width: float) -> float:
+    """A step that a slider of this width is moved by: a power of ten, about a five-hundredth."""
+    step = 1.0
+    while step > width / 200:
+        step /= 10
+    return step
+
+
+def mounted(page: Page, app: Any, max_file_bytes: int) -> Any:
+    """The page at the root of an ASGI application, without what gradio would add of its own."""
+    return gr.mount_gradio_app(
+        app,
+        page.blocks,
+        path="",
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=max_file_bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css=asset("style.css"),
+    )

@@ -1,0 +1,227 @@
+"""What the page remembers of each visitor: the picture, what was marked in it, and the conversation about it.
+
+Nothing here outlives the process, and nothing is shared between visitors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from model.inference.answer import Mask
+from model.serve.client import AnswerStream
+from model.serve.web.volumes import Volume
+
+AWAY_SECONDS = 300.0
+"""A visitor whose tab is gone is forgotten after so long; a phone that slept comes back before."""
+MarkKind = Literal["point", "box", "free"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that was marked in a picture.
+
+    Attributes:
+        kind: how it was drawn.
+        points: (x, y) in pixels of the picture: one, two corners, or an outline.
+        region: bool [H, W], what it covers.
+    """
+
+    kind: MarkKind
+    points: tuple[tuple[float, float], ...]
+    region: np.ndarray
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The picture that is looked at: an image, or one slice of a volume as it is shown.
+
+    Attributes:
+        volume: the file it is from.
+        pixels: uint8 [H, W, 3]; never written to.
+        index: of the slice.
+        window: (centre, width) it is shown with; None for the file's own.
+        file: number of the opened file; no two of a visitor have the same.
+    """
+
+    volume: Volume
+    pixels: np.ndarray
+    index: int = 0
+    window: tuple[float, float] | None = None
+    file: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    def same_slice(self, other: Picture) -> bool:
+        """Whether a mask of one fits the other."""
+        return (self.file, self.volume.plane, self.index) == (other.file, other.volume.plane, other.index)
+
+    def same_view(self, other: Picture) -> bool:
+        """Whether both show the same pixels, so that a conversation about one goes on about the other."""
+        return self.same_slice(other) and self.window == other.window
+
+
+@dataclass
+class Exchange:
+    """One question and its answer.
+
+    Attributes:
+        number: no two of a visitor have the same.
+        picture: what was asked about.
+        question: as typed.
+        asked: with its region markers.
+        marks: regions it is about.
+        answer: so far; the model's own text.
+        masks: of the answer.
+        shown: whether each mask is.
+        state: how far it is.
+        error: why there is no answer, or why it broke off.
+        finish: what ended it, as the model's server says.
+        model: who answered.
+        seconds: it took.
+        vote: 1 for, -1 against.
+    """
+
+    number: int
+    picture: Picture
+    question: str
+    asked: str
+    marks: tuple[Mark, ...] = ()
+    answer: str = ""
+    masks: list[Mask] = field(default_factory=list)
+    shown: list[bool] = field(default_factory=list)
+    state: Literal["running", "done", "stopped", "failed"] = "running"
+    error: str = ""
+    finish: str = ""
+    model: str = ""
+    seconds: float = 0.0
+    vote: int = 0
+
+
+@dataclass
+class Session:
+    """Everything about one visitor. ``lock`` is held while it changes."""
+
+    picture: Picture | None = None
+    marks: list[Mark] = field(default_factory=list)
+    spent: list[Mark] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
+    opacity: float = 0.4
+    contour: bool = True
+    notice: str = ""
+    stream: AnswerStream | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is on its way."""
+        return bool(self.exchanges) and self.exchanges[-1].state == "running"
+
+    def next_number(self) -> int:
+        """A number that was not given before."""
+        return next(self._numbers)
+
+    def show(self, picture: Picture) -> None:
+        """Look at another picture: marks are gone, as is a conversation about another file."""
+        if self.picture is None or picture.file != self.picture.file:
+            self.forget()
+        if self.picture is None or not picture.same_slice(self.picture):
+            self.marks, self.spent = [], []
+        self.picture = picture
+
+    def masks(self) -> Iterator[tuple[int, Exchange, int]]:
+        """(number from 0, exchange, place in it) of every mask of the conversation; its number says its colour."""
+        places = ((exchange, place) for exchange in self.exchanges for place in range(len(exchange.masks)))
+        for number, (exchange, place) in enumerate(places):
+            yield number, exchange, place
+
+    def masks_here(self) -> list[tuple[int, Exchange, int]]:
+        """Those of them that fit what is looked at."""
+        here = self.picture
+        return [item for item in self.masks() if here is not None and item[1].picture.same_slice(here)]
+
+    def history(self) -> list[Exchange]:
+        """Answered questions about just what is looked at."""
+        picture = self.picture
+        return [
+            exchange
+            for exchange in self.exchanges
+            if picture is not None
+            and exchange.state in ("done", "stopped")
+            and exchange.answer
+            and exchange.picture.same_view(picture)
+        ]
+
+    def forget(self) -> None:
+        """Begin the conversation anew; marks that were not asked about yet stay."""
+        self.stop()
+        self.exchanges, self.spent = [], []
+
+    def stop(self) -> None:
+        """Give up the answer that is on its way: its connection is closed."""
+        stream = self.stream
+        if stream is not None:
+            stream.close()
+
+
+class Sessions:
+    """The visitors, by what the browser calls its tab.
+
+    Args:
+        capacity: visitors remembered at most; the one who was silent for longest is forgotten first.
+        idle_seconds: after which a visitor is forgotten.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, capacity: int = 64, idle_seconds: float = 3600.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.capacity, self.idle_seconds = capacity, idle_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, tuple[Session, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def of(self, name: str) -> Session:
+        """The visitor's session, a new one where it is not known."""
+        now = self._clock()
+        with self._lock:
+            session, _ = self._known.pop(name, (Session(), now))
+            self._known[name] = (session, now)
+            forgotten = self._forget(now)
+        for old in forgotten:
+            old.stop()
+        return session
+
+    def leave(self, name: str) -> None:
+        """The visitor's tab is gone: nobody waits for its answer any more. It may come back within a few minutes."""
+        with self._lock:
+            session, _ = self._known.get(name, (None, 0.0))
+            if session is not None:
+                self._known[name] = (session, self._clock() - self.idle_seconds + AWAY_SECONDS)
+                self._known.move_to_end(name, last=False)
+        if session is not None:
+            session.stop()
+
+    def _forget(self, now: float) -> list[Session]:
+        forgotten = []
+        while self._known:
+            name, (session, seen) = next(iter(self._known.items()))
+            if len(self._known) <= self.capacity and now - seen <= self.idle_seconds:
+                break
+            del self._known[name]
+            forgotten.append(session)
+        return forgotten
