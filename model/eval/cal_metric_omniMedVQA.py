@@ -24,7 +24,7 @@ from model.eval.cal_metric import add_output_flags, count_rows, print_standard, 
 from model.eval.metrics import score_predictions
 from model.eval.metrics.published_words import published_words
 from model.eval.metrics.rows import is_closed
-from model.eval.predictions import Prediction
+from model.eval.predictions import Prediction, read_predictions
 
 _NAMED = 5  # unknown images told in a refusal
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     """Read the predictions once, print both kinds of scores and write them where asked."""
     modalities = read_modalities(options.root)
     published = PublishedAccuracy()
-    rows = with_modality(with_bar(read_rows(options.pred), count_rows(options.pred)), modalities)
+    rows = with_modality(with_bar(read_predictions(options.pred), count_rows(options.pred)), modalities)
     scores = score_predictions(published.watch(rows), samples=options.samples, seed=options.seed)
     print(f"pred file {options.pred}\ncandidate_set None")
     print(f"open_cnt {published.open}\nclosed_cnt {published.closed}")
@@ -95,22 +95,6 @@ def run(options: argparse.Namespace) -> None:
     print_standard(scores)
     told = {"modality": published.by_modality(), "mean acc": published.mean()}
     write_json(options.json, {"predictions": options.pred, "published": told, "standard": scores.to_dict()})
-
-
-def read_rows(path: str) -> Iterator[Prediction]:
-    """The predictions of a file; here a row may lack its prompt.
-
-    Raises:
-        MedPLIBError: a line is no prediction; told with its number.
-    """
-    with Path(path).open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    yield Prediction.from_row({"prompt": "", **row} if isinstance(row, dict) else row)
-                except ValueError as error:
-                    raise MedPLIBError(f"{path}, line {number}: {error}; expected the rows of vqa_infer") from error
 
 
 def read_modalities(root: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Prediction rows: one answered question a line of JSON, written as answers come and read as a stream.
 
 The first nine keys are the published ones (reference §9), in their order; masks, scores and timing follow. Rows that
-lack ours, as the published evaluation writes them, are read too.
+lack ours, as the published evaluation writes them, are read too, and so are those without a prompt, as for OmniMedVQA.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Prediction:
     Attributes:
         question_id: as in the data set; the record's number, from 0, where it has no id.
         image_path: as in the data set.
-        prompt: the question as asked, without paths and image markers.
+        prompt: the question as asked, without paths and image markers; empty in a row that does not say.
         gt: the reference answer, without paths.
         text: the model's answer; empty in an error row.
         answer_id: the same whenever the same model answers the same question.
@@ -91,7 +91,7 @@ class Prediction:
         """
         if not isinstance(row, Mapping):
             raise MedPLIBError(f"a prediction is an object {{…}}, got {type(row).__name__}")
-        values = {name: row[name] for name in _KINDS if name in row}
+        values = {"prompt": "", **{name: row[name] for name in _KINDS if name in row}}
         absent = [name for name in _REQUIRED if name not in values]
         if absent:
             raise MedPLIBError(f"the prediction has no {', '.join(absent)}; expected the rows of vqa_infer")
@@ -115,7 +115,7 @@ class Prediction:
 
 
 _OPTIONAL = ("masks_at", "router")
-_REQUIRED = ("question_id", "prompt", "gt", "text")
+_REQUIRED = ("question_id", "gt", "text")
 _KINDS: dict[str, tuple[type, ...]] = {
     "question_id": (str, int),
     "image_path": (str,),

@@ -78,6 +78,7 @@ def _set_section(part: SetResult, pictures: Pictures) -> Markup:
         "Source": item.source,
         "Licence of the data": item.licence,
         "Mask thresholds": ", ".join(f"{value:g}" for value in item.thresholds) if len(part.dice) else "",
+        "Masks": "painted for every request, said or not" if item.always_mask else "",
         "Prompt": "as in training" if item.prompt == "training" else "as in the published evaluation",
         "Answering took": sections.speed(part),
     }

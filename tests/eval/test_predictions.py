@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import MedPLIBError
+from model.eval.metrics import score_predictions
 from model.eval.predictions import Prediction, PredictionWriter, match_references, read_predictions
 
 PUBLISHED = {
@@ -100,12 +101,26 @@ def test_a_file_of_nothing_but_a_torn_line_becomes_empty(tmp_path: Path):
     assert path.read_bytes() == b""
 
 
+def test_a_row_need_not_say_what_was_asked(tmp_path: Path):
+    """As the published evaluation of OmniMedVQA writes them."""
+    path = tmp_path / "rows.jsonl"
+    bare = [
+        {name: value for name, value in {**PUBLISHED, "question_id": n}.items() if name != "prompt"} for n in (0, 1)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in bare))
+    assert [row.prompt for row in read_predictions(path)] == ["", ""]
+    assert score_predictions(read_predictions(path), samples=0).overall["error_rate"].count == 2
+    path.write_text(json.dumps({**PUBLISHED, "prompt": None}))
+    with pytest.raises(MedPLIBError, match="prompt is None, expected text"):
+        list(read_predictions(path))
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
         ("{broken}", "line 2: not valid JSON"),
         ("[1]", "expected an object|is an object"),
-        (json.dumps({"question_id": 1}), "has no prompt, gt, text"),
+        (json.dumps({"question_id": 1}), "has no gt, text"),
         (json.dumps({**PUBLISHED, "text": 5}), "text is 5, expected text"),
         (json.dumps({**PUBLISHED, "question_id": True}), "question_id is True"),
         (json.dumps({**PUBLISHED, "finish": "bored"}), "finish is 'bored'"),
