@@ -76,6 +76,7 @@ def write(
     slice_index = volume.checked(slice_index)
     if not masks:
         raise MedPLIBError("there is no mask to download; ask for one first")
+    arrays = [of_size(mask, volume.size) for mask in masks]
     stem = _stem(volume, slice_index)
     if kind == "overlay":
         drawn = overlay(volume.slice(slice_index, window), masks, shown, opacity, contour)
@@ -83,20 +84,20 @@ def write(
     if kind == "rle":
         return _save(folder, f"{stem}_masks.json", _run_lengths(masks, volume, slice_index))
     if kind == "nifti":
-        return _save(folder, f"{stem}_masks.nii.gz", _nifti(masks, volume, slice_index))
+        return _save(folder, f"{stem}_masks.nii.gz", _nifti(masks, arrays, volume, slice_index))
     if kind == "dicom-seg":
         if not isinstance(volume, DicomVolume):
             raise MedPLIBError(
                 f"{volume.name} is no DICOM file, which DICOM-SEG has to refer to; choose another format"
             )
         return _save(folder, f"{stem}_seg.dcm", dicom_segmentation(masks, volume.frames, slice_index, volume.name))
-    return _save_pngs(folder, stem, masks)
+    return _save_pngs(folder, stem, masks, arrays)
 
 
-def _save_pngs(folder: Path, stem: str, masks: Sequence[Mask]) -> Path:
+def _save_pngs(folder: Path, stem: str, masks: Sequence[Mask], arrays: list[np.ndarray]) -> Path:
     pictures = {
-        f"{stem}_mask_{number}{_slug(mask.label)}.png": _png(mask.to_array().astype(np.uint8) * 255)
-        for number, mask in enumerate(masks, start=1)
+        f"{stem}_mask_{number}{_slug(mask.label)}.png": _png(inside.astype(np.uint8) * 255)
+        for number, (mask, inside) in enumerate(zip(masks, arrays, strict=True), start=1)
     }
     if len(pictures) == 1:
         return _save(folder, *next(iter(pictures.items())))
@@ -117,10 +118,10 @@ def _run_lengths(masks: Sequence[Mask], volume: Volume, index: int) -> bytes:
     return json.dumps(told, ensure_ascii=False, indent=1).encode()
 
 
-def _nifti(masks: Sequence[Mask], volume: Volume, index: int) -> bytes:
+def _nifti(masks: Sequence[Mask], arrays: list[np.ndarray], volume: Volume, index: int) -> bytes:
     labels = np.zeros(volume.size, dtype=np.uint8 if len(masks) < 256 else np.uint16)
-    for number, mask in enumerate(masks, start=1):
-        labels[of_size(mask, volume.size)] = number
+    for number, inside in enumerate(arrays, start=1):
+        labels[inside] = number
     names = "MedPLIB: " + ", ".join(f"{number} {mask.label or 'mask'}" for number, mask in enumerate(masks, start=1))
     if isinstance(volume, NiftiVolume):
         return write_nifti(volume.in_file(labels, index), volume.source.affine, volume.source, names)

@@ -42,6 +42,7 @@ def read_masks(stored: Sequence[Mapping[str, Any]], spacing_mm: tuple[float, flo
                 area_px=int(item["area_px"]),
                 area_mm2=item.get("area_mm2"),
                 presence=item.get("presence"),
+                spoken=bool(item.get("spoken", True)),
             )
             for item in stored
         ]
