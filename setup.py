@@ -22,7 +22,7 @@ SERVE = [
     "nibabel>=5.3",  # NIfTI volumes in, masks out
     "highdicom>=0.27",  # masks as DICOM-SEG
 ]
-CLUSTER = ["ray[serve]>=2.50"]
+CLUSTER = ["ray[serve]>=2.60"]
 
 setup(
     name="medplib",

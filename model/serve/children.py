@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
 """Seconds before a crashed child is started again: doubled each time, up to the longest."""
 STEADY_SECONDS = 60.0
 """A child that ran for so long has its earlier crashes forgotten."""
+_OWN_NAME = re.compile(r"^[\w -]{1,24}: ")  # a program's sentence begins with what the program is called
 _LINES, _LINE_BYTES = 40, 4000
 _LOG_BYTES, _LOG_FILES = 5 * 2**20, 3
 
@@ -131,7 +133,7 @@ class Child:
         lines = list(self.lines)[-1:] if code == 2 else list(self.lines)[-12:]  # 2: one sentence says it all
         if not lines:
             return f"{self.program.name} {how} and said nothing"
-        said = lines[0].removeprefix("medplib: ") if len(lines) == 1 else "\n  ".join(["", *lines])
+        said = _OWN_NAME.sub("", lines[0]) if len(lines) == 1 else "\n  ".join(["", *lines])
         return f"{self.program.name} {how}: {said}"
 
     def terminate(self) -> None:

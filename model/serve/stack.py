@@ -68,7 +68,7 @@ class StackSettings:
 
 
 class Stack:
-    """The running programs.
+    """The running programs; as a context manager they are there until its end.
 
     Args:
         settings: what to start.
@@ -82,6 +82,7 @@ class Stack:
         self.children = [Child(program, settings.logs, self._hearing(program.name)) for program in programs]
         self.stopping, self.hurry = threading.Event(), threading.Event()
         self._unready: set[str] = set()
+        self._client = httpx.Client(trust_env=False, timeout=2.0)
 
     def _hearing(self, name: str) -> Callable[[str], None]:
         return lambda line: _log.info("%s: %s", name, line)
@@ -92,17 +93,28 @@ class Stack:
         Raises:
             MedPLIBError: a program could not be started.
         """
-        with self._signals(), httpx.Client(trust_env=False, timeout=2.0) as client:
-            try:
-                self._start(client)
-                if not self.stopping.is_set():
-                    self._tell()
-                while not self.stopping.wait(_LOOK_SECONDS):
-                    self._look_after(client)
-            finally:
-                self._stop()
+        with self._signals(), self:
+            if not self.stopping.is_set():
+                self._tell()
+            while not self.stopping.wait(_LOOK_SECONDS):
+                self.look_after()
 
-    def _start(self, client: httpx.Client) -> None:
+    def __enter__(self) -> Stack:
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def __getitem__(self, name: str) -> Child:
+        """The child of a name: ``controller``, ``worker 1`` …, ``web page``."""
+        return next(child for child in self.children if child.program.name == name)
+
+    def _start(self) -> None:
         end = time.monotonic() + self.settings.start_seconds
         for child in self.children:
             child.start()
@@ -111,7 +123,7 @@ class Stack:
             for child in self.children:
                 if not child.running():
                     raise MedPLIBError(child.last_words())
-            waiting = [child for child in waiting if not child.ready(client)]
+            waiting = [child for child in waiting if not child.ready(self._client)]
             if waiting and time.monotonic() > end:
                 raise MedPLIBError(
                     f"{waiting[0].program.name} is not ready after {self.settings.start_seconds:g} s; "
@@ -123,15 +135,15 @@ class Stack:
         self.say("MedPLIB is ready. For research only, not for clinical use.")
         if "web page" in addresses:
             self.say(f"  page  {addresses['web page']}")
-        self.say(f"  API   {addresses['controller']}/v1 (described at {addresses['controller']}/docs)")
+        self.say(f"  API   {addresses['controller']}/v1 (described at {addresses['controller']}/openapi.json)")
         self.say("Ctrl-C stops it.")
 
-    def _look_after(self, client: httpx.Client) -> None:
+    def look_after(self) -> None:
         """Start again what crashed, after a while that grows with every crash."""
         for child in self.children:
             name = child.program.name
             if child.running():
-                if name in self._unready and child.ready(client):
+                if name in self._unready and child.ready(self._client):
                     self._unready.discard(name)
                     self.say(f"{name} is ready again")
             elif not child.restart_at:
@@ -159,13 +171,11 @@ class Stack:
     def _stop(self) -> None:
         """The page first, so that no new questions come; then the workers, then who knows them."""
         self.stopping.set()
-        workers = [child for child in self.children if child.program.name.startswith("worker")]
-        others = {child.program.name: child for child in self.children}
-        self._end([others["web page"]] if "web page" in others else [], _WEB_GRACE)
-        self._end(workers, self.settings.grace)
-        self._end([others["controller"]], _WEB_GRACE)
+        for beginning, grace in (("web", _WEB_GRACE), ("worker", self.settings.grace), ("controller", _WEB_GRACE)):
+            self._end([child for child in self.children if child.program.name.startswith(beginning)], grace)
         for child in self.children:
             child.close()
+        self._client.close()
 
     def _end(self, children: Sequence[Child], grace: float) -> None:
         for child in children:
