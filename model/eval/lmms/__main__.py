@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 2 for wrong input told in one sentence, 1 if lmms-eval failed otherwise."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        print(_USAGE, end="")  # noqa: T201
+        sys.stdout.write(_USAGE)
         return 0
     try:
         command, data = lmms_eval_arguments(given)
@@ -107,7 +107,7 @@ def _own_error(error: BaseException | None) -> MedPLIBError | None:
 
 
 def _refuse(error: MedPLIBError) -> int:
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    sys.stderr.write(f"error: {error}\n")
     return 2
 
 
