@@ -72,13 +72,7 @@ class Decoding:
     ) -> None:
         cache = runner.cache
         cuda = cache.keys.is_cuda
-        if not cuda and (graphs or kernels):
-            raise MedPLIBError(
-                f"{'graphs' if graphs else 'kernels'} need a CUDA device, and the model is on {cache.keys.device}; "
-                "leave the setting off"
-            )
-        if kernels and compiled:
-            raise MedPLIBError("kernels and compile are two ways to run the same pass; give one of them")
+        check_ways(cache.keys.device, graphs, kernels, compiled)
         self.runner, self.lm_head, self.cache = runner, lm_head, cache
         self.captures = cuda if graphs is None else graphs
         self.compiled = compiled
@@ -179,6 +173,17 @@ class Decoding:
             hidden, logits = run()
         self._pool = graph.pool()  # one pool for all graphs: they never run at the same time
         return _Recorded(graph.replay, hidden, logits)
+
+
+def check_ways(device: torch.device, graphs: bool | None, kernels: bool | None, compiled: bool) -> None:
+    """Raise ``MedPLIBError`` where a way of decoding is demanded that a device does not have."""
+    if device.type != "cuda" and (graphs or kernels):
+        raise MedPLIBError(
+            f"{'graphs' if graphs else 'kernels'} need a CUDA device, and the model is on {device}; "
+            "leave the setting off"
+        )
+    if kernels and compiled:
+        raise MedPLIBError("kernels and compile are two ways to run the same pass; give one of them")
 
 
 def _trusted_kernels(runner: DecoderRunner, demanded: bool) -> FusedPass | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Finish
-from model.inference.decoding import Decoding
+from model.inference.decoding import Decoding, check_ways
 from model.inference.generation import choose_tokens
 from model.inference.images import BoundedCache, PreparedImage
 from model.inference.mask_gate import MaskGate
@@ -128,6 +128,7 @@ class Schedule:
         gate: MaskGate | None = None,
     ) -> None:
         self.model, self.processor, self.settings, self.gate = model, processor, settings, gate
+        check_ways(model.device, settings.graphs, settings.kernels, settings.compiled)
         text = model.config.text_config
         self.max_length = settings.max_length or min(text.max_position_embeddings, _MOST_TOKENS)
         if self.max_length > text.max_position_embeddings:
