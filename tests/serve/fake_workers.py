@@ -69,7 +69,7 @@ class ScriptedWorker:
                     data = part.encode() if isinstance(part, Chunk) else part
                     self.sent += len(data)
                     yield data
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, GeneratorExit):
                 self.left += 1
                 raise
 
