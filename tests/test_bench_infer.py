@@ -79,7 +79,7 @@ def test_the_whole_report_of_a_random_network(
     assert all("1.00 masks each" in row[-1] for row in found[grounded][1:])
     texts = [re.search(r"same text: (\d+) of (\d+)$", row[-1]) for row in found["Requests"][1:]]
     assert all(text is not None and text[1] == text[2] for text in texts)
-    assert len(re.findall(r"^- .* about \d+ distinct images", report, re.MULTILINE)) == 3
+    assert len(re.findall(r"^- .*: requests \d+, distinct images \d+;", report, re.MULTILINE)) == 3
     assert len(re.findall(r"^- .*: [\d.,]+, (?:met|missed)\.$", report, re.MULTILINE)) == 12
 
 

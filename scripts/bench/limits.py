@@ -52,6 +52,11 @@ class Clock:
         self.wait()
         return time.perf_counter() - start
 
+    def fastest(self, work: Work) -> float:
+        """Seconds of the fastest of many calls: what a device can do when nothing else delays it."""
+        work()
+        return min(self.once(work) for _ in range(20))
+
     def medians(self, *works: Work) -> list[float]:
         """Median seconds of a call of each kind of work; they take turns in every round.
 
@@ -127,11 +132,11 @@ class Hardware:
         size = max(256 * _MB, 4 * cache) if device.type == "cpu" else 1024 * _MB
         source = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)
         target = torch.empty_like(source)
-        (copying,) = clock.medians(lambda: target.copy_(source))
+        copying = clock.fastest(lambda: target.copy_(source))
         side = 1024 if device.type == "cpu" else 8192
         square = torch.randn(side, side, device=device).to(dtype)
         product = torch.empty_like(square)
-        (multiplying,) = clock.medians(lambda: torch.mm(square, square, out=product))
+        multiplying = clock.fastest(lambda: torch.mm(square, square, out=product))
         return cls(2 * source.nbytes / copying, 2 * side**3 / multiplying, source.nbytes, side, cache)
 
     def seconds(self, num_bytes: float, operations: float) -> float:

@@ -33,6 +33,7 @@ CONCURRENCY = (1, 8, 32)
 STEPS = 32  # decoding steps timed in a round
 SETTLE = 4  # steps before them, once all prompts are read
 READING = 24  # steps at most until then
+CHUNK = 4096  # prompt tokens read in a step before decoding is timed
 LENGTH = 1024  # tokens of a slot, at most
 ASKED = 8  # grounded answers timed in a round
 TOGETHER = 8  # images that SAM encodes together
@@ -112,7 +113,7 @@ class Sections:
         requests = [of_length(request, READING + SETTLE + STEPS) for request in sample_requests(batch, MIXED)]
         inputs = self.plain.inputs([self.plain.encode(request) for request in requests])
         plain_peak = self.peak(lambda: self.plain.seconds_per_step(inputs, STEPS))
-        engine = self.engine(batch, prefill_chunk=4096)
+        engine = self.engine(batch, prefill_chunk=CHUNK)
         engine_peak = self.peak(lambda: self._engine_step(engine, requests))
         times = [
             (self._engine_step(engine, requests), self.plain.seconds_per_step(inputs, STEPS))
@@ -137,7 +138,8 @@ class Sections:
         tickets = [engine.submit(request) for request in requests]
         while engine.status()["waiting"]:
             engine.step()
-        for _ in range(SETTLE):
+        reading = -(-sum(self.lengths(request)[0] for request in requests) // CHUNK)
+        for _ in range(reading + SETTLE):
             engine.step()
         seconds = self.clock.once(lambda: [engine.step() for _ in range(STEPS)]) / STEPS
         if engine.status()["running"] != len(requests):

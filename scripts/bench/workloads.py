@@ -44,11 +44,11 @@ class Workload:
 
     def describe(self) -> str:
         """One sentence of a report."""
-        images = len({request.image for request in self.requests})
+        count, images = len(self.requests), len({request.image for request in self.requests})
         fewer = len(self.plain_requests) < len(self.requests)
         some = f"; one at a time the first {len(self.plain_requests)}" if fewer else ""
         length = f"{ANSWER} tokens each, without end" if self.endless else f"at most {ANSWER} tokens each"
-        return f"- {self.name}: {len(self.requests)} requests about {images} distinct images, {length}{some}."
+        return f"- {self.name}: requests {count}, distinct images {images}; {length}{some}."
 
 
 def make_workloads(count: int, plain_count: int | None = None) -> list[Workload]:
