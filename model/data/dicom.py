@@ -8,6 +8,7 @@ scaled linearly over its actual range, padding left out.
 from __future__ import annotations
 
 import io
+import re
 import zlib
 from typing import Any
 
@@ -94,8 +95,8 @@ def check_image(data: Any, name: str, max_pixels: int) -> int:
     except (TypeError, ValueError) as error:
         raise MedPLIBError(f"{name} has an unreadable image size in its DICOM header") from error
     if not any(keyword in data for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        modality = data.get("Modality")
-        what = f" (modality {modality})" if modality else ""
+        modality = str(data.get("Modality") or "")  # in a damaged file it may be anything, names included
+        what = f" (modality {modality})" if re.fullmatch("[A-Z]{2,12}", modality) else ""
         raise MedPLIBError(f"{name} holds no DICOM image{what}; give an image file")
     if rows < 1 or columns < 1:
         raise MedPLIBError(f"{name} is {rows} × {columns} pixels according to its DICOM header; the file is damaged")
@@ -280,5 +281,8 @@ def pixel_spacing(data: Any) -> tuple[float, float] | None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, in one line without the values it quotes, which may be anything that the header holds."""
+    said = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    if not isinstance(error, AttributeError):  # which quotes names of our own
+        said = re.sub(r"b?(['\"]).*\1", "…", said)
+    return "".join(character for character in said if character.isprintable())[:160]

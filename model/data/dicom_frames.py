@@ -75,7 +75,8 @@ class DicomFrames:
     def __init__(self, data: Any, name: str, count: int) -> None:
         self._data, self._name, self.count = data, name, count
         header = self._header(0)
-        first = decode_frame(data, name)  # also finds out at once whether the file can be shown at all
+        self._last: tuple[int, np.ndarray] | None = None
+        first = self._values(0)  # also finds out at once whether the file can be shown at all
         self.spacing_mm = pixel_spacing(header)
         self.size: tuple[int, int] = (first.shape[0], first.shape[1])
         self.window = None if self._has_colours(first) else file_window(header) or _range(header, first)
@@ -92,9 +93,7 @@ class DicomFrames:
         """
         if not 0 <= index < self.count:
             raise MedPLIBError(f"{self._name} has frames 0 to {self.count - 1}; there is no frame {index}")
-        return _followed(
-            self._name, lambda: to_display(self._header(index), decode_frame(self._data, self._name, index), window)
-        )
+        return _followed(self._name, lambda: to_display(self._header(index), self._values(index), window))
 
     def reference(self, index: int = 0) -> Any:
         """What a segmentation of a frame needs to refer to it: a data set of ``IDENTIFIERS`` and ``PLACE`` alone.
@@ -130,6 +129,13 @@ class DicomFrames:
         if position.shape != (3,) or cosines.shape != (6,) or not np.isfinite([*position, *cosines]).all():
             return None
         return position, cosines.reshape(2, 3), thickness if thickness > 0 else 1.0
+
+    def _values(self, index: int) -> np.ndarray:
+        """Stored values of a frame; the last ones are kept, as a window is changed in many small steps."""
+        last = self._last
+        if last is None or last[0] != index:
+            last = self._last = (index, decode_frame(self._data, self._name, index))
+        return last[1]
 
     def _header(self, index: int) -> Any:
         """The frame's header: the file's, with what the functional groups say of this frame."""

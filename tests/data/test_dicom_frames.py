@@ -246,6 +246,21 @@ def test_a_deflated_file_of_reasonable_size_is_read() -> None:
     assert read_dicom(shipped("image_dfl.dcm"), "scan.dcm", 1_000_000)[0].shape == (512, 512, 3)
 
 
+def test_sentences_do_not_quote_what_a_damaged_header_holds() -> None:
+    window = b"\x28\x00\x50\x10DS\x04\x00"
+    content = shipped("MR_small.dcm")
+    start = content.index(window) + len(window)
+    damaged = {
+        "cannot be followed": content[:start] + b"Doe^" + content[start + 4 :],
+        "holds no DICOM image;": altered("MR_small.dcm", Modality="MR Doe^", PixelData=None),
+    }
+    for reason, content in damaged.items():
+        for read in (frames, lambda content: read_dicom(content, "scan.dcm", 1_000_000)):
+            with pytest.raises(MedPLIBError, match=reason) as raised:
+                read(content)
+            assert "Doe" not in str(raised.value)
+
+
 def test_no_cut_makes_anything_but_a_sentence() -> None:
     content = written(slices())
     rng = np.random.default_rng(0)

@@ -119,6 +119,7 @@ def test_one_mask_is_a_png_and_several_are_a_zip(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(one)), masks[0].to_array() * np.uint8(255))
     with zipfile.ZipFile(write("png", masks, volume, 0, tmp_path)) as archive:
         assert archive.namelist() == ["chest_mask_1_left-lung.png", "chest_mask_2.png"]
+        assert all(entry.external_attr >> 16 == 0o644 for entry in archive.infolist())
         for name, mask in zip(archive.namelist(), masks, strict=True):
             assert np.array_equal(np.asarray(Image.open(archive.open(name))) == 255, mask.to_array())
 

@@ -61,7 +61,7 @@ def write(
         volume: that was asked about.
         slice_index: of the slice that was asked about, from 0.
         folder: to write in; it is made where it is missing. File names are derived from the volume's, made safe.
-        shown: masks that the overlay leaves out; the other kinds hold all.
+        shown: whether each mask is in the overlay, as ``pictures.overlay`` takes it; the other kinds hold all.
         opacity, contour, window: as the picture is shown.
 
     Returns:
@@ -104,7 +104,9 @@ def _save_pngs(folder: Path, stem: str, masks: Sequence[Mask], arrays: list[np.n
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
         for name, content in pictures.items():
-            archive.writestr(zipfile.ZipInfo(name), content)
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = 0o644 << 16  # else whoever unpacks it may not read it
+            archive.writestr(entry, content)
     return _save(folder, f"{stem}_masks.zip", packed.getvalue())
 
 
