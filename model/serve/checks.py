@@ -32,15 +32,22 @@ def check_packages(names: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A checkpoint's weights as they are stored: their bytes, and whether they take two a number."""
+class Stored:
+    """A checkpoint as it lies on the disk.
+
+    Attributes:
+        size: bytes of its weights.
+        half: whether they take two a number.
+        regions: whether it can look at regions.
+    """
 
     size: int
     half: bool
+    regions: bool = False
 
 
-def check_checkpoint(directory: Path) -> Weights:
-    """A checkpoint's weights, which are not read.
+def check_checkpoint(directory: Path) -> Stored:
+    """What its configuration tells of a checkpoint; the weights are not read.
 
     Raises:
         MedPLIBError: it is no directory with a configuration and weights.
@@ -52,7 +59,9 @@ def check_checkpoint(directory: Path) -> Weights:
     size = sum(path.stat().st_size for path in weights)
     if size == 0:
         raise MedPLIBError(f"the weights in {directory} are empty; copy the checkpoint again")
-    return Weights(size, "16" in str(settings.get("dtype") or settings.get("torch_dtype") or ""))
+    region = settings.get("region")
+    regions = bool(region.get("enabled") if isinstance(region, dict) else settings.get("region_fea_adapter"))
+    return Stored(size, "16" in str(settings.get("dtype") or settings.get("torch_dtype") or ""), regions)
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -69,12 +78,12 @@ def _settings(directory: Path) -> dict[str, Any]:
     raise MedPLIBError(f"{directory} is no checkpoint: it has no config.json; name one with --model DIR")
 
 
-def check_memory(weights: Weights, devices: Sequence[str], *, dtype: str | None = None, bits: int = 16) -> None:
+def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None = None, bits: int = 16) -> None:
     """Whether the workers fit the memory that is free now; what cannot be told is left to them.
 
     Args:
         weights: of their checkpoint.
-        devices: of each worker: ``cpu``, ``cuda``, ``cuda:1`` …
+        devices: of each worker: ``cpu``, ``cuda``, ``cuda:1`` …, ``auto``.
         dtype: that was asked for; a CPU takes 32 bits where none was.
         bits: a weight takes on a GPU once it is loaded.
 
@@ -82,6 +91,8 @@ def check_memory(weights: Weights, devices: Sequence[str], *, dtype: str | None 
         MedPLIBError: they do not.
     """
     on_cpu = weights.size * (2 if weights.half and dtype in (None, "fp32") else 1) + BESIDE_WEIGHTS
+    if shutil.which("nvidia-smi") is None:
+        devices = ["cpu" if device == "auto" else device for device in devices]
     for device in dict.fromkeys(devices):
         count = devices.count(device)
         needed = count * (on_cpu if device == "cpu" else weights.size * min(bits, 16) // 16)
@@ -120,7 +131,7 @@ def _container_memory() -> int | None:
 def _free_gpu_memory(device: str) -> int | None:
     """Free bytes of a GPU by nvidia-smi; None where it cannot be told, or not which GPU is meant."""
     program = shutil.which("nvidia-smi")
-    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if program is None or device == "auto" or os.environ.get("CUDA_VISIBLE_DEVICES"):
         return None
     number = device.partition(":")[2] or "0"
     command = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={number}"]

@@ -22,8 +22,8 @@ FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
 """Seconds before a crashed child is started again: doubled each time, up to the longest."""
 STEADY_SECONDS = 60.0
 """A child that ran for so long has its earlier crashes forgotten."""
-_OWN_NAME = re.compile(r"^[\w -]{1,24}: ")  # a program's sentence begins with what the program is called
-_LINES, _LINE_BYTES = 40, 4000
+_OWN_NAME = re.compile(r"^[a-z_]{1,24}: ")  # a program's sentence begins with what the program is called
+_LINES, _LINE_BYTES = 100, 4000
 _LOG_BYTES, _LOG_FILES = 5 * 2**20, 3
 
 
@@ -130,11 +130,14 @@ class Child:
         code = self._process.wait()
         self._reader.join(timeout=2)  # what it wrote just before its end is still being read
         how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        lines = list(self.lines)[-1:] if code == 2 else list(self.lines)[-12:]  # 2: one sentence says it all
+        lines = list(self.lines)
         if not lines:
             return f"{self.program.name} {how} and said nothing"
-        said = _OWN_NAME.sub("", lines[0]) if len(lines) == 1 else "\n  ".join(["", *lines])
-        return f"{self.program.name} {how}: {said}"
+        begins = [place for place, line in enumerate(lines) if _OWN_NAME.match(line)]
+        if code == 2 and begins:  # what is wrong, in the program's own words
+            first, *more = lines[begins[-1] :]
+            return "\n  ".join([f"{self.program.name} {how}: {_OWN_NAME.sub('', first)}", *more])
+        return "\n  ".join([f"{self.program.name} {how}; its last lines:", *lines[-12:]])
 
     def terminate(self) -> None:
         """Ask it to end."""

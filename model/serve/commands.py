@@ -13,12 +13,17 @@ def add_serve_command(commands: argparse._SubParsersAction) -> argparse.Argument
     serve = commands.add_parser("serve", help="start controller, workers and web page, until Ctrl-C")
     serve.add_argument("--model", type=Path, metavar="DIR", help="checkpoint; the nano when absent")
     serve.add_argument("--host", default="127.0.0.1", help="of page and API; 127.0.0.1 (default) is this machine alone")
-    serve.add_argument("--port", type=int, default=0, metavar="N", help="of the page; any free one when absent")
-    serve.add_argument("--api-port", type=int, default=0, metavar="N", help="of the API; any free one when absent")
+    serve.add_argument("--port", type=int, default=0, metavar="N", help="of the page; 64001 or a free one when absent")
+    serve.add_argument(
+        "--api-port", type=int, default=0, metavar="N", help="of the API; 64000 or a free one when absent"
+    )
     serve.add_argument("--no-web", action="store_true", help="the API alone")
     serve.add_argument("--workers", type=int, metavar="N", help="as many as there are devices when absent")
     serve.add_argument(
-        "--device", default="cpu", metavar="A[,B…]", help="cpu (default), cuda, or cuda:0,cuda:1 for workers in turn"
+        "--device",
+        default="auto",
+        metavar="A[,B…]",
+        help="auto (default), cpu, cuda, or several for workers in turn",
     )
     serve.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights; as stored when absent, fp32 on a CPU")
     serve.add_argument("--load-8bit", "--load_8bit", action="store_true", help="language model in 8 bits")
@@ -58,9 +63,9 @@ def run_serve(options: argparse.Namespace, model: Path) -> int:
             api_port=options.api_port,
             devices=worker_devices(options.device, options.workers),
             web=not options.no_web,
-            worker_flags=[*worker_flags(options), *common],
+            worker_flags=[*worker_flags(options), "--grace", f"{options.grace:g}", *common],
             web_flags=[*(["--votes-file", str(options.votes_file)] if options.votes_file else []), *common],
-            controller_flags=["--dispatch-method", options.dispatch_method],
+            controller_flags=["--dispatch-method", options.dispatch_method, "--grace", f"{options.grace:g}"],
             dtype=options.dtype,
             bits=4 if options.load_4bit else 8 if options.load_8bit else 16,
             logs=options.logs,
@@ -78,7 +83,7 @@ def worker_devices(names: str, workers: int | None) -> list[str]:
     """
     devices = [name.strip() for name in names.split(",") if name.strip()]
     if not devices:
-        raise MedPLIBError("--device names no device; give cpu, or cuda on a GPU machine")
+        raise MedPLIBError("--device names no device; give auto, cpu or cuda")
     count = len(devices) if workers is None else workers
     if count < 1:
         raise MedPLIBError(f"--workers is {count}; give at least 1")

@@ -22,10 +22,12 @@ from pathlib import Path
 import httpx
 
 from model.errors import MedPLIBError
-from model.serve.checks import check_checkpoint, check_memory, check_packages
+from model.serve.checks import Stored, check_checkpoint, check_memory, check_packages
 from model.serve.children import Child, Program
 from model.serve.running import check_port, is_loopback
 
+API_PORT, PORT = 64000, 64001
+"""Of API and page, where they are free and no others are asked for."""
 API_KEY, CLIENT_KEY = "MEDPLIB_API_KEY", "MEDPLIB_CLIENT_KEY"
 PACKAGES = ("fastapi", "uvicorn", "httpx", "prometheus_client")
 _LOOK_SECONDS = 0.2
@@ -41,7 +43,7 @@ class StackSettings:
     Attributes:
         model: checkpoint directory.
         host: of page and API; workers are on loopback always.
-        port: of the page; 0 takes any free one. ``api_port`` likewise, of the controller.
+        port: of the page; 0 takes the usual one, or any where that is in use. ``api_port`` likewise, of the controller.
         devices: one worker for each.
         web: whether there is a page.
         worker_flags, web_flags, controller_flags: passed on.
@@ -55,7 +57,7 @@ class StackSettings:
     host: str = "127.0.0.1"
     port: int = 0
     api_port: int = 0
-    devices: Sequence[str] = ("cpu",)
+    devices: Sequence[str] = ("auto",)
     web: bool = True
     worker_flags: Sequence[str] = ()
     web_flags: Sequence[str] = ()
@@ -77,8 +79,7 @@ class Stack:
 
     def __init__(self, settings: StackSettings, say: Callable[[str], None]) -> None:
         self.settings, self.say = settings, say
-        check_start(settings)
-        programs = make_programs(settings)
+        programs = make_programs(settings, check_start(settings).regions)
         self.children = [Child(program, settings.logs, self._hearing(program.name)) for program in programs]
         self.stopping, self.hurry = threading.Event(), threading.Event()
         self._unready: set[str] = set()
@@ -187,8 +188,11 @@ class Stack:
                     child.kill()
 
 
-def check_start(settings: StackSettings) -> None:
+def check_start(settings: StackSettings) -> Stored:
     """Look at what can be told before anything is started.
+
+    Returns:
+        What is known of the checkpoint.
 
     Raises:
         MedPLIBError: packages, ports, checkpoint or memory are not as they have to be.
@@ -201,14 +205,22 @@ def check_start(settings: StackSettings) -> None:
         check_port(settings.host, settings.port)
         if settings.port and settings.port == settings.api_port:
             raise MedPLIBError(f"page and API cannot both have port {settings.port}; give two, or leave one out")
-    check_memory(check_checkpoint(settings.model), settings.devices, dtype=settings.dtype, bits=settings.bits)
+    stored = check_checkpoint(settings.model)
+    check_memory(stored, settings.devices, dtype=settings.dtype, bits=settings.bits)
+    return stored
 
 
-def make_programs(settings: StackSettings) -> list[Program]:
-    """Controller, workers and page with their flags and addresses."""
+def make_programs(settings: StackSettings, regions: bool = False) -> list[Program]:
+    """Controller, workers and page with their flags and addresses.
+
+    Args:
+        settings: what to start.
+        regions: whether the checkpoint can look at regions.
+    """
     local = "127.0.0.1"
     free = free_ports(settings.host, 2 + len(settings.devices))
-    api_port, port = settings.api_port or free[0], settings.port or free[1]
+    api_port = settings.api_port or (API_PORT if _is_free(settings.host, API_PORT) else free[0])
+    port = settings.port or (PORT if _is_free(settings.host, PORT) and api_port != PORT else free[1])
     key = {API_KEY: os.environ.get(API_KEY) or secrets.token_urlsafe(32)}
     controller = f"http://{_reached_at(settings.host)}:{api_port}"
     programs = [
@@ -231,7 +243,8 @@ def make_programs(settings: StackSettings) -> list[Program]:
             )
         )
     if settings.web:
-        flags = ["--host", settings.host, "--port", str(port), "--controller", controller, *settings.web_flags]
+        flags = ["--host", settings.host, "--port", str(port), "--controller", controller]
+        flags += ["--model-list-mode", "reload", *(["--add_region_feature"] if regions else []), *settings.web_flags]
         address = f"http://{_reached_at(settings.host)}:{port}"
         programs.append(Program("web page", "model.serve.gradio_web_server", tuple(flags), address, {}, (API_KEY,)))
     return programs
@@ -239,6 +252,14 @@ def make_programs(settings: StackSettings) -> list[Program]:
 
 def _threads(workers: int) -> int:
     return max(1, (os.cpu_count() or 1) // workers)
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        check_port(host, port)
+    except MedPLIBError:
+        return False
+    return True
 
 
 def _reached_at(host: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,10 @@ import pytest
 from model.cli import main
 from model.errors import MedPLIBError
 from model.serve import checks
-from model.serve.checks import Weights, check_checkpoint, check_memory
+from model.serve.checks import Stored, check_checkpoint, check_memory
 from model.serve.children import Child, Program
 from model.serve.commands import worker_devices
-from model.serve.stack import API_KEY, CLIENT_KEY, StackSettings, make_programs
+from model.serve.stack import API_KEY, CLIENT_KEY, StackSettings, free_ports, make_programs
 from tests.conftest import ROOT
 
 NANO = ROOT / "assets" / "medplib-nano"
@@ -121,7 +124,7 @@ def test_children_end_with_whoever_started_them(module: Any, port: int, wait_unt
 
 def test_a_checkpoint_is_looked_at_without_being_read(tmp_path: Path) -> None:
     weights = check_checkpoint(NANO)
-    assert weights.half and weights.size == (NANO / "model.safetensors").stat().st_size
+    assert weights.half and weights.regions and weights.size == (NANO / "model.safetensors").stat().st_size
     for name, content in (("config.json", "no JSON"), ("config.json", "{}"), ("model.safetensors", "")):
         (tmp_path / name).write_text(content)
         with pytest.raises(MedPLIBError, match=str(tmp_path)):
@@ -131,7 +134,7 @@ def test_a_checkpoint_is_looked_at_without_being_read(tmp_path: Path) -> None:
 
 
 def test_workers_have_to_fit_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    weights = Weights(10 * 2**30, half=True)
+    weights = Stored(10 * 2**30, half=True)
     monkeypatch.setattr(checks, "free_memory", lambda: 25 * 2**30)
     check_memory(weights, ["cpu"])
     check_memory(weights, ["cpu", "cpu"], dtype="bf16")
@@ -220,3 +223,113 @@ def test_devices_are_taken_in_turn() -> None:
     assert worker_devices("cpu", None) == ["cpu"]
     assert worker_devices("cuda:0, cuda:1", None) == ["cuda:0", "cuda:1"]
     assert worker_devices("cuda:0,cuda:1", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+
+
+# --- the whole of it --------------------------------------------------------------------------------------------------
+
+
+class Serving:
+    """``medplib serve`` in a process of its own, and what it says."""
+
+    def __init__(self, *flags: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "model.cli", "serve", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.said += iter(self.process.stdout.readline, "")
+
+    def says(self, words: str) -> str | None:
+        """The first line with these words, once it was said."""
+        assert self.process.poll() is None or any(words in line for line in self.said), self.said
+        return next((line for line in self.said if words in line), None)
+
+    def children(self) -> list[psutil.Process]:
+        """Its programs."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def program(self, module: str) -> psutil.Process:
+        """One of them."""
+        return next(child for child in self.children() if module in child.cmdline())
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Its exit code after a signal; none of its programs outlives it."""
+        children = self.children()
+        self.process.send_signal(number)
+        code = self.process.wait(timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+        return code
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    started: list[Serving] = []
+
+    def start(*flags: str) -> Serving:
+        web, api = free_ports("127.0.0.1", 2)
+        started.append(Serving("--port", str(web), "--api-port", str(api), "--device", "cpu", *flags))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            for child in one.children():
+                child.kill()
+            one.process.kill()
+        one.process.wait()
+        assert one.process.stdout is not None
+        one._reader.join(timeout=10)
+        one.process.stdout.close()
+
+
+def address(line: str) -> str:
+    return next(word for word in line.split() if word.startswith("http"))
+
+
+def models(api: str) -> list[str]:
+    return [model["id"] for model in httpx.get(f"{api}/models", trust_env=False).json()["data"]]
+
+
+def test_page_and_api_come_up_outlive_a_crash_and_go(serve: Any, wait_until: Wait, tmp_path: Path) -> None:
+    stack = serve("--logs", str(tmp_path / "logs"), "--votes-file", str(tmp_path / "votes.jsonl"))
+    wait_until(lambda: stack.says("Ctrl-C stops it"), 150)
+    page, api = address(stack.says("  page ")), address(stack.says("  API "))
+    assert "MedPLIB" in httpx.get(page, trust_env=False, timeout=30).text
+    assert models(api) == ["medplib-nano"]
+    flags = " ".join(word for child in stack.children() for word in child.cmdline())
+    secret = stack.program("model.serve.model_worker").environ()[API_KEY]
+    assert secret not in flags and API_KEY not in stack.program("model.serve.gradio_web_server").environ()
+    stack.program("model.serve.model_worker").kill()
+    wait_until(lambda: stack.says("worker 1 was ended by SIGKILL"), 30)
+    wait_until(lambda: stack.says("worker 1 is ready again"), 90)
+    wait_until(lambda: models(api) == ["medplib-nano"], 30)
+    assert stack.stop(signal.SIGINT) == 0
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"controller.log", "worker-1.log", "web-page.log"}
+
+
+def test_a_program_that_cannot_start_is_told_and_all_end(serve: Any, wait_until: Wait, tmp_path: Path) -> None:
+    """The checkpoint looks whole from outside; the worker finds that it is not."""
+    shutil.copytree(NANO, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    stack = serve("--no-web", "--model", str(tmp_path / "broken"))
+    assert stack.process.wait(timeout=120) == 2
+    stack._reader.join(timeout=10)
+    assert stack.said[0].startswith("medplib: worker 1 ended with exit code 2: ")
+    assert str(tmp_path / "broken") in stack.said[0] and "Traceback" not in "".join(stack.said)
+
+
+def test_a_second_signal_does_not_wait(serve: Any, wait_until: Wait) -> None:
+    stack = serve("--no-web")
+    wait_until(lambda: len(stack.children()) == 2, 60)  # in the middle of the start
+    stack.process.send_signal(signal.SIGTERM)
+    assert stack.stop(signal.SIGTERM) == 0
