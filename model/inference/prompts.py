@@ -80,19 +80,23 @@ def visual_tokens(model: MedPLIBForCausalLM) -> int:
     return int(model.config.vision_grid**2) + model.model.vision_tower.keeps_class_token
 
 
-def embed_prompt(model: MedPLIBForCausalLM, prompt: Prompt) -> Tensor:
-    """Embeddings [1, L, D] of a prompt; encodes its image if nobody has."""
+def embed_prompt(model: MedPLIBForCausalLM, prompt: Prompt, opened: bool = False) -> Tensor:
+    """Embeddings [1, L, D] of a prompt, or of what follows its opening; encodes its image if nobody has."""
     image = prompt.image
     if image.image_features is None:
         image.image_features = model.encode_images(image.clip_input.to(model.device, model.dtype))
-    spliced = model.splice(
-        prompt.input_ids.to(model.device),
+    ids, tokens = prompt.input_ids, None
+    if opened:
+        ids = ids[:, ids.shape[1] - (prompt.length - prompt.prefix_length) :]
+        tokens = image.image_features.new_zeros(0, 1, model.config.text_config.hidden_size)
+    return model.splice(
+        ids.to(model.device),
         None,
         image.image_features,
         prompt.region_masks.to(model.device, model.dtype),
         prompt.region_image.to(model.device),
-    )
-    return spliced.embeds
+        image_tokens=tokens,
+    ).embeds
 
 
 def to_device(values: list[int], device: torch.device) -> Tensor:

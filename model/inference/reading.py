@@ -105,25 +105,22 @@ class PromptReader:
         shared = self._shared_tokens(row.prompt)
         end = shared if self.splits and row.read < shared else row.prompt.length
         end = min(end, row.read + self.chunk)
-        return Piece(self._embeds[row][row.read : end], self.slots[row], row.read)
+        return Piece(self._embeds[row][row.read - row.skipped : end - row.skipped], self.slots[row], row.read)
 
     def _open(self, row: Running, running: int) -> None:
         """Give a prompt a slot and embed it; its opening may be known already."""
         start = time.perf_counter()
         row.seconds["wait"] = start - row.submitted
         taken = set(self.slots.values())
-        self.slots[row] = next(slot for slot in range(running, self.cache.slots) if slot not in taken)
-        try:
-            self._embeds[row] = embed_prompt(self.model, row.prompt)[0]
-        except BaseException:
-            self._embeds[row] = torch.empty(0)  # it is among the read, so that it will be told
-            raise
-        row.seconds["encode"] += time.perf_counter() - start
+        slot = next(slot for slot in range(running, self.cache.slots) if slot not in taken)
         whole = row.ticket.request.router_stats  # whose experts are to be seen
         prefix = self.prefixes.get(row.prompt.prefix_key) if self._shared_tokens(row.prompt) and not whole else None
+        self.slots[row], self._embeds[row] = slot, torch.empty(0)  # among the read already, should the rest fail
+        self._embeds[row] = embed_prompt(self.model, row.prompt, opened=prefix is not None)[0]
         if prefix is not None:
-            self.cache.put_prefix(self.slots[row], prefix)
-            row.read = prefix.length
+            self.cache.put_prefix(slot, prefix)
+            row.read = row.skipped = prefix.length
+        row.seconds["encode"] += time.perf_counter() - start
 
     def _opening_is_read(self, prompt: Prompt) -> bool:
         """Whether the opening that a prompt could use is being read, and not yet kept."""

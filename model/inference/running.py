@@ -24,6 +24,7 @@ class Running:
 
     Attributes:
         limit: tokens it may say.
+        read: tokens of the prompt that its slot holds; ``skipped`` of them were kept from another prompt.
         launched: tokens whose computation was begun; those in ``ids`` are known already.
         finish: set when the answer is complete.
         seg_states: what each ``<SEG>`` was chosen from.
@@ -38,6 +39,7 @@ class Running:
     limit: int
     launched: int = 0
     read: int = 0
+    skipped: int = 0
     embeds: Tensor | None = None
     ids: list[int] = field(default_factory=list)
     seg_states: list[Tensor] = field(default_factory=list)

@@ -131,6 +131,14 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         """SAM embeddings [N, C, s, s] of SAM inputs [N, 3, S, S]; they depend on the image alone, so cache them."""
         return self.model.sam.encode_image(sam_pixel_values)
 
+    def project_images(self, image_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visual tokens [I, P, D] of CLIP features [I, P', Dv], and the projector's auxiliary loss."""
+        projected = self.model.projector(image_features)
+        tokens = projected.features
+        if self.config.in_context.token_compressor:
+            tokens = self.model.token_compressor(tokens)  # [I, fewer P, D]
+        return tokens, tokens.new_zeros(()) if projected.aux_loss is None else projected.aux_loss
+
     def splice(
         self,
         input_ids: torch.Tensor,
@@ -140,6 +148,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         region_image: torch.Tensor | None = None,
         example_masks: torch.Tensor | None = None,
         visual_kinds: list[str] | None = None,
+        image_tokens: torch.Tensor | None = None,
     ) -> SplicedInputs:
         """Embed a batch and put its images and regions in place.
 
@@ -151,6 +160,8 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             region_image: long [R], the image each region lies on; required with ``region_masks``.
             example_masks: [K, 1, H, W] masks that enter through the mask encoder (in-context prompts).
             visual_kinds: per image placeholder ``image`` or ``mask``; all images when absent.
+            image_tokens: [I, P, D] that ``project_images`` made of the features; made here when absent. The features
+                may then be of more images, which regions lie on and no placeholder shows.
 
         Raises:
             ValueError: placeholders and images, regions or masks do not match in number.
@@ -161,20 +172,18 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         if image_features is None:
             size = self.config.vision_config.image_size
             image_features = self.encode_images(embed.weight.new_zeros(0, 3, size, size))  # [0, P, Dv]
-        projected = self.model.projector(image_features)  # [I, P, D]
-        tokens = projected.features
-        if self.config.in_context.token_compressor:
-            tokens = self.model.token_compressor(tokens)  # [I, fewer P, D]
+        aux = embed.weight.new_zeros(())
+        if image_tokens is None:
+            image_tokens, aux = self.project_images(image_features)
         masks = self._mask_tokens(example_masks, embed.weight)  # [K, Pm, D]
-        visual = _visual_tokens(tokens, masks, visual_kinds)
+        visual = _visual_tokens(image_tokens, masks, visual_kinds)
         plan = plan_splice(input_ids, attention_mask, [len(tokens) for tokens in visual])
         regions = self._region_features(image_features, region_masks, region_image, embed.weight)  # [R, D]
         text = embed(input_ids.clamp(min=0))  # [B, T, D]
         padding = embed.weight[self.config.pad_token_id or 0]
         embeds = splice_embeddings(plan, input_ids, text, visual, regions, padding)  # [B, L, D]
         # Empty sums tie every part in, used or not: all ranks of a distributed run must have the same graph.
-        embeds = embeds + tokens[:0].sum() + masks[:0].sum()
-        aux = projected.aux_loss if projected.aux_loss is not None else embeds.new_zeros(())
+        embeds = embeds + image_tokens[:0].sum() + masks[:0].sum()
         return SplicedInputs(embeds, plan, aux)
 
     def _mask_tokens(self, example_masks: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
