@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from model.inference.answer import Mask
+from model.processing.masks import bounding_box
 
 # Distinct for most colour-blind readers (Okabe–Ito), bright enough on dark medical images.
 PALETTE = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178))
@@ -45,8 +46,13 @@ def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def blend(canvas: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int], alpha: float) -> None:
     """Tint the pixels of ``canvas`` [H, W, 3] that are ``inside`` [H, W], in place; ``alpha`` 1 covers them."""
-    tint = np.array(colour, dtype=np.float32)
-    canvas[inside] = ((1 - alpha) * canvas[inside] + alpha * tint).astype(np.uint8)
+    left, top, right, bottom = bounding_box(inside)
+    if right == 0:
+        return
+    shades = (1 - alpha) * np.arange(256, dtype=np.float32)[:, None] + alpha * np.array(colour, dtype=np.float32)
+    box = canvas[top:bottom, left:right]
+    tinted = cv2.LUT(box, shades.astype(np.uint8)[:, None])
+    cv2.copyTo(tinted, inside[top:bottom, left:right].astype(np.uint8), box)
 
 
 def draw_contour(canvas: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int], extra: int = 0) -> None:
