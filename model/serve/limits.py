@@ -6,6 +6,7 @@ run lengths or rows. A program that answers over HTTP puts ``BodyLimit`` in fron
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import binascii
@@ -65,6 +66,31 @@ class ServeLimits:
     def reading(self) -> ReadLimits:
         """The same for the readers of image files."""
         return ReadLimits(self.max_image_bytes, self.max_pixels)
+
+
+_FLAGS = ("body-mib", "image-mib", "pixels", "regions", "turns", "prompt-chars", "new-tokens")
+
+
+def add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    """``--max-pixels N`` and its like, for ``limits_from``."""
+    group = parser.add_argument_group("limits of one request (defaults: docs/serving.md)")
+    for flag in _FLAGS:
+        group.add_argument(f"--max-{flag}", type=int, metavar="N")
+
+
+def limits_from(options: argparse.Namespace) -> ServeLimits:
+    """The limits that parsed flags mean.
+
+    Raises:
+        MedPLIBError: one is not positive.
+    """
+    given = {}
+    for flag in _FLAGS:
+        name = f"max_{flag.replace('-', '_')}"
+        value = getattr(options, name)
+        if value is not None:
+            given[name.replace("_mib", "_bytes")] = value * _MIB if flag.endswith("mib") else value
+    return ServeLimits(**given)
 
 
 def decode_base64(text: str, limits: ServeLimits) -> bytes:

@@ -1,419 +1,316 @@
-"""A worker: one engine behind HTTP, ``python -m model.serve.model_worker --model-path DIR``; see ``--help``.
+"""A worker: ``python -m model.serve.model_worker --model-path DIR``; its flags, and how it starts and stops.
 
-It speaks LLaVA's and FastChat's protocol (``protocol.py``). What fails before the answer begins is a status and a
-sentence; after that it is a last chunk. Requests wait in a queue with an end, and whoever leaves frees his place.
+What is wrong is told in one sentence and exit code 2, as far as possible before anything heavy is imported or loaded.
+The application itself is in ``worker_app.py``.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import contextlib
 import logging
-import secrets
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from model.errors import MedPLIBError
-from model.inference.answer import Answer
-from model.serve.access import WorkerGuard
-from model.serve.heartbeat import Heart, Registration
-from model.serve.limits import BodyLimit, ServeLimits
-from model.serve.measuring import WorkerMetrics
-from model.serve.protocol import ErrorCode, WorkerStatus, error_chunk
-from model.serve.refusals import Refusal, answer_errors
-from model.serve.worker_loop import EngineLoop, SharedEngine
-from model.serve.worker_requests import Asked, last_chunk, read_request, text_chunk
+from model.serve.access import checked_key, normal_name
+from model.serve.limits import add_limit_flags, limits_from
+from model.serve.protocol import HEARTBEAT_SECONDS
+from model.serve.running import GRACE_SECONDS, check_port, is_loopback, listen, parse_flags, run_app, set_up_logging
 
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    from model.serve.heartbeat import Registration
+    from model.serve.worker_app import Worker, WorkerSettings
+    from model.serve.worker_loading import ModelChoice
 
-_log = logging.getLogger("model.serve.model_worker")  # also where it is run as a program
+DEFAULT_PORT, DEFAULT_CONTROLLER = 64002, "http://localhost:64000"
+NANO = Path(__file__).resolve().parents[2] / "assets" / "medplib-nano"
+_ANYWHERE = ("", "0.0.0.0", "::")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_SERVER_GRACE = 2.0  # once the worker has finished, only idle connections are left
 
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How a worker behaves.
-
-    Attributes:
-        model_names: what it answers for; the first is its own.
-        capacity: requests it takes at once, waiting and running.
-        limits: of one request.
-        request_timeout: seconds an answer may take.
-        client_timeout: seconds a client may take to accept the next piece of its answer.
-        no_mask_below: masks of a lower probability of presence are left empty, where a request does not say.
-        max_held_bytes: of decoded pictures and regions of all requests.
-        key: secret that the controller shows; without one only programs of this machine are answered.
-        registration: with whom it registers; None for nobody.
-        grace: seconds that answers under way may take once it is told to stop.
-        stall_seconds: without a step of the engine, after which it is taken to be stuck.
-        log_conversations: whether questions and answers are logged.
-        details: about the model, for people.
-    """
-
-    model_names: tuple[str, ...] = ("medplib-nano",)
-    capacity: int = 72
-    limits: ServeLimits = field(default_factory=ServeLimits)
-    request_timeout: float = 240.0
-    client_timeout: float = 60.0
-    no_mask_below: float | None = None
-    max_held_bytes: int = 1 << 30
-    key: str | None = None
-    registration: Registration | None = None
-    grace: float = 30.0
-    stall_seconds: float = 120.0
-    log_conversations: bool = False
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        names = ("capacity", "request_timeout", "client_timeout", "grace", "stall_seconds")
-        for name in names:
-            if not getattr(self, name) > 0:
-                raise MedPLIBError(f"{name} is {getattr(self, name)}; give a number above 0")
+_log = logging.getLogger("model.serve.model_worker")
 
 
-class Worker:
-    """What the routes work on.
+def __getattr__(name: str) -> Any:
+    """The application's parts under this name too; they bring torch."""
+    if name not in ("Worker", "WorkerSettings", "make_worker_app"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("model.serve.worker_app"), name)
 
-    Args:
-        engine: started, or stepped by somebody else.
-        settings: how the worker behaves.
-        on_start: called on the event loop before the first request.
-    """
 
-    def __init__(
-        self, engine: SharedEngine, settings: WorkerSettings, on_start: Callable[[Worker], None] | None = None
-    ) -> None:
-        self.settings, self._on_start = settings, on_start
-        self.loop = EngineLoop(engine, settings.stall_seconds)
-        self.metrics = WorkerMetrics()
-        self.metrics.watch(lambda: self._engine_count("waiting"), lambda: self._engine_count("running"))
-        self.draining = False
-        self.active = self.answered = 0
-        self._held = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._reading = ThreadPoolExecutor(2, thread_name_prefix="medplib-read")
-        self.heart = Heart(settings.registration, self.status) if settings.registration else None
-        self._beating: asyncio.Task[None] | None = None
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of ``python -m model.serve.model_worker``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model.serve.model_worker",
+        description="Answers questions about images with one model, for a controller. Research use only.",
+        epilog="Flags may be spelled with underscores too. Keys are better kept in the environment, where other users "
+        "of the machine do not see them.",
+    )
+    _add_addresses(parser)
+    _add_model(parser)
+    _add_service(parser)
+    add_limit_flags(parser)
+    return parser
 
-    # --- its life -------------------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Beat while the application runs."""
-        if self._on_start is not None:
-            self._on_start(self)
-        if self.heart is not None:
-            self._beating = asyncio.create_task(self.heart.run())
-        try:
-            yield
-        finally:
-            if self._beating is not None:
-                self._beating.cancel()
-                await asyncio.gather(self._beating, return_exceptions=True)
-            self._reading.shutdown(wait=False, cancel_futures=True)
+def _add_addresses(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="localhost", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        *("--controller", "--controller-address", "--controller-url"),
+        default=DEFAULT_CONTROLLER,
+        metavar="URL",
+        help="controller to register with (default: %(default)s); it may be started later",
+    )
+    parser.add_argument(
+        *("--worker", "--worker-address", "--worker-url"),
+        metavar="URL",
+        help="address at which the controller reaches this worker (default: http://HOST:PORT)",
+    )
+    parser.add_argument("--no-register", action="store_true", help="answer whoever asks, without a controller")
+    parser.add_argument(
+        "--heartbeat", type=float, default=HEARTBEAT_SECONDS, metavar="S", help="seconds between two (default: 15)"
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("MEDPLIB_API_KEY"),
+        metavar="KEY",
+        help="secret shared with the controller (default: $MEDPLIB_API_KEY); without one only programs of this machine "
+        "are answered",
+    )
 
-    async def drain(self) -> None:
-        """Take nothing new, and let the controller know; what there is goes on."""
-        if not self.draining:
-            self.draining = True
-            _log.info("draining: %d requests are under way", self.active)
-        if self.heart is not None:
-            await self.heart.announce()
 
-    async def finish(self) -> None:
-        """Drain, and end what does not end by itself within the grace time."""
-        draining = asyncio.create_task(self.drain())
-        try:
-            async with asyncio.timeout(self.settings.grace):
-                await self._idle.wait()
-        except TimeoutError:
-            _log.warning("%d requests did not end within %g s and are given up", self.active, self.settings.grace)
-            await self.loop.close()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):  # to tell the clients
-                    await self._idle.wait()
-        await draining
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model-path", type=Path, metavar="DIR", help="checkpoint; the nano when absent")
+    model.add_argument("--model-base", type=Path, metavar="DIR", help="what a LoRA in --model-path was trained on")
+    model.add_argument(
+        *("--model-names", "--model-name"), metavar="A[,B…]", help="what it answers for (default: the directory's name)"
+    )
+    model.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 …, or auto (default): the GPU if there is one")
+    model.add_argument("--device-map", metavar="D", help="the same")
+    model.add_argument("--dtype", choices=tuple(_DTYPES), help="of the weights; as stored when absent, fp32 on a CPU")
+    bits = model.add_mutually_exclusive_group()
+    bits.add_argument("--load-8bit", action="store_true", help="language model in 8 bits")
+    bits.add_argument("--load-4bit", action="store_true", help="language model in 4 bits")
+    model.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP, for published checkpoints")
+    model.add_argument(
+        *("--vision-pretrained", "--sam"), type=Path, metavar="FILE", help="SAM-Med2D, for published checkpoints"
+    )
+    model.add_argument("--add-region-feature", action="store_true", help="refuse a checkpoint that knows no regions")
+    model.add_argument(
+        "--mask-gate", action="store_true", help="leave masks empty that the checkpoint's gate takes for absent things"
+    )
 
-    def _engine_count(self, name: str) -> int:
-        return self.loop.engine.status().get(name, 0)
 
-    def status(self) -> WorkerStatus:
-        """How it is now."""
-        details = {
-            **self.settings.details,
-            **self.loop.engine.status(),
-            "answered": self.answered,
-            "trouble": self.loop.trouble(),
-        }
-        return WorkerStatus(
-            model_names=list(self.settings.model_names),
-            speed=1.0,
-            queue_length=self.active,
-            capacity=self.settings.capacity,
-            draining=self.draining,
-            details=details,
+def _add_service(parser: argparse.ArgumentParser) -> None:
+    service = parser.add_argument_group("service")
+    service.add_argument("--slots", type=int, default=8, metavar="N", help="answers written at once (default: 8)")
+    service.add_argument("--max-length", type=int, metavar="N", help="tokens of a conversation with its image")
+    service.add_argument(
+        "--max-waiting", type=int, default=64, metavar="N", help="requests that wait; then it says 429 (default: 64)"
+    )
+    for name, default, what in (
+        ("request-timeout", 240.0, "an answer may take"),
+        ("client-timeout", 60.0, "a client may take for the next piece of its answer"),
+        ("grace", GRACE_SECONDS, "answers under way may take once the worker is stopped"),
+    ):
+        service.add_argument(
+            f"--{name}", type=float, default=default, metavar="S", help=f"seconds {what} (default: {default:g})"
         )
-
-    # --- answers --------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def admitted(self) -> Any:
-        """A place for a request.
-
-        Raises:
-            Refusal: the worker is draining, broken or full.
-        """
-        if self.draining:
-            raise Refusal(ErrorCode.DRAINING, "this worker takes nothing new; ask again", retry_after=1)
-        if trouble := self.loop.trouble():
-            raise Refusal(ErrorCode.FAILED, trouble)
-        if self.active >= self.settings.capacity:
-            sentence = f"{self.active} requests are waiting and running already; ask again later"
-            raise Refusal(ErrorCode.BUSY, sentence, self.loop.retry_after())
-        self.active += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.active -= 1
-            if not self.active:
-                self._idle.set()
-
-    async def read(self, body: bytes) -> Asked:
-        """What a request asks for.
-
-        Raises:
-            MedPLIBError: it is malformed.
-            Refusal: too many pictures are held already.
-        """
-        settings = self.settings
-        asked = await self.aside(read_request, body, settings.model_names, settings.limits, settings.no_mask_below)
-        if self._held and self._held + asked.num_bytes > settings.max_held_bytes:
-            raise Refusal(ErrorCode.BUSY, "too many large pictures are being asked about; ask again later", 5)
-        return asked
-
-    @contextlib.contextmanager
-    def holding(self, asked: Asked) -> Any:
-        """Count the picture of a request while it is held."""
-        self._held += asked.num_bytes
-        try:
-            yield
-        finally:
-            self._held -= asked.num_bytes
-
-    async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Do what takes long outside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._reading, work, *arguments)
+    service.add_argument("--log-conversations", action="store_true", help="log questions and answers")
 
 
-class GenerateRoute:
-    """``POST /worker_generate_stream`` as an ASGI application, which hears of a client's leaving at any moment.
-
-    Args:
-        worker: who answers.
-        guard: who may ask.
-    """
-
-    def __init__(self, worker: Worker, guard: WorkerGuard) -> None:
-        self.worker, self.guard = worker, guard
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request.
-
-        Raises:
-            Refusal, MedPLIBError: it failed before its answer began.
-        """
-        await self.guard(Request(scope))
-        exchange = _Exchange(self.worker, send)
-        try:
-            with self.worker.admitted():
-                body = await Request(scope, receive).body()
-                await _until_left(exchange.run(body), receive)
-        except ClientDisconnect:
-            exchange.outcome = "left"
-        except Refusal as refusal:
-            exchange.outcome = refusal.code.name.lower()
-            raise
-        finally:
-            exchange.note()
-
-
-async def _until_left(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Do the work; who leaves ends it."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    signal.signal(signal.SIGTERM, _stop_loading)
+    options = parse_flags(make_parser(), arguments)
+    set_up_logging()
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-    if not working.cancelled():
-        working.result()
+        return _run(options)
+    except MedPLIBError as error:
+        sys.stderr.write(f"model_worker: {error}\n")
+        return 2
+    except KeyboardInterrupt:  # before the server was up
+        return 0
 
 
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _stop_loading(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
-class _Exchange:
-    """One request and its answer.
+def _run(options: argparse.Namespace) -> int:
+    registration = _registration(options)
+    directory, device = _check_model(options)
+    limits_from(options)
+    from model.inference.engine import EngineSettings  # this and what follows takes a while
+    from model.serve.worker_app import make_worker_app
+    from model.serve.worker_loading import describe_engine, load_engine
 
-    Args:
-        worker: who answers.
-        send: to the client.
+    choice = _choice(options, directory, device)
+    settings = _settings(options, directory, registration)
+    bounds = EngineSettings(slots=options.slots, max_length=options.max_length, waiting=options.max_waiting)
+    engine = load_engine(choice, bounds)
+    gate = engine.gate.threshold if options.mask_gate and engine.gate else None
+    settings = replace(settings, no_mask_below=gate, details=describe_engine(engine, choice))
+    app = make_worker_app(engine, settings, _Stopper().install)
+    with engine:
+        run_app(app, options.host, options.port, grace=_SERVER_GRACE)
+    return 0
+
+
+def _registration(options: argparse.Namespace) -> Registration | None:
+    """With whom the worker registers; the port is looked at, and a free one chosen where it is 0.
+
+    Raises:
+        MedPLIBError: an address or the key is malformed, or the port is in use.
+    """
+    options.api_key = checked_key(options.api_key, "--api-key")
+    check_port(options.host, options.port)
+    if not options.port:
+        listeners = listen(options.host, 0)
+        options.port = listeners[0].getsockname()[1]
+        for listener in listeners:
+            listener.close()
+    if not options.api_key and not is_loopback(options.host):
+        _log.warning("reachable from other machines without --api-key: only programs of this machine are answered")
+    if options.no_register:
+        return None
+    from model.serve.heartbeat import Registration
+
+    if not options.heartbeat > 0:
+        raise MedPLIBError(f"--heartbeat is {options.heartbeat:g}; give seconds above 0")
+    try:
+        controller = normal_name(options.controller)
+    except MedPLIBError as error:
+        raise MedPLIBError(f"--controller {options.controller!r} is no address; give http://HOST:PORT") from error
+    return Registration(controller, _own_address(options, controller), options.api_key, options.heartbeat)
+
+
+def _own_address(options: argparse.Namespace, controller: str) -> str:
+    if options.worker:
+        return normal_name(options.worker)
+    if options.host not in _ANYWHERE:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        return normal_name(f"http://{host}:{options.port}")
+    if not is_loopback(urlsplit(controller).hostname or ""):
+        raise MedPLIBError(
+            f"--host {options.host} tells the controller no address; give the one at which it reaches this worker with "
+            f"--worker http://HOST:{options.port}"
+        )
+    return f"http://localhost:{options.port}"
+
+
+def _check_model(options: argparse.Namespace) -> tuple[Path, str]:
+    """Where the model is and where it goes, as far as that can be told at once.
+
+    Raises:
+        MedPLIBError: flags contradict each other, or there is nothing at a path.
+    """
+    directory = options.model_path or NANO
+    if not directory.is_dir():
+        raise MedPLIBError(f"there is no checkpoint directory {directory}; give one with --model-path")
+    for flag in ("vision_tower", "model_base"):
+        path = getattr(options, flag)
+        if path is not None and not path.is_dir():
+            raise MedPLIBError(f"there is no directory {path}; give --{flag.replace('_', '-')} another or leave it out")
+    if options.device and options.device_map and options.device != options.device_map:
+        raise MedPLIBError(f"--device {options.device} and --device_map {options.device_map} differ; give one of them")
+    return directory, options.device or options.device_map or "auto"
+
+
+def _choice(options: argparse.Namespace, directory: Path, device: str) -> ModelChoice:
+    import torch
+
+    from model.serve.worker_loading import ModelChoice
+
+    return ModelChoice(
+        directory,
+        device,
+        dtype=getattr(torch, _DTYPES[options.dtype]) if options.dtype else None,
+        quantisation="int8" if options.load_8bit else "int4" if options.load_4bit else None,
+        vision_tower=options.vision_tower,
+        sam=options.vision_pretrained,
+        needs_regions=options.add_region_feature,
+        needs_gate=options.mask_gate,
+    )
+
+
+def _settings(options: argparse.Namespace, directory: Path, registration: Registration | None) -> WorkerSettings:
+    """What of the worker does not depend on the loaded model.
+
+    Raises:
+        MedPLIBError: a number is out of range, or no model is named.
+    """
+    from model.serve.registry import check_models
+    from model.serve.worker_app import WorkerSettings
+
+    names = [name.strip() for name in (options.model_names or model_name(directory)).split(",")]
+    check_models(names)
+    return WorkerSettings(
+        tuple(names),
+        capacity=options.slots + options.max_waiting,
+        limits=limits_from(options),
+        request_timeout=options.request_timeout,
+        client_timeout=options.client_timeout,
+        key=options.api_key,
+        registration=registration,
+        grace=options.grace,
+        log_conversations=options.log_conversations,
+    )
+
+
+def model_name(directory: Path) -> str:
+    """What a checkpoint in this directory is called where nobody says: ``checkpoint-7`` with the run it is of."""
+    whole = directory.resolve()
+    return f"{whole.parent.name}_{whole.name}" if whole.name.startswith("checkpoint") else whole.name
+
+
+class _Stopper:
+    """Lets a worker end what it has, and refuse the rest, before the server's own handling of a signal comes to it.
+
+    The first SIGTERM or Ctrl-C drains; the second one stops at once.
     """
 
-    def __init__(self, worker: Worker, send: Send) -> None:
-        self.worker, self.metrics, self._send = worker, worker.metrics, send
-        self.name = secrets.token_hex(4)
-        self.outcome = "left"  # unless something else is seen to end it
-        self._begun = time.perf_counter()
-        self._streaming = False
+    def __init__(self) -> None:
+        self._begun = False
+        self._handlers: dict[int, Any] = {}
 
-    async def run(self, body: bytes) -> None:
-        """Read the request, stream its answer.
+    def install(self, worker: Worker) -> None:
+        """Handle signals from now on; for the event loop, once the server has put its own handlers there."""
+        self._worker, self._loop = worker, asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._handle)
 
-        Raises:
-            Refusal, MedPLIBError: it failed before its answer began.
-        """
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._begun:
+            self._stop_server(number)
+            self._stop_server(number)
+            return
+        self._begun = True
+        self._loop.call_soon_threadsafe(self._begin, number)
+
+    def _begin(self, number: int) -> None:
+        self._finishing = self._loop.create_task(self._finish(number))
+
+    async def _finish(self, number: int) -> None:
         try:
-            asked = await self.worker.read(body)
-            del body
-            with self.worker.holding(asked):
-                await self._answer(asked)
-        except Refusal as refusal:
-            await self._fail(refusal)
-        except MedPLIBError as error:
-            await self._fail(Refusal(ErrorCode.BAD_INPUT, str(error)))
-        except _TakesNothing:
-            self.outcome = "left"
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client hears of it
-            _log.exception("request %s failed", self.name)
-            await self._fail(Refusal(ErrorCode.FAILED, f"the worker failed on this request ({type(error).__name__})"))
+            await self._worker.finish()
+        finally:
+            self._stop_server(number)
 
-    async def _answer(self, asked: Asked) -> None:
-        settings = self.worker.settings
-        timeout = min(asked.timeout or settings.request_timeout, settings.request_timeout)
-        async with contextlib.aclosing(self.worker.loop.ask(asked.request, timeout)) as answers:
-            async for answer in answers:
-                if not self._streaming:
-                    self.metrics.first_token.observe(time.perf_counter() - self._begun)
-                if isinstance(answer, str):
-                    await self._stream(text_chunk(asked, answer))
-                    continue
-                self._log_conversation(asked, answer)
-                await self._stream(await self.worker.aside(last_chunk, asked, answer))
-                self.outcome = answer.finish
-                self.worker.answered += 1
-                self.metrics.tokens.inc(answer.new_tokens)
-                self.metrics.masks.inc(len(answer.masks))
-        await self._stream(b"", more=False)
-
-    async def _fail(self, refusal: Refusal) -> None:
-        """Tell why there is no answer, or no end of it.
-
-        Raises:
-            Refusal: the answer has not begun, so that this can be told by a status.
-        """
-        self.outcome = refusal.code.name.lower()
-        if not self._streaming:
-            raise refusal
-        with contextlib.suppress(_TakesNothing):
-            await self._stream(error_chunk(refusal.code, refusal.sentence).encode())
-            await self._stream(b"", more=False)
-
-    async def _stream(self, piece: bytes, more: bool = True) -> None:
-        """Send a piece, as soon as the client takes it.
-
-        Raises:
-            _TakesNothing: it takes nothing.
-        """
-        if not self._streaming:
-            self._streaming = True
-            headers = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-store")]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            async with asyncio.timeout(self.worker.settings.client_timeout):
-                await self._send({"type": "http.response.body", "body": piece, "more_body": more})
-        except (TimeoutError, OSError):
-            raise _TakesNothing from None
-
-    def _log_conversation(self, asked: Asked, answer: Answer) -> None:
-        if self.worker.settings.log_conversations:
-            _log.info("request %s asked %r and was answered %r", self.name, asked.prompt, answer.text)
-
-    def note(self) -> None:
-        """Count the request."""
-        seconds = time.perf_counter() - self._begun
-        self.metrics.requests.labels(outcome=self.outcome).inc()
-        self.metrics.duration.observe(seconds)
-        _log.info("request %s: %s after %.2f s", self.name, self.outcome, seconds)
-
-
-class _TakesNothing(Exception):
-    """The client is there no more, or accepts nothing of its answer."""
-
-
-def make_worker_app(
-    engine: SharedEngine, settings: WorkerSettings | None = None, on_start: Callable[[Worker], None] | None = None
-) -> FastAPI:
-    """The worker as an ASGI application; ``app.state.worker`` is what its routes work on.
-
-    Args:
-        engine: shared by all requests; started by the caller, who closes it too.
-        settings: how the worker behaves.
-        on_start: called on the event loop before the first request.
-    """
-    settings = settings or WorkerSettings()
-    worker = Worker(engine, settings, on_start)
-    guard = WorkerGuard(settings.key, name="worker's key")
-    app = FastAPI(title="MedPLIB worker", lifespan=worker.lifespan, openapi_url=None)
-    app.state.worker = worker
-    app.add_middleware(BodyLimit, max_bytes=settings.limits.max_body_bytes)
-    answer_errors(app)
-    app.router.routes.append(Route("/worker_generate_stream", GenerateRoute(worker, guard), methods=["POST"]))
-
-    @app.post("/worker_get_status", dependencies=[Depends(guard)])
-    async def worker_get_status() -> WorkerStatus:
-        return worker.status()
-
-    @app.post("/drain", dependencies=[Depends(guard)])
-    async def drain() -> WorkerStatus:
-        await worker.drain()
-        return worker.status()
-
-    @app.get("/livez")
-    async def livez() -> JSONResponse:
-        if trouble := worker.loop.trouble():
-            raise Refusal(ErrorCode.FAILED, trouble, status=503)
-        return JSONResponse({"live": True})
-
-    @app.get("/readyz")
-    async def readyz() -> JSONResponse:
-        if worker.draining:
-            raise Refusal(ErrorCode.DRAINING, "this worker takes nothing new", retry_after=1)
-        if trouble := worker.loop.trouble():
-            raise Refusal(ErrorCode.FAILED, trouble, status=503)
-        return JSONResponse({"ready": True})
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return worker.metrics.answer()
-
-    return app
+    def _stop_server(self, number: int) -> None:
+        self._handlers[number](number, None)
 
 
 if __name__ == "__main__":
-    from model.serve.worker_command import main
-
-    raise SystemExit(main())
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
@@ -24,7 +25,16 @@ from starlette.types import Message, Receive, Scope, Send
 
 from model.errors import MedPLIBError
 from model.processing.masks import encode_rle
-from model.serve.limits import BodyLimit, ServeLimits, decode_base64, open_image, open_region, safe_file_name
+from model.serve.limits import (
+    BodyLimit,
+    ServeLimits,
+    add_limit_flags,
+    decode_base64,
+    limits_from,
+    open_image,
+    open_region,
+    safe_file_name,
+)
 from tests.conftest import ROOT
 
 LIMITS = ServeLimits()
@@ -56,6 +66,14 @@ def test_whoever_needs_only_limits_does_not_wait_for_torch() -> None:
 def test_limits_are_positive() -> None:
     with pytest.raises(MedPLIBError, match="max_pixels is 0; give at least 1"):
         ServeLimits(max_pixels=0)
+
+
+def test_limits_are_flags() -> None:
+    parser = argparse.ArgumentParser()
+    add_limit_flags(parser)
+    assert limits_from(parser.parse_args([])) == LIMITS
+    given = limits_from(parser.parse_args(["--max-pixels", "7", "--max-image-mib", "2", "--max-new-tokens", "9"]))
+    assert given == ServeLimits(max_pixels=7, max_image_bytes=2**21, max_new_tokens=9)
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:;base64,", "DATA:image/png;charset=x;base64,"])

@@ -1,0 +1,173 @@
+"""The model of a worker: whether it is there and fits the memory, told before its weights are read; then the engine."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
+from model.errors import MedPLIBError
+from model.inference.engine import Engine, EngineSettings, Request
+from model.inference.generation import GenerationSettings
+from model.inference.loading import load_for_inference, usable_device
+from model.inference.mask_gate import GATE_FILE
+from model.inference.quantise import Scheme, weight_bytes
+from model.inference.slots import slot_bytes
+from model.serve.checks import free_memory
+
+_GIB = 2**30
+_MOST_TOKENS = 2048  # of a slot by default, as the engine has it
+_QUANTISED = re.compile(r"model\.decoder\.layers\..+_proj\.weight")
+_QUANTISED_BYTES: dict[Scheme, float] = {"int8": 1.0, "int4": 0.5625}  # a weight, with its share of a scale
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model a worker answers with, and how it is kept.
+
+    Attributes:
+        directory: checkpoint, native or published.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …, or ``auto`` for the GPU where there is one.
+        dtype: of the weights; as stored when absent, but fp32 on a CPU.
+        quantisation: of the language model.
+        vision_tower: CLIP directory, for published checkpoints; ``sam`` the SAM-Med2D file, for those without one.
+        needs_regions: the checkpoint must be able to look at regions.
+        needs_gate: it must have a mask gate.
+    """
+
+    directory: Path
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+    quantisation: Scheme | None = None
+    vision_tower: Path | None = None
+    sam: Path | None = None
+    needs_regions: bool = False
+    needs_gate: bool = False
+
+
+def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
+    """An engine with the model, not started.
+
+    Raises:
+        MedPLIBError: the checkpoint is not there or lacks something, the device cannot be used, or memory is too small.
+    """
+    begun = time.perf_counter()
+    device = _device(choice.device)
+    opened = open_checkpoint(choice.directory, vision_tower=choice.vision_tower, sam=choice.sam)
+    _check_parts(choice, opened)
+    dtype = choice.dtype or (torch.float32 if device.type == "cpu" else opened.dtype or torch.float32)
+    _check_memory(opened, device, dtype, choice.quantisation, settings)
+    try:
+        model, processor, gate = load_for_inference(
+            choice.directory,
+            device,
+            choice.vision_tower,
+            dtype,
+            sam=choice.sam,
+            quantisation=choice.quantisation,
+        )
+        engine = Engine(model, processor, settings, gate)
+        if device.type == "cuda":
+            _warm_up(engine)
+    except torch.OutOfMemoryError as error:
+        raise MedPLIBError(
+            f"{choice.directory} does not fit the memory of {device}; take fewer --slots, --load-8bit or --load-4bit"
+        ) from error
+    _log.info("%s is on %s after %.1f s", choice.directory.name, device, time.perf_counter() - begun)
+    return engine
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return usable_device(name)
+
+
+def _check_parts(choice: ModelChoice, opened: OpenedCheckpoint) -> None:
+    if choice.needs_regions and not opened.config.region.enabled:
+        raise MedPLIBError(
+            f"{choice.directory} has no region adapter; leave --add_region_feature out, or give a checkpoint with one"
+        )
+    if choice.needs_gate and not (choice.directory / GATE_FILE).is_file():
+        raise MedPLIBError(
+            f"{choice.directory} has no {GATE_FILE}; leave --mask-gate out, or make one with "
+            "python -m model.inference.calibrate_gate"
+        )
+
+
+def _check_memory(
+    opened: OpenedCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantisation: Scheme | None,
+    settings: EngineSettings,
+) -> None:
+    """Whether weights and caches fit what is free now.
+
+    Raises:
+        MedPLIBError: they do not.
+    """
+    weights, cache = needed_bytes(opened, dtype, quantisation, settings)
+    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if free is not None and weights + cache > free:
+        raise MedPLIBError(
+            f"{opened.directory} needs {weights / _GIB:.1f} GiB for its weights and {cache / _GIB:.1f} GiB for "
+            f"{settings.slots} slots, and {device} has {free / _GIB:.1f} GiB free; stop other programs, take fewer "
+            "--slots, or fewer bits where the GPU is not full while loading"
+        )
+
+
+def needed_bytes(
+    opened: OpenedCheckpoint, dtype: torch.dtype, quantisation: Scheme | None, settings: EngineSettings
+) -> tuple[int, int]:
+    """Bytes that the weights take, at the most while they are loaded and quantised, and that the slots' cache takes.
+
+    Args:
+        opened: the checkpoint, whose values are not read.
+        dtype: of the weights.
+        quantisation: of the language model.
+        settings: of the engine.
+    """
+    text = opened.config.text_config
+    sizes = {name: prod(shape) for name, shape in opened.shapes.items()}
+    whole = sum(sizes.values()) * dtype.itemsize
+    length = settings.max_length or min(text.max_position_embeddings, _MOST_TOKENS)
+    cache = settings.slots * slot_bytes(text, length, dtype)
+    if quantisation is None:
+        return whole, cache
+    few = sum(size for name, size in sizes.items() if _QUANTISED.fullmatch(name))
+    kept = whole - round(few * (dtype.itemsize - _QUANTISED_BYTES[quantisation]))
+    return max(whole - cache, kept), cache  # the cache is made once the weights are small
+
+
+def _warm_up(engine: Engine) -> None:
+    """Ask once, so that what takes long the first time is behind and memory that is short is noticed now."""
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    engine.ask(Request(picture, "What is it?", settings=GenerationSettings(max_new_tokens=2)))
+
+
+def describe_engine(engine: Engine, choice: ModelChoice) -> dict[str, Any]:
+    """What a worker tells about its model."""
+    return {
+        "checkpoint": choice.directory.resolve().name,
+        "device": str(engine.model.device),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "quantisation": choice.quantisation,
+        "weight_bytes": weight_bytes(engine.model),
+        "cache_bytes": engine.cache_bytes,
+        "image_cache_bytes": engine.images.max_bytes,
+        "prefix_cache_bytes": engine.prefixes.max_bytes,
+        "max_length": engine.max_length,
+        "regions": engine.model.config.region.enabled,
+        "mask_gate": engine.gate is not None,
+    }
