@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_what(parser.add_argument_group("what is written and reported"))
     _add_answering(parser.add_argument_group("how answers are drawn"))
     _add_machine(parser.add_argument_group("machine"))
-    _add_in_context(parser.add_argument_group("in-context records (refused: they cannot be asked here)"))
+    _add_in_context(parser.add_argument_group("in-context records (refused: questions are about one image)"))
     return parser
 
 
@@ -181,7 +181,10 @@ def _refuse(flags: argparse.Namespace) -> None:
     if flags.num_beams != 1:
         raise MedPLIBError(f"--num_beams is {flags.num_beams}, but answers are decoded without a beam search; give 1")
     if flags.icl_enable or flags.icl_mask_mode:
-        raise MedPLIBError("in-context records cannot be asked here; leave --icl_enable and --icl_mask_mode out")
+        raise MedPLIBError(
+            "--icl_enable and --icl_mask_mode are for in-context records, which show solved examples as further images, "
+            "and questions are asked about one image here; leave the flags out and give records without examples"
+        )
     if flags.precision == "fp16":
         raise MedPLIBError("--precision fp16 is not offered, only fp32 and bf16 are tested; give one of them")
     if flags.vis_save_path and not flags.vis_mask:

@@ -133,7 +133,8 @@ def _look_ahead(records: Records, numbers: range, options: InferenceOptions) -> 
     first = [_questions(records, number, options)[0] for number in numbers[:_SEEN_FIRST]]
     if first and first[0].error and "solved examples" in first[0].error:
         raise MedPLIBError(
-            f"{options.data} holds in-context records, which show solved examples; they cannot be asked here"
+            f"{options.data} holds in-context records, which show solved examples as further images, and questions are "
+            "asked about one image here; give records without examples"
         )
     if len(first) == _SEEN_FIRST and all(question.error for question in first):
         raise MedPLIBError(

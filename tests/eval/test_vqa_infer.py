@@ -356,7 +356,7 @@ def test_the_wrong_image_folder_is_noticed_at_once(run: Any, tmp_path: Path):
 def test_in_context_records_are_refused(run: Any, tmp_path: Path):
     image, mask = GROUNDING["image"], next((SAMPLE / "masks").iterdir()).relative_to(SAMPLE)
     record = {"icl_examples": [{"image": image, "mask": str(mask)}], "image": image, "target_mask": str(mask)}
-    with pytest.raises(MedPLIBError, match="in-context records"):
+    with pytest.raises(MedPLIBError, match="in-context records.*questions are asked about one image here"):
         run(options(tmp_path, [record]))
 
 
@@ -463,7 +463,7 @@ def test_published_flags_mean_what_they_did(tmp_path: Path):
     ("flags", "told"),
     [
         (["--num_beams=4"], "--num_beams is 4"),
-        (["--icl_enable"], "in-context records"),
+        (["--icl_enable"], "in-context records, which show solved examples as further images"),
         (["--icl_mask_mode=overlay"], "in-context records"),
         (["--precision=fp16"], "fp16 is not offered"),
         (["--vis_save_path=x"], "give --vis_mask too"),

@@ -63,9 +63,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path):
     assert here(tmp_path / "one.jsonl", data).errors == 1
     assert without_timing(tmp_path / "two.jsonl") == without_timing(tmp_path / "one.jsonl")
     assert sorted(path.name for path in tmp_path.glob("two*")) == ["two.jsonl", "two.run.json"]
-    assert (
-        vqa_infer.main(flags(tmp_path / "two.jsonl", data)) == 3
-    )  # alone it tells the true code
+    assert vqa_infer.main(flags(tmp_path / "two.jsonl", data)) == 3  # alone it tells the true code
 
 
 def test_a_killed_process_loses_and_doubles_nothing(tmp_path: Path):

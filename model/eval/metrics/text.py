@@ -1,6 +1,6 @@
 """Standard scores of one written answer: exact match, token overlap, counts for BLEU, ROUGE-L, closed questions.
 
-METEOR is left out: its synonyms need WordNet, which no library here carries without a download.
+METEOR is left out: its synonyms need WordNet, which no library carries without a download or a Java program.
 """
 
 from __future__ import annotations
