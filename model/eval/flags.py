@@ -182,8 +182,8 @@ def _refuse(flags: argparse.Namespace) -> None:
         raise MedPLIBError(f"--num_beams is {flags.num_beams}, but answers are decoded without a beam search; give 1")
     if flags.icl_enable or flags.icl_mask_mode:
         raise MedPLIBError(
-            "--icl_enable and --icl_mask_mode are for in-context records, which show solved examples as further images, "
-            "and questions are asked about one image here; leave the flags out and give records without examples"
+            "--icl_enable and --icl_mask_mode are for in-context records, which show solved examples as further images "
+            "while questions are asked about one here; leave the flags out and give records without examples"
         )
     if flags.precision == "fp16":
         raise MedPLIBError("--precision fp16 is not offered, only fp32 and bf16 are tested; give one of them")
