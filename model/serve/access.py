@@ -92,7 +92,7 @@ class WorkerGuard(KeyGuard):
         await super().__call__(request)
         peer = request.client.host if request.client else None
         if not self.keys and (not from_loopback(peer) or "origin" in request.headers):
-            sentence = "without a key only programs of this machine may do this; start the controller with --api-key"
+            sentence = "without a key only programs of this machine may do this; start this server with --api-key"
             raise Refusal(ErrorCode.BAD_INPUT, sentence, status=403)
 
 

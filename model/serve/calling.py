@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import httpx
 
@@ -14,6 +16,8 @@ from model.serve.protocol import ErrorCode, WorkerStatus
 from model.serve.refusals import Refusal
 
 _MAX_ERROR_BYTES = 64 * 2**10
+_KEEP_ALIVE = 4.0  # seconds; published workers close an idle connection after 5
+_TCP_OPTIONS = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,21 @@ class WorkerCaller:
 
     def __init__(self, key: str | None = None, settings: CallSettings | None = None) -> None:
         self.settings = settings or CallSettings()
-        self._headers = {**bearer(key), "Accept-Encoding": "identity", "Content-Type": "application/json"}
-        self._client = _make_client(self.settings)
+        self._headers = {
+            **bearer(key),
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+        }
+        waits = self.settings
+        timeout = httpx.Timeout(waits.silence_timeout, connect=waits.connect_timeout, pool=waits.connect_timeout)
+        self._timeout = timeout.as_dict()
+        self._transport = _make_transport(self.settings)
+        self._urls = lru_cache(1024)(httpx.URL)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._transport.aclose()
 
     async def post(self, address: CheckedAddress, path: str, body: bytes) -> httpx.Response:
         """Post to a worker at the first of its checked addresses that takes a connection; give the open response.
@@ -63,10 +76,12 @@ class WorkerCaller:
         return await self._send(address, last + path, body)
 
     async def _send(self, address: CheckedAddress, url: str, body: bytes) -> httpx.Response:
-        request = self._client.build_request("POST", url, content=body, headers={**self._headers, "Host": address.host})
-        if request.url.scheme == "https":
-            request.extensions["sni_hostname"] = address.server_name  # the certificate names the host, not its address
-        return await self._client.send(request, stream=True)
+        extensions: dict[str, Any] = {"timeout": self._timeout}
+        if url.startswith("https"):
+            extensions["sni_hostname"] = address.server_name  # the certificate names the host, not its address
+        headers = {**self._headers, "Host": address.host}
+        request = httpx.Request("POST", self._urls(url), headers=headers, content=body, extensions=extensions)
+        return await self._transport.handle_async_request(request)  # no cookies, no redirects, no proxies: no client
 
     async def status(self, address: CheckedAddress) -> WorkerStatus:
         """What a worker says of itself, within a short time.
@@ -98,13 +113,11 @@ async def read_some(response: httpx.Response) -> bytes:
     return found[:_MAX_ERROR_BYTES]
 
 
-def _make_client(settings: CallSettings) -> httpx.AsyncClient:
-    keep_alive = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]  # a machine that is off says nothing at all
-    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):
-            keep_alive.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+def _make_transport(settings: CallSettings) -> httpx.AsyncHTTPTransport:
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]  # a machine that is off says nothing at all
+    for name, value in _TCP_OPTIONS.items():
+        if hasattr(socket, name):  # not everywhere
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
     connections = settings.max_connections
-    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=64, keepalive_expiry=4.0)
-    transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=keep_alive, trust_env=False)
-    timeout = httpx.Timeout(settings.silence_timeout, connect=settings.connect_timeout, pool=settings.connect_timeout)
-    return httpx.AsyncClient(transport=transport, timeout=timeout, follow_redirects=False, trust_env=False)
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE)
+    return httpx.AsyncHTTPTransport(limits=limits, socket_options=options, trust_env=False)
