@@ -18,7 +18,6 @@ from model.train.__main__ import main as train
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "data").rglob("README.md"))]
-NOT_YET = ("model/serve",)  # said to be missing; once it is here, README.md and docs/reference.md change
 NANO = ROOT / "assets" / "medplib-nano"
 MADE_BY_TRAINING = (
     set()
@@ -133,11 +132,6 @@ def test_named_paths_exist(page: Path) -> None:
         if not any(found for place in places for found in place.glob(name if "/" in name else f"**/{name}")):
             missing.append(name)
     assert not missing, f"{page.name} names {', '.join(missing)}"
-
-
-def test_what_is_said_to_be_missing_is_missing() -> None:
-    arrived = [name for name in NOT_YET if (ROOT / name / "__init__.py").is_file()]
-    assert not arrived, f"{', '.join(arrived)} exist now; README.md and docs/reference.md still say otherwise"
 
 
 def map_of_the_house() -> dict[str, str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from model.inference.engine import Engine
-    from model.serve.model_worker import Worker
+    from model.serve.worker_app import Worker
 
 NANO = Path(__file__).resolve().parents[2] / "assets" / "medplib-nano"
 _DRAIN_SECONDS = 60.0
@@ -167,8 +167,8 @@ def make_replica_app(engine: Engine, settings: RaySettings) -> FastAPI:
         settings: of the application.
     """
     from model.serve.controller_settings import ControllerSettings
-    from model.serve.model_worker import WorkerSettings, make_worker_app
     from model.serve.openai_api import openai_router
+    from model.serve.worker_app import WorkerSettings, make_worker_app
 
     key = checked_key(settings.client_key, "client_key")
     worker_settings = WorkerSettings(
