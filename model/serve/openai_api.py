@@ -285,6 +285,8 @@ def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
         return None, "the request is no valid JSON; send an object with Content-Type application/json"
     param = _field(found["loc"])
     reason = str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+    if found["type"] == "extra_forbidden":
+        reason = "there is no such field; docs/api.md lists them"
     sentence = f"{param}: {reason}" if param else f"{reason}; send a JSON object with Content-Type application/json"
     return param, sentence.encode("utf-8", "replace").decode()[:500]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi.openapi.models import Example
 
-from model.serve.openai_schema import ErrorAnswer
+from model.serve.openai_schema import ChatChunk, ErrorAnswer
 
 _IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo…"}}
 
@@ -44,9 +44,38 @@ _EVENT = (
     '[{"index":0,"delta":{"content":"Fundus"},"finish_reason":null,"logprobs":null}],"usage":null}\n\n'
     "data: [DONE]\n\n"
 )
+
+
+def _in_one_piece(schema: dict[str, Any]) -> dict[str, Any]:
+    """A model's schema with the definitions put where they are referred to."""
+    named = schema.pop("$defs", {})
+
+    def resolve(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolve(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return resolve(named[node["$ref"].rpartition("/")[2]])
+        return {name: resolve(value) for name, value in node.items()}
+
+    return resolve(schema)
+
+
+_CHUNK, _ERROR = (_in_one_piece(model.model_json_schema(mode="serialization")) for model in (ChatChunk, ErrorAnswer))
+_DATA = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [_CHUNK, _ERROR]}}
 STREAMED: dict[str, Any] = {
     "description": "The answer; with `stream`, in server-sent events",
-    "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EVENT}},
+    "content": {
+        "text/event-stream": {
+            "itemSchema": {
+                "type": "object",
+                "required": ["data"],
+                "properties": {"data": {"anyOf": [{"const": "[DONE]"}, _DATA]}},
+            },
+            "example": _EVENT,
+        }
+    },
 }
 
 

@@ -1,7 +1,7 @@
 """The messages of the OpenAI-compatible API: questions, answers, and ``medplib``, the field we add to both.
 
-Fields that are not named here are ignored, as clients send many. Those that would change the answer and are not
-implemented are named in ``REFUSED`` and refused with a sentence.
+Fields that are not named here are ignored, as clients send many, except in ``medplib``. Those that would change the
+answer and are not implemented are named in ``REFUSED`` and refused with a sentence.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
+class _Ours(BaseModel):
+    """Part of our own extension, where a misspelt name is told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 # --- asking ---------------------------------------------------------------------------------------------------------
 
 _ONE_OF_FOUR: dict[str, Any] = {"oneOf": [{"required": [name]} for name in ("box", "point", "rle", "mask")]}
@@ -46,10 +52,10 @@ class RunLengths(_Model):
     counts: Text | list[Whole] = Field(description="run lengths, compressed as COCO does or as a list")
 
 
-class Region(_Model):
+class Region(_Ours):
     """What is pointed at; exactly one of the four, in pixels of the image."""
 
-    model_config = ConfigDict(extra="ignore", json_schema_extra=_ONE_OF_FOUR)
+    model_config = ConfigDict(json_schema_extra=_ONE_OF_FOUR)
 
     box: list[Number] | None = Field(default=None, min_length=4, max_length=4, description="x1, y1, x2, y2")
     point: list[Number] | None = Field(default=None, min_length=2, max_length=2, description="x, y")
@@ -64,7 +70,7 @@ class Region(_Model):
         return self
 
 
-class AskExtension(_Model):
+class AskExtension(_Ours):
     """``medplib`` in a request."""
 
     regions: list[Region] = Field(
@@ -99,7 +105,7 @@ class ImageURL(_Model):
     url: Text = Field(description="data:…;base64,… of a PNG, JPEG, TIFF, BMP or single-frame DICOM file")
 
 
-class PartExtension(_Model):
+class PartExtension(_Ours):
     """``medplib`` in an image part."""
 
     role: Literal["image", "region"] = Field(default="image", description="region: a mask of what is pointed at")

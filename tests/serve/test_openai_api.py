@@ -57,12 +57,14 @@ class Workers:
     """Stands for all workers: says the steps of its script to everyone who asks.
 
     Attributes:
-        script: chunks to say, errors to raise, events to wait for, ``PAUSE`` or ``FOREVER``.
+        scripts: one for each of the first requests.
+        script: for all others: chunks to say, errors to raise, events to wait for, ``PAUSE`` or ``FOREVER``.
         asked: requests as they came.
         ended: set when an answer is over or was given up.
     """
 
     def __init__(self) -> None:
+        self.scripts: list[list[Any]] = []
         self.script: list[Any] = [WHOLE]
         self.names = ["nano", "org/other"]
         self.asked: list[GenerateRequest] = []
@@ -75,7 +77,7 @@ class Workers:
         self.asked.append(request)
         self.began.set()
         try:
-            for step in self.script:
+            for step in self.scripts.pop(0) if self.scripts else self.script:
                 if isinstance(step, Exception):
                     raise step
                 if isinstance(step, threading.Event):
@@ -244,6 +246,12 @@ def test_a_refusal_keeps_its_sentence_and_gets_its_status(
     assert error.value.response.headers.get("Retry-After") == ("7" if status == 429 else None)
 
 
+def test_the_client_comes_again_when_it_was_too_busy(client: openai.OpenAI, workers: Workers) -> None:
+    workers.scripts = [[Refusal(ErrorCode.BUSY, "busy", retry_after=1)]]
+    assert ask(client.with_options(max_retries=1)).choices[0].message.content == "the disc is <SEG>"
+    assert len(workers.asked) == 2
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("number", "status", "kind"), [(2, 400, "invalid_request_error"), (3, 429, "rate_limit_error"), (77, 500, "server")]
@@ -315,6 +323,8 @@ def test_unknown_models_are_told_from_absent_workers(client: openai.OpenAI, work
         ({"extra_body": {"medplib": {"regions": [{}]}}}, "medplib.regions[0]", "one of box, point, rle and mask"),
         ({"extra_body": {"medplib": {"regions": [{"box": [1]}]}}}, "medplib.regions[0].box", "at least 4 items"),
         ({"extra_body": {"medplib": {"threshold": 1}}}, "medplib.threshold", "less than 1"),
+        ({"extra_body": {"medplib": {"treshold": 0.5}}}, "medplib.treshold", "there is no such field"),
+        ({"extra_body": {"medplib": {"regions": [{"bx": [1]}]}}}, "medplib.regions[0].bx", "there is no such field"),
     ],
 )
 def test_malformed_requests_name_their_field(

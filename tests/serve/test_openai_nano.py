@@ -15,9 +15,11 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import pydicom
 import pytest
 from PIL import Image
 from pycocotools import mask as coco
+from pydicom.data import get_testdata_file
 
 from model.inference.engine import Engine, EngineSettings, Request
 from model.processing.masks import encode_rle
@@ -98,6 +100,14 @@ def test_masks_are_the_engines(client: openai.OpenAI, engine: Engine) -> None:
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(png.partition(",")[2]))))
     assert np.array_equal(drawn.astype(bool), wanted.to_array())
     assert np.array_equal(coco.decode(mask["rle"]).astype(bool), wanted.to_array())
+
+
+def test_a_dicom_file_tells_areas_in_millimetres(client: openai.OpenAI) -> None:
+    path = Path(get_testdata_file("CT_small.dcm"))
+    rows, columns = (float(side) for side in pydicom.dcmread(path).PixelSpacing)
+    question = user("Please segment the vertebra.", image=data_uri(path.read_bytes(), "application/dicom"))
+    (mask,) = ask(client, question).choices[0].message.medplib["masks"]
+    assert mask["area_mm2"] == pytest.approx(mask["area_px"] * rows * columns, abs=0.01)
 
 
 def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
