@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import platform
 import subprocess
 import sys
@@ -53,10 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine_options = read_engine_options(options)
         torch.set_num_threads(options.threads)
         model, processor = make_model(options)
+        gc.freeze()  # so that collecting what engines leave behind is quick
         with torch.inference_mode():
             text = measure(options, model, processor, engine_options, started)
     except MedPLIBError as error:
         parser.error(str(error))
+    finally:
+        gc.unfreeze()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{report_name(options, model)}.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)

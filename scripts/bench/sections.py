@@ -76,7 +76,7 @@ class Sections:
 
     def engine(self, slots: int, *, cached: bool = True, **settings: Any) -> Engine:
         """An engine whose caches hold all that the sample shows, or nothing."""
-        gc.collect()  # the last engine's memory is nobody's any more
+        gc.collect()  # of the last engine
         text, dtype = self.model.config.text_config, self.model.dtype
         opening = slot_bytes(text, visual_tokens(self.model) + 64, dtype)
         room = 256 + 32 * opening // _MB if cached else 0
@@ -85,6 +85,7 @@ class Sections:
 
     def peak(self, work: Callable[[], object]) -> int:
         """Bytes of memory that some work needs at most, weights included."""
+        gc.collect()
         self.memory.reset()
         work()
         self.clock.wait()
@@ -263,7 +264,6 @@ class Sections:
 
     def requests(self) -> list[Row]:
         """Requests answered in a second, by workload, concurrency and caches; caches are empty when a round begins."""
-        gc.collect()
         rows: list[Row] = []
         for workload in self.workloads:
             grounded = workload.name == "grounding"
