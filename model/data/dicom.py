@@ -18,7 +18,7 @@ from model.errors import MedPLIBError
 
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _RLE = "1.2.840.10008.1.2.5"
-_MAX_INFLATED = 512 * 2**20  # bytes that a deflated data set may become
+_MAX_INFLATED = 256 * 2**20  # bytes that a deflated data set may become
 _MAX_RLE = 16 * 2**20  # bytes of a run-length encoded frame, which can grow 64-fold before its size is seen
 
 

@@ -194,7 +194,7 @@ def deflated_bomb() -> bytes:
     start = 144 + struct.unpack("<I", content[140:144])[0]
     deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     zeros = deflater.compress(bytes(2**24)) + deflater.flush(zlib.Z_FULL_FLUSH)
-    return content[:start] + zeros * 33
+    return content[:start] + zeros * 17
 
 
 def many_scans() -> bytes:
@@ -224,7 +224,7 @@ def refused() -> dict[str, tuple[Callable[[], bytes], str]]:
         "cut in the pixels": (lambda: small[:9000], "cut short"),
         "a frame larger than told": (lying_jpeg, "480 × 640"),
         "a frame of many scans": (many_scans, "a JPEG of"),
-        "a deflation bomb": (deflated_bomb, "inflates to more than 512 MiB"),
+        "a deflation bomb": (deflated_bomb, "inflates to more than 256 MiB"),
         "no image at all": (lambda: shipped("rtplan.dcm"), "holds no DICOM image"),
         "no DICOM": (lambda: b"hello" * 100, ""),
         "nothing after the mark": (lambda: b"\0" * 128 + b"DICM", ""),
