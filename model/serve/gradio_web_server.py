@@ -1,7 +1,7 @@
 """The web page: ``python -m model.serve.gradio_web_server --controller http://localhost:64000 --port 64001``.
 
 Everything it shows comes from itself: no font, script or picture of another host, and a header that forbids them.
-Uploads are read into memory and deleted at once; what a visitor saves is sent as data, so no file has an address.
+Uploads stay in memory and what a visitor saves is sent as data, so no file is written and none has an address.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import argparse
 import contextlib
 import logging
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,7 @@ from model.serve.limits import BodyLimit, ServeLimits
 from model.serve.running import check_port, run_app
 
 _log = logging.getLogger(__name__)
-_MULTIPART_BYTES = 2**20  # what wraps a file on its way
 _GRACE_SECONDS = 5.0
-_HEADERS = {
-    b"content-security-policy": (
-        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-        b"img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-        b"object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
-    ),
-    b"x-content-type-options": b"nosniff",
-    b"referrer-policy": b"no-referrer",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,11 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.share:
             raise MedPLIBError("the page opens no tunnels to other hosts; leave --share out, and use --host 0.0.0.0")
         check_port(options.host, options.port)
-        with private_folder():
-            app = make_app(options)
-            sys.stdout.write(f"The page is at http://{_reachable(options.host)}:{options.port}\n")
-            sys.stdout.flush()
-            run_app(app, options.host, options.port, grace=_GRACE_SECONDS)
+        app = make_app(options)
+        sys.stdout.write(f"The page is at http://{_reachable(options.host)}:{options.port}\n")
+        sys.stdout.flush()
+        run_app(app, options.host, options.port, grace=_GRACE_SECONDS)
     except MedPLIBError as error:
         sys.stderr.write(f"gradio_web_server: {error}\n")
         return 2
@@ -120,52 +107,23 @@ def make_app(options: argparse.Namespace, limits: ServeLimits | None = None) -> 
 
     from model.serve.web.desk import Desk
     from model.serve.web.examples import find_examples
+    from model.serve.web.gate import Gate, Tray
     from model.serve.web.page import Page, PageSettings, mounted
     from model.serve.web.votes import VoteLog
 
     limits = limits or ServeLimits()
     client = ControllerClient(options.controller, options.client_key)
-    desk = Desk(client, VoteLog(options.votes_file, options.log_conversations), limits, find_examples())
+    votes = VoteLog(options.votes_file, options.log_conversations)
+    desk = Desk(client, votes, Tray(limits.max_image_bytes), limits, find_examples())
     with contextlib.suppress(MedPLIBError):  # the page tells it
         desk.models = client.models()
     page = Page(desk, PageSettings(options.add_region_feature, options.model_list_mode == "reload"))
     app = FastAPI(openapi_url=None)
-    app.get("/livez")(lambda: PlainTextResponse("ok\n"))
-    mounted(page, app, limits.max_image_bytes)
-    return Headers(BodyLimit(app, limits.max_image_bytes + _MULTIPART_BYTES))
-
-
-class Headers:
-    """ASGI middleware: headers that keep a browser to this host."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass on, and add the headers to the answer."""
-
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", []), *_HEADERS.items()]}
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
-
-
-@contextlib.contextmanager
-def private_folder() -> Iterator[Path]:
-    """A folder for uploads on their way into memory, readable by this user alone and gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="medplib-web-"))
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if before is None:
-            del os.environ["GRADIO_TEMP_DIR"]
-        else:
-            os.environ["GRADIO_TEMP_DIR"] = before
+    for route in ("/livez", "/readyz"):
+        app.get(route)(lambda: PlainTextResponse("ok\n"))
+    app.post("/open")(desk.tray.receive)
+    mounted(page, app)
+    return BodyLimit(Gate(app), limits.max_image_bytes)
 
 
 def _reachable(host: str) -> str:

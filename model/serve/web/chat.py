@@ -25,6 +25,7 @@ from model.serve.web.state import Exchange, Picture, Session
 
 _log = logging.getLogger(__name__)
 _MACHINE_FAULT = "something went wrong in the page itself; ask again, and tell whoever runs it to look at its log"
+_OPENINGS = frozenset({"a", "all", "an", "masks", "no", "nothing", "something", "that", "the", "there", "what"})
 _NOTES = {"length": "Cut off: it reached the longest length allowed.", "cancelled": "Stopped."}
 
 
@@ -172,6 +173,13 @@ def _without_prompt(text: str) -> str:
     return text.rpartition("ASSISTANT:")[2].strip()
 
 
+def as_sentence(error: object) -> str:
+    """What went wrong as it is shown: with a full stop, and a capital unless it begins with a file's name."""
+    text = str(error).strip()
+    capital = text.split(" ", 1)[0] in _OPENINGS
+    return (text[:1].upper() + text[1:] if capital else text) + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 # --- how it is shown --------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +202,7 @@ def messages(session: Session) -> list[dict[str, Any]]:
                 "role": "model",
                 "parts": _parts(exchange, first_mask.get(exchange.number, 0)),
                 "state": exchange.state,
-                "error": exchange.error,
+                "error": as_sentence(exchange.error) if exchange.error else "",
                 "note": _note(exchange),
                 "vote": exchange.vote,
                 "again": exchange is session.exchanges[-1] and exchange.state != "running",

@@ -6,7 +6,6 @@ Nothing here knows gradio: ``page.py`` lays the parts out and calls these method
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import logging
 import tempfile
@@ -17,10 +16,11 @@ from typing import Any, Concatenate, ParamSpec, get_args
 
 from model.errors import MedPLIBError
 from model.serve.client import ControllerClient
-from model.serve.limits import ServeLimits
+from model.serve.limits import ServeLimits, safe_file_name
 from model.serve.web import chat, drawing
 from model.serve.web.downloads import Kind, write
 from model.serve.web.examples import Example
+from model.serve.web.gate import Tray
 from model.serve.web.state import Exchange, Picture, Session
 from model.serve.web.volumes import Volume, open_volume
 from model.serve.web.votes import VoteLog
@@ -47,7 +47,7 @@ def told(
             try:
                 parts = method(desk, session, *arguments, **options)
             except MedPLIBError as error:
-                session.notice = _sentence(error)
+                session.notice = chat.as_sentence(error)
                 return Parts({"notice", "viewer"})
             except Exception:  # noqa: BLE001 - whatever it is, the visitor is told and the page lives on
                 _log.exception("an action failed in the page")
@@ -65,6 +65,7 @@ class Desk:
     Attributes:
         client: the controller's.
         votes: where votes are kept.
+        tray: where uploads wait.
         limits: of files and conversations.
         examples: pictures to try.
         models: that were served when last looked.
@@ -72,24 +73,22 @@ class Desk:
 
     client: ControllerClient
     votes: VoteLog
+    tray: Tray = field(default_factory=Tray)
     limits: ServeLimits = field(default_factory=ServeLimits)
     examples: list[Example] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
 
     @told
-    def open_file(self, session: Session, path: Path) -> Parts:
-        """Look at an upload, which is read and deleted at once."""
-        name = path.name
-        try:
-            if path.stat().st_size > self.limits.max_image_bytes:
-                most = self.limits.max_image_bytes / 2**20
-                raise MedPLIBError(f"{name} is larger than the limit of {most:.3g} MiB; give a smaller file")
-            content = path.read_bytes()
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
+    def open_upload(self, session: Session, upload: Any) -> Parts:
+        """Look at a file whose bytes wait in the tray."""
+        name = safe_file_name(str(upload.get("name", "")), "the file")
+        size = upload.get("size")
+        if isinstance(size, int) and size > self.limits.max_image_bytes:
+            most = self.limits.max_image_bytes / 2**20
+            raise MedPLIBError(f"{name} is larger than the limit of {most:.3g} MiB; give a smaller file")
+        content = self.tray.take(upload.get("token"))
+        if content is None:
+            raise MedPLIBError(f"{name} did not arrive; open it again")
         return self._look_at(session, content, name)
 
     @told
@@ -160,7 +159,7 @@ class Desk:
             try:
                 exchange = begin()
             except MedPLIBError as error:
-                session.notice = _sentence(error)
+                session.notice = chat.as_sentence(error)
         if exchange is None:
             yield Parts({"notice"})
             return
@@ -258,8 +257,3 @@ def _picture(session: Session) -> Picture:
     if session.picture is None:
         raise MedPLIBError("there is no image yet; open one or pick an example")
     return session.picture
-
-
-def _sentence(error: MedPLIBError) -> str:
-    text = str(error).strip()
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from model.serve.web import view
@@ -37,10 +36,13 @@ aria-label="Mark regions in the image: arrow keys move, Enter marks, Escape give
 <div class="nothing"><b>Drop an image here</b><small>or open one: PNG, JPEG, TIFF, DICOM, NIfTI</small></div></div>
 <div class="below"><p class="hint" aria-live="polite"></p><p class="caption"></p></div></section>"""
 _TALK = """<section class="talk" aria-label="Conversation"><div class="scroll" tabindex="0">
-<ol role="log" aria-live="polite"></ol><div class="start"><p></p><div class="suggestions"></div></div></div></section>"""
+<ol role="log" aria-live="polite"></ol>
+<div class="start"><p></p><div class="suggestions"></div></div></div></section>"""
 _MASKS = """<section class="masks" aria-label="Masks" hidden>
 <h2>Masks</h2><ul></ul><div class="files"></div></section>"""
-_EXAMPLES = """<section class="examples" aria-label="Examples" hidden><div class="strip"></div></section>"""
+_SOURCE = """<section class="source" aria-label="Choose an image" data-limit="LIMIT">
+<input type="file" hidden tabindex="-1" aria-label="Image file">
+<button type="button" class="open">Open image…</button><div class="strip"></div></section>"""
 _NOTICE = """<section class="notice" role="alert" hidden><p></p></section>"""
 _SMALL = (
     "<p id=\"small\">Answers may be wrong while sounding sure; a mask's score is the model's own guess. "
@@ -73,7 +75,7 @@ class Page:
     def __init__(self, desk: Desk, settings: PageSettings, sessions: Sessions | None = None) -> None:
         self.desk, self.settings = desk, settings
         self.sessions = sessions or Sessions()
-        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 600)) as self.blocks:
+        with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
             self._lay_out()
             self._wire()
         self.blocks.queue(default_concurrency_limit=None, max_size=256, api_open=False)
@@ -93,21 +95,20 @@ class Page:
                 self._lay_out_talk()
 
     def _lay_out_picture(self) -> None:
-        with gr.Row(elem_id="open-row"):
-            self.open = gr.UploadButton("Open image…", size="sm", elem_id="open-image", type="filepath")
-            shown = [{"label": example.label, "thumbnail": example.thumbnail} for example in self.desk.examples]
-            self.examples = _own("examples", _EXAMPLES, shown)
+        template = _SOURCE.replace("LIMIT", str(self.desk.limits.max_image_bytes))
+        shown = [{"label": example.label, "thumbnail": example.thumbnail} for example in self.desk.examples]
+        self.source = _own("source", template, shown)
         self.notice = _own("notice", _NOTICE, "")
         self.viewer = _own("viewer", _VIEWER, view.viewer(Session(), self.settings.regions))
         with gr.Group(visible=False) as self.volume:
             self.plane = gr.Radio(label="Plane", choices=[], visible=False)
-            self.slice = gr.Slider(1, 2, 1, step=1, label="Slice", visible=False)
+            self.slice = gr.Slider(1, 2, 1, step=1, label="Slice", visible=False, buttons=[])
             with gr.Row():
-                self.centre = gr.Slider(-1, 1, 0, label="Window level", visible=False, min_width=140)
-                self.width = gr.Slider(0, 1, 1, label="Window width", visible=False, min_width=140)
+                self.centre = gr.Slider(-1, 1, 0, label="Window level", visible=False, min_width=140, buttons=[])
+                self.width = gr.Slider(0, 1, 1, label="Window width", visible=False, min_width=140, buttons=[])
         self.masks = _own("masks", _MASKS, view.masks(Session()))
         with gr.Row(visible=False) as self.shading:
-            self.opacity = gr.Slider(0, 1, 0.4, step=0.05, label="Mask opacity", min_width=200, scale=3)
+            self.opacity = gr.Slider(0, 1, 0.4, step=0.05, label="Mask opacity", min_width=200, scale=3, buttons=[])
             self.contour = gr.Checkbox(True, label="Outlines", min_width=110, scale=1)
 
     def _lay_out_talk(self) -> None:
@@ -142,8 +143,8 @@ class Page:
         self.blocks.load(self._arrive, None, self._outputs, show_progress="hidden", api_visibility="private")
         self.blocks.unload(self._leave)
         self._on(self.reload.click, desk.look_for_models)
-        self._on(self.open.upload, lambda session, file: desk.open_file(session, Path(file)), self.open)
-        self._on_data(self.examples.select, lambda session, data: desk.open_example(session, data.get("index")))
+        self._on_data(self.source.upload, desk.open_upload)
+        self._on_data(self.source.select, lambda session, data: desk.open_example(session, data.get("index")))
         self._on_data(self.viewer.select, desk.mark)
         self._on_data(self.viewer.undo, lambda session, _: desk.unmark(session, False))
         self._on_data(self.viewer.clear, lambda session, _: desk.unmark(session, True))
@@ -328,7 +329,7 @@ def _step(width: float) -> float:
     return step
 
 
-def mounted(page: Page, app: Any, max_file_bytes: int) -> Any:
+def mounted(page: Page, app: Any) -> Any:
     """The page at the root of an ASGI application, without what gradio would add of its own."""
     return gr.mount_gradio_app(
         app,
@@ -336,9 +337,7 @@ def mounted(page: Page, app: Any, max_file_bytes: int) -> Any:
         path="",
         footer_links=[],
         run_history=False,
-        allowed_paths=[],
         show_error=False,
-        max_file_size=max_file_bytes,
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,

@@ -181,13 +181,8 @@ tools.addEventListener('click', (event) => {
 ['dragleave', 'drop'].forEach((name) => frame.addEventListener(name, () => frame.classList.remove('over')));
 frame.addEventListener('drop', (event) => {
   event.preventDefault();
-  const input = document.querySelector('#open-image input[type=file], input[type=file]#open-image') ||
-    (document.querySelector('#open-image')?.parentElement || document).querySelector('input[type=file]');
-  if (!input || !event.dataTransfer.files.length) return;
-  const files = new DataTransfer();
-  files.items.add(event.dataTransfer.files[0]);
-  input.files = files.files;
-  input.dispatchEvent(new Event('change', { bubbles: true }));
+  const file = event.dataTransfer.files[0];
+  if (file) document.dispatchEvent(new CustomEvent('medplib-open', { detail: file }));
 });
 
 function update() {

@@ -1,0 +1,116 @@
+"""The page as a browser reaches it: its few routes, its headers, its uploads, its flags."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from model.serve import gradio_web_server
+from model.serve.web.gate import Tray
+from tests.serve.scripted import ScriptedController
+
+
+def png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_uploads_wait_a_minute_for_who_knows_their_token():
+    now = [0.0]
+    tray = Tray(max_bytes=10, clock=lambda: now[0])
+    token = tray.put(b"one")
+    assert tray.take("guess") is None and tray.take(None) is None
+    assert tray.take(token) == b"one" and tray.take(token) is None
+    late, kept = tray.put(b"late"), [tray.put(b"x" * 10) for _ in range(4)]
+    assert tray.take(late) is None and tray.take(kept[0]) is None and tray.take(kept[3]) is not None
+    now[0] = 61
+    assert tray.take(kept[1]) is None
+
+
+@pytest.fixture(scope="module")
+def site(serving: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The whole page as its command makes it."""
+    controller = ScriptedController()
+    with serving(controller.app) as address:
+        flags = ["--controller", address, "--votes-file", str(tmp_path_factory.mktemp("votes") / "votes.jsonl")]
+        app = gradio_web_server.make_app(gradio_web_server.build_parser().parse_args(flags))
+        with serving(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+            yield client
+
+
+def test_the_page_names_no_other_host_to_the_browser(site):
+    answer = site.get("/")
+    assert answer.status_code == 200 and "MedPLIB" in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "http" not in policy
+    assert "fonts.googleapis" not in answer.text
+    config = site.get("/config").json()
+    assert config["footer_links"] == [] and config["analytics_enabled"] is False
+    assert all(event["api_visibility"] == "private" for event in config["dependencies"])
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        *("/gradio_api/file=/etc/passwd", "/gradio_api/file=http://127.0.0.1/", "/file=/etc/passwd", "/docs"),
+        *("/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/openapi.json", "/openapi.json", "/gradio_api/mcp"),
+        *("/monitoring", "/gradio_api/call/ask", "/login", "/gradio_api/upload_progress?upload_id=1", "//etc/passwd"),
+    ],
+)
+def test_routes_the_page_does_not_need_are_closed(route, site):
+    assert site.get(route).status_code == 404
+
+
+def test_gradio_takes_no_files(site, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png())
+    assert site.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.3)
+        for path in (str(secret), f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"):
+            told = json.dumps(
+                {
+                    "data": [[{"path": path, "meta": {"_type": "gradio.FileData"}}]],
+                    "fn_index": 3,
+                    "session_hash": "visitor",
+                }
+            )
+            for body in (told, told.replace("path", "\\u0070ath")):
+                answer = site.post("/gradio_api/queue/join", content=body, headers={"content-type": "application/json"})
+                assert answer.status_code == 400 and "no files" in answer.json()["error"]
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert secret.exists()
+
+
+def test_uploads_need_the_pages_own_header_and_keep_the_limit(site):
+    assert site.post("/open", content=png()).status_code == 403
+    assert site.post("/open", content=png(), headers={"X-MedPLIB": "open"}).json()["token"]
+    assert site.post("/open", content=b"\0" * (64 * 2**20 + 1), headers={"X-MedPLIB": "open"}).status_code == 413
+
+
+def test_long_or_broken_words_are_refused(site):
+    for body in (b"{" * 100, b"[" * 100_000, b"\xff", b'{"data": "' + b"x" * 2**21 + b'"}'):
+        assert site.post("/gradio_api/queue/join", content=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--share"], "no tunnels"),
+        (["--controller", "localhost:64000"], "no address"),
+        (["--votes-file", "/nowhere/at/all.jsonl"], "--votes-file"),
+        (["--port", "99999"], "port"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(flags, sentence, capsys):
+    assert gradio_web_server.main(flags) == 2
+    assert sentence in capsys.readouterr().err
