@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -165,9 +165,8 @@ class Worker:
 
     # --- answers --------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def admitted(self) -> Any:
-        """A place for a request.
+    def check_open(self) -> None:
+        """Whether a request would be taken now.
 
         Raises:
             Refusal: the worker is draining, broken or full.
@@ -179,6 +178,15 @@ class Worker:
         if self.active >= self.settings.capacity:
             sentence = f"{self.active} requests are waiting and running already; ask again later"
             raise Refusal(ErrorCode.BUSY, sentence, self.loop.retry_after())
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place for a request.
+
+        Raises:
+            Refusal: the worker is draining, broken or full.
+        """
+        self.check_open()
         self.active += 1
         self._idle.clear()
         try:
@@ -202,7 +210,7 @@ class Worker:
         return asked
 
     @contextlib.contextmanager
-    def holding(self, asked: Asked) -> Any:
+    def holding(self, asked: Asked) -> Iterator[None]:
         """Count the picture of a request while it is held."""
         self._held += asked.num_bytes
         try:
@@ -235,8 +243,9 @@ class GenerateRoute:
         await self.guard(Request(scope))
         exchange = _Exchange(self.worker, send)
         try:
+            self.worker.check_open()  # before its body is read, which may take long
+            body = await Request(scope, receive).body()
             with self.worker.admitted():
-                body = await Request(scope, receive).body()
                 await _until_left(exchange.run(body), receive)
         except ClientDisconnect:
             exchange.outcome = "left"
