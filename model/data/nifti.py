@@ -21,6 +21,7 @@ from model.errors import MedPLIBError
 MAX_VOLUME_BYTES = 2**29
 """Values of one volume, decompressed, and what lies before them in the file."""
 _HEADER_BYTES = {348: "1", 540: "2"}
+_LONGEST_SIDE = 32_767  # of NIfTI-1
 _GEOMETRY = (
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("srow_x", "srow_y", "srow_z", "xyzt_units"),
@@ -108,7 +109,8 @@ def write_nifti(labels: np.ndarray, affine: np.ndarray, like: Nifti | None = Non
     import nibabel
 
     if like is None:
-        image: Any = nibabel.Nifti1Image(labels, affine)
+        wide = max(labels.shape) > _LONGEST_SIDE
+        image: Any = (nibabel.Nifti2Image if wide else nibabel.Nifti1Image)(labels, affine)
         image.header.set_xyzt_units("mm")
     else:
         header = like.header.copy()

@@ -147,6 +147,14 @@ def test_written_labels_have_the_geometry_of_the_source_to_the_bit(kind: Any) ->
     assert b"MedPLIB" in written
 
 
+def test_labels_longer_than_nifti_1_can_tell_are_written_as_nifti_2() -> None:
+    for length, kind in ((32_767, nibabel.Nifti1Image), (32_768, nibabel.Nifti2Image)):
+        labels = np.ones((length, 2, 1), dtype=np.uint8)
+        back = kind.from_bytes(gzip.decompress(write_nifti(labels, np.diag([0.5, 2.0, 1.0, 1.0]))))
+        assert np.array_equal(np.asarray(back.dataobj), labels)
+        assert back.header.get_zooms() == (0.5, 2.0, 1.0)
+
+
 def test_damage_anywhere_in_a_header_ends_in_a_volume_or_a_sentence() -> None:
     plain = image(np.arange(60, dtype=np.int16).reshape(5, 4, 3)).to_bytes()
     rng = np.random.default_rng(1)
