@@ -22,12 +22,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -59,6 +60,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=96, help="requests at each number of clients")
     parser.add_argument("--short", type=int, default=300, help="requests with which the controller is measured")
     parser.add_argument("--soak", type=float, metavar="S", help="ask for so long with 200 clients, and nothing else")
+    parser.add_argument("--only", choices=("clients", "bytes", "controller"), help="measure one thing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the report there too, as docs/benchmarks")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -73,11 +75,13 @@ def main() -> int:
         if options.soak:
             parts = [("Soak", ("", "measured"), asyncio.run(bench.soak(options.soak)))]
         else:
-            parts = [
-                ("Clients", CLIENTS_HEAD, asyncio.run(bench.load(options.requests))),
-                ("Bytes of an answer with masks", BYTES_HEAD, asyncio.run(bench.sizes())),
-                ("Controller", OVERHEAD_HEAD, asyncio.run(bench.overhead(options.short))),
-            ]
+            tables: dict[str, tuple[str, tuple[str, ...], Callable[[], Coroutine[Any, Any, Rows]]]] = {
+                "clients": ("Clients", CLIENTS_HEAD, lambda: bench.load(options.requests)),
+                "bytes": ("Bytes of an answer with masks", BYTES_HEAD, bench.sizes),
+                "controller": ("Controller", OVERHEAD_HEAD, lambda: bench.overhead(options.short)),
+            }
+            chosen = [table for name, table in tables.items() if options.only in (None, name)]
+            parts = [(title, head, asyncio.run(measure())) for title, head, measure in chosen]
     text = report(options, parts)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -124,6 +128,7 @@ class Bench:
         self.controller = stack["controller"].program.address
         self.worker = stack["worker 1"].program.address
         self.key = stack["controller"].program.environment[API_KEY]
+        (self.model,) = httpx.post(f"{self.controller}/list_models", trust_env=False).json()["models"]
 
     # --- load -----------------------------------------------------------------------------------------------------
 
@@ -131,9 +136,9 @@ class Bench:
         """Requests of all kinds at growing numbers of clients, each of whom asks again when it has its answer."""
         rows: Rows = []
         async with connection() as client:
-            await ask_all(client, self.controller, sample_bodies(24), 4)  # warm
+            await ask_all(client, self.controller, sample_bodies(24, self.model), 4)  # warm
             for clients in CLIENTS:
-                bodies = sample_bodies(max(count, 3 * clients))
+                bodies = sample_bodies(max(count, 3 * clients), self.model)
                 begun = time.perf_counter()
                 heard = await ask_all(client, self.controller, bodies, clients)
                 seconds = time.perf_counter() - begun
@@ -144,7 +149,7 @@ class Bench:
 
     async def sizes(self) -> Rows:
         """Answers with masks, as run lengths, as the published list of pixels, and with PNGs."""
-        requests = [one for one in sample_requests(36) if is_grounding(one)]
+        requests = [one for one in sample_requests(36, self.model) if is_grounding(one)]
         found: dict[str, list[Heard]] = {}
         async with connection() as client:
             for name, change in (
@@ -179,7 +184,7 @@ class Bench:
                 for name, bodies, worker in (
                     ("scripted, 50 byte request", [small] * count, scripted),
                     ("scripted, 400 kB request", [large] * count, scripted),
-                    ("model", sample_bodies(max(12, count // 5)), self.worker),
+                    ("model", sample_bodies(max(12, count // 5), self.model), self.worker),
                 ):
                     rows += overhead_rows(name, *await self.in_turns(client, bodies, worker))
         return rows
@@ -201,6 +206,9 @@ class Bench:
             sides = [(direct, worker), (through, self.controller)]
             for heard, address in sides[:: 1 if number % 2 else -1]:
                 heard.append(await ask(client, address, body, self.key if heard is direct else None))
+        failed = Counter(one.outcome for one in (*direct, *through) if one.outcome != "ok")
+        if failed:
+            raise MedPLIBError(f"requests failed while the controller was measured: {dict(failed)}")
         return direct[len(direct) // 10 :], through[len(through) // 10 :]  # the first warm up
 
     # --- soak -----------------------------------------------------------------------------------------------------
@@ -237,7 +245,7 @@ class Bench:
 
     async def keep_asking(self, client: httpx.AsyncClient, end: float, number: int, heard: list[Heard]) -> None:
         """One client's requests until ``end``; after a refusal it waits as long as it was told to."""
-        bodies = sample_bodies(24)
+        bodies = sample_bodies(24, self.model)
         while time.perf_counter() < end:
             one = await ask(client, self.controller, bodies[number % len(bodies)])
             heard.append(one)
@@ -293,7 +301,7 @@ async def ask_all(client: httpx.AsyncClient, address: str, bodies: Sequence[byte
 
 
 @cache
-def sample_requests(count: int) -> tuple[GenerateRequest, ...]:
+def sample_requests(count: int, model: str) -> tuple[GenerateRequest, ...]:
     """Questions about images, regions and for masks in turn, spread over the sample's pictures."""
     kinds = [json.loads((SAMPLE / f"{task}.json").read_text("utf-8")) for task in ("vqa", "region", "grounding")]
     requests = []
@@ -305,6 +313,7 @@ def sample_requests(count: int) -> tuple[GenerateRequest, ...]:
         question = re.sub(r"<region>.*?</region>", "<region></region>", question)
         requests.append(
             GenerateRequest(
+                model=model,
                 prompt=render([Turn("human", f"{IMAGE_TOKEN}\n{question}")]),
                 images=[encoded(record["image"])],
                 region_masks=[encoded(region) for region in regions],
@@ -315,9 +324,9 @@ def sample_requests(count: int) -> tuple[GenerateRequest, ...]:
 
 
 @cache
-def sample_bodies(count: int) -> tuple[bytes, ...]:
+def sample_bodies(count: int, model: str) -> tuple[bytes, ...]:
     """The same as they go over the wire."""
-    return tuple(request.model_dump_json(exclude_unset=True).encode() for request in sample_requests(count))
+    return tuple(request.model_dump_json(exclude_unset=True).encode() for request in sample_requests(count, model))
 
 
 @cache
