@@ -89,6 +89,7 @@ class WorkerCaller:
         Raises:
             Refusal: it says nothing, or nothing that can be read.
         """
+        where = f"the worker at {address.name}"
         try:
             async with asyncio.timeout(self.settings.status_timeout):
                 response = await self.post(address, "/worker_get_status", b"{}")
@@ -98,8 +99,11 @@ class WorkerCaller:
                     return WorkerStatus.model_validate_json(await read_some(response))
                 finally:
                     await response.aclose()
-        except (httpx.TransportError, TimeoutError, ValueError) as error:
-            sentence = f"the worker at {address.name} does not tell its status; is it running, and with the same key?"
+        except (TimeoutError, httpx.TimeoutException) as error:
+            seconds = f"{self.settings.status_timeout:g} s"
+            raise Refusal(ErrorCode.TIMEOUT, f"{where} does not tell its status within {seconds}; try later") from error
+        except (httpx.TransportError, ValueError) as error:
+            sentence = f"{where} does not tell its status; is it running, and with the same key?"
             raise Refusal(ErrorCode.BAD_INPUT, sentence) from error
 
 
@@ -120,4 +124,4 @@ def _make_transport(settings: CallSettings) -> httpx.AsyncHTTPTransport:
             options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
     connections = settings.max_connections
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE)
-    return httpx.AsyncHTTPTransport(limits=limits, socket_options=options, trust_env=False)
+    return httpx.AsyncHTTPTransport(limits=limits, socket_options=options)

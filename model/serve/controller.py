@@ -171,10 +171,12 @@ class Controller:
         try:
             self.registry.update(name, await self.caller.status(worker.address))
         except (Refusal, MedPLIBError) as error:
-            if not worker.check_heart_beat:  # nothing else would tell that it is gone
-                self.registry.remove(name, str(error))
-            else:
+            if isinstance(error, Refusal) and error.code == ErrorCode.TIMEOUT:
+                return  # busy perhaps; its heartbeats tell whether it lives
+            if worker.check_heart_beat:
                 self.registry.report_failure(name)
+            else:  # nothing else would tell that it is gone
+                self.registry.remove(name, str(error))
 
     async def list_models(self) -> dict[str, list[str]]:
         """Models that can be asked now."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from model.serve.measuring import ControllerMetrics
 from model.serve.protocol import END_OF_CHUNK, Chunk, ErrorCode, GenerateRequest, Message
 from model.serve.refusals import Refusal
 from model.serve.registry import Registry, Worker
+
+_log = logging.getLogger(__name__)
 
 _RETRIED = (ErrorCode.FAILED, ErrorCode.BUSY, ErrorCode.DRAINING)
 
@@ -41,6 +44,12 @@ class _Fault(Exception):
     def __init__(self, error: ForwardError, counts: bool) -> None:
         super().__init__(error.sentence)
         self.error, self.counts = error, counts
+
+    @property
+    def reason(self) -> str:
+        """What goes into the log: nothing that a worker said, as that may hold what a client asked."""
+        cause = f", {type(self.__cause__).__name__}" if self.__cause__ else ""
+        return f"{self.error.code.name.lower()}, status {self.error.status}{cause}"
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,7 @@ class Forwarder:
 
     def _note(self, name: str, fault: _Fault) -> ForwardError:
         if fault.counts:
+            _log.warning("worker %s failed: %s", name, fault.reason)
             self.registry.report_failure(name)
             self.metrics.worker_failures.inc()
         elif fault.error.code == ErrorCode.DRAINING:

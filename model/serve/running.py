@@ -7,6 +7,7 @@ one stops at once. Either way the process ends with 0: stopping a server is no f
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import logging
 import socket
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from model.errors import MedPLIBError
 
@@ -25,6 +27,8 @@ GRACE_SECONDS = 30.0
 """How long requests under way may take after the first signal."""
 KEEP_ALIVE_SECONDS = 20
 """An idle connection is kept so long: longer than our clients keep theirs, so that none is closed under a request."""
+HEAD_SECONDS = 20.0
+_MAX_HEAD_BYTES = 64 * 2**10
 _BACKLOG = 512
 _TCP_OPTIONS = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 """A peer whose machine is off, or that takes nothing of an answer, is dropped after about a minute."""
@@ -101,6 +105,48 @@ def is_loopback(host: str) -> bool:
     return all(address[0].startswith("127.") or address[0] == "::1" for _, address in _addresses(host, 0))
 
 
+def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
+    """Uvicorn's protocol, which closes a connection whose next request's head is late or long."""
+
+    class Protocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+        _deadline: asyncio.TimerHandle | None = None
+        _head_bytes = 0
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self._wait_for_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:  # the head is here
+                self._stop_waiting()
+                return
+            self._head_bytes += len(data)
+            if self._deadline is None:
+                self._wait_for_head()
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self.transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def _wait_for_head(self) -> None:
+            self._deadline = asyncio.get_running_loop().call_later(head_timeout, self._give_up)
+
+        def _stop_waiting(self) -> None:
+            self._head_bytes = 0
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _give_up(self) -> None:
+            if self.transport.get_protocol() is self:  # not a socket that became something else
+                self.transport.close()
+
+    return Protocol
+
+
 class _Server(uvicorn.Server):
     """Uvicorn's server, which does not raise the signal again once it has stopped."""
 
@@ -126,6 +172,7 @@ def run_app(
     *,
     grace: float = GRACE_SECONDS,
     on_stop: Callable[[], None] | None = None,
+    head_timeout: float = HEAD_SECONDS,
     log_level: int = logging.WARNING,
 ) -> None:
     """Serve an ASGI application until SIGTERM or Ctrl-C.
@@ -136,6 +183,7 @@ def run_app(
         port: port to listen on; 0 takes any free one.
         grace: seconds that requests under way may take after the first signal, > 0; then they are cancelled.
         on_stop: called on the event loop after the first signal, before requests under way are waited for.
+        head_timeout: seconds that the head of a request may take, so that silent connections do not pile up.
         log_level: of uvicorn's own messages; requests are not logged one by one.
 
     Raises:
@@ -144,6 +192,7 @@ def run_app(
     listeners = listen(host, port)
     config = uvicorn.Config(
         app,
+        http=_protocol(head_timeout),
         access_log=False,
         log_config=None,
         log_level=log_level,

@@ -282,7 +282,7 @@ def test_a_status_that_does_not_come_is_not_waited_for(serving):
         controller(serving, calls=CallSettings(status_timeout=0.2)) as running,
     ):
         answer = running.http.post("/register_worker", json={"worker_name": bad})
-        assert answer.status_code == 400 and "status" in answer.json()["error"]
+        assert answer.status_code == 504 and "within 0.2 s" in answer.json()["error"]
 
 
 # --- clients --------------------------------------------------------------------------------------------------------

@@ -33,12 +33,13 @@ async def words():
 async def answer():
     return StreamingResponse(words())
 
-run_app(app, "127.0.0.1", int(sys.argv[1]), grace=GRACE, on_stop=lambda: sys.stdout.write("stopping\\n"))
+stop = lambda: sys.stdout.write("stopping\\n")
+run_app(app, "127.0.0.1", int(sys.argv[1]), grace=20, head_timeout=HEAD, on_stop=stop)
 """
 
 
-def start(port, length=None, grace=20):
-    program = PROGRAM.replace("LENGTH", repr(length)).replace("GRACE", repr(grace))
+def start(port, length=None, head=20):
+    program = PROGRAM.replace("LENGTH", repr(length)).replace("HEAD", repr(head))
     return subprocess.Popen(
         [sys.executable, "-c", program, str(port)],
         cwd=ROOT,
@@ -79,6 +80,27 @@ def test_the_second_signal_stops_at_once(port, wait_until):
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=20)
             assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_connection_without_a_request_is_closed(port, wait_until):
+    process = start(port, length=3, head=0.5)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: httpx.get(f"{url}/nowhere", trust_env=False), 60, "the server")
+        for sent in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n", b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\nGET"):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as silent:
+                silent.sendall(sent)
+                while silent.recv(1000):  # until it is closed
+                    pass
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as long, pytest.raises(OSError):
+            long.sendall(b"GET / HTTP/1.1\r\n" + b"X: " + b"x" * 2**20)
+            while long.recv(1000):
+                pass
+            raise ConnectionResetError  # closed in another way
+        assert httpx.get(url, trust_env=False).text == "on on on "  # longer than a head may take
     finally:
         process.kill()
         process.communicate()
