@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.eval.report_html import Markup, count, element, number
+from model.eval.report_html import Markup, count, element, number, percent
 
 _WIDTH, _HEIGHT = 304, 208
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 20, 40  # margins of the plot: tick labels and axis titles
@@ -70,9 +70,11 @@ def share_strip(shares: Sequence[float], names: Sequence[str]) -> Markup:
     shapes, left = [], 0.0
     for index, share in enumerate(shares):
         width = 100 * share / total
-        shapes.append(_box(left, 0, width, 14, f"series-{index % 6 + 1}", f"{names[index]}: {share / total:.1%}"))
+        shapes.append(
+            _box(left, 0, width, 14, f"series-{index % 6 + 1}", f"{names[index]}: {percent(share / total, 1)}")
+        )
         left += width
-    label = ", ".join(f"{name} {share / total:.1%}" for name, share in zip(names, shares, strict=True))
+    label = ", ".join(f"{name} {percent(share / total, 1)}" for name, share in zip(names, shares, strict=True))
     return _strip(shapes, label)
 
 

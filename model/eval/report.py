@@ -122,6 +122,8 @@ def _reading(result: SuiteResult, several: bool) -> Markup:
     told = [
         "Intervals hold 95 % of the values that a metric takes when as many images are drawn from the set anew, with "
         "all their questions. They tell how much chance is in the choice of images, not how the model does on others.",
+        "An interval of one point, as 1.000 to 1.000, says only that every image scored the same. Where none of n "
+        "images fails, the true share of failures may still be up to about 3/n.",
         "A dotted mark shows what an answerer reaches that never sees the image." if _any_blind(result) else "",
         "The mean of several sets is not taken: their questions and metrics differ." if several else "",
         f"Everything on this page is in {JSON_FILE} and {SCORES_FILE} beside it, every answer in {ROWS_FILE} and under "

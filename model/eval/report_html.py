@@ -115,6 +115,11 @@ def number(value: float | None, digits: int = 3, *, signed: bool = False) -> str
     return shown.replace("-", "−")
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """A share of 1 in hundredths, with the sign set off as everywhere on the pages."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def interval(low: float, high: float, digits: int = 3, *, signed: bool = False) -> str:
     """A confidence interval; a dash where there is none."""
     if math.isnan(low) or math.isnan(high):

@@ -14,7 +14,19 @@ from model.eval.metrics.tables import MEAN_ROW
 from model.eval.predictions import Prediction
 from model.eval.report_data import SetResult, SuiteResult, metric_title
 from model.eval.report_failures import Failures, RowScore
-from model.eval.report_html import Column, Markup, breakable, count, element, interval, joined, number, quoted, table
+from model.eval.report_html import (
+    Column,
+    Markup,
+    breakable,
+    count,
+    element,
+    interval,
+    joined,
+    number,
+    percent,
+    quoted,
+    table,
+)
 from model.eval.report_pictures import Pictures
 
 MOST_UNFOLDED = 16
@@ -131,7 +143,7 @@ def _pairs(part: SetResult, by: str, name: str, measures: Measures, metrics: Seq
     for metric in metrics:
         measure, blind = measures.get(metric.name), part.blind.get((by, name, metric.name)) if name else None
         if measure is None:
-            yield ""
+            yield element("span", "–", class_="absent")
             continue
         ends = interval(measure.low, measure.high, 2)
         parts = [ends if ends != "–" else "", f"n {count(measure.count)}" if name else f"{measure.count} groups"]
@@ -202,14 +214,14 @@ def _dice_told(dice: np.ndarray, threshold: float) -> list[object]:
     poor, good = float((dice < 0.1).mean()), float((dice >= 0.9).mean())
     return [
         _title("Dice of every present target. "),
-        f"{good:.0%} reach 0.9 and {poor:.0%} stay below 0.1, at the threshold {threshold:g}; "
+        f"{percent(good)} reach 0.9 and {percent(poor)} stay below 0.1, at the threshold {threshold:g}; "
         "a target without a mask counts 0.",
     ]
 
 
 def _expected_told(part: SetResult) -> list[object]:
     high = float((part.predicted_iou >= 0.9).mean())
-    return [_title("What the model expects. "), f"Its own score of its masks; {high:.0%} are 0.9 or more."]
+    return [_title("What the model expects. "), f"Its own score of its masks; {percent(high)} are 0.9 or more."]
 
 
 def gallery(part: SetResult, pictures: Pictures) -> Markup | None:
@@ -248,7 +260,7 @@ def failures(part: SetResult, pictures: Pictures) -> Markup:
 
 
 def _failure(found: Failures, pictures: Pictures) -> Markup:
-    share = f"{count(found.count)} of {count(found.asked)}, {found.count / found.asked:.1%}"
+    share = f"{count(found.count)} of {count(found.asked)}, {percent(found.count / found.asked, 1)}"
     heading = element(
         "summary",
         element("span", found.kind.title, class_="kind"),
@@ -309,7 +321,7 @@ def router(part: SetResult) -> Markup | None:
 
 def _shares_cell(shares: list[float], names: list[str]) -> Markup:
     bar = element("div", share_strip(shares, names), class_="pair-bar")
-    return element("div", element("span", f"{shares[0]:.0%}", class_="value"), bar, class_="pair-cell")
+    return element("div", element("span", percent(shares[0]), class_="value"), bar, class_="pair-cell")
 
 
 def in_order(tasks: Iterable[str]) -> list[str]:

@@ -108,6 +108,18 @@ def test_numbers_of_the_page_are_those_of_the_scores(made: tuple[str, SetResult,
     assert "Phantoms" not in text
 
 
+def test_what_is_not_there_is_a_dash_and_not_a_nought(tmp_path: Path):
+    first, *others = rows()
+    alone = replace(first, metadata={**first.metadata, "modality": "pet"})  # of it only a closed question was asked
+    part, _ = measured(tmp_path, [alone, *others], always_mask=True)
+    page = report(tmp_path, part)
+    text = Outline(page).text
+    assert page.count('<span class="absent">–</span>') == 3
+    assert "BLEU-4 – – 0" in text
+    assert "Masks painted for every request, said or not" in text
+    assert "NaN" not in text
+
+
 def test_failures_are_counted_by_kind(made: tuple[str, SetResult, Path]):
     found = {item.kind.name: (item.count, item.asked) for item in made[1].failures}
     assert found == {
@@ -121,14 +133,14 @@ def test_failures_are_counted_by_kind(made: tuple[str, SetResult, Path]):
         "cut_off": (0, 21),
     }
     text = Outline(made[0]).text
-    assert "Wrong closed answers 2 of 6, 33.3%" in text
+    assert "Wrong closed answers 2 of 6, 33.3 %" in text
     assert "no masks that lie elsewhere (of 8)" in text
 
 
 def test_router_shares_are_means_by_task(made: tuple[str, SetResult, Path]):
     assert list(made[1].router) == ["vqa"]
     assert made[1].router["vqa"] == pytest.approx(np.full((2, 2), 0.5))
-    assert "expert 0 50.0%, expert 1 50.0%" in made[0]
+    assert "expert 0 50.0 %, expert 1 50.0 %" in made[0]
 
 
 def test_files_for_machines_hold_the_same(made: tuple[str, SetResult, Path]):
