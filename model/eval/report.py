@@ -177,6 +177,8 @@ def _set_json(part: SetResult) -> dict[str, Any]:
         "source": item.source,
         "records": [str(path) for path in item.files()],
         "images": str(part.images),
+        "prompt": item.prompt,
+        "always_mask": item.always_mask,
         "thresholds": list(item.thresholds),
         "surface": item.surface,
         "headlines": list(item.headlines),

@@ -322,12 +322,15 @@ def test_blind_baselines_are_of_the_questions_that_were_asked(run: Run):
 
 def test_a_set_may_be_asked_as_published(run: Run, opened: list[InferenceOptions], tmp_path: Path):
     (tmp_path / "questions.json").write_text(json.dumps(ASKED[:1]))
-    write_suite(tmp_path, [SET, {**SET, "name": "second", "prompt": "published"}, {**SET, "name": "third"}])
+    second = {**SET, "name": "second", "prompt": "published", "always_mask": True}
+    write_suite(tmp_path, [SET, second, {**SET, "name": "third"}])
     result = run().result
     assert result is not None
     assert [options.template for options in opened] == [None, "v1", None]  # an engine each time the prompt changes
     journal = json.loads((tmp_path / "out" / "predictions" / "second.run.json").read_text())
-    assert journal["settings"]["template"] == "v1"
+    assert (journal["settings"]["template"], journal["settings"]["always_mask"]) == ("v1", True)
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["sets"]
+    assert [part["always_mask"] for part in told] == [False, True, False]
 
 
 def test_a_stopped_suite_goes_on_and_a_finished_one_asks_nothing(
