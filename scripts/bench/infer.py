@@ -1,6 +1,7 @@
 """Measure the engine beside plain generation and beside the hardware's limits; one dated report.
 
-    python scripts/bench/infer.py [--model DIR | --random 7b] [--device cuda] [--threads 2] [--out docs/benchmarks]
+    python scripts/bench/infer.py [--model DIR] [--threads 2] [--out docs/benchmarks]
+    python scripts/bench/infer.py --random 7b --device cuda --plain-requests 8
 
 Plain generation answers one request at a time: transformers' ``generate`` with a dynamic cache, then the masks of that
 request (``plain.py``). Both sides get the same requests, in turns, in one process. Requests are those of
