@@ -240,10 +240,11 @@ class Desk:
         return Parts({"masks"})
 
     @told
-    def look_for_models(self, session: Session) -> Parts:
-        """Have the controller ask its workers, and list the models anew."""
+    def look_for_models(self, session: Session, refresh: bool = True) -> Parts:
+        """List the models anew; ``refresh`` has the controller ask its workers first."""
         try:
-            self.client.refresh()
+            if refresh:
+                self.client.refresh()
             self.models = self.client.models()
         except MedPLIBError:
             self.models = []

@@ -223,7 +223,7 @@ class Page:
         session = self._session(request)
         parts = _EVERYTHING
         if self.settings.reload or not self.desk.models:
-            parts |= self.desk.look_for_models(session)
+            parts |= self.desk.look_for_models(session, refresh=False)
         return self._shown(parts, session)
 
     def _leave(self, request: gr.Request) -> None:

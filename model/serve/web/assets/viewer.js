@@ -198,7 +198,8 @@ function update() {
   img.alt = shown.label;
   if (!allowed && tool !== 'look') choose('look');
   const open = marks.filter((mark) => !mark.spent).length;
-  tools.querySelectorAll('[data-act]').forEach((button) => { button.disabled = !open && !marks.length; });
+  root.dataset.marks = open;
+  tools.querySelectorAll('[data-act]').forEach((button) => { button.disabled = !marks.length; });
   if (!hint.textContent) say(HINTS[tool]);
   draw();
 }

@@ -1,0 +1,338 @@
+"""The page in headless Chromium, by real clicks and drawing; most of it through the real stack with the nano."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pydicom
+import pydicom.data
+import pytest
+
+from model.processing.masks import decode_rle
+from model.serve import gradio_web_server
+from model.serve.stack import Stack, StackSettings
+from tests.conftest import ROOT
+from tests.serve.browsing import CHROMIUM, Visitor, artefacts
+from tests.serve.scripted import ScriptedController, say, say_for_ever
+
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path; install it to drive the page")
+NANO = ROOT / "assets" / "medplib-nano"
+Arrive = Callable[..., Visitor]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    """A controller and a worker with the nano, as processes of their own."""
+    settings = StackSettings(NANO, web=False, worker_flags=("--add_region_feature",), grace=2.0)
+    with Stack(settings, lambda _: None) as running:
+        yield running
+
+
+def make_page(controller: str, votes: Path) -> Any:
+    flags = ["--controller", controller, "--model-list-mode", "reload", "--add_region_feature"]
+    return gradio_web_server.make_app(gradio_web_server.build_parser().parse_args([*flags, "--votes-file", str(votes)]))
+
+
+@pytest.fixture(scope="module")
+def votes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("votes") / "votes.jsonl"
+
+
+@pytest.fixture(scope="module")
+def real_page(stack: Stack, serving: Any, votes: Path) -> Iterator[str]:
+    with serving(make_page(stack["controller"].program.address, votes)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def scripted() -> ScriptedController:
+    return ScriptedController()
+
+
+@pytest.fixture(scope="module")
+def scripted_page(scripted: ScriptedController, serving: Any, votes: Path) -> Iterator[str]:
+    with serving(scripted.app) as address, serving(make_page(address, votes)) as url:
+        yield url
+
+
+@pytest.fixture
+def arrive(chromium: Any) -> Iterator[Arrive]:
+    """Open a tab of a browser of one's own; at the end, none may have complained or talked to strangers."""
+    visitors, contexts = [], []
+
+    def open_tab(url: str, width: int = 1400, height: int = 900, scheme: str = "light", **options: Any) -> Visitor:
+        size = {"width": width, "height": height}
+        contexts.append(chromium.new_context(viewport=size, color_scheme=scheme, **options))
+        visitors.append(Visitor(contexts[-1].new_page(), url))
+        return visitors[-1]
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    assert [visitor.strangers for visitor in visitors] == [[] for _ in visitors]
+    assert [visitor.complaints for visitor in visitors] == [[] for _ in visitors]
+
+
+# --- the three journeys -----------------------------------------------------------------------------------------------
+
+
+def test_a_question_a_region_and_a_mask(arrive: Arrive, real_page: str, votes: Path, tmp_path: Path) -> None:
+    visitor = arrive(real_page)
+    visitor.pick("Fundus")
+    visitor.tab.click(".suggestion >> nth=0")
+    visitor.tab.wait_for_function("document.querySelector('#question textarea').value !== ''")
+    visitor.tab.press("#question textarea", "Enter")
+    assert "fundus" in visitor.answer().inner_text().lower()
+
+    visitor.tool("Box")
+    visitor.drag((66 / 260, 81 / 292), (124 / 260, 125 / 292))
+    assert "exudate" in visitor.ask("What is in the region?").inner_text().lower()
+
+    before = visitor.tab.get_attribute(".frame img", "src")
+    assert "optic disc is" in visitor.ask("Please segment the optic disc.").inner_text()
+    visitor.tab.wait_for_selector(".masks li")
+    row = visitor.tab.locator(".masks li").inner_text()
+    assert "optic disc" in row and "score 0." in row and "px" in row
+    assert visitor.tab.get_attribute(".frame img", "src") != before
+    visitor.shot(artefacts(tmp_path) / "page.png")
+
+    with visitor.tab.expect_download() as saved:
+        visitor.tab.click(".files button:text-is('RLE (JSON)')")
+    (mask,) = json.loads(Path(saved.value.path()).read_text())["masks"]
+    inside = decode_rle(mask["rle"])
+    assert inside.shape == (292, 260) and inside.sum() == mask["area_px"] > 500
+    visitor.tab.uncheck(".masks input")
+    visitor.tab.wait_for_function("src => document.querySelector('.frame img').src === src", arg=before)
+
+    visitor.tab.locator(".vote[aria-label='Good answer']").last.click()
+    visitor.tab.wait_for_selector(".vote[aria-pressed=true]")
+    assert json.loads(votes.read_text().splitlines()[-1])["vote"] == "up"
+    visitor.tab.click(".again")
+    visitor.tab.wait_for_selector(".vote[aria-pressed=true]", state="detached")
+    visitor.answer()
+    assert visitor.tab.locator(".message.model").count() == 3
+    visitor.tab.click("#forget")
+    visitor.tab.wait_for_selector(".message", state="detached")
+    assert not visitor.tab.locator(".masks li").count()
+
+
+def test_a_dicom_with_its_window_and_dicom_seg(arrive: Arrive, real_page: str, tmp_path: Path) -> None:
+    visitor = arrive(real_page)
+    visitor.open(Path(pydicom.data.get_testdata_file("CT_small.dcm")))
+    assert "0.661 × 0.661 mm" in visitor.tab.locator(".caption").inner_text()
+    before = visitor.tab.get_attribute(".frame img", "src")
+    width = visitor.tab.locator("input[type=range][aria-label*='Window width']")
+    for _ in range(5):
+        width.press("PageDown")
+    visitor.tab.wait_for_function("src => document.querySelector('.frame img').src !== src", arg=before)
+    visitor.ask("Please segment the vertebra.")
+    visitor.tab.wait_for_selector(".masks li")
+    row = visitor.tab.locator(".masks li").inner_text()
+    assert "mm²" in row or "empty" in row
+    visitor.shot(artefacts(tmp_path) / "dicom.png", full=True)
+    if "mm²" in row:
+        with visitor.tab.expect_download() as saved:
+            visitor.tab.click(".files button:text-is('DICOM-SEG')")
+        assert pydicom.dcmread(saved.value.path()).Modality == "SEG"
+
+
+def test_a_volume_is_turned_slice_by_slice(arrive: Arrive, real_page: str, tmp_path: Path) -> None:
+    file = tmp_path / "volume.nii.gz"
+    values = np.random.default_rng(0).integers(0, 900, (40, 50, 6)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([1.0, 1.0, 4.0, 1.0])), file)
+    visitor = arrive(real_page)
+    visitor.open(file)
+    assert "slice 4 of 6" in visitor.tab.locator(".caption").inner_text()
+    visitor.tab.locator("input[type=range][aria-label*='Slice']").press("ArrowRight")
+    visitor.tab.wait_for_function("document.querySelector('.caption').textContent.includes('slice 5 of 6')")
+    visitor.ask("What kind of medical image is this?")
+    assert "slice 5" in visitor.tab.locator(".message.you").inner_text()
+    visitor.tab.click("label:has-text('coronal')")
+    visitor.tab.wait_for_function("document.querySelector('.caption').textContent.includes('of 50')")
+
+
+# --- marking ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_of_marking_reaches_the_model(
+    arrive: Arrive, scripted_page: str, scripted: ScriptedController, tmp_path: Path
+) -> None:
+    scripted.script = say("Several things.")
+    visitor = arrive(scripted_page)
+    visitor.pick("Fundus")  # 260 × 292
+    visitor.tool("Point")
+    visitor.click(0.5, 0.5)
+    visitor.tool("Box")
+    visitor.click(0.1, 0.1, marks=False)
+    visitor.click(0.3, 0.3)
+    visitor.tool("Free-hand")
+    visitor.drag((0.6, 0.6), (0.9, 0.6), (0.9, 0.9), (0.6, 0.9))
+    visitor.tool("Box")
+    visitor.tab.focus(".frame canvas")
+    visitor.tab.keyboard.press("ArrowLeft")
+    visitor.tab.keyboard.press("Enter")
+    for key in ("Shift+ArrowUp", "Shift+ArrowLeft"):
+        visitor.tab.keyboard.press(key)
+    visitor.tab.keyboard.press("Enter")
+    visitor.tab.wait_for_function("document.querySelector('.viewer').dataset.marks === '4'")
+    visitor.drag((0.01, 0.01), (0.05, 0.05))
+    visitor.tab.click(".tools button:text-is('Undo')")
+    visitor.tab.wait_for_function("document.querySelector('.viewer').dataset.marks === '4'")
+    visitor.shot(artefacts(tmp_path) / "marks.png")
+    visitor.ask("What is in the regions?")
+    point, box, outline, keyed = [decode_rle(mask) for mask in scripted.requests[-1].region_masks]
+    assert point[146, 130] and point.sum() < 400
+    rows, columns = np.nonzero(box)
+    corners = [rows.min() / 292, columns.min() / 260, rows.max() / 292, columns.max() / 260]
+    assert corners == pytest.approx([0.1, 0.1, 0.3, 0.3], abs=0.02)
+    assert outline[int(0.7 * 292), int(0.8 * 260)] and not outline[: int(0.5 * 292)].any()
+    assert keyed.sum() == pytest.approx((0.1 * 292) ** 2, rel=0.15)
+    assert visitor.tab.locator(".about").inner_text() == "4 regions" and visitor.marks() == 0
+
+
+# --- what a model writes, stopping, leaving ---------------------------------------------------------------------------
+
+
+def test_what_a_model_writes_is_text_and_nothing_else(
+    arrive: Arrive, scripted_page: str, scripted: ScriptedController
+) -> None:
+    text = (
+        '<img src="http://stranger.invalid/a.png" onerror="document.title=1"> <script>document.title=2</script> '
+        "![x](http://stranger.invalid/b.png) [y](javascript:1) **bold** ${document.title=3} {{this}} &lt;b&gt; $x^2$"
+    )
+    scripted.script = say(text)
+    visitor = arrive(scripted_page)
+    visitor.pick("CT")
+    answer = visitor.ask(f"Say {text}")
+    assert answer.locator(".text").text_content() == text
+    assert visitor.tab.locator(".message.you .text").text_content() == f"Say {text}"
+    assert not visitor.tab.locator(".talk img, .talk a, .talk script, .talk strong").count()
+    assert visitor.tab.title() == "MedPLIB"
+
+
+def test_stop_and_leaving_end_the_answer_at_the_controller(
+    arrive: Arrive, scripted_page: str, scripted: ScriptedController, wait_until: Any
+) -> None:
+    scripted.script = say_for_ever
+    visitor = arrive(scripted_page)
+    visitor.pick("MR")
+    visitor.type("What is it?")
+    visitor.tab.wait_for_selector(".message.model .text")
+    left = scripted.left
+    visitor.tab.click("#stop")
+    visitor.tab.wait_for_selector(".note:text-is('Stopped.')")
+    wait_until(lambda: scripted.left == left + 1, what="the controller to notice")
+    visitor.type("And now?")
+    visitor.tab.locator(".message.model .text").nth(1).wait_for()
+    visitor.tab.close()
+    wait_until(lambda: scripted.left == left + 2, seconds=30, what="the controller to notice")
+
+
+# --- two at once, faults ----------------------------------------------------------------------------------------------
+
+
+def test_two_visitors_do_not_meet(arrive: Arrive, real_page: str) -> None:
+    first, second = arrive(real_page), arrive(real_page)
+    first.pick("Fundus")
+    second.pick("X-ray")
+    for visitor in (first, second):
+        visitor.type("What kind of medical image is this?")
+    assert "fundus" in first.answer().inner_text().lower()
+    assert "x-ray" in second.answer().inner_text().lower()
+    first.tool("Box")
+    first.drag((0.2, 0.2), (0.5, 0.5))
+    assert first.marks() == 1 and second.marks() == 0
+    assert [visitor.tab.locator(".message.you").count() for visitor in (first, second)] == [1, 1]
+
+
+def test_faults_are_sentences(arrive: Arrive, real_page: str, tmp_path: Path) -> None:
+    visitor = arrive(real_page)
+    visitor.tab.click("#send")
+    visitor.tab.wait_for_selector(".notice:has-text('There is no image yet')")
+    for name, content, sentence in [
+        ("notes.txt", b"hello", "notes.txt is not a readable image"),
+        ("cut.png", (ROOT / "assets/pictures/answer.png").read_bytes()[:2000], "cut.png cannot be decoded"),
+        ("long.dcm", b"\0" * (64 * 2**20 + 1), "long.dcm is larger than the limit of 64 MiB"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        visitor.tab.set_input_files(".source input", tmp_path / name)
+        visitor.tab.wait_for_selector(f".notice:has-text('{sentence}')")
+    visitor.pick("CT")
+    visitor.tab.wait_for_selector(".notice", state="hidden")
+
+
+# --- how it looks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_all_of_it(
+    scheme: str, arrive: Arrive, scripted_page: str, scripted: ScriptedController, tmp_path: Path
+) -> None:
+    scripted.script = say("This is a fundus photograph.")
+    visitor = arrive(scripted_page, width=390, height=844, scheme=scheme, has_touch=True, is_mobile=True)
+    visitor.pick("Fundus")
+    visitor.ask("What kind of medical image is this?")
+    assert visitor.tab.evaluate("document.documentElement.scrollWidth") == 390
+    assert visitor.tab.get_attribute(".tools button[data-tool=look]", "aria-pressed") == "true"  # a finger scrolls
+    visitor.tool("Box")
+    visitor.tab.touchscreen.tap(*visitor.at(0.2, 0.2))
+    visitor.tab.touchscreen.tap(*visitor.at(0.6, 0.5))
+    visitor.tab.wait_for_function("document.querySelector('.viewer').dataset.marks === '1'")
+    red = visitor.tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
+    assert (int(red) < 60) is (scheme == "dark")
+    visitor.shot(artefacts(tmp_path) / f"phone-{scheme}.png", full=True)
+
+
+def test_every_control_has_a_name(arrive: Arrive, scripted_page: str) -> None:
+    visitor = arrive(scripted_page)
+    visitor.pick("Fundus")
+    visitor.tab.click("#parameters button")
+    visitor.tab.wait_for_selector("#parameters input[type=range]")
+    nameless = visitor.tab.evaluate(
+        """() => [...document.querySelectorAll('button, input, textarea, canvas')].filter((control) =>
+            control.offsetParent && !(control.getAttribute('aria-label') || control.textContent.trim()
+            || control.title || control.labels?.length && control.labels[0].textContent.trim())
+        ).map((control) => control.outerHTML.slice(0, 200))"""
+    )
+    assert nameless == []
+    assert "Research use only" in visitor.tab.locator("#head").inner_text()
+    assert not visitor.tab.locator("footer").count()
+
+
+# --- last, for it kills what the others need --------------------------------------------------------------------------
+
+
+def test_a_worker_killed_while_it_answers(
+    arrive: Arrive, real_page: str, stack: Stack, wait_until: Any, tmp_path: Path
+) -> None:
+    visitor = arrive(real_page)
+    visitor.pick("Fundus")
+    worker = stack["worker 1"]
+    os.kill(worker.pid, signal.SIGSTOP)  # so that the answer is certainly under way
+    visitor.type("Please segment the optic disc.")
+    visitor.tab.wait_for_selector(".wait")
+    os.kill(worker.pid, signal.SIGKILL)
+    error = visitor.answer().locator(".error").inner_text()
+    assert error[0].isupper() and "worker" in error and error.endswith(".") and "Traceback" not in error
+    visitor.shot(artefacts(tmp_path) / "killed.png")
+
+    wait_until(lambda: not worker.running(), what="the end")
+    wait_until(lambda: stack.look_after() or worker.ready(stack._client), seconds=60, what="another worker")
+    visitor.tab.click(".again")
+    visitor.tab.wait_for_selector(".masks li")
