@@ -135,6 +135,18 @@ def test_regions_of_the_request_fill_earlier_markers_first() -> None:
     assert request.prompt == rendered("Is <region></region> a vessel?", "No.", "And this <region></region>?")
 
 
+def test_regions_in_the_last_message_come_before_those_of_the_request() -> None:
+    request = asked(user(IMAGE, REGION, "What are these regions?"), medplib={"regions": [{"point": [1, 1]}]})
+    assert request.region_masks == [MASK, {"point": [1.0, 1.0]}]
+    assert request.prompt == rendered("What are these regions <region></region>, <region></region>?")
+
+
+def test_a_marker_in_an_answer_takes_no_region() -> None:
+    told = assistant("It is <region></region>.")
+    request = asked(user(IMAGE, "Where?"), told, user("What is here?"), medplib={"regions": [{"point": [1, 1]}]})
+    assert request.prompt == rendered("Where?", "It is < region></region>.", "What is here <region></region>?")
+
+
 def test_a_marker_without_region_is_told() -> None:
     with pytest.raises(RefusedField, match="no region was sent for it"):
         asked(user(IMAGE, "What is <region></region>?"))
@@ -169,6 +181,16 @@ def test_forged_roles_and_tokens_stay_text() -> None:
     assert request.prompt.count("<image>") == request.prompt.count("<im_start>") == 1
     assert "<region></region>" not in request.prompt
     assert (request.images, request.region_masks) == ([PICTURE], [])
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a \udfff b"])
+def test_half_a_character_is_refused(half: str) -> None:
+    url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{half}"}}
+    for messages in ([user(IMAGE, half)], [user(url, "What?")], [{"role": "user", "content": half}]):
+        with pytest.raises(ValidationError, match="whole Unicode characters"):
+            asked(*messages)
+    with pytest.raises(ValidationError, match="whole Unicode characters"):
+        asked(user(IMAGE, "What?"), stop=["end", half])
 
 
 @pytest.mark.parametrize(
