@@ -233,7 +233,7 @@ class Controller:
     # --- routes ---------------------------------------------------------------------------------------------------
 
     def routes(self) -> list[APIRouter]:
-        """All routes, behind the keys they need."""
+        """All other routes, behind the keys they need."""
         settings = self.settings
         workers = APIRouter(tags=["workers"], responses=ERROR_ANSWERS)
         workers.dependencies.append(Depends(WorkerGuard(settings.api_key, name="key")))
@@ -248,20 +248,25 @@ class Controller:
         clients.add_api_route("/list_models", self.list_models, methods=["POST"])
         clients.add_api_route("/get_worker_address", self.get_worker_address, methods=["POST"])
         clients.add_api_route("/worker_get_status", self.worker_get_status, methods=["POST"])
-        clients.add_api_route(
-            "/worker_generate_stream",
-            self.worker_generate_stream,
-            methods=["POST"],
-            response_class=Response,
-            responses={200: {"content": {"application/octet-stream": {}}}},
-            openapi_extra=_body_of(GenerateRequest),
-        )
 
         monitors = APIRouter(tags=["monitors"], responses=ERROR_ANSWERS)
         monitors.add_api_route("/livez", self.livez, methods=["GET"])
         monitors.add_api_route("/readyz", self.readyz, methods=["GET"])
         monitors.add_api_route("/metrics", self.tell_metrics, methods=["GET"], response_class=Response)
         return [workers, clients, monitors]
+
+    def add_stream(self, app: FastAPI) -> None:
+        """Add the route of answers, which is found before all others, as it is what the controller is for."""
+        app.add_api_route(
+            "/worker_generate_stream",
+            self.worker_generate_stream,
+            methods=["POST"],
+            tags=["clients"],
+            dependencies=[Depends(self.client_guard())],
+            response_class=Response,
+            responses={**ERROR_ANSWERS, 200: {"content": {"application/octet-stream": {}}}},
+            openapi_extra=_body_of(GenerateRequest),
+        )
 
     def client_guard(self) -> KeyGuard:
         """Where there is a client key: lets through who shows it, and controllers before this one."""
@@ -295,6 +300,7 @@ def make_app(settings: ControllerSettings | None = None) -> FastAPI:
     app.state.controller = controller
     app.add_middleware(BodyLimit, max_bytes=settings.limits.max_body_bytes)
     answer_errors(app)
+    controller.add_stream(app)
     for router in controller.routes():
         app.include_router(router)
     v1 = openai_router(controller.forwarder, controller.registry, settings)
