@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,14 +42,15 @@ def test_arguments_come_as_texts() -> None:
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
     """Base URL of the nano under Ray."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
-    from ray import serve
-
     (port,) = free_ports("127.0.0.1", 1)
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "MEDPLIB_CLIENT_KEY": KEY}
+    own_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else Ray leaves one in the home
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in quiet.items():
+        for name, value in {**quiet, **own_token}.items():
             patch.setenv(name, value)
+        ray = pytest.importorskip("ray", reason="Ray is not installed")
+        from ray import serve
+
         patch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
         try:
