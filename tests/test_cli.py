@@ -175,6 +175,7 @@ def test_wrong_input_is_one_sentence_and_exit_2(
         *([], ["nonsense"]),
         *(["ask"], ["ask", "a", "b", "--box", "x"], ["ask", "a", "b", "--no"]),
         *(["chat"], ["chat", "a", "--point", "x"], ["chat", "a", "b"]),
+        *(["serve", "--port", "x"], ["serve", "DIR"], ["serve", "--dtype", "fp8"]),
     ],
 )
 def test_wrong_flags_exit_2(arguments: list[str]) -> None:

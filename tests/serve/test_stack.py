@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,18 @@ import pytest
 
 from model.cli import main
 from model.errors import MedPLIBError
+from model.processing.conversation import Turn, render
 from model.serve import checks
 from model.serve.checks import Stored, check_checkpoint, check_memory
 from model.serve.children import Child, Program
+from model.serve.client import ControllerClient
 from model.serve.commands import worker_devices
+from model.serve.protocol import GenerateRequest
 from model.serve.stack import API_KEY, CLIENT_KEY, StackSettings, free_ports, make_programs
 from tests.conftest import ROOT
 
 NANO = ROOT / "assets" / "medplib-nano"
+FUNDUS = ROOT / "data" / "sample" / "images" / "fundus_00--Phantom--seed505case000004--0000.png"
 Wait = Callable[..., Any]
 
 SERVER = """
@@ -300,6 +306,15 @@ def models(api: str) -> list[str]:
     return [model["id"] for model in httpx.get(f"{api}/models", trust_env=False).json()["data"]]
 
 
+def ask(controller: str, begun: threading.Event) -> str | None:
+    """What ended an answer."""
+    prompt = render([Turn("human", "<image>\nWhich structures are in this image?")])
+    images = [base64.b64encode(FUNDUS.read_bytes()).decode()]
+    with ControllerClient(controller).stream(GenerateRequest(prompt=prompt, images=images)) as answer:
+        finishes = [begun.set() or chunk.finish for chunk in answer]
+    return finishes[-1]
+
+
 def test_page_and_api_come_up_outlive_a_crash_and_go(serve: Any, wait_until: Wait, tmp_path: Path) -> None:
     stack = serve("--logs", str(tmp_path / "logs"), "--votes-file", str(tmp_path / "votes.jsonl"))
     wait_until(lambda: stack.says("Ctrl-C stops it"), 150)
@@ -313,7 +328,12 @@ def test_page_and_api_come_up_outlive_a_crash_and_go(serve: Any, wait_until: Wai
     wait_until(lambda: stack.says("worker 1 was ended by SIGKILL"), 30)
     wait_until(lambda: stack.says("worker 1 is ready again"), 90)
     wait_until(lambda: models(api) == ["medplib-nano"], 30)
-    assert stack.stop(signal.SIGINT) == 0
+    with ThreadPoolExecutor(6) as pool:
+        begun = [threading.Event() for _ in range(6)]
+        answers = [pool.submit(ask, api.removesuffix("/v1"), one) for one in begun]
+        assert all(one.wait(60) for one in begun)
+        assert stack.stop(signal.SIGINT) == 0
+        assert [answer.result() for answer in answers] == ["end"] * 6  # what had begun was ended first
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"controller.log", "worker-1.log", "web-page.log"}
 
 
