@@ -21,6 +21,11 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from model.errors import MedPLIBError
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 _log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 30.0
@@ -30,6 +35,7 @@ KEEP_ALIVE_SECONDS = 20
 HEAD_SECONDS = 20.0
 _MAX_HEAD_BYTES = 64 * 2**10
 _BACKLOG = 512
+_MAX_FILES = 65_536
 _TCP_OPTIONS = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 """A peer whose machine is off, or that takes nothing of an answer, is dropped after about a minute."""
 
@@ -190,6 +196,7 @@ def run_app(
         MedPLIBError: the port cannot be listened on.
     """
     listeners = listen(host, port)
+    _allow_many_connections()
     config = uvicorn.Config(
         app,
         http=_protocol(head_timeout),
@@ -202,6 +209,14 @@ def run_app(
     )
     _log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, listeners[0].getsockname()[1])
     _Server(config, on_stop).run(sockets=listeners)
+
+
+def _allow_many_connections() -> None:
+    """Take as many open files as this user may have, as each connection is one; the usual 1024 are few."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _MAX_FILES if most == resource.RLIM_INFINITY else min(most, _MAX_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def set_up_logging() -> None:

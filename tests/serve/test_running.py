@@ -17,7 +17,7 @@ from model.serve.running import check_port, is_loopback, listen
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import asyncio, sys
+import asyncio, resource, sys
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from model.serve.running import run_app
@@ -29,10 +29,15 @@ async def words():
         yield word + " "
         await asyncio.sleep(1)
 
+@app.get("/files")
+async def files():
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
 @app.get("/")
 async def answer():
     return StreamingResponse(words())
 
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 stop = lambda: sys.stdout.write("stopping\\n")
 run_app(app, "127.0.0.1", int(sys.argv[1]), grace=20, head_timeout=HEAD, on_stop=stop)
 """
@@ -100,6 +105,7 @@ def test_a_connection_without_a_request_is_closed(port, wait_until):
             while long.recv(1000):
                 pass
             raise ConnectionResetError  # closed in another way
+        assert httpx.get(f"{url}/files", trust_env=False).json() > 256  # as many as allowed
         assert httpx.get(url, trust_env=False).text == "on on on "  # longer than a head may take
     finally:
         process.kill()
