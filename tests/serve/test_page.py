@@ -131,6 +131,14 @@ def test_regenerating_takes_the_answer_back(visit, controller):
     assert controller.requests[2] == controller.requests[1]
 
 
+def test_what_was_said_before_may_be_left_out(visit, controller):
+    visit.open(png())
+    visit.box([10, 5], [30, 25])
+    visit.ask("What is it?")
+    visit.ask("And this?", Parameters(remember=False))
+    assert "What is it" not in controller.requests[1].prompt and controller.requests[1].region_masks == []
+
+
 def test_clearing_forgets_the_conversation_and_keeps_the_picture(visit, controller):
     visit.open(png())
     visit.ask("What is it?")
@@ -361,3 +369,15 @@ def test_visitors_are_apart_and_forgotten_in_time():
     now[0] = 700
     sessions.of("c")
     assert sessions.of("a") is not first
+
+
+def test_heavy_pictures_are_forgotten_first(visit):
+    sessions = Sessions(max_bytes=30_000)
+    for name in "abc":
+        visit.session = sessions.of(name)
+        visit.open(png())  # 40 × 60 pixels
+    assert all(sessions.of(name).picture for name in "abc")
+    visit.session = sessions.of("d")
+    visit.open(png())
+    sessions.of("e")
+    assert len(sessions) == 4 and sessions.of("a").picture is None

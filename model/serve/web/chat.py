@@ -31,13 +31,19 @@ _NOTES = {"length": "Cut off: it reached the longest length allowed.", "cancelle
 
 @dataclass(frozen=True)
 class Parameters:
-    """How an answer is drawn; see ``GenerateRequest``. A threshold of 0 stands for the checkpoint's own."""
+    """How an answer is drawn; see ``GenerateRequest``.
+
+    Attributes:
+        threshold: 0 stands for the checkpoint's own.
+        remember: whether what was said before is sent along.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 256
     threshold: float = 0.0
     seed: int | None = None
+    remember: bool = True
 
 
 def begin(session: Session, question: str, limits: ServeLimits) -> Exchange:
@@ -93,7 +99,7 @@ def _check_free(session: Session) -> None:
 
 def build_request(session: Session, exchange: Exchange, model: str, parameters: Parameters) -> GenerateRequest:
     """The question, with what was said before about the same view, as the controller takes it."""
-    earlier = [other for other in session.history() if other.number < exchange.number]
+    earlier = [other for other in session.history() if parameters.remember and other.number < exchange.number]
     turns: list[Turn] = []
     for other in earlier:
         turns += [Turn("human", other.asked), Turn("gpt", other.answer)]

@@ -78,6 +78,7 @@ class Page:
         with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
             self._lay_out()
             self._wire()
+        self.blocks.state_session_capacity = self.sessions.capacity  # what gradio remembers of each visitor
         self.blocks.queue(default_concurrency_limit=None, max_size=256, api_open=False)
 
     # --- where everything is ------------------------------------------------------------------------------------------
@@ -134,6 +135,9 @@ class Page:
                 0, 0.95, 0, step=0.05, label="Mask threshold", info="0 is the model's own; higher paints less."
             )
             self.seed = gr.Number(label="Seed", info="Leave empty for a new one each time.", precision=0, minimum=0)
+            self.remember = gr.Checkbox(
+                True, label="Remember earlier questions", info="Small models answer better when each stands alone."
+            )
         gr.HTML(_SMALL, js_on_load=None, apply_default_css=False, elem_classes=["plain"])
 
     # --- what calls what ----------------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ class Page:
         self._listen(self.masks.download, download, [])
 
     def _wire_answers(self) -> None:
-        drawn = [self.model, self.temperature, self.top_p, self.max_tokens, self.threshold, self.seed]
+        drawn = [self.model, self.temperature, self.top_p, self.max_tokens, self.threshold, self.seed, self.remember]
 
         def ask(request: gr.Request, question: str, model: str, *values: Any) -> Iterator[dict[Any, Any]]:
             session = self._session(request)
@@ -246,14 +250,14 @@ class Page:
         with session.lock:
             shown: dict[Any, Any] = {}
             if "viewer" in parts:
-                shown[self.viewer] = gr.update(value=view.viewer(session, self.settings.regions))
+                shown[self.viewer] = view.viewer(session, self.settings.regions)
             if "talk" in parts:
-                shown[self.talk] = gr.update(value=view.talk(session, self._questions(session)))
+                shown[self.talk] = view.talk(session, self._questions(session))
             if "masks" in parts:
-                shown[self.masks] = gr.update(value=view.masks(session, file))
+                shown[self.masks] = view.masks(session, file)
                 shown[self.shading] = gr.update(visible=bool(session.masks_here()))
             if "notice" in parts:
-                shown[self.notice] = gr.update(value=session.notice)
+                shown[self.notice] = session.notice
             if "buttons" in parts:
                 shown[self.send] = gr.update(visible=not session.busy)
                 shown[self.stop] = gr.update(visible=session.busy)
@@ -316,9 +320,9 @@ def _data(event: gr.EventData) -> dict[str, Any]:
 
 
 def _parameters(
-    temperature: float, top_p: float, max_tokens: float, threshold: float, seed: float | None
+    temperature: float, top_p: float, max_tokens: float, threshold: float, seed: float | None, remember: bool
 ) -> Parameters:
-    return Parameters(temperature, top_p, int(max_tokens), threshold, None if seed is None else int(seed))
+    return Parameters(temperature, top_p, int(max_tokens), threshold, None if seed is None else int(seed), remember)
 
 
 def _step(width: float) -> float:

@@ -128,6 +128,14 @@ class Session:
         """Whether an answer is on its way."""
         return bool(self.exchanges) and self.exchanges[-1].state == "running"
 
+    @property
+    def weight(self) -> int:
+        """Bytes that the pictures take, about: four a voxel of the volume, and the views that were asked about."""
+        if self.picture is None:
+            return 0
+        views = {id(exchange.picture.pixels): exchange.picture.pixels.nbytes for exchange in self.exchanges}
+        return 4 * self.picture.volume.num_slices * self.picture.pixels[:, :, 0].size + sum(views.values())
+
     def next_number(self) -> int:
         """A number that was not given before."""
         return next(self._numbers)
@@ -180,14 +188,19 @@ class Sessions:
 
     Args:
         capacity: visitors remembered at most; the one who was silent for longest is forgotten first.
+        max_bytes: of all their pictures; likewise.
         idle_seconds: after which a visitor is forgotten.
         clock: seconds that only grow.
     """
 
     def __init__(
-        self, capacity: int = 64, idle_seconds: float = 3600.0, clock: Callable[[], float] = time.monotonic
+        self,
+        capacity: int = 64,
+        max_bytes: int = 4 * 2**30,
+        idle_seconds: float = 3600.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.capacity, self.idle_seconds = capacity, idle_seconds
+        self.capacity, self.max_bytes, self.idle_seconds = capacity, max_bytes, idle_seconds
         self._clock = clock
         self._lock = threading.Lock()
         self._known: OrderedDict[str, tuple[Session, float]] = OrderedDict()
@@ -217,11 +230,14 @@ class Sessions:
             session.stop()
 
     def _forget(self, now: float) -> list[Session]:
+        """Drop who was silent for longest, until the others keep the bounds; who has just come stays."""
         forgotten = []
-        while self._known:
+        held = sum(session.weight for session, _ in self._known.values())
+        while len(self._known) > 1:
             name, (session, seen) = next(iter(self._known.items()))
-            if len(self._known) <= self.capacity and now - seen <= self.idle_seconds:
+            if len(self._known) <= self.capacity and held <= self.max_bytes and (now - seen <= self.idle_seconds):
                 break
             del self._known[name]
+            held -= session.weight
             forgotten.append(session)
         return forgotten
