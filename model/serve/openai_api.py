@@ -22,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Send
 
@@ -36,6 +37,7 @@ from model.serve.refusals import Refusal, error_body
 
 Result = TypeVar("Result")
 _CLIENT_LEFT = 499  # nobody reads it; it is what logs call it
+_MAX_ITEMS = 250_000
 _NAME = re.compile(r"[a-z]\w*")
 _TAGS = ("text", "image_url")
 _log = logging.getLogger(__name__)
@@ -105,7 +107,10 @@ class _Route(APIRoute):
 
         async def handle_or_tell(request: Request) -> Response:
             try:
+                _check_items(await request.body())
                 return await handle(request)
+            except ClientDisconnect:
+                return Response(status_code=_CLIENT_LEFT)
             except RequestValidationError as error:
                 param, sentence = _malformed(error)
                 return _tell(Refusal(ErrorCode.BAD_INPUT, sentence), param)
@@ -118,6 +123,16 @@ class _Route(APIRoute):
                 return _tell(refusal)
 
         return handle_or_tell
+
+
+def _check_items(body: bytes) -> None:
+    """Refuse JSON of very many parts, which would hold up everybody while it is read; one long text does not.
+
+    Raises:
+        MedPLIBError: the request is such a one.
+    """
+    if len(body) > _MAX_ITEMS and body.count(b",") > _MAX_ITEMS:
+        raise MedPLIBError(f"the request has more than {_MAX_ITEMS} parts; send masks as PNG or compressed run lengths")
 
 
 class UnknownModel(Refusal):

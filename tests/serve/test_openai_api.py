@@ -103,7 +103,7 @@ def workers() -> Workers:
 def app(workers: Workers) -> FastAPI:
     app = FastAPI()
     answer_errors(app)
-    limits = ServeLimits(max_body_bytes=100_000)
+    limits = ServeLimits(max_body_bytes=1_000_000)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.include_router(
         openai_router(workers, workers, SimpleNamespace(limits=limits, client_key=None, client_timeout=1.0))
@@ -348,7 +348,8 @@ def test_malformed_requests_name_their_field(
         (b'{"model": "\\ud800", "messages": [{"role": "user", "content": [{"type": "\\udfff"}]}]}', 400),
         (b'{"model": "nano", "temperature": NaN, "messages": []}', 400),
         (b"\xff\xfe{}", 400),
-        (b" " * 100_001, 413),
+        (b'{"messages": [' + b"{}," * 250_001 + b"{}]}", 400),
+        (b" " * 1_000_001, 413),
     ],
 )
 @pytest.mark.parametrize("length_told", [True, False])
@@ -356,21 +357,22 @@ def test_bodies_that_are_no_request(url: str, content: bytes, status: int, lengt
     body: Any = content if length_told else iter([content[:50], content[50:]])
     answer = httpx.post(f"{url}/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status
-    assert answer.json()["error"]
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert ("250000 parts" in answer.text) == (len(content) in range(500_000, 1_000_000))
 
 
 # --- clients that leave ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def connection(url: str, **fields: Any) -> Iterator[socket.socket]:
-    """A connection on which a question was sent, closed at the end."""
+def connection(url: str, length: int = 0, **fields: Any) -> Iterator[socket.socket]:
+    """A connection on which a question was sent, said to be at least so long; closed at the end."""
     body = json.dumps({"model": "nano", "messages": QUESTION, **fields}).encode()
     address = httpx.URL(url)
     assert address.port is not None
     with socket.create_connection((address.host, address.port), timeout=10) as sock:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        sock.sendall(f"{head}Content-Length: {max(length, len(body))}\r\n\r\n".encode() + body)
         yield sock
 
 
@@ -384,6 +386,14 @@ def test_who_leaves_takes_the_request_along(url: str, workers: Workers, script: 
             assert b"assistant" in sock.recv(4096)
         assert not workers.ended.is_set()
     assert workers.ended.wait(10)
+
+
+def test_who_leaves_while_asking_is_no_fault(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with connection(url, length=10_000) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(100) == b""  # the server has noticed
+    assert httpx.get(f"{url}/models").status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_closing_a_stream_of_the_client_ends_it(client: openai.OpenAI, workers: Workers) -> None:
