@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from operator import attrgetter
 
 import httpx
 import pytest
 
 from model.serve.controller import main
+from model.serve.controller_settings import make_parser, settings_from
+from model.serve.running import parse_flags
 from tests.conftest import ROOT
 from tests.serve.fake_workers import ScriptedWorker
 
@@ -72,3 +75,41 @@ def test_help_names_every_flag(capsys):
         main(["--help"])
     told = capsys.readouterr().out
     assert all(flag in told for flag in ("--dispatch-method", "--api-key", "--client-key", "--allow-worker"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "read", "value"),
+    [
+        (["--dispatch-method", "lottery"], "registry.dispatch_method", "lottery"),
+        (["--dispatch_method=shortest_queue"], "registry.dispatch_method", "shortest_queue"),
+        (["--expiry", "7"], "registry.expiry", 7),
+        (["--cool-down", "7"], "registry.cool_down", 7),
+        (["--max_failures", "7"], "registry.max_failures", 7),
+        (["--tries", "7"], "forwarding.tries", 7),
+        (["--connect-timeout", "7"], "calls.connect_timeout", 7),
+        (["--silence-timeout", "7"], "calls.silence_timeout", 7),
+        (["--max-running", "7"], "calls.max_connections", 7),
+        (["--client-timeout", "7"], "client_timeout", 7),
+        (["--grace", "7"], "grace", 7),
+        (["--api-key", "a_key-1"], "api_key", "a_key-1"),
+        (["--client_key=a_key-1"], "client_key", "a_key-1"),
+        (["--allow-worker", "10.0.0.0/8", "--allow_worker", "gpu-3"], "allow_workers", ("10.0.0.0/8", "gpu-3")),
+        (["--max-body-mib", "7"], "limits.max_body_bytes", 7 * 2**20),
+        (["--max-image-mib", "7"], "limits.max_image_bytes", 7 * 2**20),
+        (["--max-pixels", "7"], "limits.max_pixels", 7),
+        (["--max-regions", "7"], "limits.max_regions", 7),
+        (["--max-turns", "7"], "limits.max_turns", 7),
+        (["--max-prompt-chars", "7"], "limits.max_prompt_chars", 7),
+        (["--max-new-tokens", "7"], "limits.max_new_tokens", 7),
+    ],
+)
+def test_every_flag_does_something(flags, read, value):
+    settings = settings_from(parse_flags(make_parser(), flags))
+    assert attrgetter(read)(settings) == value
+
+
+def test_keys_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MEDPLIB_API_KEY", "worker-key")
+    monkeypatch.setenv("MEDPLIB_CLIENT_KEY", "")
+    settings = settings_from(parse_flags(make_parser(), []))
+    assert settings.api_key == "worker-key" and settings.client_key is None
