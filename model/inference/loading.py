@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import load
+from model.checkpoint.adapters import merge_adapter
 from model.checkpoint.building import Attention
 from model.errors import MedPLIBError
 from model.inference.mask_gate import GATE_FILE, MaskGate
@@ -24,6 +25,7 @@ def load_for_inference(
     sam: str | Path | None = None,
     attention: Attention = "sdpa",
     quantisation: Scheme | None = None,
+    lora: str | Path | None = None,
 ) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, MaskGate | None]:
     """Load a native or published checkpoint directory.
 
@@ -35,6 +37,7 @@ def load_for_inference(
         sam: SAM-Med2D file, for published checkpoints that hold no SAM weights.
         attention: of the decoder: ``sdpa``, ``eager`` or ``flash_attention_2`` (CUDA with flash-attn).
         quantisation: ``int8`` or ``int4`` keeps the decoder's linear weights so; None as they are.
+        lora: directory that ``peft`` saved, merged into the checkpoint it was trained on.
 
     Returns:
         Network, processor, and the mask gate if a ``mask_gate.json`` lies in the directory.
@@ -48,9 +51,11 @@ def load_for_inference(
     model, processor = load(
         directory, vision_tower=vision_tower, sam=sam, device=device, dtype=dtype, attention=attention
     )
+    if lora is not None:
+        merge_adapter(model, lora)
     if quantisation is not None:
         quantise(model, quantisation)
-    gate_file = Path(directory) / GATE_FILE
+    gate_file = Path(directory if lora is None else lora) / GATE_FILE  # fitted for what is loaded
     return model, processor, MaskGate.load(gate_file) if gate_file.exists() else None
 
 

@@ -235,6 +235,7 @@ def _choice(options: argparse.Namespace, directory: Path, device: str) -> ModelC
 
     return ModelChoice(
         directory,
+        options.model_base,
         device,
         dtype=getattr(torch, _DTYPES[options.dtype]) if options.dtype else None,
         quantisation="int8" if options.load_8bit else "int4" if options.load_4bit else None,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.checkpoint.adapters import ADAPTER_CONFIG, is_adapter
 from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from model.errors import MedPLIBError
 from model.inference.engine import Engine, EngineSettings, Request
@@ -36,7 +37,8 @@ class ModelChoice:
     """Which model a worker answers with, and how it is kept.
 
     Attributes:
-        directory: checkpoint, native or published.
+        directory: checkpoint, native or published; or a LoRA that ``peft`` saved.
+        base: checkpoint that the LoRA was trained on.
         device: ``cpu``, ``cuda``, ``cuda:1`` …, or ``auto`` for the GPU where there is one.
         dtype: of the weights; as stored when absent, but fp32 on a CPU.
         quantisation: of the language model.
@@ -46,6 +48,7 @@ class ModelChoice:
     """
 
     directory: Path
+    base: Path | None = None
     device: str = "auto"
     dtype: torch.dtype | None = None
     quantisation: Scheme | None = None
@@ -53,6 +56,21 @@ class ModelChoice:
     sam: Path | None = None
     needs_regions: bool = False
     needs_gate: bool = False
+
+    @property
+    def whole(self) -> Path:
+        """The checkpoint of a whole network.
+
+        Raises:
+            MedPLIBError: there is a base too many, or one is missing.
+        """
+        if not is_adapter(self.directory):
+            if self.base is not None:
+                raise MedPLIBError(f"{self.directory} is no LoRA ({ADAPTER_CONFIG} is missing); leave --model-base out")
+            return self.directory
+        if self.base is None:
+            raise MedPLIBError(f"{self.directory} is a LoRA; give the checkpoint it was trained on with --model-base")
+        return self.base
 
 
 def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
@@ -63,18 +81,20 @@ def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
     """
     begun = time.perf_counter()
     device = _device(choice.device)
-    opened = open_checkpoint(choice.directory, vision_tower=choice.vision_tower, sam=choice.sam)
+    whole = choice.whole
+    opened = open_checkpoint(whole, vision_tower=choice.vision_tower, sam=choice.sam)
     _check_parts(choice, opened)
     dtype = choice.dtype or (torch.float32 if device.type == "cpu" else opened.dtype or torch.float32)
     _check_memory(opened, device, dtype, choice.quantisation, settings)
     try:
         model, processor, gate = load_for_inference(
-            choice.directory,
+            whole,
             device,
             choice.vision_tower,
             dtype,
             sam=choice.sam,
             quantisation=choice.quantisation,
+            lora=None if whole is choice.directory else choice.directory,
         )
         engine = Engine(model, processor, settings, gate)
         if device.type == "cuda":
@@ -96,7 +116,7 @@ def _device(name: str) -> torch.device:
 def _check_parts(choice: ModelChoice, opened: OpenedCheckpoint) -> None:
     if choice.needs_regions and not opened.config.region.enabled:
         raise MedPLIBError(
-            f"{choice.directory} has no region adapter; leave --add_region_feature out, or give a checkpoint with one"
+            f"{opened.directory} has no region adapter; leave --add_region_feature out, or give a checkpoint with one"
         )
     if choice.needs_gate and not (choice.directory / GATE_FILE).is_file():
         raise MedPLIBError(

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from model.checkpoint.opening import open_checkpoint
 from model.inference.engine import Engine, EngineSettings
@@ -26,7 +27,7 @@ from model.serve.controller_settings import ControllerSettings
 from model.serve.model_worker import main, make_parser, model_name
 from model.serve.protocol import ErrorCode
 from model.serve.running import parse_flags
-from model.serve.worker_loading import ModelChoice, load_engine, needed_bytes
+from model.serve.worker_loading import ModelChoice, describe_engine, load_engine, needed_bytes
 from tests.conftest import ROOT
 from tests.serve.asking import ask, message, read_chunks
 from tests.tiny import tiny_checkpoint
@@ -143,6 +144,8 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(worker_loading, "load_for_inference", lambda *_, **__: pytest.fail("weights were read"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     whole = tmp_path / "headless"
     shutil.copytree(NANO, whole, ignore=shutil.ignore_patterns("*.safetensors"))
     nowhere = "http://localhost:1"
@@ -156,6 +159,8 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(
             f"--model-path {tmp_path}/nothing": "there is no checkpoint directory",
             f"--model-path {tmp_path}/empty": "config.json",
             f"--model-path {whole}": "holds no weights",
+            f"--model-base {NANO}": "is no LoRA",
+            f"--model-path {tmp_path}/lora": "is a LoRA; give the checkpoint",
             f"--vision-tower {tmp_path}/nothing": "there is no directory",
             "--device tpu": "the device 'tpu' cannot be used",
             "--device cpu --device_map cuda": "differ; give one",
@@ -200,7 +205,7 @@ def test_too_little_memory_is_told_with_figures(capsys: Any, monkeypatch: pytest
 
 def test_memory_is_foretold() -> None:
     opened, settings = open_checkpoint(NANO), EngineSettings(slots=3, max_length=500)
-    engine = load_engine(ModelChoice(NANO, "cpu"), settings)
+    engine = load_engine(ModelChoice(NANO, device="cpu"), settings)
     weights, cache = needed_bytes(opened, torch.float32, None, settings)
     assert cache == engine.cache_bytes
     assert weights == pytest.approx(weight_bytes(engine.model), rel=0.01)
@@ -218,6 +223,20 @@ def test_fewer_bits(flag: str, scheme: str) -> None:
     engine = load_engine(ModelChoice(NANO, quantisation=scheme), EngineSettings(slots=1))  # type: ignore[arg-type]
     assert quantisation_of(engine.model) == scheme
     assert isinstance(engine, Engine)
+
+
+def test_a_lora_and_its_base(tmp_path: Path) -> None:
+    targets = r".*decoder\.layers\.\d+\.self_attn\.[qv]_proj"
+    plain = load_engine(ModelChoice(NANO), EngineSettings(slots=1)).model
+    weight = plain.model.decoder.layers[0].self_attn.q_proj.weight.detach().clone()
+    lora = get_peft_model(plain, LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+    lora.save_pretrained(str(tmp_path / "tuned"))
+    choice = ModelChoice(tmp_path / "tuned", NANO)
+    engine = load_engine(choice, EngineSettings(slots=1))
+    merged = engine.model.model.decoder.layers[0].self_attn.q_proj.weight
+    assert merged.shape == weight.shape
+    assert not torch.allclose(merged, weight)
+    assert describe_engine(engine, choice)["checkpoint"] == "tuned"
 
 
 def test_spellings_and_names() -> None:
