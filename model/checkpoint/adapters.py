@@ -93,7 +93,7 @@ def _sorted(folder: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, d
         match = _MATRIX.fullmatch(name)
         wanted = f"{match['module']}.weight" if match else name
         ours = wanted if wanted in parameters else published_to_native(wanted)
-        if ours not in parameters:
+        if ours is None or ours not in parameters:
             unknown.append(stored)
         elif match:
             pairs.setdefault(ours, {})[match["side"]] = value
