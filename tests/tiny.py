@@ -11,7 +11,8 @@ from model.checkpoint import save
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor, ProcessorSettings
-from model.processing.tokens import SEG_TOKEN, build_tokenizer, train_tokenizer
+from model.processing.special_tokens import SEG_TOKEN
+from model.processing.tokens import build_tokenizer, train_tokenizer
 
 TEXTS = (
     "What modality is used to take this image? CT MR X-ray PET ultrasound",

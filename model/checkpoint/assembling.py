@@ -27,7 +27,8 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import SEG_TOKEN, build_tokenizer
+from model.processing.special_tokens import SEG_TOKEN
+from model.processing.tokens import build_tokenizer
 
 _LANGUAGE_MODEL = ("model.decoder.", "lm_head.")
 _VOCABULARY = ("model.decoder.embed_tokens.weight", "lm_head.weight")

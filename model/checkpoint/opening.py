@@ -29,7 +29,8 @@ from model.checkpoint.starting_points import (
 )
 from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
-from model.processing.tokens import SEG_TOKEN, build_tokenizer
+from model.processing.special_tokens import SEG_TOKEN
+from model.processing.tokens import build_tokenizer
 
 Layout = Literal["native", "published"]
 _EMBEDDING, _HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from model.data.readers import is_file, mask_files
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn
-from model.processing.tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
 
 Task = Literal["vqa", "region", "grounding", "caption"]
 Severity = Literal["error", "repaired", "warning"]

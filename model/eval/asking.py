@@ -18,7 +18,7 @@ from model.inference.answer import Answer
 from model.inference.engine import Engine, Request
 from model.inference.generation import GenerationSettings
 from model.inference.images import PreparedImage
-from model.processing.tokens import REGION_MARKER
+from model.processing.special_tokens import REGION_MARKER
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

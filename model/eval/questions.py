@@ -15,7 +15,7 @@ from model.data.schema import TASKS, Sample, inspect_record, modality_of
 from model.errors import MedPLIBError
 from model.eval.references import Reference, Turns, answer_text, asked_text, references_of
 from model.processing.masks import encode_rle
-from model.processing.tokens import REGION_MARKER, SEG_TOKEN
+from model.processing.special_tokens import REGION_MARKER, SEG_TOKEN
 
 _SPLITTER = "--"  # between modality, data set and case in names of the SA-Med2D layout
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model.processing.tokens import IMAGE_TOKEN, REGION_MARKER
+from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER
 
 Turns = Literal["all", "first"]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from model.processing.masks import bounding_box, decode_rle, encode_rle
-from model.processing.tokens import SEG_TOKEN
+from model.processing.special_tokens import SEG_TOKEN
 
 _SENTENCE_END = re.compile(r"[.!?;\n]\s")
 _LEAD_IN = re.compile(r"^(sure|yes|certainly|of course|okay|ok|and|here (is|are)|here)\b[,:]?\s*", re.IGNORECASE)

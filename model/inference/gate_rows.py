@@ -25,7 +25,7 @@ from model.inference.mask_gate import FEATURES, mask_features
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import REGION_MARKER, SEG_TOKEN
+from model.processing.special_tokens import REGION_MARKER, SEG_TOKEN
 
 PROMPTS_AT_ONCE = 16
 

@@ -15,7 +15,7 @@ from model.modeling.configuration import IMAGE_PLACEHOLDER
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import IMAGE_TOKEN, REGION_MARKER
+from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from model.data.readers import read_mask
 from model.errors import MedPLIBError
-from model.processing.tokens import REGION_MARKER
+from model.processing.special_tokens import REGION_MARKER
 
 POINT_RADIUS = 0.03
 """Radius of the disc that a point stands for, as a share of the image's longer side (about one CLIP patch)."""

@@ -15,7 +15,7 @@ from model.inference.mask_stage import MaskJob
 from model.inference.prompts import Prompt
 from model.inference.requests import OnText, Ticket
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import SEG_TOKEN
+from model.processing.special_tokens import SEG_TOKEN
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.errors import MedPLIBError
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER, MedPLIBConfig
-from model.processing import conversation
+from model.processing import encoding
 from model.processing.batching import EncodedSample, collate
 from model.processing.conversation import Turn, get_template
 from model.processing.images import (
@@ -37,7 +37,8 @@ from model.processing.masks import (
     region_grid,
     sampled_region_grid,
 )
-from model.processing.tokens import IMAGE_TOKEN, MODEL_FILE, REGION_MARKER, SEG_TOKEN, build_tokenizer, decode_answer
+from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
+from model.processing.tokens import MODEL_FILE, build_tokenizer, decode_answer
 
 CONFIG_FILE = "processor_config.json"
 
@@ -208,8 +209,8 @@ class MedPLIBProcessor:
         """
         if training and rng is None and len(regions):
             raise ValueError("training on regions needs a random generator; pass rng")
-        full = conversation.tokenize_conversation(self.tokenizer, turns, self.settings.template)
-        ids, labels = conversation.truncate(self.tokenizer, *full, self.settings.max_length)
+        full = encoding.tokenize_conversation(self.tokenizer, turns, self.settings.template)
+        ids, labels = encoding.truncate(self.tokenizer, *full, self.settings.max_length)
         sample = self._sample(
             ids, images, regions, region_images, segment_image, example_masks, visual_kinds, rng if training else None
         )
@@ -237,7 +238,7 @@ class MedPLIBProcessor:
         ``pixels=False`` leaves ``pixel_values`` and ``sam_pixel_values`` zero, for a caller that has the images'
         features already: only their sizes are looked at then.
         """
-        ids = conversation.encode_prompt(self.tokenizer, turns, self.settings.template, self.settings.max_length)
+        ids = encoding.encode_prompt(self.tokenizer, turns, self.settings.template, self.settings.max_length)
         return self._sample(
             ids, images, regions, region_images, segment_image, example_masks, visual_kinds, None, pixels
         )

@@ -16,31 +16,15 @@ from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
 
 from model.errors import MedPLIBError
 from model.modeling.configuration import IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
-
-SEG_TOKEN = "<SEG>"
-REGION_START_TOKEN, REGION_END_TOKEN = "<region>", "</region>"
-IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
-IMAGE_TOKEN = "<image>"
-"""Written where an image stands in a text; never a token, it becomes ``IMAGE_PLACEHOLDER``."""
-REGION_MARKER = REGION_START_TOKEN + REGION_END_TOKEN
-"""Written where a region stands in a text; ``REGION_PLACEHOLDER`` goes between its two tokens."""
-BOS_TOKEN, EOS_TOKEN, UNK_TOKEN = "<s>", "</s>", "<unk>"
-
-SPECIAL_TOKENS: tuple[str, ...] = (
-    SEG_TOKEN,
-    "<ref>",
-    "</ref>",
-    REGION_START_TOKEN,
+from model.processing.special_tokens import (
+    BOS_TOKEN,
+    EOS_TOKEN,
+    IMAGE_TOKEN,
     REGION_END_TOKEN,
-    "<sr>",
-    "</sr>",
-    "<mask>",
-    "</mask>",
-    *(f"<gen_{number}>" for number in range(1, 257)),
-    IMAGE_START_TOKEN,
-    IMAGE_END_TOKEN,
+    REGION_START_TOKEN,
+    SPECIAL_TOKENS,
+    UNK_TOKEN,
 )
-"""Added after the base vocabulary, in this order: 32000 + 267 rows in the published model."""
 
 MODEL_FILE, BACKEND_FILE = "tokenizer.model", "tokenizer.json"
 

@@ -11,7 +11,7 @@ from typing import Any
 from model.errors import MedPLIBError
 from model.inference.regions import place_region
 from model.processing.conversation import Turn, render
-from model.processing.tokens import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, REGION_MARKER
+from model.processing.special_tokens import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, REGION_MARKER
 from model.serve.limits import ServeLimits
 from model.serve.openai_schema import (
     REFUSED,

@@ -22,7 +22,7 @@ from model.inference.answer import Answer, Mask
 from model.inference.generation import GenerationSettings
 from model.inference.requests import Request
 from model.processing.conversation import Turn, parse_prompt
-from model.processing.tokens import EOS_TOKEN, IMAGE_TOKEN
+from model.processing.special_tokens import EOS_TOKEN, IMAGE_TOKEN
 from model.serve.limits import ServeLimits, decode_base64, open_image, open_region
 from model.serve.protocol import Chunk, GenerateRequest
 from model.serve.refusals import validation_sentence

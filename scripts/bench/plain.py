@@ -19,7 +19,7 @@ from model.processing.batching import EncodedSample
 from model.processing.conversation import Turn
 from model.processing.masks import threshold_mask
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import IMAGE_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN
 
 _INPUTS = ("input_ids", "attention_mask", "pixel_values", "region_masks", "region_image")
 Inputs = dict[str, torch.Tensor]

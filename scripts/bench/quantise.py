@@ -42,7 +42,7 @@ from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER
 from model.modeling.decoder import MedPLIBDecoder
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import IMAGE_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN
 
 BATCHES = (1, 8)
 CONTEXT = 160  # tokens a slot holds while a token is timed

@@ -23,7 +23,8 @@ from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
 from model.processing.processor import MedPLIBProcessor, ProcessorSettings
-from model.processing.tokens import SEG_TOKEN, build_tokenizer, tokenize
+from model.processing.special_tokens import SEG_TOKEN
+from model.processing.tokens import build_tokenizer, tokenize
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERTS = 2  # in every layer, as published

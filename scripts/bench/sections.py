@@ -27,7 +27,7 @@ from model.modeling.configuration import IMAGE_PLACEHOLDER
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import IMAGE_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN
 
 CONCURRENCY = (1, 8, 32)
 STEPS = 32  # decoding steps timed in a round

@@ -36,7 +36,7 @@ from scripted_worker import MODEL as SCRIPTED
 
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn, render
-from model.processing.tokens import IMAGE_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN
 from model.serve.access import bearer
 from model.serve.children import Child
 from model.serve.protocol import Chunk, ChunkReader, GenerateRequest, RegisterWorker

@@ -11,7 +11,8 @@ import torch
 from model.checkpoint.processors import new_processor
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import SEG_TOKEN, build_tokenizer, train_tokenizer
+from model.processing.special_tokens import SEG_TOKEN
+from model.processing.tokens import build_tokenizer, train_tokenizer
 from tests.tiny import TEXTS, tiny_model
 
 PIECES = 330

@@ -31,7 +31,7 @@ from model.eval.questions import Question
 from model.inference.engine import Engine
 from model.modeling.configuration import IGNORE_INDEX
 from model.processing.conversation import Turn
-from model.processing.tokens import EOS_TOKEN, IMAGE_TOKEN
+from model.processing.special_tokens import EOS_TOKEN, IMAGE_TOKEN
 from tests.eval.phantom_questions import NANO, answers_to, as_document, held_out_questions, of_task, request_of
 from tests.tiny import tiny_checkpoint
 

@@ -21,7 +21,8 @@ from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
 from model.processing.masks import decode_rle, encode_rle
 from model.processing.processor import MedPLIBProcessor, ProcessorSettings
-from model.processing.tokens import SEG_TOKEN, build_tokenizer, train_tokenizer
+from model.processing.special_tokens import SEG_TOKEN
+from model.processing.tokens import build_tokenizer, train_tokenizer
 from tests.tiny import TEXTS, tiny_config
 
 KINDS: dict[str, dict[str, Any]] = {

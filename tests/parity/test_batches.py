@@ -15,7 +15,8 @@ from PIL import Image
 from model.errors import MedPLIBError
 from model.modeling.configuration import IGNORE_INDEX
 from model.processing.batching import EncodedSample
-from model.processing.conversation import Turn, encode_conversation, encode_prompt
+from model.processing.conversation import Turn
+from model.processing.encoding import encode_conversation, encode_prompt
 from model.processing.masks import largest_component
 from model.processing.processor import MedPLIBProcessor
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from model.checkpoint import assemble, export_published, load, load_with_report, save
 from model.checkpoint.starting_points import read_sam
 from model.errors import MedPLIBError
-from model.processing.tokens import SPECIAL_TOKENS
+from model.processing.special_tokens import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER
-from model.processing.conversation import Turn, encode_conversation, render
+from model.processing.conversation import Turn, render
+from model.processing.encoding import encode_conversation
 from model.processing.tokens import build_tokenizer, tokenize
 
 CASES = 31

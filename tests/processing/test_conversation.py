@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from model.errors import MedPLIBError
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER
-from model.processing.conversation import TEMPLATES, Turn, encode_conversation, encode_prompt, parse_prompt, render
+from model.processing.conversation import TEMPLATES, Turn, parse_prompt, render
+from model.processing.encoding import encode_conversation, encode_prompt
 from model.processing.tokens import decode_answer, tokenize
 
 ASK, SAY = "human", "gpt"

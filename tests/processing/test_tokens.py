@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from model.errors import MedPLIBError
 from model.modeling.configuration import IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
+from model.processing.special_tokens import SEG_TOKEN, SPECIAL_TOKENS
 from model.processing.tokens import (
-    SEG_TOKEN,
-    SPECIAL_TOKENS,
     add_special_tokens,
     build_tokenizer,
     decode_answer,

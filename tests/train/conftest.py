@@ -12,7 +12,8 @@ from model.checkpoint import save
 from model.data.builders.phantom import build_phantoms
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor, ProcessorSettings
-from model.processing.tokens import SEG_TOKEN, add_special_tokens, build_tokenizer, train_tokenizer
+from model.processing.special_tokens import SEG_TOKEN
+from model.processing.tokens import add_special_tokens, build_tokenizer, train_tokenizer
 from tests.tiny import TEXTS, tiny_config
 
 

@@ -17,7 +17,7 @@ from model.inference.answer import Answer
 from model.inference.engine import Engine, Request
 from model.inference.images import ImageSource
 from model.inference.regions import Region
-from model.processing.tokens import IMAGE_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from model.errors import MedPLIBError
 from model.eval.lmms.answering import PointedRegion
 from model.eval.questions import Question, questions_of
 from model.eval.suite import DataSet, load_suite
-from model.processing.tokens import REGION_MARKER
+from model.processing.special_tokens import REGION_MARKER
 
 Document = dict[str, Any]
 

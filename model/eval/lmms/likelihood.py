@@ -16,9 +16,10 @@ from model.inference.engine import Engine
 from model.inference.regions import place_region, region_to_mask
 from model.modeling.configuration import IGNORE_INDEX
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.processing.conversation import Turn, tokenize_conversation
+from model.processing.conversation import Turn
+from model.processing.encoding import tokenize_conversation
 from model.processing.processor import MedPLIBProcessor
-from model.processing.tokens import IMAGE_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from model.eval.metrics.text import (
     words,
 )
 from model.eval.predictions import Prediction
-from model.processing.tokens import SEG_TOKEN
+from model.processing.special_tokens import SEG_TOKEN
 
 CLOSED_TYPES = frozenset(("closed", "yes/no"))
 

@@ -16,7 +16,7 @@ from model.errors import MedPLIBError
 from model.inference.regions import place_region
 from model.processing.conversation import Turn, render
 from model.processing.masks import encode_rle
-from model.processing.tokens import IMAGE_TOKEN, SEG_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN, SEG_TOKEN
 from model.serve.client import AnswerStream, ControllerClient
 from model.serve.limits import ServeLimits
 from model.serve.protocol import Chunk, GenerateRequest

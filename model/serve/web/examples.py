@@ -10,7 +10,7 @@ from typing import Any
 
 import cv2
 
-from model.processing.tokens import IMAGE_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN
 
 SAMPLE = Path(__file__).resolve().parents[3] / "data" / "sample"
 GENERAL_QUESTIONS = ("What kind of medical image is this?", "List the structures that you can see.")

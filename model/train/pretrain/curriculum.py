@@ -17,9 +17,11 @@ from model.data.builders.phantom_questions import SPOKEN_NAMES
 from model.data.builders.phantom_scenes import CLASS_NAMES
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.modeling.region import region_means
-from model.processing.conversation import Turn, encode_conversation
+from model.processing.conversation import Turn
+from model.processing.encoding import encode_conversation
 from model.processing.masks import region_grid
-from model.processing.tokens import IMAGE_TOKEN, SEG_TOKEN, tokenize
+from model.processing.special_tokens import IMAGE_TOKEN, SEG_TOKEN
+from model.processing.tokens import tokenize
 from model.train.pretrain.language import (
     AttentionGuide,
     KindScores,

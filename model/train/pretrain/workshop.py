@@ -20,7 +20,8 @@ from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn, render
 from model.processing.processor import MedPLIBProcessor, ProcessorSettings
-from model.processing.tokens import MODEL_FILE, SEG_TOKEN, build_tokenizer, train_tokenizer
+from model.processing.special_tokens import SEG_TOKEN
+from model.processing.tokens import MODEL_FILE, build_tokenizer, train_tokenizer
 from model.train.pretrain.curriculum import LanguagePlan, Lessons, pretrain_language
 from model.train.pretrain.pool import ScenePool, render_pool
 from model.train.pretrain.sam import SamPlan, pretrain_sam

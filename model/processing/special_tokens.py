@@ -1,0 +1,28 @@
+"""The words of our own that a text may hold, and those that the tokenizer keeps whole (reference §2)."""
+
+from __future__ import annotations
+
+SEG_TOKEN = "<SEG>"
+REGION_START_TOKEN, REGION_END_TOKEN = "<region>", "</region>"
+IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
+IMAGE_TOKEN = "<image>"
+"""Written where an image stands in a text; never a token, it becomes ``IMAGE_PLACEHOLDER``."""
+REGION_MARKER = REGION_START_TOKEN + REGION_END_TOKEN
+"""Written where a region stands in a text; ``REGION_PLACEHOLDER`` goes between its two tokens."""
+BOS_TOKEN, EOS_TOKEN, UNK_TOKEN = "<s>", "</s>", "<unk>"
+
+SPECIAL_TOKENS: tuple[str, ...] = (
+    SEG_TOKEN,
+    "<ref>",
+    "</ref>",
+    REGION_START_TOKEN,
+    REGION_END_TOKEN,
+    "<sr>",
+    "</sr>",
+    "<mask>",
+    "</mask>",
+    *(f"<gen_{number}>" for number in range(1, 257)),
+    IMAGE_START_TOKEN,
+    IMAGE_END_TOKEN,
+)
+"""Added after the base vocabulary, in this order: 32000 + 267 rows in the published model."""
