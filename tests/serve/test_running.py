@@ -95,9 +95,13 @@ def test_a_connection_without_a_request_is_closed(port, wait_until):
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: httpx.get(f"{url}/nowhere", trust_env=False), 60, "the server")
-        for sent in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n", b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\nGET"):
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as silent:
-                silent.sendall(sent)
+        whole = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
+        for sent in ([], [whole[:20]], [whole, b"GET"]):
+            with socket.create_connection(("127.0.0.1", port), timeout=15) as silent:
+                for part in sent:
+                    silent.sendall(part)
+                    if part is whole:
+                        assert b"404" in silent.recv(1000)
                 while silent.recv(1000):  # until it is closed
                     pass
         with socket.create_connection(("127.0.0.1", port), timeout=20) as long, pytest.raises(OSError):
