@@ -18,7 +18,7 @@ from typing import Any
 from model.errors import MedPLIBError
 from model.serve.client import ControllerClient
 from model.serve.limits import BodyLimit, ServeLimits
-from model.serve.running import check_port, run_app
+from model.serve.running import check_port, is_loopback, run_app
 
 _log = logging.getLogger(__name__)
 _GRACE_SECONDS = 5.0
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.share:
             raise MedPLIBError("the page opens no tunnels to other hosts; leave --share out, and use --host 0.0.0.0")
         check_port(options.host, options.port)
+        if not is_loopback(options.host):
+            _log.warning("whoever reaches this port can use the page; put a proxy that asks for a password before it")
         app = make_app(options)
         sys.stdout.write(f"The page is at http://{_reachable(options.host)}:{options.port}\n")
         sys.stdout.flush()

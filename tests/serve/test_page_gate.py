@@ -14,7 +14,9 @@ from PIL import Image
 
 from model.serve import gradio_web_server
 from model.serve.web.gate import Tray
-from tests.serve.scripted import ScriptedController
+from tests.serve.scripted import ScriptedController, say_for_ever
+
+CROWD = 45  # more than the framework answers at once when left alone
 
 
 def png() -> bytes:
@@ -100,6 +102,26 @@ def test_uploads_need_the_pages_own_header_and_keep_the_limit(site):
 def test_long_or_broken_words_are_refused(site):
     for body in (b"{" * 100, b"[" * 100_000, b"\xff", b'{"data": "' + b"x" * 2**21 + b'"}'):
         assert site.post("/gradio_api/queue/join", content=body).status_code == 400
+
+
+def test_many_answers_at_once_hold_up_nobody(serving, wait_until, tmp_path):
+    controller = ScriptedController(say_for_ever)
+    with serving(controller.app) as address:
+        flags = ["--controller", address, "--votes-file", str(tmp_path / "votes.jsonl")]
+        app = gradio_web_server.make_app(gradio_web_server.build_parser().parse_args(flags))
+        with serving(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+            events = {event["targets"][0][1]: event["id"] for event in client.get("/config").json()["dependencies"]}
+
+            def send(visitor: int, event: str, data: list[Any], told: Any = None) -> None:
+                word = {"data": data, "fn_index": events[event], "session_hash": f"visitor{visitor}"}
+                assert client.post("/gradio_api/queue/join", json=word | {"event_data": told}).status_code == 200
+
+            for visitor in range(CROWD):
+                token = client.post("/open", content=png(), headers={"X-MedPLIB": "open"}).json()["token"]
+                send(visitor, "upload", [], {"name": "a.png", "size": 1, "token": token})
+            for visitor in range(CROWD):
+                send(visitor, "submit", ["What is it?", "nano", 0, 1, 64, 0, None, True])
+            wait_until(lambda: len(controller.requests) == CROWD, seconds=60, what="every question")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from model.serve.web.state import Exchange, Picture, Session
 
 _log = logging.getLogger(__name__)
 _MACHINE_FAULT = "something went wrong in the page itself; ask again, and tell whoever runs it to look at its log"
+SHOW_SECONDS = 0.08
+"""A growing answer is shown no oftener: readers cannot tell, and many of them share one process."""
 _OPENINGS = frozenset({"a", "all", "an", "masks", "no", "nothing", "something", "that", "the", "there", "what"})
 _NOTES = {"length": "Cut off: it reached the longest length allowed.", "cancelled": "Stopped."}
 
@@ -143,10 +145,13 @@ def listen(
         with client.stream(build_request(session, exchange, model, parameters)) as stream:
             session.stream = stream
             yield
+            shown = 0.0
             for chunk in stream:
                 with session.lock:
                     _take(exchange, chunk)
-                yield
+                if time.monotonic() - shown >= SHOW_SECONDS:
+                    yield
+                    shown = time.monotonic()
             stopped = stream.closed
         with session.lock:
             exchange.state = "stopped" if stopped or exchange.finish == "cancelled" else "done"

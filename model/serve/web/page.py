@@ -20,6 +20,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 
 TITLE = "MedPLIB"
+MAX_EVENTS = 200
+"""Answers and other events under way at once; the rest wait. Each takes a thread, most of which wait themselves."""
 _EVERYTHING = Parts({"viewer", "talk", "masks", "notice", "buttons", "volume", "models"})
 _HEAD = (
     '<div class="title"><h1>MedPLIB</h1><p><strong>Research use only.</strong> '
@@ -78,8 +80,9 @@ class Page:
         with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
             self._lay_out()
             self._wire()
+        self.blocks.max_threads = MAX_EVENTS
         self.blocks.state_session_capacity = self.sessions.capacity  # what gradio remembers of each visitor
-        self.blocks.queue(default_concurrency_limit=None, max_size=256, api_open=False)
+        self.blocks.queue(default_concurrency_limit=None, max_size=2 * MAX_EVENTS, api_open=False)
 
     # --- where everything is ------------------------------------------------------------------------------------------
 
@@ -87,7 +90,7 @@ class Page:
         with gr.Row(elem_id="head"):
             gr.HTML(_HEAD, js_on_load=None, apply_default_css=False, elem_classes=["plain"])
             with gr.Row(elem_id="picker"):
-                self.model = gr.Dropdown(label="Model", choices=[], value=None, interactive=True, min_width=120)
+                self.model = gr.Dropdown(label="Model", choices=[], allow_custom_value=True, min_width=120)
                 self.reload = gr.Button("Reload", size="sm")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=6, min_width=340, elem_id="left"):
