@@ -46,36 +46,42 @@ class Stored:
     regions: bool = False
 
 
-def check_checkpoint(directory: Path) -> Stored:
+def check_checkpoint(directory: Path, base: Path | None = None) -> Stored:
     """What its configuration tells of a checkpoint; the weights are not read.
 
+    Args:
+        directory: the checkpoint, or a LoRA.
+        base: the checkpoint that the LoRA was trained on.
+
     Raises:
-        MedPLIBError: it is no directory with a configuration and weights.
+        MedPLIBError: it is no directory with a configuration and weights, or the base is missing.
     """
+    if not directory.is_dir():
+        raise MedPLIBError(f"there is no directory {directory}; name a checkpoint with --model DIR")
+    if (directory / "adapter_config.json").is_file():
+        if base is None:
+            raise MedPLIBError(f"{directory} is a LoRA; name the checkpoint it was trained on with --model-base DIR")
+        return check_checkpoint(base)
     settings = _settings(directory)
     weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    if not weights:
-        raise MedPLIBError(f"{directory} holds no weights (*.safetensors or *.bin); name a complete checkpoint")
     size = sum(path.stat().st_size for path in weights)
     if size == 0:
-        raise MedPLIBError(f"the weights in {directory} are empty; copy the checkpoint again")
+        raise MedPLIBError(f"{directory} holds no weights (*.safetensors or *.bin); copy the checkpoint again")
     region = settings.get("region")
     regions = bool(region.get("enabled") if isinstance(region, dict) else settings.get("region_fea_adapter"))
     return Stored(size, "16" in str(settings.get("dtype") or settings.get("torch_dtype") or ""), regions)
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    """The checkpoint's own configuration, or that of its adapter."""
-    if not directory.is_dir():
-        raise MedPLIBError(f"there is no directory {directory}; name a checkpoint with --model DIR")
-    for name in ("config.json", "adapter_config.json"):
-        if (directory / name).is_file():
-            try:
-                settings = json.loads((directory / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise MedPLIBError(f"{directory / name} cannot be read ({error}); copy the checkpoint again") from error
-            return settings if isinstance(settings, dict) else {}
-    raise MedPLIBError(f"{directory} is no checkpoint: it has no config.json; name one with --model DIR")
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MedPLIBError(f"{directory} is no checkpoint: it has no config.json; name one with --model DIR") from error
+    except (OSError, ValueError) as error:
+        raise MedPLIBError(
+            f"{directory / 'config.json'} cannot be read ({error}); copy the checkpoint again"
+        ) from error
+    return settings if isinstance(settings, dict) else {}
 
 
 def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None = None, bits: int = 16) -> None:

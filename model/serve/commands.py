@@ -12,6 +12,7 @@ def add_serve_command(commands: argparse._SubParsersAction) -> argparse.Argument
     """``medplib serve``; whoever adds it says what runs it."""
     serve = commands.add_parser("serve", help="start controller, workers and web page, until Ctrl-C")
     serve.add_argument("--model", type=Path, metavar="DIR", help="checkpoint; the nano when absent")
+    serve.add_argument("--model-base", "--model_base", type=Path, metavar="DIR", help="what a LoRA was trained on")
     serve.add_argument("--host", default="127.0.0.1", help="of page and API; 127.0.0.1 (default) is this machine alone")
     serve.add_argument("--port", type=int, default=0, metavar="N", help="of the page; 64001 or a free one when absent")
     serve.add_argument(
@@ -58,6 +59,7 @@ def run_serve(options: argparse.Namespace, model: Path) -> int:
     return run_stack(
         StackSettings(
             model=model,
+            base=options.model_base,
             host=options.host,
             port=options.port,
             api_port=options.api_port,

@@ -41,7 +41,7 @@ class StackSettings:
     """What to start.
 
     Attributes:
-        model: checkpoint directory.
+        model: checkpoint directory, or a LoRA trained on the checkpoint ``base``.
         host: of page and API; workers are on loopback always.
         port: of the page; 0 takes the usual one, or any where that is in use. ``api_port`` likewise, of the controller.
         devices: one worker for each.
@@ -54,6 +54,7 @@ class StackSettings:
     """
 
     model: Path
+    base: Path | None = None
     host: str = "127.0.0.1"
     port: int = 0
     api_port: int = 0
@@ -205,7 +206,7 @@ def check_start(settings: StackSettings) -> Stored:
         check_port(settings.host, settings.port)
         if settings.port and settings.port == settings.api_port:
             raise MedPLIBError(f"page and API cannot both have port {settings.port}; give two, or leave one out")
-    stored = check_checkpoint(settings.model)
+    stored = check_checkpoint(settings.model, settings.base)
     check_memory(stored, settings.devices, dtype=settings.dtype, bits=settings.bits)
     return stored
 
@@ -235,7 +236,8 @@ def make_programs(settings: StackSettings, regions: bool = False) -> list[Progra
     for number, (device, worker_port) in enumerate(zip(settings.devices, free[2:], strict=True), start=1):
         address = f"http://{local}:{worker_port}"
         flags = ["--host", local, "--port", str(worker_port), "--worker", address, "--controller", controller]
-        flags += ["--model-path", str(settings.model), "--device", device, *settings.worker_flags]
+        flags += ["--model-path", str(settings.model), *(["--model-base", str(settings.base)] if settings.base else [])]
+        flags += ["--device", device, *settings.worker_flags]
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(_threads(len(settings.devices)))}
         programs.append(
             Program(

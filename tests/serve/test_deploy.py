@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,11 +19,13 @@ import pytest
 import yaml
 
 from model.cli import build_parser
+from model.serve.limits import ServeLimits
 from model.serve.running import parse_flags
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+SECURITY = ROOT / "docs" / "security.md"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "serving.md"]
 Reader = Callable[[list[str]], argparse.Namespace]
 
@@ -157,3 +160,32 @@ def test_the_script_makes_an_environment_and_serves(tmp_path: Path) -> None:
         check=True,
     )
     assert told.stdout.splitlines() == ["made for serve", "medplib serve --port 7 --model a b"]
+
+
+def option_strings() -> set[str]:
+    """Every flag of every program of serving."""
+    from model.serve import controller_settings, gradio_web_server, model_worker
+
+    commands = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    parsers = [commands.choices["serve"], commands.choices["chat"], gradio_web_server.build_parser()]
+    parsers += [controller_settings.make_parser(), model_worker.make_parser()]
+    return {option for parser in parsers for option in parser._option_string_actions}
+
+
+@pytest.mark.parametrize("name", ["serving.md", "security.md"])
+def test_flags_of_the_documentation_exist(name: str) -> None:
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / "docs" / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", prose)
+    flags = {flag for span in spans for flag in re.findall(r"--[a-z][\w-]*", span)} - {"--help"}
+    assert flags and flags <= option_strings()
+
+
+def test_documented_limits_are_the_defaults() -> None:
+    rows = re.findall(r"^\| [^|]+ \| ([\d,]+) ?(MiB|million)? \| `--([a-z-]+)` \|$", SECURITY.read_text(), re.MULTILINE)
+    units = {"MiB": 2**20, "million": 1_000_000, "": 1}
+    documented = {
+        flag.replace("-mib", "-bytes").replace("-", "_"): int(number.replace(",", "")) * units[unit]
+        for number, unit, flag in rows
+    }
+    defaults = asdict(ServeLimits())
+    assert len(documented) >= 7 and documented == {name: defaults[name] for name in documented}

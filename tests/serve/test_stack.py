@@ -137,6 +137,10 @@ def test_a_checkpoint_is_looked_at_without_being_read(tmp_path: Path) -> None:
             check_checkpoint(tmp_path)
     with pytest.raises(MedPLIBError, match="no directory"):
         check_checkpoint(tmp_path / "missing")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(MedPLIBError, match="--model-base"):
+        check_checkpoint(tmp_path)
+    assert check_checkpoint(tmp_path, NANO) == weights
 
 
 def test_workers_have_to_fit_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -223,6 +227,12 @@ def test_workers_listen_on_loopback_whatever_the_page_does() -> None:
     flags = {program.name: " ".join(program.flags) for program in programs}
     assert "--host 127.0.0.1 " in flags["worker 1"] and "--controller http://127.0.0.1:1235 " in flags["worker 1"]
     assert flags["web page"].startswith("--host 0.0.0.0 --port 1234 --controller http://127.0.0.1:1235")
+
+
+def test_a_lora_goes_with_its_base(tmp_path: Path) -> None:
+    worker = make_programs(StackSettings(tmp_path, base=NANO))[1]
+    flags = " ".join(worker.flags)
+    assert f"--model-path {tmp_path} --model-base {NANO} " in flags
 
 
 def test_devices_are_taken_in_turn() -> None:
