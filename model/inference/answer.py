@@ -19,7 +19,7 @@ _NO_NAME = re.compile(r"(segmentation|result|mask|it|this|that)\b", re.IGNORECAS
 _ASKED = re.compile(
     r"(?:segment|outline|delineate|find|locate|highlight|show|mark|where is|mask (?:of|for))"
     r"\s+(?:me\s+)?(?:the\s+|a\s+|an\s+)?"
-    r"(?P<name>[\w\s-]+?)(?:\s+(?:in|on|from|of|within)\s+(?:the|this|that)\b|[?.,!]|$)",
+    r"(?P<name>[\w\s-]{1,80}?)(?:\s+(?:in|on|from|of|within)\s+(?:the|this|that)\b|[?.,!]|$)",
     re.IGNORECASE,
 )
 
@@ -131,11 +131,11 @@ def mask_labels(text: str, question: str, count: int) -> list[str]:
     The name stands before its ``<SEG>`` (“the liver is <SEG>”); where the answer gives none (“the segmentation
     result is <SEG>”), the thing the question asked for is taken, if it can be told.
     """
-    asked = _ASKED.search(question)
+    asked = _ASKED.search(" ".join(question.split()))  # in runs of blanks a search would be lost
     fallback = asked["name"].strip().lower() if asked else ""
     labels = []
     for piece in text.split(SEG_TOKEN)[:count]:
-        clause = _SENTENCE_END.split(piece)[-1].strip(" ,.;:")
+        clause = " ".join(_SENTENCE_END.split(piece)[-1].split()).strip(" ,.;:")
         clause = _LEAD_IN.sub("", _LEAD_IN.sub("", clause))
         clause = _ARTICLE.sub("", _COPULA.sub("", clause)).strip()
         named = clause and not _NO_NAME.match(clause) and "segmentation" not in clause.lower()

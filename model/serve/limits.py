@@ -30,7 +30,7 @@ _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _OTHER_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")  # TIFF with DICOM behind is a known pair
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows
-_MAX_NAME = 100
+_MAX_NAME, _MAX_HEAD = 100, 200
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def decode_base64(text: str, limits: ServeLimits) -> bytes:
     if not isinstance(text, str):
         raise MedPLIBError(f"expected an image in base64, got {type(text).__name__}")
     start = 0
-    if match := _DATA_URI.match(text):
+    if match := _DATA_URI.match(text[:_MAX_HEAD]):  # a search in the whole of a long text could take for ever
         start = match.end()
-    elif _ADDRESS.match(text):
+    elif _ADDRESS.match(text[:_MAX_HEAD]):
         raise MedPLIBError("an image is sent in base64 or as a data:…;base64, URI; addresses and paths are not opened")
     if (len(text) - start) * 3 // 4 > limits.max_image_bytes + 2 * len(text) // 64:  # line ends may be among them
         raise _too_long(limits)

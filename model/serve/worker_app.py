@@ -34,6 +34,7 @@ from model.serve.worker_loop import EngineLoop, SharedEngine
 from model.serve.worker_requests import Asked, last_chunk, read_request, text_chunk
 
 Result = TypeVar("Result")
+_CROWDED = ("busy", "draining")  # a crowd must not fill the log
 
 _log = logging.getLogger("model.serve.model_worker")  # also where it is run as a program
 
@@ -366,7 +367,8 @@ class _Exchange:
         seconds = time.perf_counter() - self._begun
         self.metrics.requests.labels(outcome=self.outcome).inc()
         self.metrics.duration.observe(seconds)
-        _log.info("request %s: %s after %.2f s", self.name, self.outcome, seconds)
+        level = logging.DEBUG if self.outcome in _CROWDED else logging.INFO
+        _log.log(level, "request %s: %s after %.2f s", self.name, self.outcome, seconds)
 
 
 class _TakesNothing(Exception):

@@ -47,3 +47,14 @@ def test_answer_is_json() -> None:
     assert set(printed) == {"text", "masks", "finish", "new_tokens", "timing"}
     assert (printed["finish"], printed["new_tokens"], printed["timing"]) == ("length", 3, {"total": 0.1235})
     assert set(printed["masks"][0]) == {"label", "rle", "score", "bbox", "area_px"}
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["segment a" + " " * 19_000 + "§", "segment " * 2400 + "§", "where is " * 2000 + "§", "segment " + "a in " * 3800],
+    ids=["blanks", "verbs", "places", "names"],
+)
+def test_no_question_keeps_the_search_for_a_name_busy(question: str) -> None:
+    """Some of these took minutes."""
+    assert len(mask_labels("<SEG>", question, 1)[0]) <= 80
+    assert mask_labels(f"the liver{question} is <SEG>", "", 1)

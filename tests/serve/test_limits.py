@@ -112,6 +112,14 @@ def test_what_is_no_base64_is_refused_in_one_sentence(text: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["data:" + "a" * 10**6, "data:" + ";a=a" * 10**6, "a" * 10**6 + "§", "a+" * 10**6 + ":"]
+)
+def test_no_text_keeps_the_search_for_its_beginning_busy(text: str) -> None:
+    with pytest.raises(MedPLIBError):
+        decode_base64(text, LIMITS)
+
+
 def test_a_name_of_a_file_that_happens_to_be_base64_is_not_opened(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "abcd").write_bytes(encoded(np.zeros((4, 4, 3), dtype=np.uint8)))
     monkeypatch.chdir(tmp_path)
