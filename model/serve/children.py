@@ -20,6 +20,8 @@ import httpx
 
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
 """Seconds before a crashed child is started again: doubled each time, up to the longest."""
+UNWELL_SECONDS, SILENT_SECONDS = 10.0, 180.0
+"""A child that says so long that it cannot go on, or says nothing, is stuck."""
 STEADY_SECONDS = 60.0
 """A child that ran for so long has its earlier crashes forgotten."""
 _OWN_NAME = re.compile(r"^[a-z_]{1,24}: ")  # a program's sentence begins with what the program is called
@@ -64,6 +66,8 @@ class Child:
         self.lines: deque[str] = deque(maxlen=_LINES)
         self.crashes = 0
         self.restart_at = 0.0
+        self.silence_seconds = SILENT_SECONDS
+        self._unwell_since = 0.0
         self._hear = hear
         self._log = _log_file(logs, program.name) if logs is not None else None
         self._process: subprocess.Popen[bytes] | None = None
@@ -78,6 +82,7 @@ class Child:
     def start(self) -> None:
         """Start the program; from the main thread, for it ends with the thread that started it."""
         self.lines.clear()
+        self._unwell_since = 0.0
         environment = {name: value for name, value in os.environ.items() if name not in self.program.without}
         self._process = subprocess.Popen(
             [
@@ -116,6 +121,17 @@ class Child:
             return client.get(self.program.address + self.program.ready_path).status_code == 200
         except httpx.HTTPError:
             return False
+
+    def trouble(self, client: httpx.Client) -> str:
+        """Why it should be started anew; empty while it lives, and until it has been unwell for a while."""
+        try:
+            answer = client.get(self.program.address + "/livez")
+            unwell, patience = (_sentence(answer), UNWELL_SECONDS) if answer.status_code == 503 else ("", 0.0)
+        except httpx.HTTPError:
+            unwell, patience = "it does not answer", self.silence_seconds
+        now = time.monotonic()
+        self._unwell_since = (self._unwell_since or now) if unwell else 0.0
+        return unwell if unwell and now - self._unwell_since >= patience else ""
 
     def crash(self) -> str:
         """Its process ended unasked: plans the next one, and tells what happened in a sentence and its last lines."""
@@ -157,6 +173,15 @@ class Child:
             self._reader.join(timeout=2)
         if self._log is not None:
             self._log.close()
+
+
+def _sentence(answer: httpx.Response) -> str:
+    """What an answer with an error says."""
+    try:
+        told = answer.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        told = None
+    return str(told or f"it answers with status {answer.status_code}")[:500]
 
 
 def _signal_name(number: int) -> str:

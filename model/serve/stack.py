@@ -30,7 +30,7 @@ API_PORT, PORT = 64000, 64001
 """Of API and page, where they are free and no others are asked for."""
 API_KEY, CLIENT_KEY = "MEDPLIB_API_KEY", "MEDPLIB_CLIENT_KEY"
 PACKAGES = ("fastapi", "uvicorn", "httpx", "prometheus_client")
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS, _VISIT_SECONDS = 0.2, 5.0
 _WEB_GRACE = 5.0  # nothing that matters is under way in the page and the controller once the workers have ended
 
 _log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class Stack:
         self.children = [Child(program, settings.logs, self._hearing(program.name)) for program in programs]
         self.stopping, self.hurry = threading.Event(), threading.Event()
         self._unready: set[str] = set()
+        self._next_visit = 0.0
         self._client = httpx.Client(trust_env=False, timeout=2.0)
 
     def _hearing(self, name: str) -> Callable[[str], None]:
@@ -141,7 +142,10 @@ class Stack:
         self.say("Ctrl-C stops it.")
 
     def look_after(self) -> None:
-        """Start again what crashed, after a while that grows with every crash."""
+        """Start again what crashed, after a while that grows with every crash; what is stuck is ended first."""
+        if time.monotonic() >= self._next_visit:
+            self._end_stuck()
+            self._next_visit = time.monotonic() + _VISIT_SECONDS
         for child in self.children:
             name = child.program.name
             if child.running():
@@ -155,6 +159,12 @@ class Stack:
             elif time.monotonic() >= child.restart_at:
                 child.restart_at = 0.0
                 child.start()
+
+    def _end_stuck(self) -> None:
+        for child in self.children:
+            if child.running() and child.program.name not in self._unready and (why := child.trouble(self._client)):
+                self.say(f"{child.program.name} is stuck: {why}")
+                child.kill()  # and with it, it has crashed
 
     # --- stopping -------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from model.serve.children import Child, Program
 from model.serve.client import ControllerClient
 from model.serve.commands import worker_devices
 from model.serve.protocol import GenerateRequest
-from model.serve.stack import API_KEY, CLIENT_KEY, StackSettings, free_ports, make_programs
+from model.serve.stack import API_KEY, CLIENT_KEY, Stack, StackSettings, free_ports, make_programs
 from tests.conftest import ROOT
 
 NANO = ROOT / "assets" / "medplib-nano"
@@ -123,6 +123,45 @@ def test_children_end_with_whoever_started_them(module: Any, port: int, wait_unt
     parent.wait()
     wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     parent.stdout.close()
+
+
+MOODY = """
+import http.server, json, pathlib, sys, time
+mood = pathlib.Path(sys.argv[2])
+if mood.exists(): mood.write_text("well")
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        stuck = mood.read_text() == "stuck" and self.path == "/livez"
+        if mood.read_text() == "silent" and self.path == "/livez": time.sleep(60)
+        self.send_response(503 if stuck else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": "the engine has been stuck for a while"} if stuck else {}).encode())
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(("mood", "told"), [("stuck", "the engine has been stuck"), ("silent", "it does not answer")])
+def test_what_is_stuck_is_started_anew(
+    module: Any, port: int, wait_until: Wait, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mood: str, told: str
+) -> None:
+    state = tmp_path / "mood"
+    state.write_text("well")
+    program = Program("worker 1", module(MOODY), (str(port), str(state)), f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("model.serve.stack.make_programs", lambda *_: [program])
+    monkeypatch.setattr("model.serve.stack._VISIT_SECONDS", 0.05)
+    monkeypatch.setattr("model.serve.children.UNWELL_SECONDS", 0.2)
+    said: list[str] = []
+    with Stack(StackSettings(NANO, grace=1), said.append) as stack:
+        stack["worker 1"].silence_seconds = 0.2
+        for _ in range(10):
+            stack.look_after()
+        assert not said  # well
+        first = stack["worker 1"].pid
+        state.write_text(mood)
+        wait_until(lambda: stack.look_after() or any("is ready again" in line for line in said), 30)
+        assert stack["worker 1"].pid != first
+    assert said[0].startswith(f"worker 1 is stuck: {told}") and "SIGKILL" in said[1]
 
 
 # --- what is told before anything starts ------------------------------------------------------------------------------
