@@ -119,6 +119,10 @@ class Visitor:
         last.locator(".foot").wait_for()
         return last
 
+    def toasts(self) -> list[str]:
+        """Errors that the framework tells by itself, for the page did not."""
+        return [] if self.tab.is_closed() else self.tab.locator(".toast-body").all_inner_texts()
+
     def shot(self, path: Path, full: bool = False) -> Path:
         """A screenshot, with nothing focused and the mouse away."""
         self.tab.mouse.move(0, 0)

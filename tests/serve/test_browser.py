@@ -83,10 +83,12 @@ def arrive(chromium: Any) -> Iterator[Arrive]:
         return visitors[-1]
 
     yield open_tab
+    toasts = [toast for visitor in visitors for toast in visitor.toasts()]
     for context in contexts:
         context.close()
     assert [visitor.strangers for visitor in visitors] == [[] for _ in visitors]
     assert [visitor.complaints for visitor in visitors] == [[] for _ in visitors]
+    assert toasts == []
 
 
 # --- the three journeys -----------------------------------------------------------------------------------------------
@@ -138,8 +140,7 @@ def test_a_dicom_with_its_window_and_dicom_seg(arrive: Arrive, real_page: str, t
     assert "0.661 × 0.661 mm" in visitor.tab.locator(".caption").inner_text()
     before = visitor.tab.get_attribute(".frame img", "src")
     width = visitor.tab.locator("input[type=range][aria-label*='Window width']")
-    for _ in range(5):
-        width.press("PageDown")
+    width.press("PageDown")
     visitor.tab.wait_for_function("src => document.querySelector('.frame img').src !== src", arg=before)
     visitor.ask("Please segment the vertebra.")
     visitor.tab.wait_for_selector(".masks li")

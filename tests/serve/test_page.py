@@ -83,7 +83,7 @@ def visit(controller: ScriptedController, serving: Any) -> Iterator[Visit]:
 
 def test_a_question_is_sent_with_the_pixels_alone_and_its_masks_come_back(visit, controller):
     visit.open(png())
-    visit.ask("Please segment the disc.", Parameters(0.5, 0.9, 64, 0.3, 7))
+    visit.ask("Please segment the disc.", Parameters(0.5, 0.9, 64, 0.3, "7"))
     (request,) = controller.requests
     assert request.prompt.endswith("USER: <im_start><image><im_end>\nPlease segment the disc. ASSISTANT:")
     assert (request.temperature, request.top_p, request.max_new_tokens) == (0.5, 0.9, 64)
@@ -129,6 +129,22 @@ def test_regenerating_takes_the_answer_back(visit, controller):
     list(visit.desk.ask_again(visit.session, "nano", GREEDY))
     assert len(visit.session.exchanges) == 2
     assert controller.requests[2] == controller.requests[1]
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "seven", "²", "9" * 20])
+def test_a_seed_that_is_none_is_told(seed, visit, controller):
+    visit.open(png())
+    visit.ask("What is it?", Parameters(seed=seed))
+    assert "the seed is" in visit.last.error and controller.requests == []
+
+
+def test_no_model_chosen_takes_the_first_that_is_served(visit, controller):
+    visit.open(png())
+    list(visit.desk.ask(visit.session, "What is it?", "", GREEDY))
+    assert controller.requests[0].model == "nano"
+    controller.models = []
+    list(visit.desk.ask(visit.session, "What is it?", "", GREEDY))
+    assert "no model is served" in visit.last.error
 
 
 def test_what_was_said_before_may_be_left_out(visit, controller):

@@ -120,7 +120,7 @@ def test_many_answers_at_once_hold_up_nobody(serving, wait_until, tmp_path):
                 token = client.post("/open", content=png(), headers={"X-MedPLIB": "open"}).json()["token"]
                 send(visitor, "upload", [], {"name": "a.png", "size": 1, "token": token})
             for visitor in range(CROWD):
-                send(visitor, "submit", ["What is it?", "nano", 0, 1, 64, 0, None, True])
+                send(visitor, "submit", ["What is it?", "nano", 0, 1, 64, 0, "", True])
             wait_until(lambda: len(controller.requests) == CROWD, seconds=60, what="every question")
 
 

@@ -36,6 +36,7 @@ class Parameters:
     """How an answer is drawn; see ``GenerateRequest``.
 
     Attributes:
+        seed: a whole number as it was typed; empty for a new one each time.
         threshold: 0 stands for the checkpoint's own.
         remember: whether what was said before is sent along.
     """
@@ -44,7 +45,7 @@ class Parameters:
     top_p: float = 1.0
     max_new_tokens: int = 256
     threshold: float = 0.0
-    seed: int | None = None
+    seed: str = ""
     remember: bool = True
 
 
@@ -115,13 +116,20 @@ def build_request(session: Session, exchange: Exchange, model: str, parameters: 
         top_p=parameters.top_p,
         max_new_tokens=parameters.max_new_tokens,
         threshold=parameters.threshold or None,
-        seed=parameters.seed,
+        seed=_read_seed(parameters.seed),
         no_mask_below=None,
         top_k=0,
         timeout=None,
         images=[_sent(exchange.picture)],
         region_masks=[encode_rle(mark.region) for mark in marks],
     )
+
+
+def _read_seed(typed: str) -> int | None:
+    text = typed.strip()
+    if text and not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise MedPLIBError(f"the seed is {text!r}; give a whole number from 0 on, or leave it empty")
+    return int(text) if text else None
 
 
 def _sent(picture: Picture) -> str:
@@ -137,11 +145,11 @@ def listen(
     Faults become the exchange's ``error``. Closing the iterator, or ``Session.stop``, closes the connection.
     """
     started = time.monotonic()
-    exchange.model = model
     stream: AnswerStream | None = None
     try:
+        exchange.model = model = model or next(iter(client.models()), "")
         if not model:
-            raise MedPLIBError("no model is served at the moment; start a worker, then press the button beside Model")
+            raise MedPLIBError("no model is served at the moment; start a worker, then press Reload")
         with client.stream(build_request(session, exchange, model, parameters)) as stream:
             session.stream = stream
             yield

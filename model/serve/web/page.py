@@ -137,7 +137,9 @@ class Page:
             self.threshold = gr.Slider(
                 0, 0.95, 0, step=0.05, label="Mask threshold", info="0 is the model's own; higher paints less."
             )
-            self.seed = gr.Number(label="Seed", info="Leave empty for a new one each time.", precision=0, minimum=0)
+            self.seed = gr.Textbox(
+                label="Seed", info="A whole number; left empty, every answer has a new one.", max_length=20
+            )
             self.remember = gr.Checkbox(
                 True, label="Remember earlier questions", info="Small models answer better when each stands alone."
             )
@@ -270,7 +272,7 @@ class Page:
                 shown[self.model] = self._models()
             if "volume" in parts:
                 shown |= self._volume(session)
-            return shown
+            return shown or {self.notice: session.notice}  # gradio wants something
 
     def _models(self) -> Any:
         models = self.desk.models
@@ -323,9 +325,9 @@ def _data(event: gr.EventData) -> dict[str, Any]:
 
 
 def _parameters(
-    temperature: float, top_p: float, max_tokens: float, threshold: float, seed: float | None, remember: bool
+    temperature: float, top_p: float, max_tokens: float, threshold: float, seed: str | None, remember: bool
 ) -> Parameters:
-    return Parameters(temperature, top_p, int(max_tokens), threshold, None if seed is None else int(seed), remember)
+    return Parameters(temperature, top_p, int(max_tokens), threshold, seed or "", remember)
 
 
 def _step(width: float) -> float:
