@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.masks import encode_rle, threshold_mask
 
 MASKS_AT_ONCE = 32
-"""Masks decoded in one pass; bounds memory whatever finishes together."""
+PIXELS_AT_ONCE = 1 << 26
+"""Masks decoded in one pass, and their pixels at image size; both bound memory whatever finishes together."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def paint_masks(model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], gate: MaskGa
     encode_segmented(model, [job.image for job in jobs if job.states])
     flat = [(number, place) for number, job in enumerate(jobs) for place in range(len(job.states))]
     painted = [PaintedMasks([], {f"{one:g}": [] for one in job.thresholds}) for job in jobs]
-    for begin in range(0, len(flat), MASKS_AT_ONCE):
-        some = flat[begin : begin + MASKS_AT_ONCE]
+    for some in _portions(flat, jobs):
         images = list({id(jobs[number].image): jobs[number].image for number, _ in some}.values())
         places = {id(image): place for place, image in enumerate(images)}
         decoded = model.decode_masks(
@@ -80,6 +80,21 @@ def paint_masks(model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], gate: MaskGa
         for (number, place), logits, score in zip(some, decoded.mask_logits, scores, strict=True):
             _add(painted[number], jobs[number], jobs[number].labels[place], logits, score, gate)
     return painted
+
+
+def _portions(flat: Sequence[tuple[int, int]], jobs: Sequence[MaskJob]) -> Iterator[list[tuple[int, int]]]:
+    """Masks that are decoded together: so many, and of so many pixels; a single one may be larger."""
+    some: list[tuple[int, int]] = []
+    pixels = 0
+    for number, place in flat:
+        height, width = jobs[number].image.size
+        if some and (len(some) == MASKS_AT_ONCE or pixels + height * width > PIXELS_AT_ONCE):
+            yield some
+            some, pixels = [], 0
+        some.append((number, place))
+        pixels += height * width
+    if some:
+        yield some
 
 
 def _add(painted: PaintedMasks, job: MaskJob, label: str, logits: Tensor, score: float, gate: MaskGate | None) -> None:

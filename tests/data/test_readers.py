@@ -13,7 +13,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from model.data.readers import ReadLimits, mask_files, read_image, read_mask
+from model.data.readers import ReadLimits, mask_files, read_image, read_mask, scale_to_uint8
 from model.errors import MedPLIBError
 
 RAMP = np.arange(6 * 8, dtype=np.uint8).reshape(6, 8) * 5
@@ -60,6 +60,20 @@ def test_wide_greys_are_scaled_from_their_own_range(tmp_path: Path, dtype: Any) 
     for source in sources:
         assert np.abs(read_image(source).pixels[:, :, 1] - expected).max() <= 1
     assert read_image(np.full((3, 3), 7, dtype=dtype)).pixels.max() == 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+@pytest.mark.parametrize("ignoring", ["nothing", "some", "all"])
+def test_many_wide_greys_are_scaled_as_few_are(dtype: Any, ignoring: str) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(-3000 if dtype == np.int16 else 100, 30_000, (1100, 1000)).astype(dtype)
+    values[0, :7] = np.iinfo(dtype).max
+    ignore = {"nothing": None, "some": values > 20_000, "all": np.ones(values.shape, dtype=bool)}[ignoring]
+    exact = scale_to_uint8(values.astype(np.int64), ignore)
+    assert np.array_equal(scale_to_uint8(values, ignore), exact)
+    assert np.array_equal(scale_to_uint8(np.full(values.shape, 7, dtype=dtype)), np.zeros(values.shape))
+    colours = values[:990].reshape(330, 1000, 3).repeat(2, axis=0)
+    assert np.array_equal(scale_to_uint8(colours), scale_to_uint8(colours.astype(np.int64)))
 
 
 def test_values_that_are_not_numbers_do_not_spoil_the_range() -> None:

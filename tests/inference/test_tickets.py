@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from model.data.readers import ImageData, read_image
+from model.inference import mask_stage
 from model.inference.answer import Answer
 from model.inference.engine import Engine
 from model.inference.generation import GenerationSettings
@@ -71,3 +74,22 @@ def test_an_answer_tells_how_long_its_prompt_was() -> None:
     two = engine.ask(Request(PIXELS, "What?", history=[("What is it?", "liver")], settings=short))
     assert one.prompt_tokens > engine.model.config.vision_grid**2
     assert two.prompt_tokens > one.prompt_tokens
+
+
+def test_masks_of_large_images_are_decoded_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = ROOT / "data" / "sample" / "images" / "ct_00--Phantom--seed505case000000--0000.png"
+    asked = Request(sample, "Please segment the vertebra and the kidney in this CT image.")
+    engine, passes = Engine.from_pretrained(ROOT / "assets" / "medplib-nano"), []
+    decode = engine.model.decode_masks
+
+    def counted(states: torch.Tensor, *rest: Any) -> Any:
+        passes.append(len(states))
+        return decode(states, *rest)
+
+    monkeypatch.setattr(engine.model, "decode_masks", counted)
+    together = engine.ask(asked).masks
+    for pixels in (1, 256 * 256, 2 * 256 * 256):
+        monkeypatch.setattr(mask_stage, "PIXELS_AT_ONCE", pixels)
+        apart = engine.ask(asked).masks
+        assert [mask.area_px for mask in apart] == pytest.approx([mask.area_px for mask in together], abs=3)
+    assert passes == [2, 1, 1, 1, 1, 2]
