@@ -25,6 +25,7 @@ UNWELL_SECONDS, SILENT_SECONDS = 10.0, 180.0
 STEADY_SECONDS = 60.0
 """A child that ran for so long has its earlier crashes forgotten."""
 _OWN_NAME = re.compile(r"^[a-z_]{1,24}: ")  # a program's sentence begins with what the program is called
+_ROOT = Path(__file__).resolve().parents[2]
 _LINES, _LINE_BYTES = 100, 4000
 _LOG_BYTES, _LOG_FILES = 5 * 2**20, 3
 
@@ -84,15 +85,21 @@ class Child:
         self.lines.clear()
         self._unwell_since = 0.0
         environment = {name: value for name, value in os.environ.items() if name not in self.program.without}
+        places = [str(_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "model.serve.launch", str(os.getpid())),
+                *(sys.executable, "-P", "-m", "model.serve.launch", str(os.getpid())),
                 *(self.program.module, *self.program.flags),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**environment, "PYTHONUNBUFFERED": "1", **self.program.environment},
+            env={
+                **environment,
+                "PYTHONPATH": os.pathsep.join(places),  # this package, not one that lies in the working directory
+                "PYTHONUNBUFFERED": "1",
+                **self.program.environment,
+            },
             start_new_session=True,  # a terminal's Ctrl-C is ours to pass on, in order
         )
         self._started = time.monotonic()

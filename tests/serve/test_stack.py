@@ -96,6 +96,20 @@ def test_last_words(module: Any, wait_until: Wait, content: str, told: str) -> N
     child.close()
 
 
+def test_a_folder_of_the_same_name_is_not_taken_for_the_package(
+    module: Any, wait_until: Wait, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere" / "model").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "model" / "__init__.py").write_text("raise SystemExit('another one')")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    child = Child(Program("server", module("import model.errors; print(model.errors.__file__)"), (), "http://x"))
+    child.start()
+    wait_until(lambda: not child.running())
+    child.last_words()
+    assert list(child.lines) == [str(ROOT / "model" / "errors.py")]
+    child.close()
+
+
 def test_crashes_in_a_row_are_followed_by_longer_waits(module: Any, wait_until: Wait, tmp_path: Path) -> None:
     child = Child(Program("worker 1", module("print('no'); raise SystemExit(1)"), (), "http://x"), tmp_path / "logs")
     delays = []
