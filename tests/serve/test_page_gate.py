@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +17,7 @@ from PIL import Image
 
 from model.serve import gradio_web_server
 from model.serve.web.gate import Tray
+from tests.conftest import ROOT
 from tests.serve.scripted import ScriptedController, say_for_ever
 
 CROWD = 45  # more than the framework answers at once when left alone
@@ -136,3 +140,20 @@ def test_many_answers_at_once_hold_up_nobody(serving, wait_until, tmp_path):
 def test_wrong_flags_are_one_sentence(flags, sentence, capsys):
     assert gradio_web_server.main(flags) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert gradio_web_server.main(["--port", str(taken.getsockname()[1])]) == 2
+    assert "is in use" in capsys.readouterr().err
+
+
+def test_the_command_serves_until_it_is_told_to_stop(port, wait_until, tmp_path):
+    flags = ["--controller", "http://127.0.0.1:9", "--model-list-mode", "reload", "--add_region_feature"]
+    command = [sys.executable, "-m", "model.serve.gradio_web_server", *flags, "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: httpx.get(f"{address}/readyz", trust_env=False).status_code == 200, seconds=60)
+        process.terminate()
+        assert process.stdout.read() == f"The page is at {address}\n" and process.wait(30) == 0

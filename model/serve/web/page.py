@@ -240,7 +240,8 @@ class Page:
             self.sessions.leave(request.session_hash)
 
     def _session(self, request: gr.Request) -> Session:
-        return self.sessions.of(request.session_hash or "")
+        """The visitor's; whoever does not say who it is has none that lasts."""
+        return self.sessions.of(request.session_hash) if request.session_hash else Session()
 
     # --- what is shown anew -------------------------------------------------------------------------------------------
 
