@@ -101,11 +101,16 @@ class Decoding:
         return next(size for size in self._batches if size >= count) if self.captures or self.compiled else count
 
     def __call__(self, pieces: Sequence[Piece], rows: Rows | None, observe: bool = False) -> StepOutput:
-        """As ``DecoderRunner.run``, which does what cannot be done faster. ``logits`` last until the next pass."""
-        if pieces or rows is None or observe or not self.replays:
+        """As ``DecoderRunner.run``, which does what cannot be done faster. ``logits`` last until the next pass.
+
+        Whoever is observed has a plain pass besides: the states, and what is kept of them, are those of the fast one,
+        so that no request notices what another one wants to be told.
+        """
+        if pieces or rows is None or not self.replays:
             return self.runner.run(pieces, rows, observe)
+        choices = self.runner.run((), rows, True).choices if observe else None
         if self.fused is not None and not self.captures:
-            return StepOutput(self.fused(rows.tokens, rows.lengths, rows.bucket))
+            return StepOutput(self.fused(rows.tokens, rows.lengths, rows.bucket), choices)
         batch = len(rows.tokens)
         length = next(size for size in self._lengths if size >= rows.bucket)
         self._token_buffer[:batch] = rows.tokens
@@ -116,7 +121,7 @@ class Decoding:
         else:
             recorded.replay()
             hidden, logits = recorded.hidden.clone(), recorded.logits  # the host may look at states many passes later
-        return StepOutput(hidden, None, logits)
+        return StepOutput(hidden, choices, logits)
 
     def _plain(self, tokens: Tensor, lengths: Tensor, bucket: int) -> Tensor:
         return self.runner.decode(tokens, lengths, bucket).hidden

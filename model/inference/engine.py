@@ -59,6 +59,7 @@ class Engine:
         self.max_length = self._schedule.max_length
         self.images, self.prefixes = self._schedule.images, self._schedule.prefixes
         self._stepping = threading.RLock()
+        self._stepper: int | None = None
         self._preparing = lone_thread("medplib-prepare")  # a tokenizer serves one caller at a time
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -135,8 +136,9 @@ class Engine:
         """Ask and wait.
 
         Raises:
-            MedPLIBError: image, question or region were malformed.
+            MedPLIBError: image, question or region were malformed, or it is asked from an ``on_text``.
         """
+        self._check_not_listening()
         ticket = self.submit(request, on_text)
         while self._thread is None and not ticket.done():
             self.step()
@@ -226,8 +228,13 @@ class Engine:
 
         An error of the machine (out of memory) is raised here and settles every ticket.
         """
+        self._check_not_listening()
         with self._stepping:
-            self._schedule.step()
+            self._stepper = threading.get_ident()
+            try:
+                self._schedule.step()
+            finally:
+                self._stepper = None
             return self.busy
 
     # --- a thread of its own --------------------------------------------------------------------------------------
@@ -275,6 +282,10 @@ class Engine:
     def _check_room(self) -> None:
         if len(self._schedule.waiting) >= self.settings.waiting:
             raise EngineFull(f"{self.settings.waiting} requests are waiting already; ask again later")
+
+    def _check_not_listening(self) -> None:
+        if self._stepper == threading.get_ident():  # the others' tokens would be heard in another order, or never
+            raise MedPLIBError("an on_text may submit requests, but not wait for them; wait for the ticket elsewhere")
 
     def _check_open(self) -> None:
         if self._closed:

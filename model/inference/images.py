@@ -174,6 +174,10 @@ class BoundedCache(Generic[Value]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, key: object) -> bool:
+        """Whether a value is kept under ``key``; it does not count as used."""
+        return key in self._values
+
     def _total(self) -> int:
         return sum(value.num_bytes for value in self._values.values())
 

@@ -57,7 +57,7 @@ class PromptReader:
         for row in tuple(waiting):  # a copy in one go: other threads hand in meanwhile
             if budget <= 0 or running + len(self.slots) >= self.cache.slots:
                 break
-            if self._opening_is_read(row.prompt):
+            if self._opening_is_read(row):
                 continue
             waiting.remove(row)
             self._open(row, running)
@@ -75,16 +75,14 @@ class PromptReader:
 
     def seat(self, row: Running, slot: int) -> None:
         """Move a prompt that was read into ``slot``; whoever is read there changes places with it."""
-        place = self.slots.pop(row)
-        del self._embeds[row]
-        if place == slot:
-            return
-        other = next((other for other, held in self.slots.items() if held == slot), None)
-        if other is None:
-            self.cache.move(place, slot, row.read)
-        else:
+        place = self.slots[row]
+        other = next((other for other, held in self.slots.items() if held == slot), row)
+        if other is not row:
             self.cache.swap(place, slot, max(row.read, other.read))
             self.slots[other] = place
+        elif place != slot:
+            self.cache.move(place, slot, row.read)
+        self.drop(row)  # last: while memory may still run out, it must be known to somebody
 
     def drop(self, row: Running) -> None:
         """Forget a prompt."""
@@ -113,8 +111,7 @@ class PromptReader:
         row.seconds["wait"] = start - row.submitted
         taken = set(self.slots.values())
         slot = next(slot for slot in range(running, self.cache.slots) if slot not in taken)
-        whole = row.ticket.request.router_stats  # whose experts are to be seen
-        prefix = self.prefixes.get(row.prompt.prefix_key) if self._shared_tokens(row.prompt) and not whole else None
+        prefix = self.prefixes.get(row.prompt.prefix_key) if self._uses_opening(row) else None
         self.slots[row], self._embeds[row] = slot, torch.empty(0)  # among the read already, should the rest fail
         self._embeds[row] = embed_prompt(self.model, row.prompt, opened=prefix is not None)[0]
         if prefix is not None:
@@ -122,12 +119,18 @@ class PromptReader:
             row.read = row.skipped = prefix.length
         row.seconds["encode"] += time.perf_counter() - start
 
-    def _opening_is_read(self, prompt: Prompt) -> bool:
-        """Whether the opening that a prompt could use is being read, and not yet kept."""
-        if not self._shared_tokens(prompt):
+    def _opening_is_read(self, row: Running) -> bool:
+        """Whether the opening that a prompt would use is being read, and not yet kept."""
+        key = row.prompt.prefix_key
+        if not self._uses_opening(row) or key in self.prefixes:
             return False
-        keys = (row.prompt.prefix_key for row in self.slots if row.read < self._shared_tokens(row.prompt))
-        return prompt.prefix_key in keys
+        return any(
+            other.prompt.prefix_key == key and other.read < self._shared_tokens(other.prompt) for other in self.slots
+        )
+
+    def _uses_opening(self, row: Running) -> bool:
+        """Whether a prompt may begin behind a kept opening; not where the experts of all its tokens are to be seen."""
+        return bool(self._shared_tokens(row.prompt)) and not row.ticket.request.router_stats
 
     def _shared_tokens(self, prompt: Prompt) -> int:
         """Leading tokens of a prompt that are worth keeping; 0 where they are not kept."""

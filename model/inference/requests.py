@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from model.inference.images import ImageSource
 from model.inference.regions import Region
 
 OnText = Callable[[str], None]
+
+_log = logging.getLogger(__name__)
 
 
 class EngineFull(MedPLIBError):
@@ -109,13 +112,18 @@ class Ticket:
         return self._answer
 
     def settle(self, outcome: Answer | BaseException) -> None:
-        """Set the answer or the error; for the engine."""
-        if isinstance(outcome, BaseException):
-            self._error = outcome
-        else:
-            self._answer = outcome
+        """Set the answer or the error, unless there is one; for the engine."""
         with self._settling:
+            if self._ready.is_set():
+                return
+            if isinstance(outcome, BaseException):
+                self._error = outcome
+            else:
+                self._answer = outcome
             self._ready.set()
             listeners, self._listeners = self._listeners, []
         for listener in listeners:
-            listener()
+            try:
+                listener()
+            except Exception:  # noqa: BLE001 - others wait to be told, and for tickets that are settled after this one
+                _log.exception("a listener of a ticket failed")

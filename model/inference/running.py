@@ -40,7 +40,6 @@ class Running:
     launched: int = 0
     read: int = 0
     skipped: int = 0
-    embeds: Tensor | None = None
     ids: list[int] = field(default_factory=list)
     seg_states: list[Tensor] = field(default_factory=list)
     last_states: tuple[Tensor, ...] = ()

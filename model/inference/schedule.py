@@ -42,7 +42,8 @@ class EngineSettings:
     Attributes:
         slots: requests decoded together, ≥ 1.
         max_length: tokens of a request, image and answer included; by default the model's, at most 2048.
-        prefill_chunk: prompt tokens read between two decoding steps; a long prompt delays the others by no more.
+        prefill_chunk: prompt tokens after which no further prompt is read between two decoding steps, and the most of
+            one prompt; what delays the others is less than twice as many.
         waiting: requests that may wait for a slot before ``EngineFull``.
         image_cache_mb: kept images and their encodings.
         prefix_cache_mb: kept keys and values of prompts' openings (system text and image), which spare a second
@@ -201,7 +202,8 @@ class Schedule:
     def _advance(self) -> None:
         """Read prompts until ``prefill_chunk`` tokens are read, and decode a token of every running request."""
         pieces = self.reader.next_pieces(self.waiting, len(self.running), self._chunk)
-        self.images.refresh()
+        if pieces:
+            self.images.refresh()
         if pieces and self._packs and not self.decoding.replays:
             self._pass(pieces, decode=True)
             return
@@ -265,8 +267,12 @@ class Schedule:
         """Hear the tokens of the passes that are due, and let complete answers leave their slots."""
         keep = 1 if self._lookahead and any(row.launched < row.limit for row in self.running) else 0
         while len(self._pending) > keep:
+            start = time.perf_counter()
             pending = self._pending.popleft()
-            for place, (row, token) in enumerate(zip(pending.rows, pending.tokens(), strict=True)):
+            tokens = pending.tokens()  # on an accelerator it is here that a pass is waited for
+            waited = time.perf_counter() - start
+            for place, (row, token) in enumerate(zip(pending.rows, tokens, strict=True)):
+                row.seconds["generate"] += waited
                 # The superfluous token of a lookahead belongs to no answer.
                 counts = row.ticket.request.router_stats and row.finish is None and place < pending.decoded
                 if counts and pending.choices is not None:
@@ -277,7 +283,9 @@ class Schedule:
     def _hear(self, row: Running, token: int, state: Tensor) -> None:
         try:
             row.hear(token, state, self._end_ids, self.model.config.seg_token_id, self.processor)
-        except Exception as error:  # noqa: BLE001 - whatever a caller's on_text raises is that caller's trouble alone
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - what a caller's on_text raises, an exit too, is its trouble alone
             row.ticket.settle(error)
             row.finish = "cancelled"
 
@@ -337,8 +345,8 @@ class Schedule:
         self.running, self._finished = [], []
         self._pending.clear()
         for row in rows:
-            if not row.ticket.done():
-                row.ticket.settle(error)
+            row.finish = row.finish or "cancelled"  # a step in which a listener gave all up has more to hear
+            row.ticket.settle(error)
 
     @property
     def decoding(self) -> Decoding:

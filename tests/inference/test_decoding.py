@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from model.errors import MedPLIBError
 from model.inference import decoding
 from model.inference.decoding import Decoding
 from model.inference.engine import Engine, EngineSettings
+from model.inference.runner import Rows
 from tests.inference.mixtures import assert_same, plain_answer, random_requests, talker
 
 Run = Callable[[], tuple[Tensor, Tensor]]
@@ -54,6 +57,27 @@ def test_graphs_change_no_answer(monkeypatch: pytest.MonkeyPatch, lookahead: boo
         assert_same(ticket.result(0), plain_answer(engine.model, engine.processor, request))
     recorded = engine._schedule.decoding._recorded
     assert {batch for batch, _ in recorded} == {1, 2, 4, 5} and {length for _, length in recorded} <= {256, 300}
+
+
+def test_whoever_is_observed_is_answered_by_the_same_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain pass rounds otherwise, and must not be what the company of an observed request gets."""
+
+    def record_with_other_rounding(decoding: Decoding, run: Run) -> Any:
+        recorded = record(decoding, run)
+
+        def replay() -> None:
+            recorded.replay()
+            recorded.hidden.mul_(1.01)
+
+        return replace(recorded, replay=replay)
+
+    passes = engine_with_graphs(monkeypatch, record_with_other_rounding)._schedule.decoding
+    tokens, lengths = torch.tensor([300, 301]), torch.tensor([4, 7])
+    with torch.inference_mode():
+        found, observed = (passes([], Rows(tokens, lengths, 64), observe) for observe in (False, True))
+        plain = passes.runner.run([], Rows(tokens, lengths, 64), True)
+    assert (observed.hidden == found.hidden).all() and not torch.allclose(plain.hidden, found.hidden, rtol=1e-3)
+    assert found.choices is None and (observed.choices == plain.choices).all()
 
 
 def out_of_memory(_decoding: Decoding, run: Run) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -210,6 +211,24 @@ def test_masks_of_answers_that_end_together_are_decoded_together(monkeypatch: py
     for ticket, request in zip(tickets, requests, strict=True):
         masks = ticket.result(0).masks
         assert [mask.rle["size"] for mask in masks] == [list(request.image.shape[:2])] * 15
+
+
+def test_who_cannot_use_a_kept_opening_neither_waits_for_it_nor_keeps_others_waiting() -> None:
+    model, processor = talker()
+    engine = engine_of(model, processor, slots=6, prefill_chunk=10_000)
+    asked = Request(pictures()[0], "Is it?", settings=GenerationSettings(max_new_tokens=9), router_stats=True)
+    for _ in range(2):  # the second time the opening is kept
+        tickets = [engine.submit(asked) for _ in range(3)]
+        engine.step()
+        assert engine.status()["waiting"] == 0
+        tickets.append(engine.submit(replace(asked, router_stats=False)))
+        while engine.step():
+            pass
+        assert len({ticket.result(0).text for ticket in tickets}) == 1
+    engine.submit(asked)
+    engine.submit(replace(asked, router_stats=False))
+    engine.step()
+    assert engine.status()["waiting"] == 0 and engine.status()["prefix_hits"] > 0
 
 
 def test_router_shares_are_those_of_a_plain_pass() -> None:

@@ -173,18 +173,6 @@ def test_closing_an_engine_without_a_thread_settles_too() -> None:
     assert not resting.busy
 
 
-def test_a_listener_may_close_the_engine() -> None:
-    serving = engine()
-    serving.start()
-    thread = serving._thread
-    ticket = serving.submit(request(), lambda text: serving.close())
-    with pytest.raises(MedPLIBError, match="closed"):
-        ticket.result(PATIENCE)
-    assert thread is not None
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
-
-
 def test_starting_twice_is_starting_once() -> None:
     with engine() as serving:
         thread = serving._thread
