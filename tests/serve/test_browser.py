@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import nibabel
 import numpy as np
 import pydicom
@@ -334,6 +335,7 @@ def test_a_worker_killed_while_it_answers(
     visitor.shot(artefacts(tmp_path) / "killed.png")
 
     wait_until(lambda: not worker.running(), what="the end")
-    wait_until(lambda: stack.look_after() or worker.ready(stack._client), seconds=60, what="another worker")
+    with httpx.Client(trust_env=False) as client:
+        wait_until(lambda: stack.look_after() or worker.ready(client), seconds=60, what="another worker")
     visitor.tab.click(".again")
     visitor.tab.wait_for_selector(".masks li")
