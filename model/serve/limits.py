@@ -73,7 +73,7 @@ _FLAGS = ("body-mib", "image-mib", "pixels", "regions", "turns", "prompt-chars",
 
 def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     """``--max-pixels N`` and its like, for ``limits_from``."""
-    group = parser.add_argument_group("limits of one request (defaults: docs/serving.md)")
+    group = parser.add_argument_group("limits of one request (defaults: docs/security.md)")
     for flag in _FLAGS:
         group.add_argument(f"--max-{flag}", type=int, metavar="N")
 

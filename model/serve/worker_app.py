@@ -97,7 +97,7 @@ class Worker:
         self.metrics = WorkerMetrics()
         self.metrics.watch(lambda: self._engine_count("waiting"), lambda: self._engine_count("running"))
         self.draining = False
-        self.active = self.answered = 0
+        self.active = self.requests = self.answered = 0
         self._held = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -152,6 +152,7 @@ class Worker:
         details = {
             **self.settings.details,
             **self.loop.engine.status(),
+            "requests": self.requests,
             "answered": self.answered,
             "trouble": self.loop.trouble(),
         }
@@ -365,6 +366,7 @@ class _Exchange:
     def note(self) -> None:
         """Count the request."""
         seconds = time.perf_counter() - self._begun
+        self.worker.requests += 1
         self.metrics.requests.labels(outcome=self.outcome).inc()
         self.metrics.duration.observe(seconds)
         level = logging.DEBUG if self.outcome in _CROWDED else logging.INFO

@@ -252,15 +252,17 @@ def test_an_image_is_encoded_once_for_many_questions(url: str, engine: Engine) -
 # --- what it says of itself ---------------------------------------------------------------------------------------
 
 
-def test_status_health_and_metrics(url: str) -> None:
+def test_status_health_and_metrics(url: str, wait_until: Any) -> None:
     before = httpx.post(f"{url}/worker_get_status").json()
     ask(url, message())
     refused(url, message(images=[]))
+    wait_until(lambda: httpx.post(f"{url}/worker_get_status").json()["queue_length"] == 0)
     status = httpx.post(f"{url}/worker_get_status").json()
     assert (status["model_names"], status["queue_length"], status["capacity"]) == (["nano", "medplib"], 0, 20)
     assert status["speed"] > 0
     assert status["draining"] is False
     assert status["details"]["answered"] == before["details"]["answered"] + 1
+    assert status["details"]["requests"] == before["details"]["requests"] + 2
     assert status["details"]["slots"] == 4
     assert httpx.get(f"{url}/livez").status_code == 200
     assert httpx.get(f"{url}/readyz").status_code == 200

@@ -98,8 +98,9 @@ def test_the_published_line_without_a_gpu_is_one_sentence(capsys: Any) -> None:
 def test_a_stop_ends_what_there_is_and_refuses_the_rest(wait_until: Any) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    long = message(temperature=20.0, seed=0, max_new_tokens=300)
-    with command("--host", "127.0.0.1", "--port", str(port), "--no-register", "--model-names", "nano") as process:
+    long = message(temperature=20.0, seed=0, max_new_tokens=150)
+    flags = f"--host 127.0.0.1 --port {port} --no-register --model-names nano --grace 120".split()
+    with command(*flags) as process:
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, STARTING, "the worker")
         with httpx.stream("POST", f"{url}/worker_generate_stream", json=long, timeout=60) as response:
             chunks = read_chunks(response)
@@ -109,22 +110,30 @@ def test_a_stop_ends_what_there_is_and_refuses_the_rest(wait_until: Any) -> None
             refused = httpx.post(f"{url}/worker_generate_stream", json=message())
             assert (refused.status_code, refused.json()["error_code"]) == (503, ErrorCode.DRAINING)
             last = list(chunks)[-1]
-        assert (last.error_code, last.finish, last.usage["completion_tokens"]) == (0, "length", 300)  # type: ignore[index]
+        assert (last.error_code, last.finish, last.usage["completion_tokens"]) == (0, "length", 150)  # type: ignore[index]
         assert process.wait(30) == 0
 
 
-def test_a_second_signal_stops_at_once(wait_until: Any) -> None:
+@pytest.mark.parametrize("how", ["a second signal", "the end of the grace"])
+def test_what_would_take_long_is_given_up(wait_until: Any, how: str) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with command("--host", "127.0.0.1", "--port", str(port), "--no-register", "--model-names", "nano") as process:
+    grace = 60 if how == "a second signal" else 0.3
+    flags = f"--host 127.0.0.1 --port {port} --no-register --model-names nano --grace {grace}".split()
+    with command(*flags) as process:
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, STARTING, "the worker")
         body = message(temperature=20.0, seed=0, max_new_tokens=1000)
         with httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=60) as response:
             chunks = read_chunks(response)
             assert next(chunks).error_code == 0
             process.send_signal(signal.SIGINT)
-            wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
-            process.send_signal(signal.SIGINT)
+            if how == "a second signal":
+                wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
+                process.send_signal(signal.SIGINT)
+            else:
+                last = list(chunks)[-1]
+                assert (last.error_code, last.answer) == (ErrorCode.DRAINING, "")
+                assert "stopped" in last.text
             assert process.wait(30) == 0
 
 
