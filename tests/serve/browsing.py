@@ -41,7 +41,7 @@ class Visitor:
         tab.on("request", self._note)
         tab.goto(url)
         tab.wait_for_selector(".strip button")
-        tab.wait_for_function("document.querySelector('#picker input').value !== ''")
+        tab.wait_for_function("Boolean(document.querySelector('#picker input')?.value)")
 
     def _note(self, request: Any) -> None:
         address = urlsplit(request.url)
