@@ -171,12 +171,12 @@ class Worker:
         """Whether a request would be taken now.
 
         Raises:
-            Refusal: the worker is draining, broken or full.
+            Refusal: the worker is draining, stuck or full.
         """
         if self.draining:
             raise Refusal(ErrorCode.DRAINING, "this worker takes nothing new; ask again", retry_after=1)
-        if trouble := self.loop.trouble():
-            raise Refusal(ErrorCode.FAILED, trouble)
+        if stuck := self.loop.stuck():
+            raise Refusal(ErrorCode.FAILED, stuck)
         if self.active >= self.settings.capacity:
             sentence = f"{self.active} requests are waiting and running already; ask again later"
             raise Refusal(ErrorCode.BUSY, sentence, self.loop.retry_after())
@@ -186,7 +186,7 @@ class Worker:
         """A place for a request.
 
         Raises:
-            Refusal: the worker is draining, broken or full.
+            Refusal: the worker is draining, stuck or full.
         """
         self.check_open()
         self.active += 1

@@ -60,11 +60,20 @@ class EngineLoop:
         self._closed = False
 
     def trouble(self) -> str:
-        """Why the engine cannot go on; empty while it can."""
-        if self._closed:
-            return "the engine is closed"
+        """Why nobody should rely on the engine; empty while it is well.
+
+        One that fails is tried on, for what it was asked may be the reason, and is well again once it answers.
+        """
+        if stuck := self.stuck():
+            return stuck
         if self._failures >= _BROKEN_AFTER:
             return f"the engine failed {self._failures} times in a row; start the worker anew, its log tells why"
+        return ""
+
+    def stuck(self) -> str:
+        """Why a request would wait in vain; empty where it would not."""
+        if self._closed:
+            return "the engine is closed"
         oldest = min(tuple(self._given_up.values()), default=None)
         if oldest is not None and time.monotonic() - oldest > self.stall_seconds:
             return f"the engine has been stuck for more than {self.stall_seconds:g} s; start the worker anew"
