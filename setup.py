@@ -18,7 +18,7 @@ SERVE = [
     "uvicorn>=0.40",
     "httpx>=0.28,<1",  # controller to worker, page to controller
     "prometheus-client>=0.22",
-    "gradio>=6.20,<7",  # the web page
+    "gradio>=6.31,<7",  # the web page; its gate was made for these routes
     "nibabel>=5.3",  # NIfTI volumes in, masks out
     "highdicom>=0.27",  # masks as DICOM-SEG
 ]
