@@ -172,7 +172,8 @@ class Engine:
                 more = item is not None
                 if item is not None:
                     preparing.append((*item, self._prepared(item[1])))
-            while preparing and len(self._schedule.waiting) < self.settings.slots:
+            # One at least is handed in, however many others wait: the queue is fair, staying out of it is not.
+            while preparing and (len(self._schedule.waiting) < self.settings.slots or not open_tickets):
                 if not preparing[0][2].done() and open_tickets:
                     break
                 place, request, prepared = preparing.popleft()

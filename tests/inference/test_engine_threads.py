@@ -93,6 +93,22 @@ def test_a_stream_and_clients_share_a_serving_engine() -> None:
         assert_same(answer, reference)
 
 
+def test_a_stream_is_not_kept_out_by_a_queue_that_never_empties() -> None:
+    busy, renewed = engine(slots=1), []
+
+    def hand_in() -> None:
+        renewed.append(None)
+        if len(renewed) < 40:
+            busy.submit(request(max_new_tokens=1)).when_done(hand_in)
+
+    for _ in range(3):
+        hand_in()
+    _, answer = next(busy.answer_all(mixture()[0][:1]))
+    assert isinstance(answer, Answer)
+    assert_same(answer, mixture()[1][0])
+    assert len(renewed) < 20
+
+
 @pytest.mark.usefixtures("hasty")
 def test_the_queue_keeps_its_bound_however_many_hand_in_at_once() -> None:
     small, longest = engine(waiting=3), []
