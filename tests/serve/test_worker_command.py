@@ -67,51 +67,43 @@ def published_line(port: int, controller: str, device: str) -> list[str]:
     ).split()
 
 
-def test_the_published_line_answers_through_a_controller(serving: Any, wait_until: Any) -> None:
+def test_the_published_line_answers_and_ends_what_it_has(serving: Any, wait_until: Any) -> None:
     port = free_port()
+    url = f"http://localhost:{port}"
     with (
         serving(make_app(ControllerSettings())) as controller,
-        command(*published_line(port, controller, "cpu"), CUDA_VISIBLE_DEVICES="0") as process,
+        command(*published_line(port, controller, "cpu"), "--grace", "120", CUDA_VISIBLE_DEVICES="0") as process,
     ):
         wait_until(
             lambda: process.poll() is not None or httpx.post(f"{controller}/list_models").json()["models"],
             STARTING,
             "the worker",
         )
-        last = ask(controller, {**message(), "model": "medplib-nano"})[-1]
+        body = {**message(), "model": "medplib-nano"}
+        last = ask(controller, body)[-1]
         assert (last.finish, last.answer != "") == ("end", True)
-        details = httpx.post(f"http://localhost:{port}/worker_get_status").json()["details"]
+        details = httpx.post(f"{url}/worker_get_status").json()["details"]
         assert (details["device"], details["dtype"], details["quantisation"]) == ("cpu", "float32", None)
         assert details["regions"] is True
         assert details["answered"] == 1
-        process.send_signal(signal.SIGTERM)
+        long = {**body, "temperature": 20.0, "seed": 0, "max_new_tokens": 150}
+        with httpx.stream("POST", f"{controller}/worker_generate_stream", json=long, timeout=60) as response:
+            chunks = read_chunks(response)
+            assert next(chunks).error_code == 0
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
+            refused = httpx.post(f"{url}/worker_generate_stream", json=body)
+            assert (refused.status_code, refused.json()["error_code"]) == (503, ErrorCode.DRAINING)
+            wait_until(lambda: httpx.post(f"{controller}/list_models").json()["models"] == [])
+            last = list(chunks)[-1]
+        assert (last.error_code, last.finish, last.usage["completion_tokens"]) == (0, "length", 150)  # type: ignore[index]
         assert process.wait(30) == 0
-        assert httpx.post(f"{controller}/list_models").json()["models"] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_published_line_without_a_gpu_is_one_sentence(capsys: Any) -> None:
     assert main(published_line(free_port(), "http://localhost:1", "cuda")) == 2
     assert "the device 'cuda' cannot be used here" in _sentence(capsys)
-
-
-def test_a_stop_ends_what_there_is_and_refuses_the_rest(wait_until: Any) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    long = message(temperature=20.0, seed=0, max_new_tokens=150)
-    flags = f"--host 127.0.0.1 --port {port} --no-register --model-names nano --grace 120".split()
-    with command(*flags) as process:
-        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, STARTING, "the worker")
-        with httpx.stream("POST", f"{url}/worker_generate_stream", json=long, timeout=60) as response:
-            chunks = read_chunks(response)
-            assert next(chunks).error_code == 0
-            process.send_signal(signal.SIGTERM)
-            wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
-            refused = httpx.post(f"{url}/worker_generate_stream", json=message())
-            assert (refused.status_code, refused.json()["error_code"]) == (503, ErrorCode.DRAINING)
-            last = list(chunks)[-1]
-        assert (last.error_code, last.finish, last.usage["completion_tokens"]) == (0, "length", 150)  # type: ignore[index]
-        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("how", ["a second signal", "the end of the grace"])
