@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -102,6 +103,7 @@ class Worker:
         self._idle = asyncio.Event()
         self._idle.set()
         self._reading = ThreadPoolExecutor(2, thread_name_prefix="medplib-read")
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="medplib-write")  # waits for no picture to be read
         self.heart = Heart(settings.registration, self.status) if settings.registration else None
         self._beating: asyncio.Task[None] | None = None
 
@@ -120,7 +122,8 @@ class Worker:
             if self._beating is not None:
                 self._beating.cancel()
                 await asyncio.gather(self._beating, return_exceptions=True)
-            self._reading.shutdown(wait=False, cancel_futures=True)
+            for pool in (self._reading, self._writing):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self) -> None:
         """Take nothing new, and let the controller know; what there is goes on."""
@@ -206,7 +209,8 @@ class Worker:
             Refusal: too many pictures are held already.
         """
         settings = self.settings
-        asked = await self.aside(read_request, body, settings.model_names, settings.limits, settings.no_mask_below)
+        work = partial(read_request, body, settings.model_names, settings.limits, settings.no_mask_below)
+        asked = await asyncio.get_running_loop().run_in_executor(self._reading, work)
         if self._held and self._held + asked.num_bytes > settings.max_held_bytes:
             raise Refusal(ErrorCode.BUSY, "too many large pictures are being asked about; ask again later", 5)
         return asked
@@ -221,8 +225,8 @@ class Worker:
             self._held -= asked.num_bytes
 
     async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Do what takes long outside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._reading, work, *arguments)
+        """Do what an answer still needs outside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._writing, work, *arguments)
 
 
 class GenerateRoute:

@@ -22,6 +22,7 @@ from model.serve.controller_settings import ControllerSettings
 from model.serve.heartbeat import Registration
 from model.serve.model_worker import Worker, WorkerSettings, make_worker_app
 from model.serve.protocol import ErrorCode
+from model.serve.worker_requests import read_request
 from tests.serve.asking import (
     ScriptedEngine,
     ask,
@@ -197,6 +198,29 @@ def test_a_client_that_takes_nothing_is_given_up(serving: Any, wait_until: Any) 
         wait_until(lambda: engine.tickets[0].cancelled, what="the cancellation")
         wait_until(lambda: working.active == 0)
         wait_until(lambda: outcomes(url) == {"left": 1})
+
+
+def test_pictures_that_are_long_to_read_hold_up_no_answer(
+    serving: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, read_on, held = Gate(), threading.Event(), threading.Semaphore(0)
+
+    def slowly(body: bytes, *rest: Any) -> Any:
+        if b"slow" in body:
+            held.release()
+            assert read_on.wait(20)
+        return read_request(body, *rest)
+
+    monkeypatch.setattr("model.serve.worker_app.read_request", slowly)
+    with worker(serving, ScriptedEngine(gate)) as (url, _), ThreadPoolExecutor(4) as pool:
+        with asking(url) as first:
+            assert gate.reached.wait(10)
+            waiting = [pool.submit(ask, url, message("slow")) for _ in range(4)]
+            assert all(held.acquire(timeout=10) for _ in range(2))  # as many as are read at once
+            gate.open.set()
+            assert list(read_chunks(first))[-1].answer == "A CT."
+        read_on.set()
+        assert {one.result(20)[-1].answer for one in waiting} == {"A CT."}
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
