@@ -12,11 +12,12 @@ import torch
 
 from model.inference.answer import Answer
 from model.inference.engine import Engine, EngineSettings, Request
-from model.inference.generation import GenerationSettings
+from model.inference.generation import GenerationSettings, choose_tokens
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 from tests.inference.mixtures import (
     KINDS,
+    QUESTIONS,
     assert_same,
     engine_of,
     pictures,
@@ -159,6 +160,47 @@ def test_half_precision_is_independent_of_its_company_where_that_is_asked_for(ki
     alone = engine_of(model, processor, batch_invariant=True)
     wanted = [alone.ask(request) for request in requests]
     check(engine_of(model, processor, batch_invariant=True), requests[::-1], wanted[::-1])
+
+
+@pytest.mark.parametrize("kind", ["two of three experts", "shared heads"])
+def test_where_it_is_asked_for_no_bit_depends_on_company(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on who is decoded beside it, nor on who is read, nor on an opening that was kept."""
+    model, processor = talker(kind)
+    model.to(torch.bfloat16)
+    seen: dict[tuple[int, int], set[bytes]] = {}
+
+    def choose(logits: torch.Tensor, draws: Any) -> torch.Tensor:
+        for row, draw in zip(logits, draws, strict=True):
+            seen.setdefault((draw.seed, draw.step), set()).add(row.float().numpy().tobytes())
+        return choose_tokens(logits, draws)
+
+    monkeypatch.setattr("model.inference.schedule.choose_tokens", choose)
+    requests = [
+        replace(request, settings=replace(request.settings, seed=number))
+        for number, request in enumerate(random_requests(1, 8))
+    ]
+    options = {"batch_invariant": True, "prefill_chunk": 20}
+    for request in requests:
+        engine_of(model, processor, **options).ask(request)
+    crowded = engine_of(model, processor, **options)
+    for order in (1, -1):
+        for _ in crowded.answer_all(requests[::order]):
+            pass
+    assert crowded.prefixes.hits > 4 and len(seen) > 30
+    assert {len(states) for states in seen.values()} == {1}
+
+
+def test_questions_that_arrive_together_read_their_opening_once() -> None:
+    model, processor, *_ = mixture()
+    engine = engine_of(model, processor, prefill_chunk=10_000)
+    settings = GenerationSettings(max_new_tokens=1)
+    for question in QUESTIONS[:3]:
+        engine.submit(Request(pictures()[0], question, settings=settings))
+    engine.step()
+    assert engine.status()["waiting"] == 2
+    while engine.step():
+        pass
+    assert engine.prefixes.hits == 2
 
 
 @pytest.mark.parametrize("kind", ["one of two experts", "shared heads", "dense"])
