@@ -1,4 +1,4 @@
-"""What a controller can be told, and its flags. Nothing that takes long is imported before it is needed."""
+"""What a controller can be told, and its flags."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from model.errors import MedPLIBError
 from model.serve.access import checked_key
 from model.serve.calling import CallSettings
 from model.serve.forwarding import ForwardSettings
+from model.serve.limits import ServeLimits, add_limit_flags, limits_from
 from model.serve.registry import DISPATCH_METHODS, RegistrySettings
 from model.serve.running import GRACE_SECONDS
 
-if TYPE_CHECKING:
-    from model.serve.limits import ServeLimits
-
 DEFAULT_PORT = 64000
-_LIMITS = (
-    *("max-body-mib", "max-image-mib", "max-pixels", "max-regions", "max-turns", "max-prompt-chars"),
-    "max-new-tokens",
-)
-
-
-def _default_limits() -> ServeLimits:
-    from model.serve.limits import ServeLimits
-
-    return ServeLimits()
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,7 @@ class ControllerSettings:
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     calls: CallSettings = field(default_factory=CallSettings)
     forwarding: ForwardSettings = field(default_factory=ForwardSettings)
-    limits: ServeLimits = field(default_factory=_default_limits)
+    limits: ServeLimits = field(default_factory=ServeLimits)
     client_timeout: float = 60.0
     grace: float = GRACE_SECONDS
 
@@ -126,9 +113,7 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
         ("max-running", calls.max_connections, "answers under way at once"),
     ):
         times.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"{what} (default: {number})")
-    limits = parser.add_argument_group("limits of one request (defaults: docs/serving.md)")
-    for name in _LIMITS:
-        limits.add_argument(f"--{name}", type=int, metavar="N")
+    add_limit_flags(parser)
 
 
 def settings_from(options: argparse.Namespace) -> ControllerSettings:
@@ -146,19 +131,7 @@ def settings_from(options: argparse.Namespace) -> ControllerSettings:
         ),
         calls=CallSettings(options.connect_timeout, options.silence_timeout, max_connections=options.max_running),
         forwarding=ForwardSettings(options.tries),
-        limits=_limits_from(options),
+        limits=limits_from(options),
         client_timeout=options.client_timeout,
         grace=options.grace,
     )
-
-
-def _limits_from(options: argparse.Namespace) -> ServeLimits:
-    from model.serve.limits import ServeLimits
-
-    given = {}
-    for name in _LIMITS:
-        value = getattr(options, name.replace("-", "_"))
-        if value is not None:
-            mib = name.endswith("-mib")
-            given[name.replace("-mib", "-bytes").replace("-", "_")] = value * 2**20 if mib else value
-    return ServeLimits(**given)
