@@ -19,6 +19,7 @@ from model.inference.answer import Answer
 from model.inference.engine import Engine, Request
 from model.inference.generation import GenerationSettings
 from model.inference.images import BoundedCache, content_key
+from model.inference.mask_stage import encode_segmented
 from tests.inference.mixtures import engine_of, pictures, png, talker
 
 SHORT = GenerationSettings(max_new_tokens=3)
@@ -284,3 +285,13 @@ def test_a_cache_may_be_used_from_many_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert all(size <= 50 for size in pool.map(work, range(4)))
     assert cache.num_bytes == 7 * len(cache) == 49
+
+
+@torch.inference_mode()
+def test_encodings_made_together_hold_their_own_memory_alone(engine: Engine) -> None:
+    """Else one that is kept would keep those beside it, and the bound be passed unseen."""
+    images = [engine.prepare(picture) for picture in pictures()[:3]]
+    encode_segmented(engine.model, images)
+    for image in images:
+        assert image.sam_embedding is not None
+        assert image.sam_embedding.untyped_storage().nbytes() == image.sam_embedding.nbytes
