@@ -106,5 +106,6 @@ def encode_prompt(
         raise MedPLIBError("a conversation to be continued must end with a human turn; drop the last answer")
     ids = tokenize(tokenizer, render(turns, template)).ids
     if max_length is not None and len(ids) > max_length:
-        raise MedPLIBError(f"the prompt has {len(ids)} tokens, at most {max_length} fit; ask something shorter")
+        remedy = "ask something shorter" if len(turns) == 1 else "clear the conversation, or ask something shorter"
+        raise MedPLIBError(f"the prompt has {len(ids)} tokens, at most {max_length} fit; {remedy}")
     return ids

@@ -119,8 +119,10 @@ def test_long_answers_are_cut_and_fatal_cuts_refused(tokenizer: PreTrainedTokeni
     prompt = encode_prompt(tokenizer, turns[:1])
     with pytest.raises(MedPLIBError, match="all of its answer"):
         encode_conversation(tokenizer, turns, max_length=len(prompt))
-    with pytest.raises(MedPLIBError, match="at most 10 fit"):
+    with pytest.raises(MedPLIBError, match="at most 10 fit; ask something shorter"):
         encode_prompt(tokenizer, turns[:1], max_length=10)
+    with pytest.raises(MedPLIBError, match="at most 10 fit; clear the conversation"):
+        encode_prompt(tokenizer, [*turns, *turns[:1]], max_length=10)
 
 
 @pytest.mark.parametrize(
