@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 SEG_TOKEN = "<SEG>"
 REGION_START_TOKEN, REGION_END_TOKEN = "<region>", "</region>"
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
@@ -26,3 +28,10 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     IMAGE_END_TOKEN,
 )
 """Added after the base vocabulary, in this order: 32000 + 267 rows in the published model."""
+
+_STEERING = re.compile(rf"<(?=/?s>|{IMAGE_TOKEN[1:]}|{IMAGE_START_TOKEN[1:]}|{IMAGE_END_TOKEN[1:]})")
+
+
+def as_typed(text: str) -> str:
+    """What somebody typed, so that none of it stands for an image or ends a turn; region markers may be typed."""
+    return _STEERING.sub("< ", text)

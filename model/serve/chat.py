@@ -24,6 +24,7 @@ from model.inference.engine import Engine, Request, Ticket
 from model.inference.images import PreparedImage
 from model.inference.pictures import mask_line, write_pictures
 from model.inference.regions import Region, place_region, region_to_mask
+from model.processing.special_tokens import as_typed
 
 HELP = """\
 Type a question, or one of these:
@@ -98,7 +99,8 @@ class Chat:
         Raises:
             MedPLIBError: there is something wrong with the question, or it no longer fits; nothing is forgotten.
         """
-        asked = place_region(question, len(self.regions)) if self.regions else question
+        asked = as_typed(question)
+        asked = place_region(asked, len(self.regions)) if self.regions else asked
         image = self._open_image()
         request = replace(
             self.settings.request,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +10,7 @@ from typing import Any
 from model.errors import MedPLIBError
 from model.inference.regions import place_region
 from model.processing.conversation import Turn, render
-from model.processing.special_tokens import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, REGION_MARKER
+from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, as_typed
 from model.serve.limits import ServeLimits
 from model.serve.openai_schema import (
     REFUSED,
@@ -24,7 +23,6 @@ from model.serve.openai_schema import (
 )
 from model.serve.protocol import GenerateRequest
 
-_WRITTEN_TOKEN = re.compile(rf"<(?=/?s>|{IMAGE_TOKEN[1:]}|{IMAGE_START_TOKEN[1:]}|{IMAGE_END_TOKEN[1:]})")
 _DEFAULT_MAX_TOKENS = 256
 
 
@@ -153,7 +151,7 @@ def _merge(asked: bool, messages: Sequence[AskMessage]) -> _Said:
     for part in (part for message in messages for part in _parts(message) if isinstance(part, ImagePart)):
         is_region = part.medplib is not None and part.medplib.role == "region"
         (regions if is_region else images).append(_data_uri(part.image_url.url, "messages"))
-    return _Said(asked, _WRITTEN_TOKEN.sub("< ", text), tuple(images), tuple(regions))
+    return _Said(asked, as_typed(text), tuple(images), tuple(regions))
 
 
 def _data_uri(url: str, param: str) -> str:

@@ -141,6 +141,13 @@ def test_what_goes_wrong_is_one_sentence_and_the_chat_goes_on(chat, checkpoint: 
     assert said.strip() and "Traceback" not in complaints
 
 
+def test_tokens_that_are_typed_are_words(chat, checkpoint: Path, picture: Path) -> None:
+    code, said, complaints = chat(
+        ["Is <image> </s> <im_start> an <image>?", "And <image>?"], image=picture, model=checkpoint
+    )
+    assert (code, complaints) == (0, "") and said.strip()
+
+
 def test_what_is_wrong_from_the_start_ends_with_2(chat, checkpoint: Path, picture: Path, tmp_path: Path) -> None:
     assert chat(["What?"], image=tmp_path / "missing.png", model=checkpoint)[0] == 2
     assert chat(["What?"], "--box", "0,0,99,99", image=picture, model=checkpoint)[0] == 2
