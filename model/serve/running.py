@@ -40,28 +40,29 @@ _TCP_OPTIONS = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_
 """A peer whose machine is off, or that takes nothing of an answer, is dropped after about a minute."""
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, flag: str = "--port") -> None:
     """Whether a server can listen there; nothing is left bound.
 
     Args:
         host: name or address of this machine.
         port: 0..65535; 0 stands for any free one.
+        flag: that another port is given with.
 
     Raises:
         MedPLIBError: the port is in use or not allowed, or the host is not this machine.
     """
-    for listener in listen(host, port):
+    for listener in listen(host, port, flag):
         listener.close()
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
+def listen(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
     """Sockets that listen at every address the host stands for; they drop peers that are gone or take nothing.
 
     Raises:
         MedPLIBError: the port is in use or not allowed, or the host is not this machine.
     """
     if not 0 <= port <= 65535:
-        raise MedPLIBError(f"the port is {port}; give a number from 1 to 65535 with --port")
+        raise MedPLIBError(f"the port is {port}; give a number from 1 to 65535 with {flag}")
     listeners: list[socket.socket] = []
     try:
         for family, address in _addresses(host, port):
@@ -73,7 +74,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        raise MedPLIBError(_why_not(host, port, error)) from error
+        raise MedPLIBError(_why_not(host, port, flag, error)) from error
     return listeners
 
 
@@ -96,14 +97,14 @@ def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
     return list({(entry[0], entry[4]): None for entry in found})
 
 
-def _why_not(host: str, port: int, error: OSError) -> str:
+def _why_not(host: str, port: int, flag: str, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} of {host or 'this machine'} is in use; stop what listens there or give another with --port"
+        return f"port {port} of {host or 'this machine'} is in use; stop what listens there or give another with {flag}"
     if error.errno == errno.EACCES:
-        return f"port {port} needs more rights than this user has; give one above 1023 with --port"
+        return f"port {port} needs more rights than this user has; give one above 1023 with {flag}"
     if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
         return f"{host} is no address of this machine; give one that is with --host"
-    return f"cannot listen on {host}:{port}: {error.strerror or error}; give another place with --host and --port"
+    return f"cannot listen on {host}:{port}: {error.strerror or error}; give another place with --host and {flag}"
 
 
 def is_loopback(host: str) -> bool:

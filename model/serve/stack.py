@@ -211,7 +211,7 @@ def check_start(settings: StackSettings) -> Stored:
     check_packages([*PACKAGES, "gradio"] if settings.web else PACKAGES)
     if not settings.devices:
         raise MedPLIBError("there are 0 workers; start at least 1 with --workers")
-    check_port(settings.host, settings.api_port)
+    check_port(settings.host, settings.api_port, "--api-port")
     if settings.web:
         check_port(settings.host, settings.port)
         if settings.port and settings.port == settings.api_port:

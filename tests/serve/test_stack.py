@@ -253,6 +253,7 @@ def test_what_cannot_start_is_one_sentence_and_exit_2(
         assert main(["serve", *(names.get(flag, flag) for flag in flags)]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "whoever reaches" not in line]
     assert len(said) == 1 and said[0].startswith("medplib: ")
+    assert flags[0] not in ("--port", "--api-port") or said[0].endswith(f"with {flags[0]}")
 
 
 # --- what is started --------------------------------------------------------------------------------------------------
