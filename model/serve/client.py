@@ -155,7 +155,8 @@ def check_status(response: httpx.Response, address: str) -> None:
     if isinstance(sentence, dict):  # as OpenAI's API nests it
         sentence = sentence.get("message")
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        sentence = f"{address} asks for a key; give --client-key or set MEDPLIB_CLIENT_KEY"
+        wrong = "does not take this program's key" if "Authorization" in response.request.headers else "asks for a key"
+        sentence = f"{address} {wrong}; give --client-key or set MEDPLIB_CLIENT_KEY"
     code = {400: ErrorCode.BAD_INPUT, 413: ErrorCode.BAD_INPUT, 429: ErrorCode.BUSY, 504: ErrorCode.TIMEOUT}
     raise AnswerFailed(
         str(sentence or f"{address} answered with status {response.status_code}; is a controller there?"),

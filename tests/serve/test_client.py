@@ -128,8 +128,10 @@ def test_a_key_is_sent_and_its_want_is_told(serving):
     controller = ScriptedController(key="secret")
     with serving(controller.app) as address:
         assert ControllerClient(address, api_key="secret").models() == ["nano"]
-        with pytest.raises(AnswerFailed, match="--client-key"):
+        with pytest.raises(AnswerFailed, match="asks for a key; give --client-key"):
             ControllerClient(address).models()
+        with pytest.raises(AnswerFailed, match="does not take this program's key; give --client-key"):
+            ControllerClient(address, api_key="other").models()
 
 
 def test_statuses_before_the_stream_keep_the_sentence(serving):
