@@ -263,8 +263,10 @@ Mixing = Callable[[Tensor, Tensor, Tensor, Iterable[nn.Module]], Tensor]
 
 def mixing_for(tokens: Tensor) -> Mixing:
     """How to mix these tokens [T, D] here: without waiting for the host where an accelerator decodes a few of them."""
-    if torch.is_grad_enabled() or tokens.device.type == "cpu":
+    if torch.is_grad_enabled():
         return mix_by_index
+    if tokens.device.type == "cpu":
+        return mix_of_one if len(tokens) == 1 else mix_by_index
     return mix_by_scan if len(tokens) <= SYNC_FREE_TOKENS else mix_by_index
 
 
@@ -285,6 +287,17 @@ def mix_by_index(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterabl
     outputs = torch.cat([expert(group) for expert, group in zip(experts, groups, strict=True)])  # [Σ n_e, D']
     outputs = outputs * combine[rows, expert_ids, None].to(outputs.dtype)
     return outputs.new_zeros(len(tokens), outputs.shape[-1]).index_add(0, rows, outputs)
+
+
+def mix_of_one(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterable[nn.Module]) -> Tensor:
+    """The same mix of a single token, without sorting it to its experts; only those it was sent to are called."""
+    mixed = None
+    for place, (expert, takes) in enumerate(zip(experts, kept[0].tolist(), strict=True)):
+        if takes:
+            output = expert(tokens)  # [1, D']
+            output = output * combine[:, place, None].to(output.dtype)
+            mixed = output if mixed is None else mixed + output
+    return mix_by_index(tokens, combine, kept, experts) if mixed is None else mixed
 
 
 def mix_by_scan(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterable[nn.Module]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from model.modeling.moe import MoEFeedForward, mix_by_index, mix_by_scan
+from model.modeling.moe import MoEFeedForward, mix_by_index, mix_by_scan, mix_of_one
 
 WIDTH = 8
 
@@ -165,6 +165,17 @@ def test_both_ways_of_mixing_agree(top_k: int) -> None:
     router = moe(tokens).router
     arguments = (tokens, router.combine, router.kept, moe.experts)
     assert_close(mix_by_scan(*arguments), mix_by_index(*arguments))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@torch.inference_mode()
+def test_one_token_is_mixed_as_among_many(top_k: int) -> None:
+    moe = mixture(3, top_k=top_k)
+    for token in torch.randn(9, 1, WIDTH):
+        router = moe(token).router
+        for kept in (router.kept, torch.zeros_like(router.kept)):
+            arguments = (token, router.combine * kept, kept, moe.experts)
+            assert_close(mix_of_one(*arguments), mix_by_index(*arguments), rtol=0, atol=0)
 
 
 def test_router_computes_in_float32_whatever_the_model_runs_in() -> None:
