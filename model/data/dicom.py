@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 import zlib
 from typing import Any
 
@@ -285,4 +286,4 @@ def first_line(error: Exception) -> str:
     said = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     if not isinstance(error, AttributeError):  # which quotes names of our own
         said = re.sub(r"b?(['\"]).*\1", "…", said)
-    return "".join(character for character in said if character.isprintable())[:160]
+    return textwrap.shorten("".join(character for character in said if character.isprintable()), 160, placeholder=" …")

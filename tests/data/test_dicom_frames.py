@@ -261,6 +261,12 @@ def test_sentences_do_not_quote_what_a_damaged_header_holds() -> None:
             assert "Doe" not in str(raised.value)
 
 
+def test_long_reasons_are_cut_between_words() -> None:
+    with pytest.raises(MedPLIBError, match="The number of bytes of pixel data") as raised:
+        read_dicom(shipped("MR_truncated.dcm"), "scan.dcm", 1_000_000)
+    assert " …)" in str(raised.value)
+
+
 def test_no_cut_makes_anything_but_a_sentence() -> None:
     content = written(slices())
     rng = np.random.default_rng(0)
