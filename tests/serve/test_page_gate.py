@@ -75,6 +75,10 @@ def test_routes_the_page_does_not_need_are_closed(route, site):
     assert site.get(route).status_code == 404
 
 
+def test_an_open_tab_finds_a_page_that_was_started_anew(site):
+    assert "app_id" in site.get("/gradio_api/app_id").json()  # what it asks for until the page is back
+
+
 def test_gradio_takes_no_files(site, tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png())

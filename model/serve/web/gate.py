@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 TRAY_SECONDS = 60.0
 _GET = (
     *("/", "/livez", "/readyz", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json"),
-    *("/gradio_api/info", "/gradio_api/startup-events", "/gradio_api/queue/data"),
+    *("/gradio_api/info", "/gradio_api/startup-events", "/gradio_api/queue/data", "/gradio_api/app_id"),
 )
 _GET_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
 _POST = ("/open", "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
