@@ -235,6 +235,14 @@ def test_a_frame_of_several_is_referred_to_by_its_number_and_place(tmp_path: Pat
     assert "Secret" not in str(segments)
 
 
+def test_one_frame_with_functional_groups_is_referred_to(tmp_path: Path) -> None:
+    volume = shipped("liver_1frame.dcm")  # which does not tell how many frames it has
+    (mask,) = masks_in(volume, 1)
+    segments = highdicom.seg.segread(write("dicom-seg", [mask], volume, 0, tmp_path))
+    layers = segments.get_pixels_by_source_frame(header("liver_1frame.dcm").SOPInstanceUID, [1])
+    assert np.array_equal(layers[0, :, :, 0] > 0, mask.to_array())
+
+
 def test_of_the_patient_only_the_identifier_goes_along(tmp_path: Path) -> None:
     volume = altered(
         "CT_small.dcm",

@@ -68,7 +68,7 @@ def _positions(source: Any, index: int, name: str) -> list[Any] | None:
     if "ImagePositionPatient" in source and _absent(source, "FrameOfReferenceUID"):
         lacking.append("FrameOfReferenceUID")
     placed = get_image_coordinate_system(source) is not None
-    several = int(source.get("NumberOfFrames") or 1) > 1
+    several = int(source.get("NumberOfFrames") or 1) > 1 or bool(source.get("PerFrameFunctionalGroupsSequence"))
     if placed and not several and not source.get("SharedFunctionalGroupsSequence"):
         lacking += [keyword for keyword in _PLACED if _absent(source, keyword)]
     if lacking:
@@ -83,6 +83,7 @@ def _positions(source: Any, index: int, name: str) -> list[Any] | None:
             f"{name} does not tell where each of its frames lies in the patient, without which DICOM-SEG cannot refer "
             f"to one of several; {_INSTEAD}"
         )
+    source.NumberOfFrames = len(groups[1])  # some files of one frame leave it out
     try:
         return [get_plane_positions_of_image(source)[index]]
     except Exception as error:  # as above
