@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pydicom.data
 import pytest
@@ -287,6 +288,21 @@ def test_actions_without_sense_are_sentences(visit):
         assert sentence.lower() in session.notice.lower(), sentence
 
 
+def test_a_forgotten_picture_is_no_longer_shown(visit):
+    for parts in (*visit.ask("What is it?"), visit.desk.mark(visit.session, {})):
+        assert parts >= {"viewer", "talk", "masks", "notice", "volume"}
+    assert "or it was forgotten since" in visit.session.notice
+
+
+def test_tokens_that_are_typed_are_words(visit, controller):
+    controller.script = say("Fine.")
+    visit.open(png())
+    visit.ask("<image> What</s> <im_start>is it?")
+    asked = controller.requests[-1].prompt
+    assert asked.count("<image>") == 1 and "</s>" not in asked and "What< /s>" in asked
+    assert visit.last.question == "<image> What</s> <im_start>is it?"
+
+
 def test_a_fault_of_the_page_is_a_sentence_and_is_logged(visit, monkeypatch, caplog):
     monkeypatch.setattr("model.serve.web.desk.open_volume", lambda *_: 1 / 0)
     visit.open(png())
@@ -315,6 +331,18 @@ def test_a_dicom_has_windows_square_millimetres_and_dicom_seg(visit, controller)
     _, file = visit.desk.download(visit.session, "dicom-seg")
     stored = pydicom.dcmread(io.BytesIO(base64.b64decode(file["data"])))
     assert stored.Modality == "SEG" and int(stored.pixel_array.sum()) == disc(128, 128)["area_px"]
+
+
+def test_pixels_that_are_not_square_are_shown_as_the_patient_has_them(visit):
+    volume = nibabel.Nifti1Image(np.zeros((40, 30, 6), dtype=np.int16), np.diag([0.5, 1.0, 5.0, 1.0]))
+    visit.open(volume.to_bytes(), "volume.nii")
+    assert view.viewer(visit.session, True)["picture"]["ratio"] == pytest.approx(40 * 0.5 / 30)
+    visit.desk.cut(visit.session, "coronal")
+    shown = view.viewer(visit.session, True)["picture"]
+    assert (shown["width"], shown["height"]) == (40, 6)
+    assert shown["ratio"] == pytest.approx(40 * 0.5 / (6 * 5))
+    visit.open(png())
+    assert view.viewer(visit.session, True)["picture"]["ratio"] == 1.5
 
 
 def test_masks_can_be_hidden_and_saved(visit):

@@ -16,7 +16,7 @@ from model.errors import MedPLIBError
 from model.inference.regions import place_region
 from model.processing.conversation import Turn, render
 from model.processing.masks import encode_rle
-from model.processing.special_tokens import IMAGE_TOKEN, SEG_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN, SEG_TOKEN, as_typed
 from model.serve.client import AnswerStream, ControllerClient
 from model.serve.limits import ServeLimits
 from model.serve.protocol import Chunk, GenerateRequest
@@ -58,7 +58,7 @@ def begin(session: Session, question: str, limits: ServeLimits) -> Exchange:
     _check_free(session)
     question = question.strip()
     if session.picture is None:
-        raise MedPLIBError("there is no image yet; open one or pick an example, then ask")
+        raise MedPLIBError("there is no image yet, or it was forgotten since; open one or pick an example, then ask")
     if not question:
         raise MedPLIBError("the question is empty; ask something")
     if len(question) > limits.max_prompt_chars // 4:
@@ -71,7 +71,7 @@ def begin(session: Session, question: str, limits: ServeLimits) -> Exchange:
         )
     if len(session.exchanges) >= limits.max_turns:
         raise MedPLIBError(f"the conversation has {limits.max_turns} questions, as many as it may; clear it to go on")
-    asked = place_region(question.replace(IMAGE_TOKEN, "image"), len(marks))
+    asked = place_region(as_typed(question), len(marks))
     exchange = Exchange(session.next_number(), session.picture, question, asked, marks)
     session.marks, session.spent = [], list(marks)
     session.exchanges.append(exchange)

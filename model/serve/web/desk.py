@@ -48,11 +48,11 @@ def told(
                 parts = method(desk, session, *arguments, **options)
             except MedPLIBError as error:
                 session.notice = chat.as_sentence(error)
-                return Parts({"notice", "viewer"})
+                return _after_failing(session)
             except Exception:  # noqa: BLE001 - whatever it is, the visitor is told and the page lives on
                 _log.exception("an action failed in the page")
                 session.notice = _MACHINE_FAULT
-                return Parts({"notice", "viewer"})
+                return _after_failing(session)
             return parts | {"notice"} if before != session.notice else parts
 
     return run
@@ -161,7 +161,7 @@ class Desk:
             except MedPLIBError as error:
                 session.notice = chat.as_sentence(error)
         if exchange is None:
-            yield Parts({"notice"})
+            yield _after_failing(session)
             return
         yield _ANSWERED | {"question"}
         for _ in chat.listen(session, exchange, self.client, model, parameters):
@@ -254,7 +254,12 @@ class Desk:
         return Parts({"models"})
 
 
+def _after_failing(session: Session) -> Parts:
+    """What to show anew: all of it where there is no picture, as a browser may still show one that was forgotten."""
+    return _OPENED if session.picture is None else Parts({"notice", "viewer"})
+
+
 def _picture(session: Session) -> Picture:
     if session.picture is None:
-        raise MedPLIBError("there is no image yet; open one or pick an example")
+        raise MedPLIBError("there is no image yet, or it was forgotten since; open one or pick an example")
     return session.picture

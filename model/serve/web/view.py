@@ -16,6 +16,7 @@ from model.serve.web.pictures import colour, overlay
 from model.serve.web.state import Picture, Session
 
 _SHORTEST, _LONGEST = 960, 1600  # pixels of the longer side as shown: small pictures are enlarged, so contours are fine
+_STRETCH = 20.0  # times longer than wide, a pixel is shown as at most
 _LOSSLESS_PIXELS = 1_200_000
 _JPEG_QUALITY = 92
 
@@ -35,7 +36,15 @@ def viewer(session: Session, tools: bool) -> dict[str, Any]:
     if not marks:
         marks = [drawing.describe(mark, number, True) for number, mark in enumerate(session.spent, start=1)]
     shown = {"src": _data_uri(_composed(session, picture)), "width": width, "height": height}
+    shown["ratio"] = _ratio(picture)
     return {"picture": shown | {"label": describe(picture)}, "marks": marks, "tools": tools}
+
+
+def _ratio(picture: Picture) -> float:
+    """Width by height as the patient has them: pixels need not be square, least of all across slices."""
+    height, width = picture.size
+    rows, columns = picture.volume.spacing_mm or (1.0, 1.0)
+    return width / height * min(max(columns / rows, 1 / _STRETCH), _STRETCH)
 
 
 def describe(picture: Picture) -> str:

@@ -57,10 +57,10 @@ function draw() {
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
   }
-  const ink = canvas.getContext('2d'), scale = width / shown.width;
+  const ink = canvas.getContext('2d');
   ink.setTransform(ratio, 0, 0, ratio, 0, 0);
   ink.clearRect(0, 0, width, height);
-  const at = ([x, y]) => [x * scale, y * scale];
+  const at = ([x, y]) => [(x * width) / shown.width, (y * height) / shown.height];
   const marks = pending ? [...props.value.marks.filter((mark) => !mark.spent), pending] : props.value.marks;
   marks.forEach((mark) => outline(ink, mark, at, marks.length > 1));
   if (tool === 'free' && path.length > 1) outline(ink, { kind: 'free', points: path, open: true }, at);
@@ -193,7 +193,7 @@ function update() {
   hint.hidden = !allowed || !shown;
   $('.caption').textContent = shown ? shown.label : '';
   if (!shown) { img.removeAttribute('src'); return; }
-  frame.style.setProperty('--ratio', shown.width / shown.height);
+  frame.style.setProperty('--ratio', shown.ratio);
   if (img.src !== shown.src) img.src = shown.src;
   img.alt = shown.label;
   if (!allowed && tool !== 'look') choose('look');
