@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the page until it is stopped; returns the exit code."""
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for talkative in ("httpx", "highdicom"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     try:
         if options.share:
             raise MedPLIBError("the page opens no tunnels to other hosts; leave --share out, and use --host 0.0.0.0")

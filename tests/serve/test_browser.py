@@ -277,6 +277,9 @@ def test_faults_are_sentences(arrive: Arrive, real_page: str, tmp_path: Path) ->
         visitor.tab.wait_for_selector(f".notice:has-text('{sentence}')")
     visitor.pick("CT")
     visitor.tab.wait_for_selector(".notice", state="hidden")
+    visitor.tab.fill("#question textarea", "why " * 2500)  # not a part of it, unnoticed
+    visitor.tab.press("#question textarea", "Enter")
+    visitor.tab.wait_for_selector(".notice:has-text('The question has 9,999 characters')")
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------
@@ -299,6 +302,43 @@ def test_a_phone_shows_all_of_it(
     red = visitor.tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
     assert (int(red) < 60) is (scheme == "dark")
     visitor.shot(artefacts(tmp_path) / f"phone-{scheme}.png", full=True)
+
+
+def test_pixels_that_are_not_square_are_marked_where_they_are(
+    arrive: Arrive, scripted_page: str, scripted: ScriptedController, tmp_path: Path
+) -> None:
+    scripted.script = say("Something.")
+    file = tmp_path / "volume.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((100, 50, 3), dtype=np.int16), np.diag([1.0, 4.0, 9.0, 1.0])), file)
+    visitor = arrive(scripted_page)
+    visitor.open(file)
+    frame = visitor.tab.locator(".frame").bounding_box()
+    assert frame["width"] / frame["height"] == pytest.approx(0.5, rel=0.02)
+    visitor.tool("Box")
+    visitor.drag((0.2, 0.5), (0.6, 0.9))
+    inked = visitor.tab.evaluate(
+        """() => { const canvas = document.querySelector('.frame canvas'), { width, height } = canvas;
+            const ink = canvas.getContext('2d').getImageData(0, 0, width, height).data; let low = height, high = 0;
+            for (let place = 3; place < ink.length; place += 4) if (ink[place]) {
+                const row = Math.floor(place / 4 / width); low = Math.min(low, row); high = Math.max(high, row); }
+            return [low / height, high / height]; }"""
+    )
+    assert inked == pytest.approx([0.5, 0.9], abs=0.03)
+    visitor.ask("What is in the region?")
+    rows, columns = np.nonzero(decode_rle(scripted.requests[-1].region_masks[0]))
+    corners = [rows.min() / 50, columns.min() / 100, rows.max() / 50, columns.max() / 100]
+    assert corners == pytest.approx([0.5, 0.2, 0.9, 0.6], abs=0.03)
+
+
+def test_what_can_be_typed_into_has_an_edge(arrive: Arrive, scripted_page: str) -> None:
+    visitor = arrive(scripted_page)
+    visitor.tab.click("#parameters button")
+    visitor.tab.wait_for_selector("#parameters textarea, #parameters input[type=text]")
+    edges = visitor.tab.evaluate(
+        """() => [...document.querySelectorAll('#question textarea, #parameters textarea')].map((field) =>
+            getComputedStyle(field).borderTopWidth)"""
+    )
+    assert edges == ["1px", "1px"]
 
 
 def test_every_control_has_a_name(arrive: Arrive, scripted_page: str) -> None:

@@ -175,6 +175,7 @@ def test_the_first_window_of_a_volume_is_the_file_s_or_leaves_out_the_rarest_val
     centre, width = opened(image.to_bytes()).window or (0, 0)
     assert 35 < centre < 45
     assert 40 < width < 70
+    assert max(len(str(centre)), len(str(width))) <= 5  # legible beside a slider
     image.header["cal_min"], image.header["cal_max"] = 0, 80
     assert opened(image.to_bytes()).window == (40.0, 80.0)
     empty = opened(nibabel.Nifti1Image(np.full((4, 4, 4), np.nan), np.eye(4)).to_bytes())

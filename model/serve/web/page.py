@@ -124,7 +124,6 @@ class Page:
                 lines=1,
                 max_lines=5,
                 elem_id="question",
-                max_length=self.desk.limits.max_prompt_chars // 4,
             )
             self.send = gr.Button("Ask", variant="primary", elem_id="send")
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
@@ -301,10 +300,9 @@ class Page:
             centre, width = picture.window or volume.window
             step = _step(width)
             reach = 2 * max(width, abs(centre))
-            shown[self.centre] = gr.update(
-                minimum=centre - reach, maximum=centre + reach, value=centre, step=step, visible=True
-            )
-            shown[self.width] = gr.update(minimum=step, maximum=4 * width, value=width, step=step, visible=True)
+            lowest, highest, widest = (_tidy(value) for value in (centre - reach, centre + reach, 4 * width))
+            shown[self.centre] = gr.update(minimum=lowest, maximum=highest, value=centre, step=step, visible=True)
+            shown[self.width] = gr.update(minimum=step, maximum=widest, value=width, step=step, visible=True)
         return shown
 
 
@@ -335,8 +333,13 @@ def _step(width: float) -> float:
     """A step that a slider of this width is moved by: a power of ten, about a five-hundredth."""
     step = 1.0
     while step > width / 200:
-        step /= 10
+        step = _tidy(step / 10)
     return step
+
+
+def _tidy(value: float) -> float:
+    """Without what binary fractions leave behind, so that it can be read beside a slider."""
+    return float(f"{value:.9g}")
 
 
 def mounted(page: Page, app: Any) -> Any:

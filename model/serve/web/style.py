@@ -49,6 +49,7 @@ def theme() -> Any:
         body_text_color_subdued_dark="#9db0b8",
         input_background_fill="#ffffff",
         input_background_fill_dark="#10181b",
+        input_border_width="1px",
         input_border_color="#c8d3d7",
         input_border_color_dark="#36464d",
         input_border_color_focus="#0f766e",

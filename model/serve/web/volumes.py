@@ -142,7 +142,7 @@ class DicomVolume(Volume):
     def __init__(self, frames: DicomFrames, name: str) -> None:
         self.frames, self.name = frames, name
         self.size = frames.size
-        self.num_slices, self.window, self.spacing_mm = frames.count, frames.window, frames.spacing_mm
+        self.num_slices, self.window, self.spacing_mm = frames.count, _legible(frames.window), frames.spacing_mm
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         return self.frames.frame(index, window)
@@ -185,7 +185,7 @@ class NiftiVolume(Volume):
         down, across = _down_and_across(self._axis)
         self.size = (self._lps.shape[down], self._lps.shape[across])
         self.spacing_mm = (self._lengths[down], self._lengths[across])
-        self.window = window or _first_window(source)
+        self.window = window or _legible(_first_window(source))
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         values = self.source.scaled(_displayed(self._lps, self._axis, index))
@@ -242,7 +242,8 @@ def _read_picture(data: bytes, told: str, limits: Limits) -> ImageData:
     try:
         return read_image(data, ReadLimits(limits.max_image_bytes, limits.max_pixels))
     except MedPLIBError as error:
-        raise MedPLIBError(str(error).replace("the image given as bytes", told)) from error
+        sentence = str(error).replace("the image given as bytes", told)
+        raise MedPLIBError(sentence.replace("BMP or DICOM was", "BMP, DICOM or NIfTI was")) from error
 
 
 def _told(name: str) -> str:
@@ -292,6 +293,14 @@ def _acquired(shape: tuple[int, ...], lengths: list[float], planes: tuple[Plane,
     coarsest = max(axes, key=lambda axis: lengths[axis])
     others = [lengths[axis] for axis in range(3) if axis != coarsest]
     return _PLANES[coarsest] if lengths[coarsest] > _ANISOTROPIC * max(others) else planes[0]
+
+
+def _legible(window: Window | None) -> Window | None:
+    """A window in figures that fit beside a slider: to a thousandth of its width, one decimal at least."""
+    if window is None or not (np.isfinite(window).all() and window[1] > 0):
+        return window
+    digits = max(1, 3 - int(np.floor(np.log10(window[1]))))
+    return round(window[0], digits), round(window[1], digits)
 
 
 def _first_window(source: Nifti) -> Window:
