@@ -60,7 +60,7 @@ class EngineSettings:
 
     slots: int = 8
     max_length: int | None = None
-    prefill_chunk: int = 256
+    prefill_chunk: int = 512
     waiting: int = 64
     image_cache_mb: int = 256
     prefix_cache_mb: int = 256
