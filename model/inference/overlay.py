@@ -55,10 +55,10 @@ def blend(canvas: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int], 
     cv2.copyTo(tinted, inside[top:bottom, left:right].astype(np.uint8), box)
 
 
-def draw_contour(canvas: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int], extra: int = 0) -> None:
-    """Outline ``inside`` [H, W] on ``canvas`` [H, W, 3], in place, ``extra`` pixels thicker than its size asks for."""
+def draw_contour(canvas: np.ndarray, inside: np.ndarray, colour: tuple[int, int, int]) -> None:
+    """Outline ``inside`` [H, W] on ``canvas`` [H, W, 3], in place, as thick as its size asks for."""
     outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    thickness = max(1, min(canvas.shape[:2]) // 200) + extra
+    thickness = max(1, min(canvas.shape[:2]) // 200)
     cv2.drawContours(canvas, outlines, -1, colour, thickness, cv2.LINE_AA)
 
 

@@ -1,8 +1,6 @@
-"""Masks over an image, regions as drawn, and the legend beside them."""
+"""Masks over an image."""
 
 from __future__ import annotations
-
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
 from model.inference.overlay import PALETTE
-from model.serve.web.pictures import colour, legend_html, overlay, read_masks, region_outline
+from model.serve.web.pictures import colour, overlay, read_masks
 
 GREY = np.full((60, 80, 3), 100, dtype=np.uint8)
 
@@ -55,58 +53,17 @@ def test_empty_masks_and_single_pixels_are_drawn() -> None:
     assert overlay(one, [np.ones((1, 1), dtype=bool)], opacity=1).tolist() == [[list(colour(0))]]
 
 
-def test_regions_stand_out_on_black_and_on_white() -> None:
-    inside = square(20, 20).to_array()
-    for shade in (0, 255):
-        picture = np.full_like(GREY, shade)
-        drawn = region_outline(picture, [inside])
-        assert drawn.min() < 40
-        assert drawn.max() > 215
-        assert (drawn[30, 30] == shade).all()
-    one, two = (region_outline(GREY, [inside] * count) for count in (1, 2))
-    assert not np.array_equal(one, two)  # several are numbered
-    assert np.array_equal(region_outline(GREY, []), GREY)
-
-
 def test_a_mask_of_another_size_is_told_of() -> None:
     wrong = np.ones((30, 80), dtype=bool)
-    for draw in (lambda: overlay(GREY, [wrong]), lambda: region_outline(GREY, [wrong])):
-        with pytest.raises(MedPLIBError, match="30×80, the image 60×80"):
-            draw()
+    with pytest.raises(MedPLIBError, match="30×80, the image 60×80"):
+        overlay(GREY, [wrong])
 
 
-class Elements(HTMLParser):
-    """Tags and text of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_the_legend_tells_label_score_and_areas() -> None:
-    stored = [square(5, 5).to_dict(), square(5, 50, label="").to_dict()]
-    masks = read_masks(stored, spacing_mm=(0.5, 2.0))
-    told = Elements(legend_html(masks, [True, False]))
-    for fact in ("liver", "score 0.87", "400 px", "400.0 mm²", "mask 2", "hidden"):
-        assert fact in told.text
-    assert told.tags.count("li") == 2
-    assert "mm²" not in Elements(legend_html(read_masks(stored))).text
-    assert legend_html([]) == ""
-
-
-def test_what_a_model_writes_is_never_markup() -> None:
-    label = '<script>alert(1)</script><img src=x onerror="x">\'&amp;'
-    told = Elements(legend_html([square(5, 5, label=label)]))
-    assert set(told.tags) <= {"ul", "li", "span", "strong"}
-    assert label in told.text
+def test_masks_are_read_with_the_spacing_of_their_slice() -> None:
+    stored = [square(5, 5).to_dict()]
+    assert [mask.area_mm2 for mask in read_masks(stored)] == [None]
+    (mask,) = read_masks(stored, spacing_mm=(0.5, 2.0))
+    assert (mask.label, mask.area_px, mask.area_mm2) == ("liver", 400, 400.0)
 
 
 def test_masks_come_back_from_what_an_answer_stores() -> None:

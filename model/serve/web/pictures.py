@@ -1,20 +1,16 @@
-"""What the page shows of an answer: masks over the image, regions as they were drawn, and a legend."""
+"""What the page shows of an answer: its masks, over the image."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
 
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
 from model.inference.overlay import ALPHA, PALETTE, blend, draw_contour
-
-_INK, _PAPER = (0, 0, 0), (255, 255, 255)
 
 
 def colour(number: int) -> tuple[int, int, int]:
@@ -89,58 +85,6 @@ def overlay(
     return canvas
 
 
-def region_outline(pixels: np.ndarray, regions: Sequence[np.ndarray]) -> np.ndarray:
-    """Regions that were drawn, in white with a dark edge; numbered where there are several.
-
-    Args:
-        pixels: uint8 [H, W, 3]; kept as it is.
-        regions: bool [H, W] each.
-
-    Returns:
-        uint8 [H, W, 3].
-
-    Raises:
-        MedPLIBError: a region has another size than the image.
-    """
-    canvas = np.ascontiguousarray(pixels).copy()
-    for number, region in enumerate(regions, start=1):
-        inside = of_size(region, canvas.shape[:2])
-        draw_contour(canvas, inside, _INK, extra=2)
-        draw_contour(canvas, inside, _PAPER)
-        if len(regions) > 1 and inside.any():
-            _write_number(canvas, inside, number)
-    return canvas
-
-
-def legend_html(masks: Sequence[Mask], shown: Sequence[bool] = ()) -> str:
-    """A list of the masks: colour, label, score, area in pixels and in mm² where the spacing is known.
-
-    Labels are text that a model wrote: nothing of them is taken for markup. A mask that is not shown is dimmed. The
-    classes ``mask-legend``, ``mask-hidden`` and ``mask-swatch`` are there for a style sheet; it is readable without.
-    """
-    rows = []
-    for number, mask in enumerate(masks):
-        hidden = number < len(shown) and not shown[number]
-        facts = [f"score {mask.score:.2f}", f"{mask.area_px:,} px"]
-        if mask.area_mm2 is not None:
-            facts.append(f"{mask.area_mm2:,.1f} mm²")
-        if not mask.area_px:
-            facts.append("empty")
-        if hidden:
-            facts.append("hidden")
-        red, green, blue = colour(number)
-        swatch = (
-            f'<span class="mask-swatch" aria-hidden="true" style="display:inline-block;width:1em;height:1em;'
-            f'margin-right:.5em;vertical-align:-.1em;border-radius:.2em;background:rgb({red},{green},{blue})"></span>'
-        )
-        name = html.escape(mask.label.strip() or f"mask {number + 1}")
-        style = ' class="mask-hidden" style="opacity:.5"' if hidden else ""
-        rows.append(f"<li{style}>{swatch}<strong>{name}</strong> · {html.escape(' · '.join(facts))}</li>")
-    if not rows:
-        return ""
-    return f'<ul class="mask-legend" style="list-style:none;padding:0;margin:0">{"".join(rows)}</ul>'
-
-
 def of_size(mask: Mask | np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """A mask as bool [H, W].
 
@@ -152,14 +96,3 @@ def of_size(mask: Mask | np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         got = "×".join(str(side) for side in inside.shape)
         raise MedPLIBError(f"a mask is {got}, the image {size[0]}×{size[1]} (height×width); show it on its own image")
     return inside
-
-
-def _write_number(canvas: np.ndarray, inside: np.ndarray, number: int) -> None:
-    rows, columns = np.nonzero(inside)
-    top = int(np.argmin(rows))
-    scale = max(0.4, min(canvas.shape[:2]) / 600)
-    height = round(24 * scale)
-    place = (min(int(columns[top]), canvas.shape[1] - height), max(int(rows[top]) - 3, height))
-    for tint, thickness in ((_INK, 3), (_PAPER, 1)):
-        thickness = max(1, round(thickness * max(1.0, scale)))
-        cv2.putText(canvas, str(number), place, cv2.FONT_HERSHEY_SIMPLEX, scale, tint, thickness, cv2.LINE_AA)
