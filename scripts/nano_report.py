@@ -58,7 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=DIR", help="checkpoints, one column each")
     parser.add_argument("--data", type=Path, required=True, help="held-out phantoms")
-    parser.add_argument("--train", type=Path, required=True, help="phantoms that the blind baselines learn from")
+    parser.add_argument("--train", type=Path, help="phantoms that the blind baselines learn from; none without")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--images", type=int, default=400, help="how many images are asked about")
     options = parser.parse_args()
@@ -66,7 +66,8 @@ def main() -> int:
     images = list(dict.fromkeys(record["image"] for record in test))[: options.images]
     test = [record for record in test if record["image"] in set(images)]
     report: dict[str, Any] = {"images": len(images), "questions": len(test), "columns": {}}
-    report["columns"]["blind"] = blind_scores(read_records(options.train), test, options.train, options.data)
+    if options.train:
+        report["columns"]["blind"] = blind_scores(read_records(options.train), test, options.train, options.data)
     for item in options.models:
         name, _, directory = item.partition("=")
         start = time.monotonic()

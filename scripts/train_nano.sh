@@ -2,6 +2,7 @@
 # MedPLIB-nano from an empty disk: phantoms, tokenizer, CLIP and SAM towers, language model, stages I to IV, its table.
 #   bash scripts/train_nano.sh
 #   MEDPLIB_RUNS   folder of everything that is made (default runs); what is already there is not made again
+#   NANO_UNTIL     base stops before stage I
 # Two CPU cores, at most two hours, 6 GB of memory and 5 GB of disk. Two jobs of one thread beat one of two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -50,6 +51,7 @@ pretrain pool pool_held_out/questions.jsonl
 pretrain tokenizer tokenizer/tokenizer.model
 both language_then_sam vision_then_seen
 pretrain base base/config.json
+[ "${NANO_UNTIL:-}" != base ] || exit 0
 # The base knows words, structures and masks already; the stages go on from there in short runs of 16 records a step.
 short="schedule.batch_size=16 schedule.epochs=2 validation.samples=32 saving.every=100000"
 stage 1 $short schedule.max_steps=40 optimiser.lr=3e-4

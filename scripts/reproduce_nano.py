@@ -1,0 +1,188 @@
+"""Train the paper's arms and ablations on phantoms, at equal budget and several seeds, and print one table.
+
+    python scripts/reproduce_nano.py --runs runs --seeds 0 1 2 --steps 100 --jobs 2
+
+Every arm starts from the same pre-trained base and its own seed's stage I, and then takes three times ``--steps``
+optimiser steps in all:
+
+| arm | steps |
+|---|---|
+| a, stage II expert | 3 on questions about images and regions |
+| b, stage III expert | 1 as stage II, 2 on grounding |
+| c, dense | 3 on everything mixed, one feed-forward network |
+| d, mixture | 1 as stage II, 1 as stage III from there, 1 as stage IV, which up-cycles both into two experts |
+| e, mixture with a mixture projector | as d, the projector up-cycled too |
+
+Ablations repeat d's last third with other routing. ``scripts/reproduce_nano.sh`` makes the base and the data first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from claim_table import ABLATIONS, ARMS, write_table
+
+ALIGNMENT_STEPS = 40
+SHARES = "data.shares=[0.35, 0.2, 0.45]"  # questions about images, about regions, grounding
+DENSE = "trainable=[decoder, lm_head, projector, region_adapter, mask_decoder, prompt_encoder, mask_head]"
+EVERYTHING = "data.train=['${MEDPLIB_DATA}/vqa.json', '${MEDPLIB_DATA}/region.json', '${MEDPLIB_DATA}/grounding.json']"
+ROUTINGS: Mapping[str, tuple[str, ...]] = {
+    "mixture": (),
+    "mixture_projector": (
+        "mixture.projector_experts=2",
+        "mixture.projector_router_aux_loss_coef=0.01",
+        "trainable=[decoder, lm_head, projector, region_adapter, mask_decoder, mask_head]",
+    ),
+    "top2": ("mixture.top_k=2",),
+    "capacity_1.0": ("mixture.capacity_factor=1.0",),
+    "capacity_2.0": ("mixture.capacity_factor=2.0",),
+    "no_aux": ("mixture.router_aux_loss_coef=0",),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command and the file that tells it is done.
+
+    Attributes:
+        name: also its log's.
+        makes: skipped where this file is there.
+        after: names of the jobs whose results it reads.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    makes: Path
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained: the folders, the budget and how much is asked in the end."""
+
+    nano: Path
+    claim: Path
+    steps: int
+    images: int
+
+    def jobs(self, seed: int) -> Iterator[Job]:
+        """Training and measuring of one seed."""
+        base, steps = str(self.nano / "base"), self.steps
+        vqa, grounding = self._folder("vqa", seed), self._folder("grounding", seed)
+        align = str(self._folder("align", seed))
+        yield self._stage(1, "align", seed, ALIGNMENT_STEPS, "optimiser.lr=3e-4", f"model.base={base}")
+        yield self._expert("vqa", seed, steps, align)
+        yield self._expert("vqa_expert", seed, 3 * steps, align)
+        yield self._stage(3, "grounding", seed, steps, f"model.base={vqa}", after="vqa")
+        yield self._stage(3, "grounding_expert", seed, 2 * steps, f"model.base={vqa}", after="vqa")
+        dense = (DENSE, EVERYTHING, SHARES, "losses.dice=0.5", "losses.bce=2.0", "optimiser.lr=5e-4")
+        yield self._stage(2, "dense", seed, 3 * steps, f"model.base={align}", *dense, after="align")
+        for name, routing in ROUTINGS.items():
+            sources = (f"model.base={vqa}", f"model.grounding={grounding}")
+            yield self._stage(4, name, seed, steps, *sources, SHARES, *routing, after="grounding")
+        for name in (*ARMS, *ABLATIONS):
+            yield self._measure(name, seed)
+
+    def _expert(self, name: str, seed: int, steps: int, align: str) -> Job:
+        trained = "trainable=[decoder, lm_head, projector, region_adapter]"
+        return self._stage(2, name, seed, steps, f"model.base={align}", "optimiser.lr=3e-4", trained, after="align")
+
+    def _stage(self, stage: int, name: str, seed: int, steps: int, *values: str, after: str = "") -> Job:
+        folder = self._folder(name, seed)
+        common = ("schedule.batch_size=16", "schedule.epochs=20", "validation.samples=0", "logging.progress=false")
+        saving = ("saving.every=100000", "saving.keep=1")
+        command = (sys.executable, "-m", "model.train", f"configs/stages/stage{stage}_nano.yaml", "--resume")
+        command += (f"output={folder}", f"seed={seed}", f"schedule.max_steps={steps}", *common, *saving, *values)
+        return Job(f"{name}_{seed}", command, folder / "merged" / "config.json", (f"{after}_{seed}",) if after else ())
+
+    def _measure(self, name: str, seed: int) -> Job:
+        folder = self._folder(name, seed)
+        command = (sys.executable, "scripts/nano_report.py", f"{name}={folder / 'merged'}", "--images")
+        command += (str(self.images), "--data", str(self.nano / "phantoms" / "test"))
+        command += ("--out", str(folder / "report.json"))
+        return Job(f"measure_{name}_{seed}", command, folder / "report.json", (f"{name}_{seed}",))
+
+    def _folder(self, name: str, seed: int) -> Path:
+        return self.claim / f"seed{seed}" / name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="holds nano/base and nano/phantoms")
+    parser.add_argument("--out", type=Path, help="folder of this experiment (default RUNS/claim)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100, help="a third of each arm's budget")
+    parser.add_argument("--images", type=int, default=200, help="held-out images that are asked about")
+    parser.add_argument("--jobs", type=int, default=2, help="jobs of one thread at a time")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    options = parser.parse_args()
+    claim = options.out or options.runs / "claim"
+    plan = Plan(options.runs / "nano", claim, options.steps, options.images)
+    jobs = [job for seed in options.seeds for job in plan.jobs(seed)]
+    if options.list:
+        print("\n".join(" ".join(job.command) for job in jobs))
+        return 0
+    claim.mkdir(parents=True, exist_ok=True)
+    os.environ["MEDPLIB_DATA"] = str(plan.nano / "phantoms" / "train")  # which the recipes read
+    failed = run_all(jobs, options.jobs, claim / "logs")
+    if failed:
+        sys.stderr.write(f"{', '.join(failed)} failed; see the logs in {claim}/logs, then run this again\n")
+        return 1
+    text = write_table(claim, options.seeds, options.steps, plan.nano / "phantoms")
+    print(text)
+    return 0
+
+
+def run_all(jobs: Sequence[Job], at_once: int, logs: Path) -> list[str]:
+    """Run jobs in an order that respects ``after``, several at a time; returns the names of those that failed.
+
+    What depends on a failed job is not run and counts as failed.
+    """
+    known = {job.name: job for job in jobs}
+    order = TopologicalSorter({job.name: job.after for job in jobs})
+    order.prepare()
+    running: dict[Future[int], str] = {}
+    failed: list[str] = []
+    with ThreadPoolExecutor(at_once) as pool:
+        while order.is_active():
+            for name in order.get_ready():
+                if any(before in failed for before in known[name].after):
+                    failed.append(name)
+                    order.done(name)
+                else:
+                    running[pool.submit(run_job, known[name], logs)] = name
+            done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
+            for future in done:
+                name = running.pop(future)
+                if future.result():
+                    failed.append(name)
+                order.done(name)
+    return failed
+
+
+def run_job(job: Job, logs: Path) -> int:
+    """Run one job, unless its result is there; its exit status, with a line on standard output."""
+    if job.makes.is_file():
+        return 0
+    logs.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two jobs of one thread beat one job of two
+    with (logs / f"{job.name}.log").open("a") as log:
+        status = subprocess.run(job.command, stdout=log, stderr=log, env=environment, check=False).returncode
+    status = status or int(not job.makes.is_file())
+    seconds = time.monotonic() - start
+    print(f"{job.name}: {'failed' if status else f'{seconds:.0f} s'}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
