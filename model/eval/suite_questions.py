@@ -6,33 +6,25 @@ can ask them again with ``vqa_infer``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from model.data.builders.vqa_rows import (
+    image_question_answer,
+    omnimedvqa,
+    slake,
+    vqa_rad,
+    vqa_rad_split,
+    write_picture,
+)
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval.suite import DataSet, Layout
 
 Record = Mapping[str, Any]
-
-_MODALITIES = {
-    "ct": "ct",
-    "ct(computed tomography)": "ct",
-    "mri": "mr",
-    "mr (mag-netic resonance imaging)": "mr",
-    "mr (magnetic resonance imaging)": "mr",
-    "x-ray": "x_ray",
-    "fundus photography": "fundus",
-    "dermoscopy": "dermoscopy",
-    "endoscopy": "endoscopy",
-    "ultrasound": "ultrasound",
-}
-"""Names that public sets use → those of the project's file names (reference §8)."""
-_IMAGE_ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\x00": ".tif", b"MM\x00*": ".tif", b"BM": ".bmp"}
 
 
 def write_questions(item: DataSet, folder: Path) -> tuple[Path, Path]:
@@ -87,84 +79,21 @@ def _medplib(row: Record) -> Record | None:
 
 def _slake(row: Record) -> Record | None:
     """SLAKE asks in English and Chinese; the English half is what is reported."""
-    if row["q_lang"] != "en":
-        return None
-    return _question(
-        f"slake-{row['qid']}",
-        row["img_name"],
-        row["question"],
-        row["answer"],
-        row["answer_type"],
-        kind=row.get("content_type"),
-        modality=row.get("modality"),
-    )
+    return slake(row) if row["q_lang"] == "en" else None
 
 
 def _vqa_rad(row: Record) -> Record | None:
-    """The test half is the one whose phrases are marked so."""
-    if not str(row["phrase_type"]).startswith("test"):
-        return None
-    return _question(
-        f"vqa-rad-{row['qid']}",
-        row["image_name"],
-        row["question"],
-        row["answer"],
-        row["answer_type"],
-        kind=row.get("question_type"),
-    )
-
-
-def _image_question_answer(row: Record) -> Record | None:
-    return _question(row["id"], row["image"], row["question"], row["answer"], "")
-
-
-def _omnimedvqa(row: Record) -> Record | None:
-    """The options stand in the question, since the answer is one of them."""
-    options = [str(row[key]) for key in ("option_A", "option_B", "option_C", "option_D") if row.get(key)]
-    choice = f"{row['question']} Answer with one of these: {'; '.join(options)}." if options else row["question"]
-    return _question(
-        row["question_id"],
-        row["image_path"],
-        choice,
-        row["gt_answer"],
-        "closed",
-        kind=row.get("question_type"),
-        modality=row.get("modality_type"),
-        dataset=row.get("dataset"),
-    )
+    """The test half is what is reported."""
+    return vqa_rad(row) if vqa_rad_split(row) == "test" else None
 
 
 _LAYOUTS: dict[Layout, Callable[[Record], Record | None]] = {
     "medplib": _medplib,
     "slake": _slake,
     "vqa_rad": _vqa_rad,
-    "parquet": _image_question_answer,
-    "omnimedvqa": _omnimedvqa,
+    "parquet": image_question_answer,
+    "omnimedvqa": omnimedvqa,
 }
-
-
-def _question(
-    question_id: object, image: object, question: object, answer: object, answer_type: object, **known: object
-) -> Record:
-    """One question about one image. Where the source does not say, yes and no make a question closed."""
-    answered = str(answer).strip()
-    told = str(answer_type).strip().lower()
-    record: dict[str, Any] = {
-        "id": str(question_id),
-        "image": str(image),
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{str(question).strip()}"},
-            {"from": "gpt", "value": answered},
-        ],
-        "answer_type": told or ("closed" if answered.lower() in ("yes", "no") else "open"),
-        "task": "vqa",
-    }
-    for key, value in known.items():
-        if value:
-            text = str(value).strip()
-            lower = text.lower()
-            record[key] = _MODALITIES.get(lower, "_".join(lower.split())) if key == "modality" else text
-    return record
 
 
 def _parquet(file: Path, pictures: Path) -> Iterable[Record]:
@@ -179,7 +108,7 @@ def _parquet(file: Path, pictures: Path) -> Iterable[Record]:
         number = 0
         for batch in batches:
             for row in batch.to_pylist():
-                name = _write_picture(row["image"]["bytes"], pictures)
+                name = write_picture(row["image"]["bytes"], pictures)
                 yield {**row, "id": f"{file.stem}-{number}", "image": name}
                 number += 1
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
@@ -187,13 +116,3 @@ def _parquet(file: Path, pictures: Path) -> Iterable[Record]:
             f"{file} has no readable columns image, question and answer ({str(error).splitlines()[0]}); "
             "give the Parquet files that its source publishes"
         ) from error
-
-
-def _write_picture(content: bytes, folder: Path) -> str:
-    ending = next((end for start, end in _IMAGE_ENDINGS.items() if content.startswith(start)), ".img")
-    name = hashlib.sha256(content).hexdigest()[:24] + ending
-    if not (folder / name).is_file():
-        partial = folder / f".{name}.{os.getpid()}"
-        partial.write_bytes(content)
-        partial.replace(folder / name)
-    return name
