@@ -60,7 +60,7 @@ class Sample:
         segment_image: index of the image that ``masks`` lie on (the last one); −1 without images.
         answer_type: ``open``, ``closed`` or None.
         task: what the record trains; inferred unless the record has a ``task`` key.
-        modality: from the last image's file name; None where the name does not say.
+        modality: the record's ``modality`` key, else from the last image's file name; None where neither says.
         raw: the record as read.
         examples: the solved examples of an in-context record; their images come first in ``images``.
         repairs: sentences about what was mended on the way.
@@ -148,7 +148,7 @@ class _Inspection:
             segment_image=len(images) - 1,
             answer_type=str(answer_type).lower() if answer_type else None,
             task=self._task(),
-            modality=modality_of(images[-1].name) if images else None,
+            modality=self._modality(images),
             raw=self.raw,
             examples=examples,
             repairs=tuple(finding.message for finding in self.findings if finding.severity == "repaired"),
@@ -286,6 +286,13 @@ class _Inspection:
         """In-context questions may show each example's mask as an image of its own."""
         if self.turns and self.images_seen not in {images, images + examples}:
             self._report("image_count", f"the questions hold {self.images_seen} <image> for {images} images")
+
+    def _modality(self, images: Sequence[Path]) -> str | None:
+        """Files of other sources are seldom named after their modality; their records say it."""
+        named = self.raw.get("modality")
+        if isinstance(named, str) and named.strip():
+            return named.strip()
+        return modality_of(images[-1].name) if images else None
 
     def _task(self) -> Task:
         named = self.raw.get("task")

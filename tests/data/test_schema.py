@@ -187,6 +187,11 @@ def test_in_context_records_in_both_layouts(folder: Any) -> None:
     assert kinds({**listed, "icl_examples": 3}, folder)[0] == "bad_field"
 
 
+def test_a_record_may_name_its_modality(folder: Any) -> None:
+    assert parse_record(folder.vqa(modality="oct"), folder.root).modality == "oct"
+    assert parse_record(folder.vqa(modality=" "), folder.root).modality == "ct"
+
+
 def test_modality_comes_from_the_file_name() -> None:
     names = [
         "ct_00--A--b--x.png",

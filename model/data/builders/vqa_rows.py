@@ -1,6 +1,6 @@
 """One row of a public question set, as its source publishes it → one record of the project's layout (reference §8).
 
-Pure functions; which files a set consists of is in ``vqa_sources.py``. Evaluation asks the same records of the same rows.
+Pure functions, for training and evaluation alike; which files a set consists of is in ``vqa_sources.py``.
 """
 
 from __future__ import annotations
