@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,10 +26,17 @@ _TAG = "deepspeed"
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimiser step: its learning rate, and the gradient norm before clipping (None where nobody computes it)."""
+    """One optimiser step.
+
+    Attributes:
+        lr: its learning rate, which goes by the step's number, whatever was skipped before it.
+        grad_norm: before clipping; None where nobody computes it.
+        skipped: the loss or a gradient was not finite on some rank, so that no rank moved weights or optimiser.
+    """
 
     lr: float
     grad_norm: float | None
+    skipped: bool = False
 
 
 class TrainingEngine(ABC):
@@ -54,7 +62,7 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def step(self) -> StepResult:
-        """Update the weights from what was accumulated."""
+        """Update the weights from what was accumulated, or drop it on all ranks where it is not finite on one."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -92,17 +100,18 @@ class TorchEngine(TrainingEngine):
 
     def accumulate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         output = self.forward(batch)
-        (output.loss / self.recipe.schedule.accumulation).backward()
+        (_marked(output.loss) / self.recipe.schedule.accumulation).backward()
         return _detached(output)
 
     def step(self) -> StepResult:
         clip = self.recipe.optimiser.clip or float("inf")
-        norm = torch.as_tensor(nn.utils.clip_grad_norm_(trainable_parameters(self.network), clip))
+        norm = torch.as_tensor(nn.utils.clip_grad_norm_(trainable_parameters(self.network), clip)).item()
         lr = float(self.schedule.get_last_lr()[0])
+        self.optimiser.overflow = not math.isfinite(norm)
         self.optimiser.step()
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return StepResult(lr, norm.item())
+        return StepResult(lr, norm, self.optimiser.overflow)
 
     def save(self, folder: Path) -> None:
         weights = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
@@ -137,12 +146,14 @@ class DeepSpeedEngine(TrainingEngine):
         self.engine, *_ = deepspeed.initialize(
             model=network.to(process.device),
             model_parameters=trainable_parameters(network),
-            optimizer=make_optimiser(network, recipe, process),
+            optimizer=(optimiser := make_optimiser(network, recipe, process)),
             lr_scheduler=lambda optimiser: LambdaLR(optimiser, factor),
             config=deepspeed_config(recipe),
             dist_init_required=False,
         )
         self._between = False  # a micro-batch was accumulated and DeepSpeed not yet told to step
+        # ZeRO-0 in fp32 is the one way in which DeepSpeed does not look for gradients that are not finite.
+        self._unguarded = optimiser if not recipe.engine.zero_stage and recipe.engine.precision == "fp32" else None
 
     def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
         return self.engine(**self.move(batch), **options)
@@ -151,16 +162,22 @@ class DeepSpeedEngine(TrainingEngine):
         if self._between:
             self.engine.step()  # DeepSpeed counts micro-batches by its own step()
         output = self.forward(batch)
-        self.engine.backward(output.loss)
+        self.engine.backward(_marked(output.loss))
         self._between = True
         return _detached(output)
 
     def step(self) -> StepResult:
         lr = self.engine.get_lr()[0]
+        if self._unguarded is not None:
+            bad = torch.tensor(float(not _gradients_are_finite(self.network)))
+            self._unguarded.overflow = bool(self.process.sum(bad) > 0)
         self.engine.step()
         self._between = False
+        skipped = not self.engine.was_step_applied()
+        if skipped:
+            self.engine.lr_scheduler.step()  # DeepSpeed left it behind
         norm = self.engine.get_global_grad_norm()
-        return StepResult(lr, None if norm is None else float(norm))
+        return StepResult(lr, None if norm is None else float(norm), skipped)
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
@@ -228,12 +245,21 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": recipe.schedule.batch_size,
         "gradient_accumulation_steps": recipe.schedule.accumulation,
         "gradient_clipping": recipe.optimiser.clip,
-        "bf16": {"enabled": recipe.engine.precision == "bf16"},
+        "bf16": {"enabled": recipe.engine.precision == "bf16", "check_grad_overflow": True},
         "zero_optimization": {**extra.get("zero_optimization", {}), "stage": recipe.engine.zero_stage},
     }
 
 
-def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> torch.optim.Optimizer:
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW that does nothing while ``overflow`` is set, the name that DeepSpeed looks for."""
+
+    overflow = False
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        return None if self.overflow else super().step(closure)
+
+
+def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> SkippingAdamW:
     """AdamW over the trainable parameters, LoRA matrices in a group of their own."""
     lora: list[nn.Parameter] = []
     full: list[nn.Parameter] = []
@@ -241,7 +267,7 @@ def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> torc
         if parameter.requires_grad:
             (lora if is_lora(name) else full).append(parameter)
     settings = recipe.optimiser
-    return torch.optim.AdamW(
+    return SkippingAdamW(
         [{"params": group} for group in (full, lora) if group],
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
@@ -254,6 +280,15 @@ def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> torc
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Parameters that learn, in the network's order."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _marked(loss: Tensor) -> Tensor:
+    """The same loss; one that is not finite gets gradients that are not, which no engine overlooks."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss.dtype)
+
+
+def _gradients_are_finite(network: nn.Module) -> bool:
+    return bool(nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None]).isfinite())
 
 
 def _state(network: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
