@@ -63,6 +63,7 @@ class Optimiser:
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
     warmup: float = 0.01  # share of one epoch's steps over which lr rises linearly
     decay: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up, to the last step
+    max_bad_steps: int = 10  # steps in a row with NaN or infinite gradients that end the run; ten times as many in all
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Lora:
     alpha: float = 16.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ()  # of q, k, v, o, gate, up, down; the last three inside experts too
+    quantise: Literal["none", "int8", "nf4"] = "none"  # of the frozen weights below it (QLoRA); needs bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Engine:
 
     kind: Literal["deepspeed", "torch", "auto"] = "deepspeed"  # torch: one process; auto: torch there, else deepspeed
     zero_stage: int = 2  # DeepSpeed ZeRO 0 to 3
+    offload: Literal["none", "optimiser", "all"] = "none"  # to the host's memory; all: ZeRO-3's weights too
+    expert_parallel: int = 1  # ranks that share the experts of a mixture layer out among them; needs ZeRO 1 or 2
     deepspeed: str = ""  # JSON of further DeepSpeed settings (configs/deepspeed)
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory

@@ -25,9 +25,11 @@ _LOWEST: Mapping[str, float] = {
     "optimiser.weight_decay": 0,
     "optimiser.clip": 0,
     "optimiser.warmup": 0,
+    "optimiser.max_bad_steps": 1,
     "lora.rank": 0,
     "lora.alpha": 0,
     "lora.dropout": 0,
+    "engine.expert_parallel": 1,
     "mixture.layers": 0,
     "mixture.capacity_factor": 0,
     "mixture.eval_capacity_factor": 0,
@@ -73,7 +75,7 @@ def check_values(recipe: Recipe) -> list[str]:
     problems += [
         f"trainable pattern {part} is no regular expression" for part in recipe.trainable if not _compiles(part)
     ]
-    return problems + _check_ranges(recipe) + _check_mixture(recipe)
+    return problems + _check_ranges(recipe) + _check_mixture(recipe) + _check_scale(recipe)
 
 
 def _compiles(part: str) -> bool:
@@ -139,4 +141,42 @@ def _check_mixture(recipe: Recipe) -> list[str]:
         part == "projector" or part.startswith("re:") for part in recipe.trainable
     ):
         problems.append("mixture.projector_experts is set, but trainable lacks projector, so they would never differ")
+    return problems
+
+
+_QUANTISED_PARTS = ("attention", "feed_forward", "decoder")
+"""Trainable parts whose weights ``lora.quantise`` turns into integers."""
+
+
+def _check_scale(recipe: Recipe) -> list[str]:
+    """Ways of saving memory that contradict one another."""
+    engine, lora, problems = recipe.engine, recipe.lora, []
+    if engine.kind == "torch":
+        set_ones = [name for name, off in (("offload", "none"), ("expert_parallel", 1)) if getattr(engine, name) != off]
+        problems += [f"engine.{name} is set, but engine.kind is torch; use deepspeed" for name in set_ones]
+    if engine.offload == "all" and engine.zero_stage != 3:
+        problems.append(f"engine.offload is all, which needs engine.zero_stage=3, got {engine.zero_stage}")
+    if engine.offload == "optimiser" and engine.zero_stage == 0:
+        problems.append("engine.offload is optimiser, which needs engine.zero_stage 1, 2 or 3, got 0")
+    if engine.expert_parallel > 1 and engine.zero_stage not in (1, 2):
+        problems.append(
+            f"engine.expert_parallel is {engine.expert_parallel}, which needs engine.zero_stage 1 or 2, got "
+            f"{engine.zero_stage}: DeepSpeed keeps experts apart in these two alone"
+        )
+    if recipe.stage == 4 and any(count % max(engine.expert_parallel, 1) for count in recipe.mixture.num_experts):
+        problems.append(
+            f"engine.expert_parallel is {engine.expert_parallel}, expected a divisor of mixture.num_experts "
+            f"{list(recipe.mixture.num_experts)}"
+        )
+    if lora.quantise != "none":
+        problems += [] if lora.rank else [f"lora.quantise is {lora.quantise}, but lora.rank is 0, so nothing would learn"]
+        problems += [
+            f"trainable names {part}, whose weights lora.quantise={lora.quantise} freezes; leave one of them out"
+            for part in recipe.trainable
+            if part in _QUANTISED_PARTS
+        ]
+        if engine.zero_stage == 3 and engine.kind != "torch":
+            problems.append(f"lora.quantise is {lora.quantise}, which ZeRO-3 cannot share out; use engine.zero_stage=2")
+        if engine.expert_parallel > 1:
+            problems.append("lora.quantise and engine.expert_parallel do not go together; use one of them")
     return problems
