@@ -169,7 +169,7 @@ def _check_scale(recipe: Recipe) -> list[str]:
             f"{list(recipe.mixture.num_experts)}"
         )
     if lora.quantise != "none":
-        problems += [] if lora.rank else [f"lora.quantise is {lora.quantise}, but lora.rank is 0, so nothing would learn"]
+        problems += [] if lora.rank else [f"lora.quantise is {lora.quantise}, but lora.rank is 0; give it a rank"]
         problems += [
             f"trainable names {part}, whose weights lora.quantise={lora.quantise} freezes; leave one of them out"
             for part in recipe.trainable
