@@ -5,7 +5,8 @@ Every loss is a float32 scalar; with nothing to supervise it is 0 and still atta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +20,31 @@ FOCAL_GAMMA = 2.0
 FOCAL_ALPHA = 0.25
 
 
-def causal_ce_loss(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean cross-entropy over supervised tokens, each predicted from the position before it.
+MASK_LOSSES = ("bce", "dice", "focal", "iou")
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Cross-entropy of the n supervised tokens of a batch.
+
+    Attributes:
+        mean: scalar, over all of them.
+        values: [n], detached.
+        rows: long [n], the batch row of each.
+    """
+
+    mean: Tensor
+    values: Tensor
+    rows: Tensor
+
+    def by_row(self, count: int) -> tuple[Tensor, Tensor]:
+        """Sum of the values, and number of tokens, of each of ``count`` rows: float32 [B] each."""
+        empty = self.values.new_zeros(count)
+        return empty.index_add(0, self.rows, self.values), empty.index_add(0, self.rows, torch.ones_like(self.values))
+
+
+def causal_ce(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor]) -> TokenLosses:
+    """Cross-entropy of each supervised token, predicted from the position before it.
 
     Logits are computed at those positions alone: of a grounding sample's hundreds of tokens a dozen are supervised.
 
@@ -30,14 +54,31 @@ def causal_ce_loss(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], T
         lm_head: maps [n, D] to logits [n, V], n = 0 included.
     """
     targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX  # [B, L - 1]
-    logits = lm_head(hidden[:, :-1][supervised]).float()  # [n, V]
-    total = functional.cross_entropy(logits, targets[supervised], reduction="sum")
-    return total / max(len(logits), 1)
+    rows, places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # [n] each
+    logits = lm_head(hidden[rows, places]).float()  # [n, V]
+    values = functional.cross_entropy(logits, targets[rows, places], reduction="none")  # [n]
+    return TokenLosses(values.sum() / max(len(logits), 1), values.detach(), rows)
+
+
+def causal_ce_loss(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean cross-entropy over supervised tokens; arguments as in ``causal_ce``."""
+    return causal_ce(hidden, labels, lm_head).mean
 
 
 def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor], iou_predictions: Tensor) -> dict[str, Tensor]:
-    """All four mask losses, each averaged over the masks of the batch, unweighted.
+    """All four mask losses, each averaged over the masks of the batch, unweighted; see ``each_mask_loss``."""
+    return mean_mask_losses(each_mask_loss(logits, targets, iou_predictions), iou_predictions)
+
+
+def mean_mask_losses(each: Mapping[str, Tensor], iou_predictions: Tensor) -> dict[str, Tensor]:
+    """Means of what ``each_mask_loss`` gives; without a mask 0, attached to the empty ``iou_predictions``."""
+    if not len(iou_predictions):
+        return dict.fromkeys(MASK_LOSSES, iou_predictions.float().sum() * 0)
+    return {name: values.mean() for name, values in each.items()}
+
+
+def each_mask_loss(logits: Sequence[Tensor], targets: Sequence[Tensor], iou_predictions: Tensor) -> dict[str, Tensor]:
+    """All four losses of each mask, unweighted.
 
     Args:
         logits: M tensors [H, W], sizes may differ.
@@ -45,7 +86,7 @@ def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor], iou_predict
         iou_predictions: [M, 1], what SAM expects each mask's IoU to be.
 
     Returns:
-        ``bce``, ``dice``, ``focal``, ``iou``.
+        ``bce``, ``dice``, ``focal``, ``iou``, float32 [M] each.
 
     Raises:
         ValueError: logits and targets differ in number or shape.
@@ -55,16 +96,15 @@ def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor], iou_predict
     for index, (mask, target) in enumerate(zip(logits, targets, strict=True)):
         if mask.shape != target.shape:
             raise ValueError(f"mask {index} is {tuple(mask.shape)}, its target {tuple(target.shape)}")
-    attached = iou_predictions.float().sum() * 0
     if not logits:
-        return dict.fromkeys(("bce", "dice", "focal", "iou"), attached)
+        return dict.fromkeys(MASK_LOSSES, iou_predictions.new_zeros(0, dtype=torch.float32))
     pairs = [(mask.float(), target.float()) for mask, target in zip(logits, targets, strict=True)]
     predictions = iou_predictions.float().flatten()
     return {
-        "bce": torch.stack([mask_bce_loss(*pair) for pair in pairs]).mean(),
-        "dice": torch.stack([mask_dice_loss(*pair) for pair in pairs]).mean(),
-        "focal": torch.stack([mask_focal_loss(*pair) for pair in pairs]).mean(),
-        "iou": torch.stack([mask_iou_loss(*pair, iou) for pair, iou in zip(pairs, predictions, strict=True)]).mean(),
+        "bce": torch.stack([mask_bce_loss(*pair) for pair in pairs]),
+        "dice": torch.stack([mask_dice_loss(*pair) for pair in pairs]),
+        "focal": torch.stack([mask_focal_loss(*pair) for pair in pairs]),
+        "iou": torch.stack([mask_iou_loss(*pair, iou) for pair, iou in zip(pairs, predictions, strict=True)]),
     }
 
 

@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.decoder import DecoderOutput, MedPLIBDecoder
 from model.modeling.in_context import MaskTokenEncoder, TokenCompressor
-from model.modeling.losses import causal_ce_loss, mask_losses
+from model.modeling.losses import causal_ce, each_mask_loss, mean_mask_losses
 from model.modeling.mask_head import MaskHead, restore_masks
+from model.modeling.outputs import MaskOutput, MedPLIBOutput, RowLosses, SplicedInputs
 from model.modeling.projector import build_projector
 from model.modeling.region import RegionAdapter
 from model.modeling.sam_med2d import SamMed2D
-from model.modeling.splice import SplicePlan, plan_splice, splice_embeddings, splice_labels
+from model.modeling.splice import plan_splice, splice_embeddings, splice_labels
 from model.modeling.vision_tower import VisionTower
-
-
-@dataclass
-class MedPLIBOutput(ModelOutput):
-    """What one forward pass gives.
-
-    Attributes:
-        loss: scalar, the weighted sum that training minimises; None without labels.
-        losses: its parts before weighting (``ce``, ``router_aux``, ``bce``, ``dice``, ``focal``, ``iou``), scalars.
-        logits: [B, L, V], or the kept last positions; None where training does not need them.
-        last_hidden_state: [B, L, D] after the final norm.
-        mask_logits: one [H, W] tensor per ``<SEG>``, rows in order, at the original image size.
-        low_res_masks: [M, 1, l, l] mask logits as SAM gives them.
-        iou_predictions: [M, 1], SAM's own estimate of each mask's IoU.
-        mask_rows: long [M], the batch row of each mask.
-        past_key_values: decoder cache.
-        router_stats: per mixture layer, what its router did.
-    """
-
-    loss: torch.Tensor | None = None
-    losses: dict[str, torch.Tensor] | None = None
-    logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    mask_logits: list[torch.Tensor] | None = None
-    low_res_masks: torch.Tensor | None = None
-    iou_predictions: torch.Tensor | None = None
-    mask_rows: torch.Tensor | None = None
-    past_key_values: Any = None
-    router_stats: tuple[Any, ...] | None = None
-
-
-@dataclass
-class MaskOutput:
-    """Masks of a batch of ``<SEG>`` states: see the fields of the same name in ``MedPLIBOutput``."""
-
-    mask_logits: list[torch.Tensor]
-    low_res_masks: torch.Tensor
-    iou_predictions: torch.Tensor
-
-
-@dataclass
-class SplicedInputs:
-    """A batch after its images and regions took their places.
-
-    Attributes:
-        embeds: [B, L, D].
-        plan: where each token went.
-        projector_aux_loss: scalar; zero for a dense projector.
-    """
-
-    embeds: torch.Tensor
-    plan: SplicePlan
-    projector_aux_loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 class MedPLIBModel(nn.Module):
@@ -338,7 +284,10 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         )
         hidden = decoded.last_hidden_state  # [B, L, D]
         output = MedPLIBOutput(
-            last_hidden_state=hidden, past_key_values=decoded.past_key_values, router_stats=decoded.router_stats
+            last_hidden_state=hidden,
+            past_key_values=decoded.past_key_values,
+            router_stats=decoded.router_stats,
+            plan=plan,
         )
         if labels is None or return_logits:
             output.logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
@@ -392,7 +341,8 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Fill ``loss`` and its parts (reference §4)."""
         weights = self.config.loss
-        ce = causal_ce_loss(decoded.last_hidden_state, labels, self.lm_head)
+        tokens = causal_ce(decoded.last_hidden_state, labels, self.lm_head)
+        ce = tokens.mean
         router_aux = (
             self.config.moe.router_aux_loss_coef * decoded.aux_loss
             + self.config.projector.router_aux_loss_coef * spliced.projector_aux_loss
@@ -400,10 +350,13 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         targets = [mask for row in mask_targets or [] for mask in row]
         if len(targets) != len(masks.mask_logits):
             raise ValueError(f"the labels hold {len(masks.mask_logits)} <SEG> for {len(targets)} target masks")
-        parts = mask_losses(masks.mask_logits, targets, masks.iou_predictions)
+        each = each_mask_loss(masks.mask_logits, targets, masks.iou_predictions)
+        parts = mean_mask_losses(each, masks.iou_predictions)
         # Without a mask in the batch the mask branch still belongs to the graph (the same on every rank).
         anchor = masks.low_res_masks[:0].sum() + masks.iou_predictions[:0].sum()
         output.losses = {"ce": ce, "router_aux": router_aux, **parts}
+        per_mask = {name: values.detach() for name, values in each.items()}
+        output.row_losses = RowLosses(*tokens.by_row(len(labels)), per_mask)
         output.loss = (
             weights.ce * (ce + router_aux)
             + weights.bce * parts["bce"]

@@ -27,12 +27,14 @@ class RouterStats:
         kept: bool [T, E], which tokens each expert took.
         choices: bool [k, T, E], one-hot choices before dropping; all false at padding.
         capacity: float32 scalar, tokens an expert takes at most; infinite where nothing is dropped.
+        probabilities: float32 [T, E], the router's softmax, padding included; None where it was not kept.
     """
 
     combine: Tensor
     kept: Tensor
     choices: Tensor
     capacity: Tensor
+    probabilities: Tensor | None = None
 
     # Derived on demand: in decoding, where nobody asks, every small operation a layer saves is felt.
 
@@ -96,6 +98,9 @@ class MoEFeedForward(nn.Module):
         renormalise: a token's shares sum to one in value also for top-1, while gradients still reach the router.
         residual_expert: DeepSpeed's residual expert [n, D] → [n, D'], mixed in by a learnt coefficient.
 
+    Attributes:
+        mixing: how expert outputs are mixed, where that is not what suits the device: experts that lie on other ranks.
+
     Raises:
         ValueError: the choices are not 1 or 2, or more than there are experts.
     """
@@ -131,6 +136,7 @@ class MoEFeedForward(nn.Module):
         self.drop_tokens = drop_tokens
         self.drop_in_evaluation = drop_in_evaluation
         self.renormalise = renormalise
+        self.mixing: Mixing | None = None
         if residual_expert is not None:
             self.residual_expert = residual_expert
             self.residual_coefficient = nn.Linear(hidden_size, 2)
@@ -155,7 +161,7 @@ class MoEFeedForward(nn.Module):
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
         real = None if token_mask is None else token_mask.reshape(-1, 1).bool()  # [T, 1]
         combine, aux_loss, stats = self.route(tokens, real, priority, kept)
-        mixed = mixing_for(tokens)(tokens, combine, stats.kept, self.experts)  # [T, D']
+        mixed = (self.mixing or mixing_for(tokens))(tokens, combine, stats.kept, self.experts)  # [T, D']
         if hasattr(self, "residual_expert"):
             mixed = self._with_residual(tokens, mixed)
         return MoEOutput(mixed.view(*hidden.shape[:-1], mixed.shape[-1]), aux_loss, stats)
@@ -173,7 +179,7 @@ class MoEFeedForward(nn.Module):
         logits = self.router(tokens)  # [T, E]
         chosen = self._choose(logits, None).any(dim=0)  # [T, E]
         combine = self._shares(logits.softmax(dim=-1) * chosen)
-        mixed = (mixing or mixing_for(tokens))(tokens, combine, chosen, self.experts)
+        mixed = (mixing or self.mixing or mixing_for(tokens))(tokens, combine, chosen, self.experts)
         if hasattr(self, "residual_expert"):
             mixed = self._with_residual(tokens, mixed)
         return mixed, chosen
@@ -194,7 +200,8 @@ class MoEFeedForward(nn.Module):
             survivors = choices.any(dim=0) & kept
         combine = self._shares(probabilities * survivors)
         aux_loss = load_balancing_loss(probabilities, choices[0], real)
-        return combine, aux_loss, RouterStats(combine.detach(), survivors, choices, capacity)
+        stats = RouterStats(combine.detach(), survivors, choices, capacity, probabilities.detach())
+        return combine, aux_loss, stats
 
     def _choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
         """First and, for top-2, second choices, one-hot bool [k, T, E]."""

@@ -12,6 +12,9 @@ import torch
 
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
 
+POSITION_KINDS = ("text", "image", "region", "seg")
+"""What stands at a place of a grown sequence; ``seg`` is a place whose state a mask is made from, before ``<SEG>``."""
+
 
 @dataclass(frozen=True)
 class SplicePlan:
@@ -115,3 +118,24 @@ def splice_labels(plan: SplicePlan, labels: torch.Tensor) -> torch.Tensor:
     rows, tokens = (plan.valid & (labels != IGNORE_INDEX)).nonzero(as_tuple=True)
     grown[rows, plan.starts[rows, tokens]] = labels[rows, tokens]
     return grown
+
+
+def position_kinds(plan: SplicePlan, input_ids: torch.Tensor, labels: torch.Tensor, seg_token_id: int) -> torch.Tensor:
+    """Number in ``POSITION_KINDS`` of each place of the grown sequence, long [B, L]; −1 at padding.
+
+    Args:
+        plan: where the tokens stand.
+        input_ids: long [B, T] with placeholders.
+        labels: long [B, T]; only a supervised ``<SEG>`` is painted.
+        seg_token_id: of ``<SEG>``.
+    """
+    text, image, region, seg = range(len(POSITION_KINDS))
+    kinds = torch.full_like(plan.attention_mask, -1, dtype=torch.long)
+    kinds[plan.attention_mask] = image  # what is neither text nor region is what a placeholder grew to
+    is_region = input_ids == REGION_PLACEHOLDER
+    for kind, found in ((text, ~is_region & (input_ids != IMAGE_PLACEHOLDER)), (region, is_region)):
+        rows, tokens = (plan.valid & found).nonzero(as_tuple=True)
+        kinds[rows, plan.starts[rows, tokens]] = kind
+    rows, tokens = (plan.valid & (labels == seg_token_id)).nonzero(as_tuple=True)
+    kinds[rows, plan.starts[rows, tokens] - 1] = seg
+    return kinds
