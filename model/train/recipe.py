@@ -35,6 +35,8 @@ class Data:
     validation: tuple[str, ...] = ()  # record files that are never trained on
     validation_images: str = ""  # folder of theirs; empty means the same as images
     shares: tuple[float, ...] = ()  # share of the draws of each train file; empty means in proportion to their sizes
+    task_shares: dict[str, float] = field(default_factory=dict)  # share of the draws of each task; empty: by size
+    modality_shares: dict[str, float] = field(default_factory=dict)  # the same by modality; other: all not named
     group_by_length: bool = False  # put records of like length into the same batch
     template: Literal["llava_v1", "v1", "plain"] = "llava_v1"  # conversation template
     max_length: int = 2048  # longest sequence in tokens, an image counting as one
@@ -150,6 +152,7 @@ class Logging:
 
     progress: bool = True  # bar with rate and time left on rank 0
     tensorboard: bool = True
+    router_every: int = 50  # steps that a row of router statistics, and of losses by modality, covers; 0: none
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from model.train.balance import check_shares
 from model.train.recipe import Mixture, Recipe
 from model.train.trainable import LORA_TARGETS, PARTS
 from model.yaml_files import unknown_key
@@ -14,6 +15,8 @@ _LOWEST: Mapping[str, float] = {
     "seed": 0,
     "data.max_length": 8,
     "data.shares": 0,
+    "data.task_shares": 0,
+    "data.modality_shares": 0,
     "data.workers": 0,
     "schedule.epochs": 1,
     "schedule.batch_size": 1,
@@ -46,6 +49,7 @@ _LOWEST: Mapping[str, float] = {
     "validation.thresholds": 0,
     "saving.every": 0,
     "saving.keep": 1,
+    "logging.router_every": 0,
 }
 _SHARES = ("optimiser.betas", "optimiser.warmup", "lora.dropout", "validation.thresholds")
 """Keys whose values lie between 0 and 1."""
@@ -101,6 +105,7 @@ def _check_ranges(recipe: Recipe) -> list[str]:
         problems.append(f"data.shares has {len(shares)} numbers for {len(recipe.data.train)} train files")
     if shares and not sum(shares):
         problems.append("data.shares are all 0; leave them empty to draw in proportion to the files' sizes")
+    problems += check_shares(recipe.data)
     if any(beta == 1 for beta in recipe.optimiser.betas):
         problems.append("optimiser.betas holds 1, expected less")
     if len(recipe.optimiser.betas) != 2:
@@ -115,6 +120,8 @@ def _values(recipe: Recipe, name: str) -> tuple[float, ...]:
     value: Any = recipe
     for part in name.split("."):
         value = getattr(value, part)
+    if isinstance(value, Mapping):
+        return tuple(value.values())
     return value if isinstance(value, tuple) else (value,)
 
 

@@ -174,7 +174,18 @@ def _coerce(value: Any, hint: Any) -> Any:
             return ()
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_coerce(item, typing.get_args(hint)[0]) for item in items if item != "")
+    if typing.get_origin(hint) is dict:
+        return _coerce_mapping(value, typing.get_args(hint)[1])
     return _coerce_scalar(value, hint)
+
+
+def _coerce_mapping(value: Any, hint: Any) -> dict[str, Any]:
+    """Labels and values; nothing at all is an empty mapping."""
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError("labels with numbers, as in {first: 1, second: 2}")
+    return {str(label): _coerce_scalar(item, hint) for label, item in value.items()}
 
 
 def _coerce_scalar(value: Any, hint: Any) -> Any:

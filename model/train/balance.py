@@ -1,0 +1,228 @@
+"""Which records are drawn how often: shares by file, task and modality become one weight a record.
+
+Each kind of shares fixes the sums over its labels. Where several are given, iterative proportional fitting finds the
+weights that keep all of them and change the natural mix, every record alike, least.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from model.data.sampling import balanced_weights
+from model.data.schema import TASKS
+from model.errors import MedPLIBError
+from model.train.recipe import Data
+from model.yaml_files import unknown_key
+
+OTHER = "other"
+"""Stands in shares for all labels that are not named; they divide its share by their sizes."""
+UNKNOWN = "unknown"
+"""Label of records whose modality is not known."""
+
+_ROUNDS = 2000
+_TOLERANCE = 1e-3  # of all draws; a share that misses more than this cannot be had
+
+
+class Labelled(Protocol):
+    """The part of ``MixedDataset`` that shares are about: one entry a record, files one after the other."""
+
+    datasets: Sequence[Any]
+    tasks: Sequence[str]
+    modalities: Sequence[str | None]
+
+    @property
+    def weights(self) -> np.ndarray | None: ...
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How often one label is drawn.
+
+    Attributes:
+        kind: ``file``, ``task`` or ``modality``.
+        label: which one.
+        records: how many carry it.
+        share: of all draws, in [0, 1].
+        passes: how often each of its records is seen over the whole run, on average.
+    """
+
+    kind: str
+    label: str
+    records: int
+    share: float
+    passes: float
+
+
+def check_shares(data: Data) -> list[str]:
+    """What is wrong with a recipe's shares whatever the records are, a sentence each."""
+    problems = [
+        unknown_key(f"data.task_shares.{task}", (f"data.task_shares.{known}" for known in (*TASKS, OTHER)))
+        for task in data.task_shares
+        if task not in (*TASKS, OTHER)
+    ]
+    for name in ("task_shares", "modality_shares"):
+        shares = getattr(data, name)
+        if shares and not sum(shares.values()):
+            problems.append(f"data.{name} are all 0; leave them empty to draw by size")
+    return problems
+
+
+def draw_weights(dataset: Labelled, data: Data) -> np.ndarray | None:
+    """The chance of each record, float64 [N] summing to 1; None where every record is seen once an epoch.
+
+    Raises:
+        MedPLIBError: shares leave out a label that records have, name one that none has, or contradict each other.
+    """
+    kinds = labels_of(dataset)
+    wanted: dict[str, dict[str, float]] = {}
+    for kind, shares in (("task", data.task_shares), ("modality", data.modality_shares)):
+        if shares:
+            wanted[kind] = whole_shares(kinds[kind], shares, f"data.{kind}_shares")
+    if not wanted:
+        return dataset.weights
+    if data.shares:
+        wanted["file"] = {name: float(share) for name, share in zip(_files(dataset), data.shares, strict=True)}
+    if len(wanted) == 1:
+        ((kind, shares),) = wanted.items()
+        return balanced_weights(kinds[kind], shares)
+    return fitted_weights({kind: kinds[kind] for kind in wanted}, wanted)
+
+
+def whole_shares(labels: Sequence[str], shares: Mapping[str, float], name: str) -> dict[str, float]:
+    """A share for every label there is: ``other`` is divided among those not named, by their sizes.
+
+    Args:
+        labels: one a record.
+        shares: relative shares by label.
+        name: what to call them in a refusal.
+
+    Raises:
+        MedPLIBError: as ``draw_weights``.
+    """
+    sizes = Counter(labels)
+    known = ", ".join(sorted(sizes))
+    absent = sorted(set(shares) - set(sizes) - {OTHER})
+    if absent:
+        raise MedPLIBError(f"{name} names {', '.join(absent)}, but no training record is so; the labels are {known}")
+    rest = sorted(set(sizes) - set(shares))
+    if rest and OTHER not in shares:
+        raise MedPLIBError(
+            f"{name} leaves out {', '.join(rest)}; give a share, or {OTHER} for all that are not named (0: never drawn)"
+        )
+    total = sum(sizes[label] for label in rest)
+    whole = {label: float(share) for label, share in shares.items() if label != OTHER}
+    whole |= {label: shares[OTHER] * sizes[label] / total for label in rest}
+    if not sum(whole.values()):
+        raise MedPLIBError(f"{name} gives no label of the training records a share; the labels are {known}")
+    return whole
+
+
+def fitted_weights(labels: Mapping[str, Sequence[str]], shares: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+    """Weights that keep shares of several kinds at once (iterative proportional fitting).
+
+    Args:
+        labels: by kind, one a record.
+        shares: by kind, a relative share of each label.
+
+    Returns:
+        float64 [N], summing to 1. Records that agree in all labels have the same weight.
+
+    Raises:
+        MedPLIBError: no weights keep them all.
+    """
+    names, codes = {}, []
+    for kind in shares:
+        names[kind], code = np.unique(np.asarray(labels[kind], dtype=str), return_inverse=True)
+        codes.append(code)
+    cells, cell_of, sizes = np.unique(np.stack(codes), axis=1, return_inverse=True, return_counts=True)
+    targets = []
+    for kind in shares:
+        target = np.asarray([shares[kind][name] for name in names[kind].tolist()])
+        targets.append(target / target.sum())
+    weights = sizes / sizes.sum()  # of each cell of records that agree in all labels
+    for _ in range(_ROUNDS):
+        for cell, target in zip(cells, targets, strict=True):
+            have = np.bincount(cell, weights, minlength=len(target))
+            weights = weights * np.divide(target, have, out=np.zeros_like(target), where=have > 0)[cell]
+        misses = [
+            target - np.bincount(cell, weights, minlength=len(target))
+            for cell, target in zip(cells, targets, strict=True)
+        ]
+        if max(float(np.abs(miss).max()) for miss in misses) < _TOLERANCE / 1000:
+            break
+    _refuse_missed(list(shares), names, targets, misses)
+    return (weights / sizes)[np.reshape(cell_of, -1)] / weights.sum()
+
+
+def _refuse_missed(
+    kinds: Sequence[str], names: Mapping[str, np.ndarray], targets: Sequence[np.ndarray], misses: Sequence[np.ndarray]
+) -> None:
+    worst = int(np.argmax([np.abs(miss).max() for miss in misses]))
+    label = int(np.abs(misses[worst]).argmax())
+    miss, target = float(misses[worst][label]), float(targets[worst][label])
+    if abs(miss) < _TOLERANCE:
+        return
+    told = " and ".join("data.shares" if kind == "file" else f"data.{kind}_shares" for kind in kinds)
+    raise MedPLIBError(
+        f"{told} contradict each other for these records: {kinds[worst]} {names[kinds[worst]][label]} is to have "
+        f"{target:.1%} of the draws and would get {target - miss:.1%}; loosen one of them"
+    )
+
+
+def labels_of(dataset: Labelled) -> dict[str, list[str]]:
+    """Labels of every record by kind: ``file``, ``task``, ``modality``."""
+    files = [name for name, part in zip(_files(dataset), dataset.datasets, strict=True) for _ in range(len(part))]
+    return {
+        "file": files,
+        "task": list(dataset.tasks),
+        "modality": [modality or UNKNOWN for modality in dataset.modalities],
+    }
+
+
+def _files(dataset: Labelled) -> list[str]:
+    """The data files by path; one that is named twice gets a number."""
+    seen: Counter[str] = Counter()
+    names = []
+    for part in dataset.datasets:
+        path = str(part.path)
+        seen[path] += 1
+        names.append(f"{path} ({seen[path]})" if seen[path] > 1 else path)
+    return names
+
+
+def draw_table(dataset: Labelled, weights: np.ndarray | None, draws: int) -> list[Draws]:
+    """What the weights make of each file, task and modality.
+
+    Args:
+        dataset: the training records.
+        weights: from ``draw_weights``.
+        draws: records seen over the whole run, over all ranks.
+    """
+    kinds = labels_of(dataset)
+    chances = np.full(len(kinds["task"]), 1 / len(kinds["task"])) if weights is None else weights / weights.sum()
+    table = []
+    for kind, labels in kinds.items():
+        names, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+        sizes, shares = np.bincount(codes), np.bincount(codes, chances)
+        for name, size, share in zip(names.tolist(), sizes.tolist(), shares.tolist(), strict=True):
+            table.append(Draws(kind, name, size, share, draws * share / size))
+    return table
+
+
+def told(table: Sequence[Draws]) -> Iterator[str]:
+    """The table in lines for people; of files only where there are several."""
+    for kind in ("file", "task", "modality"):
+        rows = [row for row in table if row.kind == kind]
+        if kind == "file" and len(rows) < 2:
+            continue
+        width = max(len(row.label) for row in rows)
+        for row in rows:
+            yield (
+                f"  {kind:8} {row.label:{width}}  {row.records:>9,} records  {row.share:6.1%} of the draws  "
+                f"each seen {row.passes:.2f} times"
+            )
