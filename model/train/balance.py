@@ -162,10 +162,10 @@ def fitted_weights(labels: Mapping[str, Sequence[str]], shares: Mapping[str, Map
 def _refuse_missed(
     kinds: Sequence[str], names: Mapping[str, np.ndarray], targets: Sequence[np.ndarray], misses: Sequence[np.ndarray]
 ) -> None:
-    worst = int(np.argmax([np.abs(miss).max() for miss in misses]))
-    label = int(np.abs(misses[worst]).argmax())
+    worst = int(np.argmax([miss.max() for miss in misses]))
+    label = int(misses[worst].argmax())
     miss, target = float(misses[worst][label]), float(targets[worst][label])
-    if abs(miss) < _TOLERANCE:
+    if miss < _TOLERANCE:
         return
     told = " and ".join("data.shares" if kind == "file" else f"data.{kind}_shares" for kind in kinds)
     raise MedPLIBError(
