@@ -1,0 +1,126 @@
+"""Shares of the draws by task and modality, and the losses that a run notes for each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.data.sampling import ResumableSampler
+from model.errors import MedPLIBError
+from model.train import load_recipe, recipe_from
+from model.train.balance import draw_table, draw_weights
+from model.train.recipe import Data
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {"a.json": ["vqa ct"] * 60 + ["vqa mr"] * 20, "b.json": ["region ct"] * 15 + ["grounding mr"] * 5}
+
+
+def records(files: dict[str, list[str]] | None = None) -> Any:
+    parts = {name: [text.split() for text in texts] for name, texts in (files or FILES).items()}
+    flat = [pair for part in parts.values() for pair in part]
+
+    class File(list):
+        def __init__(self, path: str, items: list[Any]) -> None:
+            super().__init__(items)
+            self.path = path
+
+    return SimpleNamespace(
+        datasets=[File(name, part) for name, part in parts.items()],
+        tasks=[task for task, _ in flat],
+        modalities=[None if modality == "-" else modality for _, modality in flat],
+        weights=None,
+    )
+
+
+def shares(dataset: Any, **data: Any) -> dict[str, float]:
+    weights = draw_weights(dataset, Data(train=tuple(FILES), **data))
+    return {row.label: row.share for row in draw_table(dataset, weights, draws=100)}
+
+
+def test_without_shares_every_record_is_seen_once_an_epoch() -> None:
+    assert draw_weights(records(), Data()) is None
+    rows = {row.label: row for row in draw_table(records(), None, draws=300)}
+    assert (rows["vqa"].records, rows["vqa"].share, rows["vqa"].passes) == pytest.approx((80, 0.8, 3.0))
+
+
+def test_tasks_get_their_shares_whatever_their_sizes() -> None:
+    found = shares(records(), task_shares={"vqa": 1, "region": 1, "grounding": 2})
+    assert [found[task] for task in ("vqa", "region", "grounding")] == pytest.approx([0.25, 0.25, 0.5])
+
+
+def test_labels_that_are_not_named_divide_the_other_share_by_size() -> None:
+    found = shares(records(), task_shares={"grounding": 0.5, "other": 0.5})
+    assert [found[task] for task in ("grounding", "vqa", "region")] == pytest.approx(
+        [0.5, 0.5 * 80 / 95, 0.5 * 15 / 95]
+    )
+
+
+def test_shares_of_files_tasks_and_modalities_hold_together() -> None:
+    found = shares(
+        records(),
+        shares=(0.7, 0.3),
+        task_shares={"vqa": 0.7, "region": 0.2, "grounding": 0.1},
+        modality_shares={"ct": 0.5, "mr": 0.5},
+    )
+    wanted = {"a.json": 0.7, "vqa": 0.7, "region": 0.2, "grounding": 0.1, "ct": 0.5, "mr": 0.5}
+    assert {label: found[label] for label in wanted} == pytest.approx(wanted, abs=1e-5)
+
+
+def test_drawn_records_are_those_that_were_asked_for_on_any_number_of_ranks() -> None:
+    dataset = records()
+    data = Data(train=tuple(FILES), task_shares={"grounding": 1, "other": 1}, modality_shares={"mr": 3, "ct": 1})
+    weights = draw_weights(dataset, data)
+
+    def epoch(world_size: int) -> list[list[int]]:
+        ranks = [
+            ResumableSampler(
+                np.ones(100), seed=3, batch_size=20 // world_size, rank=rank, world_size=world_size, weights=weights
+            )
+            for rank in range(world_size)
+        ]
+        return [sorted(index for batch in batches for index in batch) for batches in zip(*ranks, strict=True)]
+
+    assert epoch(1) == epoch(4)
+    drawn = Counter(dataset.tasks[index] for batch in epoch(1) for index in batch)
+    assert drawn["grounding"] == 50
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"task_shares": {"vqa": 1, "region": 1}}, "leaves out grounding; give a share, or other"),
+        ({"task_shares": {"caption": 1, "other": 1}}, "names caption, but no training record is so; the labels are"),
+        ({"modality_shares": {"pet": 1, "other": 1}}, "the labels are ct, mr"),
+        ({"task_shares": {"grounding": 1, "other": 1}, "modality_shares": {"ct": 9, "mr": 1}}, "contradict each other"),
+        ({"shares": (1, 0), "task_shares": {"grounding": 1, "other": 1}}, "grounding is to have 50.0%.* get 0.0%"),
+    ],
+)
+def test_shares_that_cannot_be_had_are_refused_in_a_sentence(data: dict[str, Any], told: str) -> None:
+    with pytest.raises(MedPLIBError, match=told):
+        draw_weights(records(), Data(train=tuple(FILES), **data))
+
+
+def test_records_of_unknown_modality_have_a_label_too() -> None:
+    dataset = records({"a.json": ["vqa ct", "vqa -", "vqa -"]})
+    assert shares(dataset, modality_shares={"ct": 1, "unknown": 3})["unknown"] == pytest.approx(0.75)
+
+
+def test_recipes_read_shares_and_name_what_is_wrong_with_them(values: Any) -> None:
+    given = recipe_from(values(1, data={"task_shares": {"vqa": "1e-1", "other": 2}}))
+    assert given.data.task_shares == {"vqa": 0.1, "other": 2.0}
+    with pytest.raises(MedPLIBError) as caught:
+        recipe_from(
+            values(1, data={"task_shares": {"grouding": 1}, "modality_shares": {"ct": 0}}, logging={"router_every": -1})
+        )
+    for told in ("nearest: data.task_shares.grounding", "data.modality_shares are all 0", "logging.router_every is -1"):
+        assert told in str(caught.value)
+    with pytest.raises(MedPLIBError, match=r"data.task_shares is \[1, 2\], expected labels with numbers"):
+        recipe_from(values(1, data={"task_shares": [1, 2]}))
+    nano = ROOT / "configs" / "stages" / "stage4_nano.yaml"
+    overrides = ["data.task_shares={vqa: 1, other: 1}", "data.modality_shares.ct=2", "data.modality_shares.other=1"]
+    assert load_recipe(nano, overrides).data.modality_shares == {"ct": 2.0, "other": 1.0}
