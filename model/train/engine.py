@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from model.errors import MedPLIBError
 from model.train.process import Process
-from model.train.recipe import Recipe
+from model.train.recipe import Engine, Recipe
 from model.train.trainable import is_lora
 
 _IMAGES = ("pixel_values", "sam_pixel_values", "region_masks", "example_masks")
@@ -143,6 +143,11 @@ class DeepSpeedEngine(TrainingEngine):
 
         if recipe.engine.zero_stage == 3:
             _keep_towers_in_step(network)
+        self._shares_experts = recipe.engine.expert_parallel > 1
+        if self._shares_experts:
+            from model.train.expert_parallel import share_experts
+
+            share_experts(network, recipe.engine.expert_parallel)
         self.engine, *_ = deepspeed.initialize(
             model=network.to(process.device),
             model_parameters=trainable_parameters(network),
@@ -189,7 +194,8 @@ class DeepSpeedEngine(TrainingEngine):
 
     def gather(self, trainable_only: bool) -> dict[str, Tensor]:
         if self.recipe.engine.zero_stage < 3:
-            return _state(self.network, trainable_only) if self.process.is_first else {}
+            mine = _state(self.network, trainable_only) if self.process.is_first else {}
+            return mine | self._experts_elsewhere(trainable_only)
         import deepspeed
 
         whole: dict[str, Tensor] = {}
@@ -203,6 +209,13 @@ class DeepSpeedEngine(TrainingEngine):
             kept = self.network.state_dict().keys()
             whole |= {name: value.cpu() for name, value in self.network.named_buffers() if name in kept}
         return whole
+
+    def _experts_elsewhere(self, trainable_only: bool) -> dict[str, Tensor]:
+        if not self._shares_experts:
+            return {}
+        from model.train.expert_parallel import experts_elsewhere
+
+        return experts_elsewhere(self.network, trainable_only)
 
 
 def _keep_towers_in_step(network: nn.Module) -> None:
@@ -234,8 +247,10 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         if not isinstance(extra, dict) or not isinstance(extra.get("zero_optimization", {}), dict):
             raise MedPLIBError(f"engine.deepspeed {path} holds no DeepSpeed settings; expected an object {{…}}")
         taken = [name for name in (*_OWNED, "optimizer", "scheduler", "bf16", "fp16") if name in extra]
-        if taken or "stage" in extra.get("zero_optimization", {}):
-            what = ", ".join(taken) or "zero_optimization.stage"
+        zero = extra.get("zero_optimization", {})
+        taken += [f"zero_optimization.{name}" for name in ("stage", *_offloading(recipe.engine)) if name in zero]
+        if taken:
+            what = ", ".join(taken)
             raise MedPLIBError(f"engine.deepspeed {path} sets {what}, which the recipe sets; take it out")
     return {
         "zero_allow_untested_optimizer": True,
@@ -246,8 +261,19 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.schedule.accumulation,
         "gradient_clipping": recipe.optimiser.clip,
         "bf16": {"enabled": recipe.engine.precision == "bf16", "check_grad_overflow": True},
-        "zero_optimization": {**extra.get("zero_optimization", {}), "stage": recipe.engine.zero_stage},
+        "zero_optimization": {
+            **extra.get("zero_optimization", {}),
+            **_offloading(recipe.engine),
+            "stage": recipe.engine.zero_stage,
+        },
     }
+
+
+def _offloading(engine: Engine) -> dict[str, Any]:
+    """What DeepSpeed keeps in the host's memory."""
+    parts = {"none": (), "optimiser": ("optimizer",), "all": ("optimizer", "param")}[engine.offload]
+    host = {"device": "cpu", "pin_memory": engine.device != "cpu" and torch.cuda.is_available()}
+    return {f"offload_{part}": host for part in parts}
 
 
 class SkippingAdamW(torch.optim.AdamW):
@@ -267,13 +293,19 @@ def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> Skip
         if parameter.requires_grad:
             (lora if is_lora(name) else full).append(parameter)
     settings = recipe.optimiser
+    groups: list[dict[str, Any]] = [{"params": group} for group in (full, lora) if group]
+    if recipe.engine.expert_parallel > 1:
+        from model.train.expert_parallel import expert_groups_of
+
+        groups = expert_groups_of(groups)
     return SkippingAdamW(
-        [{"params": group} for group in (full, lora) if group],
+        groups,
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=process.device.type == "cuda",
+        fused=process.device.type == "cuda"
+        or recipe.engine.offload != "none",  # what is offloaded is updated on the host
     )
 
 

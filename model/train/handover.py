@@ -27,7 +27,7 @@ def merged_network(engine: TrainingEngine, config: MedPLIBConfig, recipe: Recipe
 
     Called by every rank.
     """
-    if recipe.engine.kind == "deepspeed" and recipe.engine.zero_stage == 3:
+    if recipe.engine.kind == "deepspeed" and (recipe.engine.zero_stage == 3 or recipe.engine.expert_parallel > 1):
         state = engine.gather(trainable_only=False)  # the network itself holds only a share of each weight
         if not engine.process.is_first:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import distributed
@@ -45,12 +46,25 @@ class Process:
         distributed.all_reduce(total)
         return total.cpu()
 
+    def from_first(self, value: float) -> float:
+        """Rank 0's value, on every rank."""
+        return float(self.sum(torch.tensor(value if self.is_first else 0.0)))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (anything that can be pickled), on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
 
 def resolved(engine: Engine) -> Engine:
-    """The engine with ``auto`` decided: torch for one process, DeepSpeed for more."""
+    """The engine with ``auto`` decided: torch for one process that keeps everything itself, DeepSpeed otherwise."""
     if engine.kind != "auto":
         return engine
-    return replace(engine, kind="torch" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "deepspeed")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return replace(engine, kind="torch" if alone and engine.offload == "none" else "deepspeed")
 
 
 def join(engine: Engine) -> Process:
@@ -75,6 +89,11 @@ def join(engine: Engine) -> Process:
         )
     if wants_cuda:
         torch.cuda.set_device(device)
+    if world_size % engine.expert_parallel:
+        raise MedPLIBError(
+            f"engine.expert_parallel is {engine.expert_parallel}, which does not divide the number of processes, "
+            f"{world_size}; launch more or set it to 1"
+        )
     if engine.kind == "torch" and world_size > 1:
         raise MedPLIBError(
             f"engine.kind=torch trains in one process, but {world_size} were launched; use engine.kind=deepspeed"

@@ -1,6 +1,7 @@
 """Run by every rank of ``test_distributed.py``: gradients of one step in which the ranks' batches are of other kinds.
 
-Arguments: a recipe file, an output folder, ZeRO stages. Rank 0 gets VQA records alone, without regions and masks, and
+Arguments: a recipe file, an output folder, ZeRO stages (``2x2``: ZeRO-2 with experts shared out over two ranks, each of
+which writes the gradients that it has). Rank 0 gets VQA records alone, without regions and masks, and
 rank 1 grounding records alone. One process (no launcher) takes both batches in turn, through plain PyTorch.
 """
 
@@ -23,11 +24,12 @@ from model.train.starting import starting_network
 def main() -> None:
     recipe, out = load_recipe(sys.argv[1]), Path(sys.argv[2])
     process = join(recipe.engine)
-    for stage in sys.argv[3:]:
-        chosen = replace(recipe, engine=replace(recipe.engine, zero_stage=int(stage)))
-        gradients = gradients_of(chosen, process)
-        if process.is_first:
-            save_file(gradients, out / f"{recipe.engine.kind}_{stage}.safetensors")
+    for named in sys.argv[3:]:
+        stage, _, shared = named.partition("x")
+        engine = replace(recipe.engine, zero_stage=int(stage), expert_parallel=int(shared or 1))
+        gradients = gradients_of(replace(recipe, engine=engine), process)
+        if process.is_first or shared:
+            save_file(gradients, out / f"{recipe.engine.kind}_{named}_{process.rank}.safetensors")
     leave()
 
 
