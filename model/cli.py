@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.data.commands import add_data_command
 from model.errors import MedPLIBError
 from model.eval.commands import add_compare_command, add_eval_command
 from model.serve.commands import add_serve_command
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_ask(commands)
     _add_chat(commands)
-    _add_data(commands)
+    add_data_command(commands)
     _add_train(commands)
     add_eval_command(commands)
     add_compare_command(commands)
@@ -116,21 +117,6 @@ def _add_asking(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("medplib_out"), metavar="DIR", help="where pictures are written"
     )
-
-
-def _add_data(commands: argparse._SubParsersAction) -> None:
-    data = commands.add_parser("data", help="check or build data").add_subparsers(dest="verb", required=True)
-    check = data.add_parser("check", help="report all problems of a data file at once")
-    check.add_argument("file", type=Path, help="JSON, JSONL or Parquet in the published format")
-    check.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that its paths start from")
-    check.set_defaults(run=run_data_check)
-    build = data.add_parser("build", help="make data").add_subparsers(dest="builder", required=True)
-    phantom = build.add_parser("phantom", help="synthetic images, masks and questions")
-    phantom.add_argument("--out", type=Path, required=True, metavar="DIR")
-    phantom.add_argument("--num-images", type=int, required=True, metavar="N")
-    phantom.add_argument("--seed", type=int, default=0, metavar="S")
-    phantom.add_argument("--workers", type=int, default=1)
-    phantom.set_defaults(run=run_build_phantom)
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -271,31 +257,6 @@ def default_model() -> Path:
     if not (directory / "config.json").is_file():
         raise MedPLIBError(f"no checkpoint at {directory}; name one with --model DIR or set MEDPLIB_MODEL")
     return directory
-
-
-def run_data_check(options: argparse.Namespace) -> int:
-    """``medplib data check``: exit 1 when there are problems."""
-    from model.data.progress import record_bar
-    from model.data.validate import check_file
-
-    with record_bar("checking") as progress:
-        report = check_file(options.file, options.images, progress=progress)
-    print(report.format())
-    return 0 if report.ok else 1
-
-
-def run_build_phantom(options: argparse.Namespace) -> int:
-    """``medplib data build phantom``."""
-    from tqdm import tqdm
-
-    from model.data.builders.phantom import build_phantoms
-
-    if options.num_images < 1:
-        raise MedPLIBError(f"--num-images is {options.num_images}; give at least 1")
-    with tqdm(total=options.num_images, unit="image", desc="phantoms") as bar:
-        build_phantoms(options.out, options.num_images, options.seed, workers=options.workers, progress=bar.update)
-    print(f"wrote {options.num_images} images with vqa.json, region.json and grounding.json to {options.out}")
-    return 0
 
 
 def run_train(options: argparse.Namespace) -> int:

@@ -1,0 +1,366 @@
+"""Long data builds: in pieces, over processes and machines, resumable, and always the same bytes.
+
+A build is a list of small ``Piece``s (ranges of records, folders …), a top-level function that does one of them, and
+the files that come of all of them. The function is given the piece, a context that is the same for all, and a ``Part``
+to write to::
+
+    def convert(piece: range, context: Settings, part: Part) -> None:
+        for number in piece:
+            record = …
+            if record is bad:
+                part.find("missing_mask", "the mask … does not exist", record=number)  # listed, counted, not fatal
+                continue
+            part.write("train.jsonl", record)
+            part.count("modality", "ct")
+
+    build = Build(out, "vqa", settings={"seed": 7}, source=fingerprint([file]), outputs=(Output("train.jsonl"),))
+    report = run_build(build, pieces, convert, context, Execution(workers=4), unit="record")
+    sys.stdout.write(report.format() + "\\n")
+
+What that gives:
+
+- Each piece ends as files under ``OUT/.build/NAME/``, renamed into place when whole, and a small JSON with its tally,
+  written last. The same command goes on where it was killed. Other settings or a changed source are refused.
+- ``--shard I/N`` does every N-th piece and joins nothing. The same command without it does what is missing and joins
+  the parts in the order of their pieces, streaming. The files are the same bytes however the pieces were done,
+  as long as the function depends on piece and context alone and the list of pieces does not depend on workers.
+- A finished build is done again only with ``--overwrite``, or if one of its files is gone.
+- Every finding is a line of ``findings_NAME.jsonl``; counts and the first findings of each kind are in
+  ``report_NAME.json``.
+
+Give a build some hundreds of pieces of a second or more each. Imports of the function's module are paid by every
+process: keep torch out of it. ``work_options`` has the flags that all builders share; ``execution_of(options)`` makes
+an ``Execution`` of them and ``tell(report)`` prints what ``medplib data build NAME`` ends with.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from model.data.builders.work_files import Output, Part, Tally, join_parts, read_json, write_json
+from model.data.builders.work_pool import in_processes
+from model.data.builders.work_report import BuildReport
+from model.errors import MedPLIBError
+
+__all__ = ["Build", "BuildReport", "Execution", "Output", "Part", "Piece", "Shard", "fingerprint", "run_build"]
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[Any, Any, Part], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one call of the function does.
+
+    Attributes:
+        what: given to the function; picklable.
+        size: how far it moves the bar, in the build's unit.
+    """
+
+    what: Any
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every ``count``-th piece, from number ``index`` (0 … count − 1) on."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """``I/N``, or ``slurm`` for this task of a Slurm job array.
+
+        Nothing is taken from Slurm unless it is asked for: an array may as well build one data set a task.
+
+        Raises:
+            MedPLIBError: it is neither, or there is no such array.
+        """
+        if text == "slurm":
+            return cls._of_slurm()
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise MedPLIBError(f"--shard is {text!r}; give I/N with I from 0 to N − 1, or slurm in a Slurm job array")
+        return cls(int(index), int(count))
+
+    @classmethod
+    def _of_slurm(cls) -> Shard:
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
+        try:
+            task, first, last, count = (int(os.environ[name]) for name in names)
+        except (KeyError, ValueError):
+            raise MedPLIBError(
+                f"--shard slurm needs a Slurm job array ({', '.join(names)}); give I/N instead"
+            ) from None
+        step = max(1, (last - first) // max(1, count - 1))
+        if last - first != step * (count - 1):
+            raise MedPLIBError("--shard slurm needs an evenly spaced array such as --array=0-7; give I/N instead")
+        return cls((task - first) // step, count)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a build is done; nothing here changes its files.
+
+    Attributes:
+        workers: processes; 1 works in this one.
+        shard: which of the pieces; all, and then joining, if None.
+        overwrite: start anew, whatever is there.
+        bar: show a bar where there is a terminal.
+    """
+
+    workers: int = 1
+    shard: Shard | None = None
+    overwrite: bool = False
+    bar: bool = True
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is built.
+
+    Attributes:
+        out: folder of the results; made if absent.
+        name: of the builder; several may share one folder.
+        settings: everything that changes the files, as plain JSON values; another run must have the same.
+        source: what tells that the source changed, say ``fingerprint(files)``.
+        outputs: the files; the function writes to them by name.
+    """
+
+    out: Path
+    name: str
+    settings: Mapping[str, Any]
+    outputs: tuple[Output, ...]
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where parts and state are."""
+        return self.out / ".build" / self.name
+
+    @property
+    def all_outputs(self) -> tuple[Output, ...]:
+        """The files and the list of findings."""
+        return (*self.outputs, Output(f"findings_{self.name}.jsonl"))
+
+    @property
+    def report_file(self) -> Path:
+        return self.out / f"report_{self.name}.json"
+
+
+def fingerprint(files: Sequence[Path]) -> dict[str, str]:
+    """Sizes and times of change of source files: cheap for huge ones, and enough to notice another download.
+
+    Raises:
+        MedPLIBError: one of them does not exist.
+    """
+    prints = {}
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise MedPLIBError(
+                f"cannot read {file}: {error.strerror}; name the file or folder of the download"
+            ) from None
+        prints[str(file)] = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    return prints
+
+
+def run_build(
+    build: Build, pieces: Sequence[Piece], work: Work, context: Any, execution: Execution, *, unit: str = "piece"
+) -> BuildReport:
+    """Do the pieces that are missing; join them unless this is a shard.
+
+    Args:
+        build: what is built.
+        pieces: all of them, in the order of the files' content; the same in every run.
+        work: top-level function of a module, called as ``work(piece.what, context, part)``.
+        context: picklable, the same for all pieces.
+        execution: processes, shard, whether to start anew.
+        unit: of the bar.
+
+    Returns:
+        What was built; of a shard, what it did.
+
+    Raises:
+        MedPLIBError: the folder holds another build or foreign files, another run is at work there, the disk is full,
+            a process died, or ``work`` raised one.
+    """
+    start = time.perf_counter()
+    if execution.workers < 1:
+        raise MedPLIBError(f"--workers is {execution.workers}; give at least 1")
+    try:
+        build.folder.mkdir(parents=True, exist_ok=True)
+        with _sole_use(build, shared=execution.shard is not None):
+            finished = None if execution.overwrite and not execution.shard else _finished(build, len(pieces))
+            if finished:
+                return finished
+            _claim(build, len(pieces), execution)
+            _do_missing(build, pieces, work, context, execution, unit)
+            mine, done = _tallies(build, len(pieces), execution.shard)
+            report = BuildReport.of(
+                build.name, dict(build.settings), Tally.sum(mine), str(build.out), unit, str(execution.shard or "")
+            )
+            report.pieces_done, report.pieces = done, len(pieces)
+            if not execution.shard:
+                report.files = join_parts(build.all_outputs, build.folder, build.out, len(pieces))
+            report.seconds = time.perf_counter() - start
+            if not execution.shard:
+                write_json(build.report_file, report.to_json())
+                write_json(build.folder / "done.json", report.to_json())
+                _forget_parts(build)
+            return report
+    except KeyboardInterrupt:
+        logger.warning("%s: stopped; what is done is kept, and the same command goes on from there", build.name)
+        raise
+    except OSError as error:
+        raise _told(error, build.out) from error
+
+
+@contextmanager
+def _sole_use(build: Build, *, shared: bool) -> Iterator[None]:
+    """Shards work side by side, a joining run works alone; the kernel drops the lock of a process that dies."""
+    with (build.folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MedPLIBError(
+                f"another run builds {build.name} in {build.out} at this moment; wait for its end or name another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise  # else a file system without locks: parts are whole or absent all the same
+        yield
+
+
+def _finished(build: Build, pieces: int) -> BuildReport | None:
+    """The report of a finished build with these settings whose files are all there."""
+    stored = read_json(build.folder / "done.json")
+    if stored is None or _identity(build, pieces) != read_json(build.folder / "settings.json"):
+        return None
+    report = BuildReport.from_json(stored)
+    for name, facts in report.files.items():
+        try:
+            if (build.out / name).stat().st_size != facts["bytes"]:
+                return None
+        except OSError:
+            return None
+    report.did_nothing = True
+    return report
+
+
+def _identity(build: Build, pieces: int) -> dict[str, Any]:
+    return {"settings": dict(build.settings), "source": dict(build.source), "pieces": pieces}
+
+
+def _claim(build: Build, pieces: int, execution: Execution) -> None:
+    """Note whose parts these are; refuse to mix them with others."""
+    identity, place = _identity(build, pieces), build.folder / "settings.json"
+    stored = read_json(place)
+    if execution.overwrite and not execution.shard:
+        _forget_parts(build)
+        for name in (read_json(build.folder / "done.json") or {"files": {}})["files"]:
+            (build.out / name).unlink(missing_ok=True)
+        (build.folder / "done.json").unlink(missing_ok=True)
+    elif stored is not None and stored != identity:
+        raise MedPLIBError(
+            f"{build.out} holds a {build.name} build with {_difference(stored, identity)}; repeat its settings, "
+            "name another --out, or start anew with --overwrite" + (" (without --shard)" if execution.shard else "")
+        )
+    elif stored is None:
+        foreign = [output.name for output in build.outputs if (build.out / output.name).exists()]
+        if foreign:
+            raise MedPLIBError(
+                f"{build.out / foreign[0]} exists and no {build.name} build made it; name another --out, or replace it "
+                "with --overwrite"
+            )
+    if stored != identity:
+        write_json(place, identity)
+
+
+def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first thing that differs, in words."""
+    for group, word in (("settings", ""), ("source", "source ")):
+        old, new = stored.get(group, {}), wanted[group]
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                return f"{word}{key} = {old.get(key)!r} where this run has {new.get(key)!r}"
+    return f"{stored.get('pieces')} pieces where this run has {wanted['pieces']}"
+
+
+def _do_missing(
+    build: Build, pieces: Sequence[Piece], work: Work, context: Any, execution: Execution, unit: str
+) -> None:
+    """Do the pieces of this shard whose parts are not there yet."""
+    mine = _numbers(len(pieces), execution.shard)
+    missing = [number for number in mine if not Part.is_done(build.folder, number)]
+    if not missing:
+        return
+    total = sum(pieces[number].size for number in mine)
+    done = total - sum(pieces[number].size for number in missing)
+    calls = _Calls(work, context, build.folder, build.all_outputs)
+    jobs = ((number, pieces[number].what) for number in missing)
+    workers = min(execution.workers, len(missing))
+    label = f"{build.name} {execution.shard}" if execution.shard else build.name
+    with tqdm(
+        total=total, initial=done, unit=unit, desc=label, disable=None if execution.bar else True, smoothing=0.05
+    ) as bar:
+        for number in map(calls, jobs) if workers == 1 else in_processes(calls, jobs, workers):
+            bar.update(pieces[number].size)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The function with all that is the same for every piece, as a process receives it."""
+
+    work: Work
+    context: Any
+    folder: Path
+    outputs: tuple[Output, ...]
+
+    def __call__(self, job: tuple[int, Any]) -> int:
+        number, what = job
+        with Part(self.folder, number, self.outputs) as part:
+            self.work(what, self.context, part)
+        return number
+
+
+def _tallies(build: Build, pieces: int, shard: Shard | None) -> tuple[Iterator[Tally], int]:
+    """Tallies of this run's pieces in order, and how many pieces are done over all shards."""
+    done = sum(Part.is_done(build.folder, number) for number in range(pieces))
+    return (Tally.read(build.folder, number) for number in _numbers(pieces, shard)), done
+
+
+def _numbers(pieces: int, shard: Shard | None) -> range:
+    return range(pieces) if shard is None else range(shard.index, pieces, shard.count)
+
+
+def _forget_parts(build: Build) -> None:
+    """The parts are in the files now: the disk need not hold them twice."""
+    shutil.rmtree(Part.home(build.folder), ignore_errors=True)
+
+
+def _told(error: OSError, out: Path) -> MedPLIBError:
+    where = error.filename or out
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MedPLIBError(
+            f"the disk of {out} is full; what is done is kept: free some space and run the same command again"
+        )
+    return MedPLIBError(f"{where}: {error.strerror or error}; mend that and run the same command again, which goes on")

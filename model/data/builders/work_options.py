@@ -1,0 +1,45 @@
+"""The flags that all long builds share, and what they come to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from model.data.builders.work import BuildReport, Execution, Shard
+from model.errors import MedPLIBError
+
+
+def add_build_options(command: argparse.ArgumentParser) -> None:
+    """``--out``, ``--workers``, ``--shard`` and ``--overwrite``."""
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    command.add_argument("--workers", type=int, metavar="N", help="processes; as many as processors when absent")
+    command.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="do every N-th piece from number I (0 … N−1) on, or slurm in a job array; the same command without it "
+        "ends the build",
+    )
+    command.add_argument("--overwrite", action="store_true", help="start anew, whatever DIR holds")
+
+
+def execution_of(options: argparse.Namespace) -> Execution:
+    """How to do the build that these flags ask for.
+
+    Raises:
+        MedPLIBError: a flag's value is impossible.
+    """
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    if workers < 1:
+        raise MedPLIBError(f"--workers is {workers}; give at least 1")
+    shard = Shard.parse(options.shard) if options.shard else None
+    if shard and options.overwrite:
+        raise MedPLIBError("--overwrite and --shard exclude each other: shards would throw away each other's work")
+    return Execution(workers, shard, options.overwrite)
+
+
+def tell(*reports: BuildReport) -> int:
+    """Print what was built; the exit code of a build that ended."""
+    sys.stdout.write("\n\n".join(report.format() for report in reports) + "\n")
+    return 0

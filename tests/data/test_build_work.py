@@ -1,0 +1,210 @@
+"""The build engine: resumable pieces, the same bytes however they are done, refusals in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+from model.data.builders.work import Build, BuildReport, Execution, Output, Part, Piece, Shard, fingerprint, run_build
+from model.data.records import open_records
+from model.errors import MedPLIBError
+
+SCHEMA = arrow.schema([("number", arrow.int64()), ("text", arrow.string())])
+OUTPUTS = (Output("all.jsonl"), Output("lists/odd.json"), Output("rows.parquet", SCHEMA), Output("never.jsonl"))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def square(piece: range, context: dict[str, str], part: Part) -> None:
+    """Writes a record a number, notes every seventh, and fails as it is told to."""
+    for number in piece:
+        if number == 13 and "stop" in context and not Path(context["stop"]).exists():
+            Path(context["stop"]).touch()
+            if context["how"] == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"told": MedPLIBError("13 is unlucky"), "full": OSError(28, "No space left")}[context["how"]]
+        if number % 7 == 0:
+            part.find("seventh", f"{number} is left out", record=number)
+            continue
+        record = {"number": number, "text": f"n°{number * number}", "conversations": []}
+        part.write("all.jsonl", record)
+        if number % 2:
+            part.write("lists/odd.json", record)
+        part.write("rows.parquet", {"number": number, "text": record["text"]})
+        part.count("parity", "odd" if number % 2 else "even")
+
+
+PIECES = [Piece(range(start, start + 5), 5) for start in range(0, 60, 5)]
+FILES = ("all.jsonl", "lists/odd.json", "rows.parquet", "findings_squares.jsonl")
+
+
+def build_in(out: Path, **settings: object) -> Build:
+    return Build(out, "squares", {"seed": 1, **settings}, OUTPUTS)
+
+
+def run(out: Path, context: dict[str, str] | None = None, **execution: object) -> BuildReport:
+    return run_build(build_in(out), PIECES, square, context or {}, Execution(bar=False, **execution), unit="number")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    run(out)
+    return out
+
+
+def same(left: Path, right: Path) -> bool:
+    return all((left / name).read_bytes() == (right / name).read_bytes() for name in FILES)
+
+
+def test_outputs_hold_all_records_in_order(whole: Path) -> None:
+    wanted = [number for number in range(60) if number % 7]
+    assert [record["number"] for record in open_records(whole / "all.jsonl")] == wanted
+    assert [record["number"] for record in open_records(whole / "lists/odd.json")] == [n for n in wanted if n % 2]
+    assert parquet.read_table(whole / "rows.parquet").column("number").to_pylist() == wanted
+    assert not (whole / "never.jsonl").exists()
+    found = [json.loads(line) for line in (whole / "findings_squares.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in found] == list(range(0, 60, 7))
+    report = json.loads((whole / "report_squares.json").read_text())
+    assert report["counts"] == {"parity": {"even": sum(n % 2 == 0 for n in wanted), "odd": sum(n % 2 for n in wanted)}}
+    assert report["findings"]["seventh"]["count"] == 9
+    assert report["findings"]["seventh"]["examples"][0] == "0 is left out"
+    assert report["files"]["all.jsonl"]["records"] == len(wanted)
+
+
+def test_workers_and_shards_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    run(tmp_path / "two", workers=2)
+    assert same(whole, tmp_path / "two")
+    for index in (1, 0):
+        report = run(tmp_path / "shards", shard=Shard(index, 2))
+        assert not (tmp_path / "shards/all.jsonl").exists()
+        assert ("6 of all 12 pieces are missing" in report.format()) == (index == 1)
+    run(tmp_path / "shards")
+    assert same(whole, tmp_path / "shards")
+    assert not list((tmp_path / "shards").rglob("*.tmp"))
+
+
+def test_a_finished_build_is_left_alone(whole: Path) -> None:
+    before = {name: (whole / name).stat().st_mtime_ns for name in FILES}
+    report = run(whole)
+    assert report.did_nothing
+    assert "nothing was done" in report.format()
+    assert before == {name: (whole / name).stat().st_mtime_ns for name in FILES}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "told"), [("told", "13 is unlucky"), ("full", "disk of .* is full"), ("die", "signal 9")]
+)
+def test_a_failure_is_one_sentence_and_the_same_call_goes_on(
+    whole: Path, tmp_path: Path, how: str, told: str, workers: int
+) -> None:
+    if how == "die" and workers == 1:
+        pytest.skip("that would end the tests")
+    context = {"stop": str(tmp_path / "stopped"), "how": how}
+    with pytest.raises(MedPLIBError, match=told):
+        run(tmp_path / "out", context, workers=workers)
+    assert not (tmp_path / "out/all.jsonl").exists()
+    run(tmp_path / "out", context, workers=workers)
+    assert same(whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path, workers: int) -> None:
+    script = (
+        "import sys, time\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/data']\n"
+        "import test_build_work as t\nfrom pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        "    how = t.Execution(int(sys.argv[3]), bar=False)\n"
+        "    t.run_build(t.build_in(Path(sys.argv[2])), t.PIECES, t.slowly, {}, how)\n"
+    )
+    place = tmp_path / "run.py"
+    place.write_text(script)
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, str(place), str(ROOT), str(out), str(workers)])
+    done = out / ".build/squares/parts"
+    deadline = time.monotonic() + 60
+    while len(list(done.glob("part_?????.json"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "all.jsonl").exists()
+    deadline = time.monotonic() + 60
+    while True:  # a worker ends with the piece that it has in hand
+        try:
+            run(out, workers=workers)
+            break
+        except MedPLIBError:
+            assert time.monotonic() < deadline
+    assert same(whole, out)
+
+
+def slowly(piece: range, context: dict[str, str], part: Part) -> None:
+    """As ``square``, giving the test time to kill it."""
+    time.sleep(0.2)
+    square(piece, context, part)
+
+
+def test_other_settings_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    run(tmp_path, shard=Shard(0, 2))
+    other = build_in(tmp_path, seed=2)
+    with pytest.raises(MedPLIBError, match=r"seed = 1 where this run has 2.*--overwrite"):
+        run_build(other, PIECES, square, {}, Execution(bar=False))
+    with pytest.raises(MedPLIBError, match="12 pieces where this run has 11"):
+        run_build(build_in(tmp_path), PIECES[1:], square, {}, Execution(bar=False))
+    report = run_build(other, PIECES, square, {}, Execution(bar=False, overwrite=True))
+    assert report.files["all.jsonl"]["records"] == 51
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/all.jsonl").write_text("mine\n")
+    with pytest.raises(MedPLIBError, match=r"all\.jsonl exists"):
+        run(tmp_path / "other")
+    assert (tmp_path / "other/all.jsonl").read_text() == "mine\n"
+
+
+def test_a_lost_file_is_made_again(tmp_path: Path, whole: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "lists/odd.json").unlink()
+    assert not run(tmp_path).did_nothing
+    assert same(whole, tmp_path)
+
+
+def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
+    source = tmp_path / "source.json"
+    source.write_text("[]")
+    first = fingerprint([source])
+    source.write_text("[1]")
+    assert fingerprint([source]) != first
+    with pytest.raises(MedPLIBError, match="cannot read"):
+        fingerprint([tmp_path / "absent"])
+
+
+def test_shards_are_named_by_hand_or_by_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Shard.parse("1/4") == Shard(1, 4)
+    for wrong in ("4/4", "1", "-1/4", "a/b", "0/0"):
+        with pytest.raises(MedPLIBError, match="--shard"):
+            Shard.parse(wrong)
+    with pytest.raises(MedPLIBError, match="Slurm job array"):
+        Shard.parse("slurm")
+    for name, value in {"ID": 5, "MIN": 1, "MAX": 7, "COUNT": 4}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert Shard.parse("slurm") == Shard(2, 4)
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    nested = {"out": str(tmp_path)}
+    with pytest.raises(MedPLIBError, match="another run builds squares"):
+        run_build(build_in(tmp_path), PIECES, begin_again, nested, Execution(bar=False))
+
+
+def begin_again(piece: range, context: dict[str, str], part: Part) -> None:
+    """A build inside a build of the same folder."""
+    run(Path(context["out"]))
