@@ -216,6 +216,13 @@ class MedPLIBConfig(PreTrainedConfig):
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
+    def visual_tokens(self) -> int:
+        """Places that an image takes in the decoder's sequence: 576 in the published model."""
+        if self.in_context.token_compressor:
+            return self.in_context.compressed_tokens
+        return self.vision_grid**2 + (self.vision_select_feature == "cls_patch")
+
+    @property
     def mask_query_dim(self) -> int:
         """Width of the text prompt that SAM's prompt encoder takes: 256 in the published model."""
         return self.sam_config.prompt_encoder_config.hidden_size

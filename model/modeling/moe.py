@@ -27,14 +27,14 @@ class RouterStats:
         kept: bool [T, E], which tokens each expert took.
         choices: bool [k, T, E], one-hot choices before dropping; all false at padding.
         capacity: float32 scalar, tokens an expert takes at most; infinite where nothing is dropped.
-        probabilities: float32 [T, E], the router's softmax, padding included; None where it was not kept.
+        probabilities: float32 [T, E], the router's softmax, padding included.
     """
 
     combine: Tensor
     kept: Tensor
     choices: Tensor
     capacity: Tensor
-    probabilities: Tensor | None = None
+    probabilities: Tensor
 
     # Derived on demand: in decoding, where nobody asks, every small operation a layer saves is felt.
 

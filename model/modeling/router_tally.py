@@ -34,7 +34,7 @@ class RouterTally:
 
         Args:
             layers: what each router did, in order; layers may differ in their number of experts.
-            groups: long [T], the group of each token; −1 leaves it out.
+            groups: long [T], the group of each token; −1 leaves it out, as a probability that is not finite does.
         """
         if not layers:
             return
@@ -42,9 +42,10 @@ class RouterTally:
         if self.sums is None:
             width = _PER_EXPERT * experts + _ALONE
             self.sums = torch.zeros(len(layers), self.groups + 1, width, device=groups.device)
-        bins = torch.where(groups < 0, self.groups, groups)  # what is left out falls into a bin of its own
         for own, stats in zip(self.sums, layers, strict=True):
-            own.index_add_(0, bins, _features(stats, experts))
+            left_out = (groups < 0) | ~stats.probabilities.isfinite().all(dim=-1)  # as in a step that is skipped
+            features = _features(stats, experts).nan_to_num()
+            own.index_add_(0, torch.where(left_out, self.groups, groups), features)  # into a bin of its own
 
     def clear(self) -> None:
         """Begin anew."""
@@ -114,12 +115,9 @@ class RouterSummary:
 def _features(stats: RouterStats, experts: int) -> Tensor:
     """What is summed for each token, float32 [T, 3 · experts + 2]."""
     tokens, own = stats.kept.shape
-    probabilities = stats.probabilities
-    if probabilities is None:
-        probabilities = torch.full((tokens, own), torch.nan, device=stats.kept.device)
     parts = torch.zeros(tokens, _PER_EXPERT, experts, device=stats.kept.device)
     parts[:, 0, :own] = stats.choices.sum(dim=0)
     parts[:, 1, :own] = stats.kept
-    parts[:, 2, :own] = probabilities
-    entropy = torch.special.entr(probabilities.float()).sum(dim=-1, keepdim=True)
+    parts[:, 2, :own] = stats.probabilities
+    entropy = torch.special.entr(stats.probabilities).sum(dim=-1, keepdim=True)
     return torch.cat([parts.flatten(1), entropy, torch.ones_like(entropy)], dim=1)
