@@ -1,0 +1,194 @@
+"""Losses by task and modality and what routers do, gathered on the device while the network trains.
+
+The meters look at what each forward pass of the training gives anyway: no second pass, and the host waits once a step.
+Passes in evaluation mode are not counted; activation checkpointing runs layers again, not the network, and counts once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.data.sampling import ResumableSampler
+from model.modeling.losses import MASK_LOSSES
+from model.modeling.outputs import MedPLIBOutput
+from model.modeling.router_tally import RouterSummary, RouterTally
+from model.modeling.splice import POSITION_KINDS, position_kinds
+from model.train.balance import UNKNOWN
+from model.train.process import Process
+
+_COLUMNS = ("rows", "ce", "tokens", "masks", *MASK_LOSSES)
+_ROWS, _CE, _TOKENS, _MASKS = range(4)
+
+
+class Meters:
+    """Watches one network in training.
+
+    Args:
+        network: whose passes are watched, as ``TrainingEngine.network``.
+        sampler: says which records come, in which order.
+        tasks, modalities: labels of all records.
+        every: steps that a row of router statistics, and of losses by modality, covers; 0 for none of them.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        sampler: ResumableSampler,
+        tasks: Sequence[str],
+        modalities: Sequence[str | None],
+        every: int,
+    ) -> None:
+        self.sampler, self.every = sampler, every
+        self.tasks, own_tasks = _numbered(tasks)
+        self.modalities, own_modalities = _numbered([modality or UNKNOWN for modality in modalities])
+        self._labels = torch.stack([own_tasks, own_modalities + len(self.tasks)])  # [2, N]
+        self._order: Iterator[list[int]] = iter(())
+        self._coming: deque[list[int]] = deque()
+        count = len(self.tasks) + len(self.modalities)
+        self._step = torch.zeros(count, len(_COLUMNS))
+        self._window = torch.zeros(count, len(_COLUMNS), dtype=torch.float64)
+        self._window_steps = 0
+        self._tally = RouterTally(len(self.tasks) * len(POSITION_KINDS))
+        config: Any = network.config
+        self._layers, self._seg_token_id = list(config.moe.layers), config.seg_token_id
+        self._hook = network.register_forward_hook(self._watch, with_kwargs=True)
+
+    def expect(self) -> None:
+        """Tell that the network sees the sampler's next batch; call it before ``sampler.advance()``."""
+        rows = next(self._order, None)
+        if rows is None:  # an epoch begins
+            self._order = iter(self.sampler)
+            rows = next(self._order)
+        self._coming.append(rows)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._hook.remove()
+
+    # --- while the network runs ---------------------------------------------------------------------------------------
+
+    def _watch(self, network: nn.Module, inputs: Any, named: Mapping[str, Any], output: MedPLIBOutput) -> None:
+        if not network.training or output.row_losses is None or not self._coming:
+            return
+        labels = _moved(self._labels[:, self._coming.popleft()], output.row_losses.ce.device)  # [2, B]
+        with torch.no_grad():
+            self._add_losses(output, labels)
+            if self.every and output.router_stats:
+                self._add_routers(output, labels[0], named)
+
+    def _add_losses(self, output: MedPLIBOutput, labels: Tensor) -> None:
+        losses, rows = output.row_losses, output.mask_rows
+        assert losses is not None and rows is not None
+        self._step = self._step.to(losses.ce.device)
+        per_row = losses.ce.new_zeros(len(losses.ce), len(_COLUMNS))
+        per_row[:, _ROWS], per_row[:, _CE], per_row[:, _TOKENS] = 1, losses.ce, losses.tokens
+        per_mask = torch.stack([torch.ones_like(losses.masks["dice"]), *(losses.masks[name] for name in MASK_LOSSES)])
+        per_row[:, _MASKS:].index_add_(0, rows, per_mask.t().float())
+        for own in labels:  # a row counts for its task and for its modality
+            self._step.index_add_(0, own, per_row)
+
+    def _add_routers(self, output: MedPLIBOutput, tasks: Tensor, named: Mapping[str, Any]) -> None:
+        assert output.plan is not None and output.router_stats is not None
+        kinds = position_kinds(output.plan, named["input_ids"], named["labels"], self._seg_token_id)  # [B, L]
+        groups = torch.where(kinds < 0, -1, tasks[:, None] * len(POSITION_KINDS) + kinds)
+        self._tally.add(output.router_stats, groups.flatten())
+
+    # --- once a step --------------------------------------------------------------------------------------------------
+
+    def step(self, process: Process, step: int, last: bool) -> dict[str, Any]:
+        """Means over what all ranks saw of each label in this step; a label that was not seen is absent.
+
+        ``rows/TASK``, ``ce/TASK`` (a mean over tokens) and ``dice/TASK`` and so on (over masks) are of this step, the
+        same by modality of all steps since the last ones. Called by every rank.
+
+        Args:
+            process: this rank.
+            step: number of the step.
+            last: it is the run's last, whose rows are due whatever its number.
+        """
+        sums = process.sum(self._step)
+        self._step.zero_()
+        whole = sums.isfinite().all(dim=1)  # what a step that was skipped gave says nothing about the others
+        self._window[whole] += sums[whole]
+        self._window_steps += 1
+        row = _means(self.tasks, sums[: len(self.tasks)])
+        if self.is_due(step, last):
+            row |= _means(self.modalities, self._window[len(self.tasks) :])
+            self._window.zero_()
+        return row
+
+    def router_row(self, process: Process, step: int, last: bool) -> dict[str, Any] | None:
+        """What routers did since the last row, for ``router.jsonl``; None where none is due. Called by every rank.
+
+        ``load`` holds a share for each expert of each layer, ``dropped``, ``probability`` and ``entropy`` (nats) are
+        means; all by kind of position, and ``load`` by task too.
+        """
+        if not self.is_due(step, last) or self._tally.sums is None:
+            return None
+        steps, self._window_steps = self._window_steps, 0
+        summary = RouterSummary.of(process.sum(self._tally.sums))
+        self._tally.clear()
+        return {"step": step, "steps": steps, "layers": self._layers, **router_shares(summary, self.tasks)}
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether a row of the coarse interval ends with this step."""
+        return bool(self.every) and (last or step % self.every == 0)
+
+
+def router_shares(summary: RouterSummary, tasks: Sequence[str]) -> dict[str, Any]:
+    """A summary over groups task × kind as plain numbers: by kind, and by task; what has no token is absent."""
+    kinds = len(POSITION_KINDS)
+    by_kind = summary.merged([[task * kinds + kind for task in range(len(tasks))] for kind in range(kinds)])
+    by_task = summary.merged([[task * kinds + kind for kind in range(kinds)] for task in range(len(tasks))])
+    return {"kinds": _plain(by_kind, POSITION_KINDS), "tasks": _plain(by_task, tasks)}
+
+
+def _plain(summary: RouterSummary, names: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for group, name in enumerate(names):
+        tokens = int(summary.tokens[0, group])
+        if tokens:
+            found[name] = {
+                "tokens": tokens,
+                "load": _rounded(summary.load[:, group]),
+                "probability": _rounded(summary.mean_probability[:, group]),
+                "entropy": _rounded(summary.mean_entropy[:, group]),
+                "dropped": _rounded(summary.dropped[:, group]),
+            }
+    return found
+
+
+def _rounded(values: Tensor) -> list[Any]:
+    """Numbers with four digits; None in the place of one that is not finite."""
+    if values.dim() > 1:
+        return [_rounded(row) for row in values]
+    return [round(value, 4) if value == value else None for value in values.tolist()]
+
+
+def _means(names: Sequence[str], sums: Tensor) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, own in zip(names, sums.tolist(), strict=True):
+        if own[_ROWS]:
+            row[f"rows/{name}"] = round(own[_ROWS])
+        if own[_TOKENS]:
+            row[f"ce/{name}"] = own[_CE] / own[_TOKENS]
+        if own[_MASKS]:
+            row |= {f"{part}/{name}": own[_MASKS + 1 + at] / own[_MASKS] for at, part in enumerate(MASK_LOSSES)}
+    return row
+
+
+def _numbered(labels: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The labels there are, in order, and the number of each record's."""
+    names = sorted(set(labels))
+    places = {name: place for place, name in enumerate(names)}
+    return names, torch.tensor([places[label] for label in labels], dtype=torch.long)
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it is doing."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
