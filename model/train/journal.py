@@ -19,6 +19,8 @@ METRICS_FILE = "metrics.jsonl"
 """One JSON object per optimiser step: ``step``, ``loss``, each loss part, ``lr``, ``samples_per_s`` and more."""
 VALIDATION_FILE = "validation.jsonl"
 """One JSON object per validation: ``step`` and its scores."""
+ROUTER_FILE = "router.jsonl"
+"""One JSON object per ``logging.router_every`` steps of a mixture: what its routers did, see ``Meters.router_row``."""
 
 
 class Journal:
@@ -43,7 +45,7 @@ class Journal:
         )
         self.board = _tensorboard(folder, first_step) if writes and settings.tensorboard else None
         if writes:
-            for name in (METRICS_FILE, VALIDATION_FILE):
+            for name in (METRICS_FILE, VALIDATION_FILE, ROUTER_FILE):
                 _cut_after(folder / name, first_step)
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -56,8 +58,20 @@ class Journal:
         """Note the scores of one validation."""
         self._write(VALIDATION_FILE, row, "validation")
         if self.writes:
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
+            whole = {name: value for name, value in row.items() if "/" not in name and isinstance(value, float)}
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in whole.items())
             self.say(f"step {row['step']}: {scores}")
+
+    def router(self, row: Mapping[str, Any] | None) -> None:
+        """Note what routers did, if there is anything to note; TensorBoard gets the loads."""
+        if row is None:
+            return
+        self._write(ROUTER_FILE, row, "router")
+        if self.board is not None:
+            for kind, found in row["kinds"].items():
+                for layer, shares in zip(row["layers"], found["load"], strict=True):
+                    for expert, share in enumerate(shares):
+                        self.board.add_scalar(f"router/{kind}/layer {layer}/expert {expert}", share, row["step"])
 
     def say(self, text: str) -> None:
         """Log a line without tearing the progress bar."""
