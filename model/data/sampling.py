@@ -1,11 +1,13 @@
 """In which order records are seen: shuffled, weighted, grouped by length, the same for every way of splitting the work.
 
-The order of an epoch is a pure function of (seed, epoch, record count): rank and world size only cut it. With the same
-global batch (``batch_size × world_size``) every step therefore sees the same records on 1 GPU and on 8.
+The order of an epoch is a pure function of (seed, epoch, record count) and, where like lengths go together, of lengths
+and global batch (``batch_size × world_size``): rank and world size only cut it. With the same global batch every step
+therefore sees the same records on 1 GPU and on 8.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 
 from model.errors import MedPLIBError
 
-_MEGABATCH = 50  # global batches sorted by length together: enough for like lengths, few enough to stay shuffled
+_MEGABATCH = 100  # global batches sorted by length together: enough for like lengths, few enough to stay shuffled
 
 
 class ResumableSampler:
@@ -25,13 +27,14 @@ class ResumableSampler:
     batch of an epoch is filled up with the first records of its order (``padded`` of them).
 
     Args:
-        lengths: one length a record (any unit); only its length counts unless ``group_by_length``.
+        lengths: one length a record, see ``lengths.py``; only how many there are counts unless ``group_by_length``.
         seed: of every shuffle.
         rank, world_size: which share of each global batch is ours.
         batch_size: records a batch on this rank.
         weights: relative chance of each record. An epoch then still has as many draws as there are records; each record
             is drawn its expected number of times, rounded up or down.
-        group_by_length: put records of like length into the same global batch.
+        group_by_length: put records of like length into the same global batch, so that little of it is padding and no
+            rank waits for another one's longer batch. Batches stay shuffled.
     """
 
     def __init__(
@@ -91,19 +94,30 @@ class ResumableSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, in plain numbers."""
-        return {"seed": self.seed, "epoch": self.epoch, "consumed": self.consumed, "records": len(self.lengths)}
+        state = {"seed": self.seed, "epoch": self.epoch, "consumed": self.consumed, "records": len(self.lengths)}
+        return state | self._grouping
+
+    @property
+    def _grouping(self) -> dict[str, int]:
+        """What a grouped order depends on besides, in plain numbers."""
+        if not self.group_by_length:
+            return {}
+        return {"global_batch": self.global_batch, "lengths": zlib.crc32(self.lengths.astype("<i8").tobytes())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; the world size may differ.
 
         Raises:
-            MedPLIBError: the state is of another seed or another number of records.
+            MedPLIBError: the state is of another seed or another number of records, or, in the midst of an epoch that
+                is grouped by length, of another global batch or of other lengths.
         """
-        for name, own in (("seed", self.seed), ("records", len(self.lengths))):
-            if state[name] != own:
-                raise MedPLIBError(
-                    f"the saved data order has {name} {state[name]}, this run {own}; resume the same run"
-                )
+        expected = {"seed": self.seed, "records": len(self.lengths)}
+        if state["consumed"]:
+            expected |= self._grouping
+        for name, own in expected.items():
+            if state.get(name) != own:
+                found = state.get(name, "unknown")
+                raise MedPLIBError(f"the saved data order has {name} {found}, this run {own}; resume the same run")
         self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
         self._begin_next_epoch_if_done()
 

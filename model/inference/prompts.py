@@ -75,9 +75,7 @@ def build_prompt(
 
 def visual_tokens(model: MedPLIBForCausalLM) -> int:
     """Tokens that one image takes in a prompt."""
-    if model.config.in_context.token_compressor:
-        return int(model.config.in_context.compressed_tokens)
-    return int(model.config.vision_grid**2) + model.model.vision_tower.keeps_class_token
+    return model.config.visual_tokens
 
 
 def embed_prompt(model: MedPLIBForCausalLM, prompt: Prompt, opened: bool = False) -> Tensor:

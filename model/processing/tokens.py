@@ -6,8 +6,9 @@ import io
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import sentencepiece
@@ -128,16 +129,46 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, text: str, *, add_bos: bool = T
         ids.extend(encoding.ids)
         starts.extend(begin + offset[0] for offset in encoding.offsets)
 
+    for begin, end, placeholder in _stretches(text):
+        add_text(begin, end)
+        if placeholder is not None:
+            ids.append(placeholder)
+            starts.append(end)
+    return Tokenized(ids, starts)
+
+
+def _stretches(text: str) -> Iterator[tuple[int, int, int | None]]:
+    """Begin and end of each stretch of plain text, and the placeholder that follows it (None at the end)."""
     done = 0
     for match in _PLACEHOLDERS.finditer(text):
         is_image = match.group(1) is not None
         at, resume = match.span() if is_image else match.span(2)  # a region goes between its two tokens
-        add_text(done, at)
-        ids.append(IMAGE_PLACEHOLDER if is_image else REGION_PLACEHOLDER)
-        starts.append(at)
+        yield done, at, IMAGE_PLACEHOLDER if is_image else REGION_PLACEHOLDER
         done = resume
-    add_text(done, len(text))
-    return Tokenized(ids, starts)
+    yield done, len(text), None
+
+
+class TokenCounter:
+    """Says how many tokens ``tokenize`` makes of a text; a stretch of text that comes again is not tokenised again.
+
+    Args:
+        tokenizer: from ``build_tokenizer``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._count = lru_cache(maxsize=1 << 16)(self._encode)
+
+    def __call__(self, text: str) -> tuple[int, int]:
+        """Tokens of a text, ``<s>`` counted and an image counting as one; and its images."""
+        tokens, images = 1, 0
+        for begin, end, placeholder in _stretches(text):
+            tokens += self._count(text[begin:end]) + (placeholder is not None)
+            images += placeholder == IMAGE_PLACEHOLDER
+        return tokens, images
+
+    def _encode(self, text: str) -> int:
+        return len(self._backend.encode(text, add_special_tokens=False).ids)
 
 
 def encode_with_placeholders(tokenizer: PreTrainedTokenizerFast, text: str, *, add_bos: bool = True) -> list[int]:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+
 from model.data.dataset import Encoder, MedPLIBDataset, MixedDataset, usable_records
+from model.data.lengths import sequence_length
 from model.data.progress import record_bar
+from model.modeling.configuration import MedPLIBConfig
+from model.processing.processor import MedPLIBProcessor
+from model.train.process import Process
 from model.train.recipe import Recipe
+
+_SHOWN_EVERY = 256  # records between two moves of a bar
 
 
 def check_data(recipe: Recipe) -> None:
@@ -40,6 +49,27 @@ def open_dataset(recipe: Recipe, processor: Encoder, *, training: bool, shown: b
                 )
             )
     return MixedDataset(datasets, (recipe.data.shares or None) if training else None)
+
+
+def item_lengths(
+    recipe: Recipe, dataset: MixedDataset, processor: MedPLIBProcessor, config: MedPLIBConfig, process: Process
+) -> np.ndarray:
+    """Length of every item in the decoder, int64 [N]; zeros where the recipe does not group by it.
+
+    Lengths are counted anew by every run, each rank its share: that takes about as long as the check of the records,
+    and nothing that is kept could be out of date. Called by every rank.
+    """
+    lengths = np.zeros(len(dataset), dtype=np.int64)
+    if not recipe.data.group_by_length:
+        return lengths
+    measure = sequence_length(processor, config.visual_tokens)
+    own = range(process.rank, len(dataset), process.world_size)
+    with record_bar("measuring records", shown=process.is_first and recipe.logging.progress) as progress:
+        for done, index in enumerate(own, start=1):
+            lengths[index] = measure(dataset.sample(index).turns)
+            if done % _SHOWN_EVERY == 0 or done == len(own):
+                progress(done, len(own))
+    return process.sum(torch.from_numpy(lengths)).numpy().astype(np.int64)
 
 
 def _files(recipe: Recipe, *, training: bool) -> list[tuple[str, str]]:

@@ -21,8 +21,9 @@ from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.train.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from model.train.datasets import open_dataset
+from model.train.datasets import item_lengths, open_dataset
 from model.train.engine import StepResult, make_engine
+from model.train.feeding import Feed
 from model.train.handover import merged_network
 from model.train.journal import Journal
 from model.train.learning_rate import rate_factor
@@ -53,6 +54,7 @@ class Trainer:
         self.step_number = 0  # optimiser steps done
         self.interrupted: float | None = None  # when the run was told to end
         self.journal: Journal | None = None
+        self._loader: DataLoader | None = None
         self._batches: Iterator[dict[str, Any]] | None = None
         self._previous_handlers: dict[int, Any] = {}
 
@@ -85,8 +87,9 @@ class Trainer:
         data, schedule = self.recipe.data, self.recipe.schedule
         shown = self.process.is_first and self.recipe.logging.progress
         self.dataset = open_dataset(self.recipe, self.processor, training=True, shown=shown)
+        lengths = item_lengths(self.recipe, self.dataset, self.processor, self.config, self.process)
         self.sampler = ResumableSampler(
-            self.dataset.lengths,
+            lengths,
             seed=self.recipe.seed,
             batch_size=schedule.batch_size,
             rank=self.process.rank,
@@ -160,19 +163,21 @@ class Trainer:
         """One optimiser step over ``accumulation`` micro-batches."""
         begun = time.perf_counter()
         parts: dict[str, torch.Tensor] = {}
+        feed = Feed(self.config.visual_tokens)
         for _ in range(self.recipe.schedule.accumulation):
-            for name, value in self.engine.accumulate(self.next_batch()).items():
+            for name, value in self.engine.accumulate(feed.take(self.next_batch)).items():
                 parts[name] = parts.get(name, 0.0) + value.float()
         result = self.engine.step()
         self.step_number += 1
-        self._note(parts, result, time.perf_counter() - begun)
+        self._note(parts, result, feed, time.perf_counter() - begun)
 
     def next_batch(self) -> dict[str, Any]:
         """The next collated micro-batch of this rank; a new epoch begins when one is used up."""
         while True:
             if self._batches is None:
-                self.dataset.set_epoch(self.sampler.epoch)
-                self._batches = iter(self._loader())
+                self._loader = self._loader or self._make_loader()
+                self.dataset.set_epoch(self.sampler.epoch)  # no worker is reading now: they read up to an epoch's end
+                self._batches = iter(self._loader)
             try:
                 batch = next(self._batches, None)
             except MedPLIBError as error:  # from a loader process it comes wrapped in that process's traceback
@@ -182,17 +187,18 @@ class Trainer:
                 return batch
             self._batches = None
 
-    def _loader(self) -> DataLoader:
+    def _make_loader(self) -> DataLoader:
         return DataLoader(
             self.dataset,
             batch_sampler=self.sampler,  # type: ignore[arg-type]
             collate_fn=self.processor.collate,
             num_workers=self.recipe.data.workers,
+            persistent_workers=self.recipe.data.workers > 0,
             pin_memory=self.process.device.type == "cuda",
             generator=torch.Generator(),  # the loader's own draws must not move the global random numbers
         )
 
-    def _note(self, parts: dict[str, torch.Tensor], result: StepResult, seconds: float) -> None:
+    def _note(self, parts: dict[str, torch.Tensor], result: StepResult, feed: Feed, seconds: float) -> None:
         """Report the step: losses are means over its micro-batches and ranks."""
         assert self.journal is not None
         total = self.process.sum(torch.stack(list(parts.values())))
@@ -204,6 +210,7 @@ class Trainer:
             )
         row |= {"lr": result.lr, "grad_norm": result.grad_norm, "epoch": self.step_number / self.steps_per_epoch}
         row |= {"seconds": seconds, "samples_per_s": self._samples_per_step / seconds}
+        row |= feed.report(self.process, seconds)
         self.journal.step(row)
 
     def is_due(self, every: int) -> bool:
@@ -263,7 +270,7 @@ class Trainer:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers.clear()
-        self._batches = None
+        self._batches = self._loader = None
         leave()
 
     def _catch_signals(self) -> None:

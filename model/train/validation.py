@@ -119,10 +119,7 @@ def grown_labels(batch: Mapping[str, Any], config: MedPLIBConfig) -> Tensor:
     """Labels at the places of the grown sequence, long [B, L] on the CPU."""
     ids, mask = batch["input_ids"].cpu(), batch["attention_mask"].cpu()
     images = int(((ids == IMAGE_PLACEHOLDER) & mask.bool()).sum())
-    tokens = config.vision_grid**2 + (config.vision_select_feature == "cls_patch")
-    if config.in_context.token_compressor:
-        tokens = config.in_context.compressed_tokens
-    return splice_labels(plan_splice(ids, mask, [tokens] * images), batch["labels"].cpu())
+    return splice_labels(plan_splice(ids, mask, [config.visual_tokens] * images), batch["labels"].cpu())
 
 
 def _score_masks(

@@ -12,6 +12,7 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
 from model.processing.special_tokens import SEG_TOKEN, SPECIAL_TOKENS
 from model.processing.tokens import (
+    TokenCounter,
     add_special_tokens,
     build_tokenizer,
     decode_answer,
@@ -127,3 +128,11 @@ def test_seg_is_one_token_wherever_it_stands(tokenizer: PreTrainedTokenizerFast)
     seg = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
     for text in ("<SEG>", "a<SEG>b", "a <SEG> b", "(<SEG>)."):
         assert tokenize(tokenizer, text).ids.count(seg) == 1
+
+
+def test_tokens_are_counted_as_they_are_made(tokenizer: PreTrainedTokenizerFast) -> None:
+    count = TokenCounter(tokenizer)
+    marked = [f"{text}<image>{text}<region></region> {text}<im_start><image><im_end>\n{text}" for text in AWKWARD]
+    for text in [*AWKWARD, *marked, *marked]:
+        ids = tokenize(tokenizer, text).ids
+        assert count(text) == (len(ids), ids.count(IMAGE_PLACEHOLDER))

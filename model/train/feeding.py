@@ -1,0 +1,48 @@
+"""What optimiser steps are fed with: how long they wait for it, and how much of it is padding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from model.data.lengths import real_tokens
+from model.train.process import Process
+
+
+class Feed:
+    """Batches of one optimiser step on this rank.
+
+    Args:
+        visual_tokens: places that an image takes, see ``MedPLIBConfig.visual_tokens``.
+    """
+
+    def __init__(self, visual_tokens: int) -> None:
+        self.visual_tokens = visual_tokens
+        self.waited, self.real, self.places = 0.0, 0, 0
+
+    def take(self, next_batch: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
+        """The next batch; what it holds and the wait for it are noted."""
+        begun = time.perf_counter()
+        batch = next_batch()
+        self.waited += time.perf_counter() - begun
+        real, places = real_tokens(batch, self.visual_tokens)
+        self.real, self.places = self.real + real, self.places + places
+        return batch
+
+    def report(self, process: Process, seconds: float) -> dict[str, float]:
+        """Over all ranks: ``data_seconds`` waited for data (a mean), ``padding`` as a share of all tokens, and
+        ``tokens_per_s``, padding not counted. Called by every rank.
+
+        Args:
+            seconds: what the whole step took.
+        """
+        sums = process.sum(torch.tensor([self.waited, self.real, self.places], dtype=torch.float64))
+        waited, real, places = sums.tolist()
+        return {
+            "data_seconds": waited / process.world_size,
+            "padding": 1 - real / places,
+            "tokens_per_s": real / seconds,
+        }

@@ -1,0 +1,100 @@
+"""Lengths that are told without pixels are those that the network sees, and like ones make small padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.data.dataset import MedPLIBDataset
+from model.data.lengths import real_tokens, sequence_length
+from model.data.sampling import ResumableSampler
+from model.modeling.configuration import IMAGE_PLACEHOLDER
+from model.modeling.splice import plan_splice
+from model.processing.processor import MedPLIBProcessor, ProcessorSettings
+from model.processing.tokens import build_tokenizer, train_tokenizer
+from tests.tiny import TEXTS
+
+PLACES = 16  # that an image takes
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build_tokenizer(train_tokenizer(TEXTS * 20, 330, tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize(("template", "longest"), [("llava_v1", 2048), ("llava_v1", 230), ("plain", 2048)])
+def test_lengths_are_those_of_the_encoded_samples(folder: Any, tokenizer: Any, template: str, longest: int) -> None:
+    several = folder.record("<image>\nAnd <image>?", "Two, in 2.5 mm.", image=[folder.image, folder.other])
+    talk = folder.vqa()
+    talk["conversations"] += [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "It is a CT. " * 9}]
+    alone = folder.record("What is a tumour?", "A mass.")
+    del alone["image"]
+    records = [folder.vqa(), folder.region(), folder.grounding(), talk, several, alone]
+    settings = ProcessorSettings(clip_size=28, patch_size=7, sam_size=64, template=template, max_length=longest)
+    processor = MedPLIBProcessor(tokenizer, settings)
+    if template == "plain":
+        records = [record for number, record in enumerate(records) if number not in (1, 5)]  # it drops the questions
+    dataset = MedPLIBDataset(folder.write_records(records), folder.root, processor, training=True)
+    length = sequence_length(processor, PLACES)
+    told = [length(dataset.sample(index).turns) for index in range(len(dataset))]
+
+    batch = processor.collate([dataset[index] for index in range(len(dataset))])
+    images = int((batch["input_ids"] == IMAGE_PLACEHOLDER).sum())
+    plan = plan_splice(batch["input_ids"], batch["attention_mask"], [PLACES] * images)
+    assert told == plan.attention_mask.sum(dim=1).tolist()
+    assert real_tokens(batch, PLACES) == (sum(told), plan.attention_mask.numel())
+    assert bool(dataset.shortened.any()) == (longest == 230)
+
+
+def like_mecovqa(count: int, text_only: float, rng: np.random.Generator) -> np.ndarray:
+    """Lengths of sentences on whole images (some in several rounds), words on regions, and masks."""
+    kind = rng.choice(3, count, p=[0.3, 0.35, 0.35])
+    questions = rng.integers(10, 40, count)
+    sentences = rng.lognormal(np.log(80), 0.5, count).clip(15, 500) * np.where(rng.random(count) < 0.05, 3, 1)
+    answers = np.choose(kind, [sentences, rng.lognormal(np.log(12), 0.6, count).clip(2, 80), np.full(count, 12)])
+    return (45 + questions + answers).astype(np.int64) + 576 * (rng.random(count) >= text_only)
+
+
+@pytest.mark.parametrize("text_only", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize(("batch", "world_size"), [(4, 1), (4, 4), (16, 4), (32, 4)])
+def test_grouping_leaves_little_padding_on_any_rank(text_only: float, batch: int, world_size: int) -> None:
+    lengths = like_mecovqa(60_000, text_only, np.random.default_rng(0))
+
+    def padding(**options: Any) -> float:
+        real = places = 0
+        for rank in range(world_size):
+            shares = {"rank": rank, "world_size": world_size, "batch_size": batch}
+            rows = lengths[np.array(list(ResumableSampler(lengths, seed=0, **shares, **options)))]
+            real, places = real + rows.sum(), places + (rows.max(axis=1) * batch).sum()
+        return 1 - real / places
+
+    weights = np.where(lengths > 700, 3.0, 1.0)
+    assert padding(group_by_length=True) < 0.05
+    assert padding(group_by_length=True, weights=weights) < 0.05
+    assert padding() > 0.07
+
+
+def test_ranks_of_one_step_have_batches_of_like_length() -> None:
+    lengths = like_mecovqa(20_000, 0.1, np.random.default_rng(1))
+    ranks = [
+        ResumableSampler(lengths, seed=0, rank=rank, world_size=4, batch_size=8, group_by_length=True)
+        for rank in range(4)
+    ]
+    longest = np.stack([lengths[np.array(list(rank))].max(axis=1) for rank in ranks])  # [ranks, steps]
+    assert np.mean(1 - longest.mean(axis=0) / longest.max(axis=0)) < 0.01
+
+
+def test_the_sample_sets_of_the_project_are_counted_right(golden: Path) -> None:
+    root = Path(__file__).resolve().parents[2] / "data" / "sample"
+    processor = MedPLIBProcessor(
+        build_tokenizer(golden / "2_tokenize" / "tokenizer_saved_by_upstream"), ProcessorSettings()
+    )
+    length = sequence_length(processor, 576)
+    for task in ("vqa", "region", "grounding"):
+        dataset = MedPLIBDataset(root / f"{task}.json", root, processor, training=True)
+        for index in range(0, len(dataset), len(dataset) // 3):
+            encoded = dataset[index]
+            assert length(dataset.sample(index).turns) == len(encoded) + 575 * len(encoded.pixel_values)

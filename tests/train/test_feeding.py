@@ -1,0 +1,53 @@
+"""Batches on their way to the network: like lengths together, and what a run tells of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.train import recipe_from, run
+from model.train.loop import Trainer
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_tells_its_padding_and_its_waiting(values: Any, tmp_path: Path) -> None:
+    told = {}
+    for grouped in (False, True):
+        data = {**values(2)["data"], "group_by_length": grouped}
+        schedule = {"batch_size": 4, "accumulation": 2, "max_steps": 6}
+        recipe = recipe_from(values(2, data=data, schedule=schedule, output=str(tmp_path / str(grouped))))
+        run(recipe)
+        told[grouped] = rows(recipe.folder)
+    for row in (*told[False], *told[True]):
+        assert 0 <= row["padding"] < 1
+        assert 0 < row["data_seconds"] < row["seconds"]
+        assert row["tokens_per_s"] > row["samples_per_s"]
+    means = {grouped: sum(row["padding"] for row in told[grouped]) / 6 for grouped in told}
+    assert means[True] < means[False] / 2
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_loader_processes_change_nothing(values: Any, tmp_path: Path, stop: bool) -> None:
+    """Over three epochs, whose regions are drawn anew each time, and where a run goes on in the midst of one."""
+    losses = {}
+    for workers in (0, 2):
+        data = {**values(2, ("region",))["data"], "group_by_length": True, "workers": workers}
+        schedule = {"batch_size": 4, "accumulation": 1, "epochs": 3}
+        recipe = recipe_from(values(2, data=data, schedule=schedule, output=str(tmp_path / f"{workers}")))
+        if stop and workers:
+            trainer = Trainer(recipe)
+            trainer.set_up()
+            for _ in range(4):
+                trainer.train_step()
+            trainer.save()
+            trainer.close()
+        run(recipe, resume=stop)
+        losses[workers] = [row["loss"] for row in rows(recipe.folder)]
+    assert losses[0] == losses[2]
+    assert len(losses[0]) > 6
