@@ -33,7 +33,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["model", "model.*"]),
-    package_data={"model.eval": ["assets/*", "*.sh"], "model.eval.lmms": ["tasks/*"], "model.serve.web": ["assets/*"]},
+    package_data={
+        "model.drawing": ["assets/*"],
+        "model.eval": ["*.sh"],
+        "model.eval.lmms": ["tasks/*"],
+        "model.serve.web": ["assets/*"],
+    },
     install_requires=requirements("requirements.txt"),
     extras_require={
         "train": TRAIN,  # staged training; deepspeed compiles a small op with g++ at its first run
@@ -44,7 +49,8 @@ setup(
             *("pytest>=9,<10", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"),
             *("openai>=2", "schemathesis>=4", "playwright>=1.55"),  # drive the servers as their users do
         ],
-        "gpu": ["flash-attn"],  # engine.attention=flash_attention_2; CUDA only: install with --no-build-isolation
+        # engine.attention=flash_attention_2 (CUDA only: install with --no-build-isolation), lora.quantise
+        "gpu": ["flash-attn", "bitsandbytes>=0.45"],
         # Beside lmms-eval itself, which is installed with --no-deps: its own list would replace torch.
         "lmms": [
             *("datasets>=4", "evaluate>=0.4", "loguru", "tenacity>=8.3", "pytablewriter", "sacrebleu", "scikit-learn"),

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from model.drawing.pages import Markup, count, element, joined, page
 from model.eval import report_sections as sections
 from model.eval.metrics.scores import Measures
 from model.eval.report_data import SetResult, SuiteResult
-from model.eval.report_html import Markup, count, element, joined, page
 from model.eval.report_pictures import MOST_BYTES, MOST_PICTURES, Pictures
 
 HTML_FILE, JSON_FILE, SCORES_FILE, ROWS_FILE = "report.html", "report.json", "scores.csv", "rows.csv"

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from model.drawing.charts import difference_strip
+from model.drawing.pages import Column, Markup, count, element, interval, joined, number, page, quoted, table
 from model.eval import report_sections as sections
-from model.eval.charts import difference_strip
 from model.eval.compare import EXAMPLES, FEWEST, SCORED, Change, Run, RunSet, SetComparison
 from model.eval.metrics.comparing import Difference
 from model.eval.metrics.definitions import Metric
@@ -19,7 +20,6 @@ from model.eval.metrics.scores import UNNAMED
 from model.eval.metrics.tables import aligned
 from model.eval.predictions import Prediction
 from model.eval.report import plain_cell, write_csv, write_text
-from model.eval.report_html import Column, Markup, count, element, interval, joined, number, page, quoted, table
 from model.eval.report_pictures import MOST_PICTURES, Pictures
 from model.eval.versions import version
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from model.data.readers import read_image, read_mask
 from model.data.schema import inspect_record
+from model.drawing.pages import Markup, element
 from model.errors import MedPLIBError
 from model.eval.predictions import Key, Prediction
 from model.eval.references import question_id_of
-from model.eval.report_html import Markup, element
 from model.inference.overlay import PALETTE
 from model.processing.masks import decode_rle
 

@@ -7,14 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from model.eval.charts import calibration, calibration_error, histogram, interval_strip, share_strip
-from model.eval.metrics.definitions import CONVENTIONS, Metric
-from model.eval.metrics.scores import UNNAMED, Measure, Measures
-from model.eval.metrics.tables import MEAN_ROW
-from model.eval.predictions import Prediction
-from model.eval.report_data import SetResult, SuiteResult, metric_title
-from model.eval.report_failures import Failures, RowScore
-from model.eval.report_html import (
+from model.drawing.charts import calibration, calibration_error, histogram, interval_strip, share_strip
+from model.drawing.pages import (
     Column,
     Markup,
     breakable,
@@ -27,6 +21,12 @@ from model.eval.report_html import (
     quoted,
     table,
 )
+from model.eval.metrics.definitions import CONVENTIONS, Metric
+from model.eval.metrics.scores import UNNAMED, Measure, Measures
+from model.eval.metrics.tables import MEAN_ROW
+from model.eval.predictions import Prediction
+from model.eval.report_data import SetResult, SuiteResult, metric_title
+from model.eval.report_failures import Failures, RowScore
 from model.eval.report_pictures import Pictures
 
 MOST_UNFOLDED = 16

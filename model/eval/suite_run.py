@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint.opening import open_checkpoint
+from model.drawing.pages import count
 from model.eval.journal import read_journal
 from model.eval.metrics.tables import aligned, number, span
 from model.eval.opening import open_engine
@@ -18,7 +19,6 @@ from model.eval.options import InferenceOptions
 from model.eval.places import Place
 from model.eval.report import ROWS_FILE, write_csv, write_report
 from model.eval.report_data import SetResult, SuiteResult, metric_title
-from model.eval.report_html import count
 from model.eval.run import Opener, Outcome, run_inference
 from model.eval.suite import DataSet, Suite
 from model.eval.suite_questions import write_questions

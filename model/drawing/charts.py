@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.eval.report_html import Markup, count, element, number, percent
+from model.drawing.pages import Markup, count, element, number, percent
 
 _WIDTH, _HEIGHT = 304, 208
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 20, 40  # margins of the plot: tick labels and axis titles

@@ -157,4 +157,4 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @cache
 def _style() -> str:
-    return resources.files("model.eval").joinpath("assets", "report.css").read_text(encoding="utf-8")
+    return resources.files("model.drawing").joinpath("assets", "report.css").read_text(encoding="utf-8")
