@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from model.data.builders.sets_commands import add_sets
 from model.errors import MedPLIBError
 
 
@@ -18,6 +19,7 @@ def add_data_command(commands: argparse._SubParsersAction) -> None:
     check.set_defaults(run=run_data_check)
     builders = data.add_parser("build", help="make data").add_subparsers(dest="builder", required=True)
     _add_phantom(builders)
+    add_sets(builders)
 
 
 def _add_phantom(builders: argparse._SubParsersAction) -> None:

@@ -1,0 +1,183 @@
+"""Whether a record trains, and what mends it: the last thing every builder asks before it writes one.
+
+What is refused here is what ``medplib data check`` refuses, so that a built file passes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.data.builders.work import Part, Piece
+from model.data.builders.work_files import temporary_of
+from model.data.readers import ReadLimits
+from model.data.schema import Finding, Sample, inspect_record
+from model.data.validate import PixelCheck
+
+PIECE = 2_000
+"""Records of one piece of a build: a second of work or more, and few enough that a killed build loses little."""
+
+_PATHS = {
+    "human": re.compile(r"(<region>)(.*?)(</region>)", re.DOTALL),
+    "gpt": re.compile(r"(<mask>)(.*?)(</mask>)", re.DOTALL),
+}
+"""What holds paths in the texts of each side."""
+
+
+class Vetting:
+    """Looks at records one after another; files that several of them share are decoded once.
+
+    Args:
+        images_root: folder that the records' paths start from.
+        check_pixels: decode every image and mask, as ``medplib data check`` does; else only see whether they exist.
+    """
+
+    def __init__(self, images_root: Path, *, check_pixels: bool = True) -> None:
+        self._root = images_root
+        self._pixels = PixelCheck(ReadLimits()) if check_pixels else None
+
+    def __call__(self, record: Mapping[str, Any]) -> tuple[Sample | None, list[Finding]]:
+        """What the record comes to, None if it cannot be trained on; and all that was found."""
+        sample, findings = inspect_record(record, self._root)
+        if sample is not None and self._pixels is not None:
+            findings = findings + self._pixels(sample)
+        bad = any(finding.severity == "error" for finding in findings)
+        return (None if bad else sample), findings
+
+
+def mended(record: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+    """The record with ``.png`` put back where the files have it, and its conversation under the known key."""
+    whole = {("conversations" if key == "conversatons" else key): value for key, value in record.items()}
+    if not sample.repairs or sample.examples:
+        return whole
+    if "image" in whole:
+        names = whole["image"]
+        listed = [names] if isinstance(names, str) else list(names)
+        fixed = [_as_found(name, path) for name, path in zip(listed, sample.images, strict=True)]
+        whole["image"] = fixed[0] if isinstance(names, str) else fixed
+    found = {"human": iter(sample.regions), "gpt": iter(sample.masks)}
+
+    def put_back(match: re.Match[str]) -> str:
+        return f"{match[1]}{_as_found(match[2], next(found[side]))}{match[3]}"
+
+    turns = []
+    for turn in whole["conversations"]:
+        side = turn["from"]
+        text = turn["value"]
+        turns.append({**turn, "value": _PATHS[side].sub(put_back, text)} if isinstance(text, str) else turn)
+    whole["conversations"] = turns
+    return whole
+
+
+def _as_found(name: str, path: Path) -> str:
+    stem = name.strip()
+    return f"{stem}.png" if path.name == f"{Path(stem).name}.png" else name
+
+
+def write_vetted(
+    part: Part, output: str, record: Mapping[str, Any], vetting: Vetting, /, **where: Any
+) -> Sample | None:
+    """Write a record that trains, mended; list what was found, and every record that is left out.
+
+    Args:
+        part: of the build.
+        output: file that the record goes to.
+        record: in the project's layout.
+        vetting: of this piece.
+        where: ``record``, its number in the source, and the like, for the list of findings.
+
+    Returns:
+        What was written, None if nothing was.
+    """
+    sample, findings = vetting(record)
+    name = str(record.get("id") or "")
+    for finding in findings:
+        part.find(finding.kind, told(finding.message, name, where), id=name, **where, dropped=sample is None)
+    part.count("records", "dropped" if sample is None else "kept")
+    if sample is not None:
+        part.write(output, mended(record, sample))
+        part.count(output, f"{sample.modality or 'unknown'} {sample.task}")
+        part.count("answer type", sample.answer_type or "unknown")
+    return sample
+
+
+def drop(part: Part, kind: str, message: str, /, **where: Any) -> None:
+    """List a record that is left out for a reason of the builder's own."""
+    part.find(kind, told(message, "", where), **where, dropped=True)
+    part.count("records", "dropped")
+
+
+def told(message: str, name: str, where: Mapping[str, Any]) -> str:
+    """``FILE, record N (ID): message``."""
+    place = ", ".join(
+        text for text in (str(where.get("file", "")), f"record {where['record']}" if "record" in where else "") if text
+    )
+    named = f"{place} ({name})" if place and name else place or name
+    return f"{named}: {message}" if named else message
+
+
+def path_from(root: Path, path: Path) -> str:
+    """``path`` as a record holds it: below ``root`` where it lies there, else with ``..`` in front.
+
+    A ``..`` leads out of where a link points to, not out of where the link is: links are followed before one is made.
+    """
+    if path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    return Path(os.path.relpath(path.parent.resolve() / path.name, root.resolve())).as_posix()
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Write a boolean mask [H, W] as an 8-bit PNG of 0 and 255, whole or not at all."""
+    import cv2
+
+    done, encoded = cv2.imencode(".png", mask.astype(np.uint8) * 255)
+    if not done:
+        raise OSError(f"cannot encode {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_of(path)
+    temporary.write_bytes(encoded.tobytes())
+    temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Records ``start`` … ``stop`` − 1 of source file number ``file``."""
+
+    file: int
+    start: int
+    stop: int
+
+
+def stretches(lengths: Sequence[int], size: int = PIECE) -> list[Piece]:
+    """The pieces of a build over files of so many records."""
+    return [
+        Piece(Stretch(file, start, min(start + size, length)), min(size, length - start))
+        for file, length in enumerate(lengths)
+        for start in range(0, length, size)
+    ]
+
+
+def repeated(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Records that say the same of the same image as an earlier one: number → number of the first such record.
+
+    Records that cannot be parsed must have been left out as empty mappings. 16 bytes a record are kept.
+    """
+    first: dict[bytes, int] = {}
+    again: dict[int, int] = {}
+    for number, record in enumerate(records):
+        if not record:
+            continue
+        said = [record.get("image"), record.get("conversations", record.get("conversatons"))]
+        key = hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).digest()
+        earlier = first.setdefault(key, number)
+        if earlier != number:
+            again[number] = earlier
+    return again
