@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
+from model.data.dataset import MixedDataset
 from model.data.sampling import balanced_weights
 from model.data.schema import TASKS
 from model.errors import MedPLIBError
@@ -26,17 +26,6 @@ UNKNOWN = "unknown"
 
 _ROUNDS = 2000
 _TOLERANCE = 1e-3  # of all draws; a share that misses more than this cannot be had
-
-
-class Labelled(Protocol):
-    """The part of ``MixedDataset`` that shares are about: one entry a record, files one after the other."""
-
-    datasets: Sequence[Any]
-    tasks: Sequence[str]
-    modalities: Sequence[str | None]
-
-    @property
-    def weights(self) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ def check_shares(data: Data) -> list[str]:
     return problems
 
 
-def draw_weights(dataset: Labelled, data: Data) -> np.ndarray | None:
+def draw_weights(dataset: MixedDataset, data: Data) -> np.ndarray | None:
     """The chance of each record, float64 [N] summing to 1; None where every record is seen once an epoch.
 
     Raises:
@@ -174,7 +163,7 @@ def _refuse_missed(
     )
 
 
-def labels_of(dataset: Labelled) -> dict[str, list[str]]:
+def labels_of(dataset: MixedDataset) -> dict[str, list[str]]:
     """Labels of every record by kind: ``file``, ``task``, ``modality``."""
     files = [name for name, part in zip(_files(dataset), dataset.datasets, strict=True) for _ in range(len(part))]
     return {
@@ -184,7 +173,7 @@ def labels_of(dataset: Labelled) -> dict[str, list[str]]:
     }
 
 
-def _files(dataset: Labelled) -> list[str]:
+def _files(dataset: MixedDataset) -> list[str]:
     """The data files by path; one that is named twice gets a number."""
     seen: Counter[str] = Counter()
     names = []
@@ -195,7 +184,7 @@ def _files(dataset: Labelled) -> list[str]:
     return names
 
 
-def draw_table(dataset: Labelled, weights: np.ndarray | None, draws: int) -> list[Draws]:
+def draw_table(dataset: MixedDataset, weights: np.ndarray | None, draws: int) -> list[Draws]:
     """What the weights make of each file, task and modality.
 
     Args:
