@@ -40,7 +40,7 @@ class JsonRows:
         return len(self._records)
 
     def between(self, start: int, stop: int) -> Iterator[Any]:
-        for number in range(start, stop):
+        for number in range(start, min(stop, len(self))):
             try:
                 yield self._records[number]
             except MedPLIBError as error:

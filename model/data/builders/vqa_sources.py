@@ -159,7 +159,7 @@ _TRAIN_OR_VALIDATION = re.compile(
     r"all_qa_pairs_(train|val)\.txt|vqanswering_\d{4}_(train|val)_qa_pairs\.txt|"
     r"vqa-med-\d{4}-vqanswering-task1-.*(val)idationset\.txt"
 )
-_TEST = re.compile(r"(.*test.?)questions(_w_ref_answers)?\.txt")
+_TEST = re.compile(r"(.*test.*)questions(_w_ref_answers)?\.txt")
 
 
 def _imageclef(folder: Path) -> Iterator[QuestionFile]:

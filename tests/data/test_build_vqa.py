@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.data.builders.vqa_files import CsvRows
+from tests.data import native_samples as native
+from tests.data.built import build, findings, refused, said, trains
+
+
+def built(
+    name: str, source: Path, out: Path, *words: object, root: Path | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of every file that comes out, all of them trained on."""
+    assert build("vqa", "--set", name, "--source", source, "--out", out, *words) == 0
+    files = sorted(path for path in out.glob("*.json") if not path.name.startswith("report_"))
+    return {path.stem: trains(path, root or source) for path in files}
+
+
+def test_vqa_rad_is_split_by_its_phrases(tmp_path: Path) -> None:
+    made = built("vqa-rad", native.vqa_rad(tmp_path / "raw"), tmp_path / "out")
+    assert set(made) == {"train", "test"}
+    assert [record["answer_type"] for record in made["train"]] == ["closed", "open", "open"]
+    assert [said(record)[1] for record in made["train"]] == ["Yes", "Right hemisphere", "4"]
+    assert [record["answer_type"] for record in made["test"]] == ["closed", "open"]
+    assert said(made["train"][0])[0] == "<image>\nAre regions infarcted?"
+    first = made["train"][0]
+    assert (first["id"], first["image"]) == ("vqa-rad-1", "VQA_RAD Image Folder/synpic54610.jpg")
+    (lost,) = findings(tmp_path / "out", "vqa")
+    assert (lost["kind"], lost["record"], lost["dropped"]) == ("missing_image", 5, True)
+
+
+@pytest.mark.parametrize(("language", "train", "test"), [("en", 2, 1), ("zh", 1, 1), ("all", 3, 2)])
+def test_slake_is_asked_in_the_language_wanted(tmp_path: Path, language: str, train: int, test: int) -> None:
+    source = native.slake(tmp_path / "raw")
+    made = built("slake", source, tmp_path / "out", "--language", language)
+    assert (len(made["train"]), len(made["test"])) == (train, test)
+    assert ("validation" in made) == (language != "zh")
+    if language == "en":
+        assert [record["modality"] for record in made["train"]] == ["mr", "ct"]
+        assert [record["answer_type"] for record in made["train"]] == ["open", "closed"]
+        assert made["test"][0]["modality"] == "x_ray"
+
+
+def test_path_vqa_comes_from_pickles(tmp_path: Path) -> None:
+    made = built("pathvqa", native.path_vqa(tmp_path / "raw"), tmp_path / "out")
+    assert set(made) == {"train", "validation", "test"}
+    first, second = made["validation"]
+    assert (first["image"], said(first)[1]) == ("images/val/val_0422.jpg", "in the canals of hering")
+    assert (second["answer_type"], said(second)[1], second["kind"]) == ("closed", "no", "where")
+
+
+def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = native.path_vqa(tmp_path / "raw")
+
+    class Harm:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "harm",))
+
+    (source / "qas" / "train_vqa.pkl").write_bytes(pickle.dumps([Harm()]))
+    told = refused(capsys, "vqa", "--set", "pathvqa", "--source", source, "--out", tmp_path / "out")
+    assert "is no pickle of plain lists and mappings (it asks for pathlib" in told
+    assert not (tmp_path / "harm").exists()
+
+
+def test_images_inside_parquet_become_files(tmp_path: Path) -> None:
+    source, out = native.path_vqa_parquet(tmp_path / "raw", rows=5), tmp_path / "out"
+    made = built("pathvqa", source, out, root=out)
+    assert {name: len(records) for name, records in made.items()} == {"train": 5, "validation": 5, "test": 5}
+    assert [record["answer_type"] for record in made["test"]] == ["closed", "open", "closed", "open", "closed"]
+    assert [said(record)[0] for record in made["test"]] == [f"<image>\nis it {number}?" for number in range(5)]
+    (picture,) = (out / "images").iterdir()
+    assert {record["image"] for records in made.values() for record in records} == {f"images/{picture.name}"}
+
+
+def test_imageclef_of_several_years_comes_together(tmp_path: Path) -> None:
+    made = built("imageclef", native.imageclef(tmp_path / "raw"), tmp_path / "out")
+    assert {name: len(records) for name, records in made.items()} == {"train": 3, "validation": 2, "test": 2}
+    modality, weighting, organs = made["train"]
+    assert modality["image"] == "ImageClef-2019-VQA-Med-Training/Train_images/synpic41148.jpg"
+    assert (said(weighting)[0], weighting["answer_type"]) == ("<image>\nis this a t1 weighted image?", "closed")
+    assert said(organs)[1] == "lung, mediastinum, pleura"
+    assert organs["answers"] == ["lung, mediastinum, pleura", "spine and contents"]
+    assert sorted(said(record)[1] for record in made["test"]) == ["Yes", "skull and contents"]
+    assert {row["kind"] for row in findings(tmp_path / "out", "vqa")} == {"bad_row", "missing_image"}
+    assert len({record["id"] for records in made.values() for record in records}) == 7
+
+
+def test_pmc_vqa_shows_its_choices(tmp_path: Path) -> None:
+    made = built("pmc-vqa", native.pmc_vqa(tmp_path / "raw"), tmp_path / "out")
+    assert set(made) == {"train", "test_2"}
+    first, second = made["train"]
+    options = "Diffuse uptake pattern; Focal uptake pattern; No uptake pattern; Cannot determine"
+    question = "What is the uptake pattern in the breast?"
+    assert said(first) == (f"<image>\n{question} Answer with one of these: {options}.", "Focal uptake pattern")
+    assert said(second)[0] == '<image>\nWhich, "if any",\nlobe? Answer with one of these: Left; Right.'
+    (third,) = made["test_2"]
+    assert (third["image"], said(third)[1]) == ("figures/PMC8253797_Fig4_41.jpg", "Blue")
+    assert [row["kind"] for row in findings(tmp_path / "out", "vqa")] == ["bad_row", "bad_row"]
+
+
+def test_omnimedvqa_is_asked_as_evaluation_asks_it(tmp_path: Path) -> None:
+    source = native.omnimedvqa(tmp_path / "raw")
+    made = built("omnimedvqa", source, tmp_path / "out")
+    assert set(made) == {"open_access"}  # of the other half no image is there
+    first, second = made["open_access"]
+    assert said(first)[0].endswith("Answer with one of these: PET scan; CT scan; Blood test; Fundus imaging.")
+    assert (first["modality"], second["modality"]) == ("fundus", "x_ray")
+    assert first["image"] == "OmniMedVQA/Images/ACRIMA/Im553_g_ACRIMA.png"
+    assert {record["answer_type"] for record in made["open_access"]} == {"closed"}
+
+
+def test_paths_can_start_from_the_folder_of_another_set(tmp_path: Path) -> None:
+    source, root = native.vqa_rad(tmp_path / "raw"), tmp_path / "SAMed2D_v1"
+    root.mkdir()
+    made = built("vqa-rad", source, tmp_path / "out", "--images-root", root, root=root)
+    assert made["train"][0]["image"] == "../raw/VQA_RAD Image Folder/synpic54610.jpg"
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slake = native.slake(tmp_path / "slake")
+    out = tmp_path / "out"
+    told = refused(capsys, "vqa", "--set", "vqa-rad", "--source", slake / "imgs", "--out", out)
+    assert 'does not look like vqa-rad; expected "VQA_RAD Dataset Public.json"' in told
+    told = refused(capsys, "vqa", "--set", "slake", "--source", tmp_path / "none", "--out", out)
+    assert "is no folder; give the folder of slake" in told
+    rows = json.loads((slake / "train.json").read_text())
+    native.write_json(slake / "train.json", [{"caption": row["question"]} for row in rows])
+    told = refused(capsys, "vqa", "--set", "slake", "--source", slake, "--out", out)
+    assert "train.json is not of the form that slake has (it has no qid)" in told
+    assert not out.exists()
+
+
+def test_rows_of_a_csv_are_found_from_the_middle(tmp_path: Path) -> None:
+    lines = "".join(f'{number},"a\n""{number}"""\r\n' for number in range(2500))
+    (tmp_path / "rows.csv").write_text(f"\ufeffnumber,text\r\n{lines}\n", newline="")
+    rows = CsvRows(tmp_path / "rows.csv")
+    assert len(rows) == 2500
+    found = list(rows.between(1998, 2003))
+    assert [row["number"] for row in found] == ["1998", "1999", "2000", "2001", "2002"]
+    assert found[0]["text"] == 'a\n"1998"'
+
+
+def test_the_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
+    source = native.path_vqa(tmp_path / "raw")
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert build("vqa", "--set", "pathvqa", "--source", source, "--out", out, "--workers", workers) == 0
+    for name in ("train.json", "validation.json", "test.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
