@@ -58,10 +58,10 @@ def like_mecovqa(count: int, text_only: float, rng: np.random.Generator) -> np.n
     return (45 + questions + answers).astype(np.int64) + 576 * (rng.random(count) >= text_only)
 
 
-@pytest.mark.parametrize("text_only", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize(("batch", "world_size"), [(4, 1), (4, 4), (16, 4), (32, 4)])
+@pytest.mark.parametrize("text_only", [0.0, 0.2])
+@pytest.mark.parametrize(("batch", "world_size"), [(4, 1), (16, 4), (32, 4)])
 def test_grouping_leaves_little_padding_on_any_rank(text_only: float, batch: int, world_size: int) -> None:
-    lengths = like_mecovqa(60_000, text_only, np.random.default_rng(0))
+    lengths = like_mecovqa(30_000, text_only, np.random.default_rng(0))
 
     def padding(**options: Any) -> float:
         real = places = 0

@@ -38,7 +38,7 @@ def test_loader_processes_change_nothing(values: Any, tmp_path: Path, stop: bool
     losses = {}
     for workers in (0, 2):
         data = {**values(2, ("region",))["data"], "group_by_length": True, "workers": workers}
-        schedule = {"batch_size": 4, "accumulation": 1, "epochs": 3}
+        schedule = {"batch_size": 4, "accumulation": 1, "epochs": 3, "max_steps": 0}
         recipe = recipe_from(values(2, data=data, schedule=schedule, output=str(tmp_path / f"{workers}")))
         if stop and workers:
             trainer = Trainer(recipe)
