@@ -195,9 +195,11 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         sam_embeddings: torch.Tensor | None,
         sam_sizes: list[tuple[int, int]] | None,
         image_sizes: list[tuple[int, int]] | None,
+        sam_index: torch.Tensor | None,
     ) -> MaskOutput:
         """Masks of all ``<SEG>`` in a batch; only images that are asked for a mask are encoded."""
-        rows, image_index = seg_rows.unique(return_inverse=True)
+        images = seg_rows if sam_index is None else sam_index[seg_rows]  # [M]
+        rows, image_index = images.unique(return_inverse=True)
         if len(rows) and (sam_sizes is None or image_sizes is None):
             raise ValueError("masks are asked for, but sam_sizes or image_sizes is missing")
         if sam_embeddings is not None:
@@ -233,6 +235,8 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         visual_kinds: list[str] | None = None,
         image_features: torch.Tensor | None = None,
         sam_embeddings: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        sam_index: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -254,6 +258,9 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             mask_targets: per row float [n, H, W] in {0, 1}, one per ``<SEG>`` of its labels.
             example_masks, visual_kinds: in-context inputs, see ``splice``.
             image_features, sam_embeddings: cached tower outputs, instead of the pixels.
+            image_index: long [I], the image (of ``pixel_values`` or ``image_features``) that each placeholder shows;
+                its own when absent. So an image that stands in several rows is encoded once.
+            sam_index: long [B], the image (of ``sam_pixel_values`` or ``sam_embeddings``) that each row segments.
             logits_to_keep: only the last so many positions get logits; 0 keeps all.
             return_logits: logits in training too (by default the loss computes only those it needs).
 
@@ -271,6 +278,8 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("forward needs input_ids or inputs_embeds")
         if image_features is None and pixel_values is not None:
             image_features = self.encode_images(pixel_values)  # [I, P, Dv]
+        if image_index is not None and image_features is not None:
+            image_features = image_features[image_index]  # [I, P, Dv]
         spliced = self.splice(
             input_ids, attention_mask, image_features, region_masks, region_image, example_masks, visual_kinds
         )
@@ -295,7 +304,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             seg_rows, seg_tokens = (plan.valid & (labels == self.config.seg_token_id)).nonzero(as_tuple=True)
             seg_places = plan.starts[seg_rows, seg_tokens]
             masks = self._decode_batch_masks(
-                hidden, seg_rows, seg_places, sam_pixel_values, sam_embeddings, sam_sizes, image_sizes
+                hidden, seg_rows, seg_places, sam_pixel_values, sam_embeddings, sam_sizes, image_sizes, sam_index
             )
             output.mask_logits, output.low_res_masks = masks.mask_logits, masks.low_res_masks
             output.iou_predictions, output.mask_rows = masks.iou_predictions, seg_rows

@@ -30,6 +30,9 @@ class EncodedSample:
         visual_kinds: per image placeholder ``image`` or ``mask``; None where all are images.
         truncated: the end of the last answer was cut off to fit ``max_length``.
         approximated_regions: regions too small for the patch grid, marked by the patches that hold them.
+        image_features: [I, P, Dv], what the CLIP tower made of the images before; ``pixel_values`` say nothing then.
+        sam_embedding: [C, s, s], what SAM's encoder made of the segmented image before, likewise; zeros where no mask
+            asks for it.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +48,8 @@ class EncodedSample:
     visual_kinds: tuple[str, ...] | None = None
     truncated: bool = False
     approximated_regions: tuple[int, ...] = ()
+    image_features: torch.Tensor | None = None
+    sam_embedding: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Tokens, an image counting as one."""
@@ -52,7 +57,11 @@ class EncodedSample:
 
 
 def collate(
-    samples: Sequence[EncodedSample], pad_token_id: int, padding_side: Literal["right", "left"] = "right"
+    samples: Sequence[EncodedSample],
+    pad_token_id: int,
+    padding_side: Literal["right", "left"] = "right",
+    *,
+    share_images: bool = False,
 ) -> dict[str, Any]:
     """Pad and stack samples.
 
@@ -60,12 +69,15 @@ def collate(
         samples: at least one; all with labels or all without.
         pad_token_id: fills ``input_ids`` where ``attention_mask`` is 0.
         padding_side: ``right`` for training, ``left`` for generation.
+        share_images: of equal images only one is kept, so that it is encoded once; for ``forward`` alone.
 
     Returns:
         ``input_ids``, ``attention_mask`` long [B, T]; ``labels`` long [B, T] and ``mask_targets`` (list of [n, H, W])
         unless the samples are prompts; ``pixel_values`` [I, 3, S, S], ``region_masks`` [R, g, g] and ``region_image``
         [R] over all rows; ``sam_pixel_values`` [B, 3, S', S']; ``sam_sizes``, ``image_sizes`` lists of (height, width);
-        ``example_masks`` [K, 1, S, S] and ``visual_kinds`` only where a sample has them.
+        ``example_masks`` [K, 1, S, S] and ``visual_kinds`` only where a sample has them. Where images are shared,
+        ``image_index`` [I] and ``sam_index`` [B] say which row each placeholder shows and each batch row segments.
+        Features of samples that have them come instead of pixels: ``image_features``, ``sam_embeddings``.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
@@ -78,13 +90,13 @@ def collate(
     batch: dict[str, Any] = {
         "input_ids": _pad([sample.input_ids for sample in samples], pad_token_id, padding_side),
         "attention_mask": _pad([torch.ones_like(sample.input_ids) for sample in samples], 0, padding_side),
-        "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
         "region_masks": torch.cat([sample.region_masks for sample in samples]),
         "region_image": _offset_region_images(samples),
-        "sam_pixel_values": torch.stack([sample.sam_pixel_values for sample in samples]),
         "sam_sizes": [sample.sam_size for sample in samples],
         "image_sizes": [sample.image_size for sample in samples],
     }
+    batch |= _clip_inputs(samples, share_images)
+    batch |= _sam_inputs(samples, share_images)
     if all(labelled):
         batch["labels"] = _pad([s.labels for s in samples if s.labels is not None], IGNORE_INDEX, padding_side)
         batch["mask_targets"] = [
@@ -105,6 +117,48 @@ def _pad(rows: list[torch.Tensor], value: int, side: str) -> torch.Tensor:
         start = length - len(row) if side == "left" else 0
         target[start : start + len(row)] = row
     return padded
+
+
+def _clip_inputs(samples: Sequence[EncodedSample], share: bool) -> dict[str, torch.Tensor]:
+    features = [sample.image_features for sample in samples if sample.image_features is not None]
+    if features:
+        _check_all(features, samples)
+        return {"image_features": torch.cat(features)}
+    pixels = torch.cat([sample.pixel_values for sample in samples])
+    kept, index = _distinct(pixels) if share else (pixels, None)
+    return {"pixel_values": kept} if index is None else {"pixel_values": kept, "image_index": index}
+
+
+def _sam_inputs(samples: Sequence[EncodedSample], share: bool) -> dict[str, torch.Tensor]:
+    embeddings = [sample.sam_embedding for sample in samples if sample.sam_embedding is not None]
+    if embeddings:
+        _check_all(embeddings, samples)
+        return {"sam_embeddings": torch.stack(embeddings)}
+    pixels = torch.stack([sample.sam_pixel_values for sample in samples])
+    kept, index = _distinct(pixels) if share else (pixels, None)
+    return {"sam_pixel_values": kept} if index is None else {"sam_pixel_values": kept, "sam_index": index}
+
+
+def _check_all(given: Sequence[torch.Tensor], samples: Sequence[EncodedSample]) -> None:
+    if len(given) != len(samples):
+        raise ValueError("a batch mixes samples with and without image features; collate them apart")
+
+
+def _distinct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images that differ, and for each image given the place of its equal; all of them and None where none repeats.
+
+    Equal pixels tell equal images, whatever files they came from; sums are compared first, so few pixels are.
+    """
+    kept: list[int] = []
+    index: list[int] = []
+    sums = images.flatten(1).sum(dim=1).tolist()
+    for number, image in enumerate(images):
+        same = (place for place, other in enumerate(kept) if sums[other] == sums[number])
+        found = next((place for place in same if torch.equal(images[kept[place]], image)), len(kept))
+        if found == len(kept):
+            kept.append(number)
+        index.append(found)
+    return (images, None) if len(kept) == len(images) else (images[kept], torch.tensor(index))
 
 
 def _offset_region_images(samples: Sequence[EncodedSample]) -> torch.Tensor:

@@ -188,6 +188,7 @@ class MedPLIBProcessor:
         visual_kinds: Sequence[str] | None = None,
         training: bool = False,
         rng: np.random.Generator | None = None,
+        pixels: bool = True,
     ) -> EncodedSample:
         """One conversation to learn from, or to score.
 
@@ -202,6 +203,7 @@ class MedPLIBProcessor:
             visual_kinds: per ``<image>`` placeholder ``image`` or ``mask``; required with ``example_masks``.
             training: regions become random sub-regions.
             rng: source of that randomness; required in training with regions.
+            pixels: see ``encode_prompt``.
 
         Raises:
             MedPLIBError: text, images, regions and masks do not match, one is malformed, or the text is too long.
@@ -211,8 +213,9 @@ class MedPLIBProcessor:
             raise ValueError("training on regions needs a random generator; pass rng")
         full = encoding.tokenize_conversation(self.tokenizer, turns, self.settings.template)
         ids, labels = encoding.truncate(self.tokenizer, *full, self.settings.max_length)
+        drawn = rng if training else None
         sample = self._sample(
-            ids, images, regions, region_images, segment_image, example_masks, visual_kinds, rng if training else None
+            ids, images, regions, region_images, segment_image, example_masks, visual_kinds, drawn, pixels
         )
         return replace(
             sample,
@@ -312,10 +315,14 @@ class MedPLIBProcessor:
         return torch.from_numpy(stacked).float()
 
     def collate(
-        self, samples: Sequence[EncodedSample], padding_side: Literal["right", "left"] = "right"
+        self,
+        samples: Sequence[EncodedSample],
+        padding_side: Literal["right", "left"] = "right",
+        *,
+        share_images: bool = False,
     ) -> dict[str, Any]:
         """A batch: exactly the arguments of ``MedPLIBForCausalLM.forward``; see ``batching.collate``."""
-        return collate(samples, int(self.tokenizer.pad_token_id), padding_side)
+        return collate(samples, int(self.tokenizer.pad_token_id), padding_side, share_images=share_images)
 
     # --- and back ---------------------------------------------------------------------------------------------------
 

@@ -223,3 +223,35 @@ def test_answer_text_comes_back_as_it_was_taught(processor: MedPLIBProcessor, im
     assert sample.labels is not None
     answer = sample.labels[sample.labels != IGNORE_INDEX]
     assert processor.decode_text(answer.tolist()) == "Sure, the liver is <SEG>."
+
+
+def test_equal_images_of_a_batch_are_kept_once_where_asked(processor: MedPLIBProcessor, image: np.ndarray) -> None:
+    other = 255 - image
+    samples = [
+        processor.encode(SEGMENT, [image], masks=[spot()]),
+        processor.encode(REGION, [other], [spot()]),
+        processor.encode([Turn("human", "Hello?"), Turn("gpt", "yes")]),
+        processor.encode(REGION, [image.copy()], [spot()]),
+    ]
+    plain, shared = processor.collate(samples), processor.collate(samples, share_images=True)
+    assert shared["image_index"].tolist() == [0, 1, 0]
+    assert shared["sam_index"].tolist() == [0, 1, 2, 0]
+    for pixels, index in (("pixel_values", "image_index"), ("sam_pixel_values", "sam_index")):
+        assert shared.pop(pixels)[shared.pop(index)].equal(plain.pop(pixels))
+    assert shared.keys() == plain.keys()
+    assert shared["region_image"].equal(plain["region_image"])
+    assert "image_index" not in processor.collate(samples[:3], share_images=True)
+
+
+def test_features_stand_for_the_pixels_of_a_batch(processor: MedPLIBProcessor, image: np.ndarray) -> None:
+    blank = np.broadcast_to(np.uint8(0), image.shape)
+    sample = processor.encode(SEGMENT, [blank], masks=[spot()], pixels=False)
+    known = replace(sample, image_features=torch.ones(1, 16, 4), sam_embedding=torch.ones(4, 2, 2))
+    batch = processor.collate([known, known])
+    assert batch["image_features"].shape == (2, 16, 4)
+    assert batch["sam_embeddings"].shape == (2, 4, 2, 2)
+    assert {"pixel_values", "sam_pixel_values"}.isdisjoint(batch)
+    with_pixels = processor.encode(SEGMENT, [image], masks=[spot()])
+    assert known.sam_size == with_pixels.sam_size and known.image_size == with_pixels.image_size
+    with pytest.raises(ValueError, match="features"):
+        processor.collate([known, with_pixels])
