@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 from model.train.checkpoints import FOLDER, list_checkpoints, load_trainable
 from model.train.engine import TrainingEngine
+from model.train.quantised import is_quantised, merge_quantised
 from model.train.recipe import Recipe
 from model.train.recipe_io import RECIPE_FILE, load_recipe
 from model.train.starting import starting_network
@@ -56,7 +58,17 @@ def network_of_run(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
     return _merged(network), processor
 
 
+def remove_half_merged(run_folder: Path) -> None:
+    """Remove what a run left that was killed while it wrote its result."""
+    for left in (*run_folder.glob(".*.partial"), *run_folder.glob(".*.replaced")):
+        if left.is_dir():
+            shutil.rmtree(left)
+
+
 def _merged(network: nn.Module) -> MedPLIBForCausalLM:
+    if is_quantised(network):
+        merge_quantised(network)
+        network.to("cpu")
     plain = merge_lora(network)
     assert isinstance(plain, MedPLIBForCausalLM)
     plain.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import LossConfig, MedPLIBConfig, MoEConfig, ProjectorConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
+from model.train.quantised import missing_library, quantise_decoder
 from model.train.recipe import MERGED, Mixture, Recipe
 from model.train.trainable import add_lora, set_trainable
 
@@ -38,6 +39,7 @@ def starting_network(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcess
     processor.settings = replace(processor.settings, template=recipe.data.template, max_length=recipe.data.max_length)
     runs_on = "cuda" if recipe.engine.device != "cpu" and torch.cuda.is_available() else "cpu"
     choose_attention(model, recipe.engine.attention, runs_on)
+    quantise_decoder(model, recipe.lora.quantise, runs_on)
     add_lora(model, recipe.lora)
     set_trainable(model, recipe.trainable)
     return model, processor
@@ -51,6 +53,7 @@ def check_paths(recipe: Recipe, *, data: bool = True) -> None:
     """
     named = {f"model.{name}": value for name, value in asdict(recipe.model).items()}
     problems = [] if recipe.model.base else ["model.base is empty; name what the stage starts from"]
+    problems += missing_library(recipe.lora.quantise)
     if data:
         named |= _data_paths(recipe)
         problems += [] if recipe.data.images else ["data.images is empty; name the folder of the images"]
@@ -83,7 +86,7 @@ def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
             base,
             merged_of(source.grounding),
             moe=mixture_config(recipe.mixture, sizes.text_config.num_hidden_layers),
-            projector=_projector_config(recipe.mixture, sizes.projector),
+            projector=projector_config(recipe.mixture, sizes.projector),
             dtype=dtype,
             **towers,
         )
@@ -98,7 +101,7 @@ def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
     if recipe.stage == 4:
         raise MedPLIBError(f"stage IV starts from trained MedPLIB models; {base} is a language model alone")
     model, processor, report = assemble(
-        base, projector=projector, sections=_read_sizes(source.sizes), dtype=dtype, **towers
+        base, projector=projector, sections=read_sizes(source.sizes), dtype=dtype, **towers
     )
     logger.info("%s", report)
     return model, processor
@@ -142,7 +145,8 @@ def mixture_config(mixture: Mixture, depth: int) -> MoEConfig:
     )
 
 
-def _projector_config(mixture: Mixture, dense: ProjectorConfig) -> ProjectorConfig | None:
+def projector_config(mixture: Mixture, dense: ProjectorConfig) -> ProjectorConfig | None:
+    """The projector as a mixture of ``dense`` ones; None where the recipe keeps it dense."""
     if not mixture.projector_experts:
         return None
     return replace(
@@ -160,7 +164,8 @@ def _config_of(directory: Path) -> MedPLIBConfig:
     return open_checkpoint(directory).config
 
 
-def _read_sizes(path: str) -> dict[str, Any]:
+def read_sizes(path: str) -> dict[str, Any]:
+    """The values of a YAML file of sizes; none without a file."""
     if not path:
         return {}
     try:

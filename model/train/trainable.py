@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from model.errors import MedPLIBError
+from model.train.quantised import told_to_peft
 
 if TYPE_CHECKING:
     from model.train.recipe import Lora
@@ -70,7 +71,11 @@ def add_lora(model: nn.Module, lora: Lora) -> list[str]:
     if not names:
         raise MedPLIBError(f"lora.targets ({', '.join(lora.targets)}) match no module of this network")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)  # type: ignore[arg-type]
+    told = told_to_peft(lora.quantise)
+    vars(model).update(told)
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    for name in told:
+        delattr(model, name)
     return names
 
 
@@ -86,6 +91,8 @@ def set_trainable(model: nn.Module, parts: Iterable[str]) -> None:
         native = native_name(name)
         matching = [part for part, pattern in patterns.items() if pattern.match(native)]
         used.update(matching)
+        if matching and not parameter.is_floating_point():
+            raise MedPLIBError(f"trainable names {matching[0]}, but lora.quantise keeps {native} as integers")
         parameter.requires_grad_(bool(matching) or is_lora(name))
     unused = [part for part in patterns if part not in used]
     if unused:
