@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from model.data.readers import read_image, read_mask
+from model.data.features import CachedFeatures
+from model.data.readers import ImageData, read_image, read_mask
 from model.data.records import Records, open_records
 from model.data.schema import Sample, parse_record, with_default_id
 from model.data.validate import Problem, Progress, RecordFacts, inspect_all
@@ -93,11 +94,11 @@ class MedPLIBDataset(Dataset):
         self.path, self.images_root = Path(path), Path(images_root)
         self.processor, self.training, self.seed = processor, training, seed
         self.on_bad_record = on_bad_record
+        self.features: CachedFeatures | None = None
         self.records, facts, self.problems = usable_records(path, images_root, on_bad_record, progress)
         self.indices = np.asarray([number for number, _ in facts], dtype=np.int64)
         self.tasks = [fact.task for _, fact in facts]
         self.modalities = [fact.modality for _, fact in facts]
-        self.lengths = np.asarray([fact.length for _, fact in facts], dtype=np.int64)
         # Shared memory: loader workers see the epoch, and the main process sees what they noted.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.unreadable = torch.zeros(len(facts), dtype=torch.bool).share_memory_()
@@ -143,6 +144,10 @@ class MedPLIBDataset(Dataset):
         with self._naming(index, sample):
             return load_sample(sample)
 
+    def use_features(self, features: CachedFeatures | None) -> None:
+        """Let features stand for the pixels of encoded items from now on."""
+        self.features = features
+
     @contextmanager
     def _naming(self, index: int, sample: Sample) -> Iterator[None]:
         """Errors inside tell which record they are about."""
@@ -171,10 +176,10 @@ class MedPLIBDataset(Dataset):
             logger.warning("skipped: %s", error)
 
     def _encoded(self, index: int) -> Any:
-        loaded = self.load(index)
-        sample = loaded.sample
+        sample, features = self.sample(index), self.features
         rng = np.random.default_rng([self.seed, int(self._epoch), int(self.indices[index])])
         with self._naming(index, sample):
+            loaded = load_sample(sample, read_image if features is None else features.read_image)
             encoded = self.processor.encode(
                 sample.turns,
                 loaded.images,
@@ -184,7 +189,9 @@ class MedPLIBDataset(Dataset):
                 segment_image=sample.segment_image,
                 training=self.training,
                 rng=rng,
+                pixels=features is None or features.need_pixels,
             )
+            encoded = encoded if features is None else features.lay_over(encoded, sample)
         if getattr(encoded, "truncated", False):
             self.shortened[index] = True
         return encoded
@@ -231,13 +238,17 @@ def _refusal(records: Records, bad: int, problems: list[Problem]) -> str:
     )
 
 
-def load_sample(sample: Sample) -> LoadedSample:
+def load_sample(sample: Sample, read: Callable[[Path], ImageData] = read_image) -> LoadedSample:
     """Read the pixels of a validated record.
+
+    Args:
+        sample: the record.
+        read: gives an image file's pixels; masks and regions are always read.
 
     Raises:
         MedPLIBError: a file cannot be read, a mask or region is empty or is not of its image's size.
     """
-    images = [read_image(path) for path in sample.images]
+    images = [read(path) for path in sample.images]
     sizes = [image.size for image in images]
     regions = [
         _mask_of_size(path, sizes[image] if sizes else None)
@@ -277,7 +288,6 @@ class MixedDataset(Dataset):
         self.datasets = list(datasets)
         self.shares = None if shares is None else [float(share) for share in shares]
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
-        self.lengths = np.concatenate([dataset.lengths for dataset in self.datasets])
         self.tasks = [task for dataset in self.datasets for task in dataset.tasks]
         self.modalities = [modality for dataset in self.datasets for modality in dataset.modalities]
 
@@ -316,6 +326,11 @@ class MixedDataset(Dataset):
         """Choose the randomness of items from now on, also in running loader workers."""
         for dataset in self.datasets:
             dataset.set_epoch(epoch)
+
+    def use_features(self, features: CachedFeatures | None) -> None:
+        """Let features stand for the pixels of encoded items from now on."""
+        for dataset in self.datasets:
+            dataset.use_features(features)
 
     def sample(self, index: int) -> Sample:
         """The validated record of item ``index``, without pixels."""

@@ -7,7 +7,6 @@ therefore sees the same records on 1 GPU and on 8.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -95,25 +94,18 @@ class ResumableSampler:
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, in plain numbers."""
         state = {"seed": self.seed, "epoch": self.epoch, "consumed": self.consumed, "records": len(self.lengths)}
-        return state | self._grouping
-
-    @property
-    def _grouping(self) -> dict[str, int]:
-        """What a grouped order depends on besides, in plain numbers."""
-        if not self.group_by_length:
-            return {}
-        return {"global_batch": self.global_batch, "lengths": zlib.crc32(self.lengths.astype("<i8").tobytes())}
+        return state | {"global_batch": self.global_batch} if self.group_by_length else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; the world size may differ.
 
         Raises:
             MedPLIBError: the state is of another seed or another number of records, or, in the midst of an epoch that
-                is grouped by length, of another global batch or of other lengths.
+                is grouped by length, of another global batch.
         """
         expected = {"seed": self.seed, "records": len(self.lengths)}
-        if state["consumed"]:
-            expected |= self._grouping
+        if state["consumed"] and self.group_by_length:
+            expected["global_batch"] = self.global_batch
         for name, own in expected.items():
             if state.get(name) != own:
                 found = state.get(name, "unknown")

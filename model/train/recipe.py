@@ -37,7 +37,8 @@ class Data:
     shares: tuple[float, ...] = ()  # share of the draws of each train file; empty means in proportion to their sizes
     task_shares: dict[str, float] = field(default_factory=dict)  # share of the draws of each task; empty: by size
     modality_shares: dict[str, float] = field(default_factory=dict)  # the same by modality; other: all not named
-    group_by_length: bool = False  # put records of like length into the same batch
+    group_by_length: bool = False  # put records of like length, in tokens, into the same batch
+    feature_cache: str = ""  # folder that keeps what frozen towers make of images; empty computes it at every step
     template: Literal["llava_v1", "v1", "plain"] = "llava_v1"  # conversation template
     max_length: int = 2048  # longest sequence in tokens, an image counting as one
     on_bad_record: Literal["refuse", "skip"] = "refuse"  # skip reports how many were left out

@@ -76,6 +76,8 @@ def check_values(recipe: Recipe) -> list[str]:
         problems.append("lora.rank is set but lora.targets is empty")
     if not recipe.lora.rank and not recipe.trainable:
         problems.append("nothing would be trained; name parts in trainable or set lora.rank")
+    if recipe.data.feature_cache and "vision_tower" in recipe.trainable:
+        problems.append("data.feature_cache is set, but trainable names vision_tower, whose features change; drop one")
     problems += [
         f"trainable pattern {part} is no regular expression" for part in recipe.trainable if not _compiles(part)
     ]

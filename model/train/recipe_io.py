@@ -66,7 +66,10 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
     return partial.replace(folder / RECIPE_FILE)
 
 
-_MAY_CHANGE = ("output", "logging", "saving", "validation", "data.workers", "engine.device", "engine.attention")
+_MAY_CHANGE = (
+    *("output", "logging", "saving", "validation"),
+    *("data.workers", "data.feature_cache", "engine.device", "engine.attention"),
+)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
