@@ -191,6 +191,8 @@ class DeepSpeedEngine(TrainingEngine):
         if not (folder / _TAG).is_dir():
             raise MedPLIBError(f"{folder} was not written by DeepSpeed; resume with the engine of the first run")
         self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        if self._shares_experts:  # DeepSpeed's file of weights is rank 0's; the optimiser's are every rank's own
+            self.engine.optimizer.update_lp_params()
 
     def gather(self, trainable_only: bool) -> dict[str, Tensor]:
         if self.recipe.engine.zero_stage < 3:
