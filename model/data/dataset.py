@@ -73,6 +73,7 @@ class MedPLIBDataset(Dataset):
         progress: called with (records checked, records in all) while opening.
 
     Attributes:
+        marks: uint64 [N], a number for the files that each item names (``marks.files_mark``).
         unreadable: bool [N], items whose files turned out unreadable since.
         shortened: bool [N], items whose answer was cut off at the processor's longest sequence.
 
@@ -99,6 +100,7 @@ class MedPLIBDataset(Dataset):
         self.indices = np.asarray([number for number, _ in facts], dtype=np.int64)
         self.tasks = [fact.task for _, fact in facts]
         self.modalities = [fact.modality for _, fact in facts]
+        self.marks = np.asarray([fact.mark for _, fact in facts], dtype=np.uint64)
         # Shared memory: loader workers see the epoch, and the main process sees what they noted.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.unreadable = torch.zeros(len(facts), dtype=torch.bool).share_memory_()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model.data.marks import files_mark
 from model.data.readers import ReadLimits, read_image, read_mask
 from model.data.records import Records, open_records
 from model.data.schema import Finding, Sample, Severity, inspect_record
@@ -53,7 +54,7 @@ class RecordFacts:
     task: str
     modality: str | None
     answer_type: str | None
-    length: int  # characters of the conversation
+    mark: int  # of the files it names, see marks.files_mark
 
 
 @dataclass
@@ -188,8 +189,8 @@ def _inspect(
     problems = [Problem(number, finding.kind, finding.message, name, finding.severity) for finding in findings]
     if sample is None or any(problem.severity == "error" for problem in problems):
         return None, problems
-    length = sum(len(turn.text) for turn in sample.turns)
-    return RecordFacts(name, sample.task, sample.modality, sample.answer_type, length), problems
+    mark = files_mark(sample, root)
+    return RecordFacts(name, sample.task, sample.modality, sample.answer_type, mark), problems
 
 
 @dataclass(frozen=True)

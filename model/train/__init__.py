@@ -10,24 +10,31 @@ from model.train.recipe_io import load_recipe, recipe_from, save_recipe
 __all__ = ["Recipe", "load_recipe", "recipe_from", "run", "save_recipe"]
 
 
-def run(recipe: Recipe, resume: bool = False) -> Path:
+def run(recipe: Recipe, resume: bool = False, allow_changed_data: bool = False) -> Path:
     """Train one stage and write its merged checkpoint.
 
     Args:
         recipe: what to train.
-        resume: go on from the newest checkpoint in the run folder, if there is one.
+        resume: go on from the newest whole checkpoint in the run folder, if there is one.
+        allow_changed_data: go on although the data set is not what the checkpoint was trained on.
 
     Returns:
         The merged native directory, which the next stage starts from.
 
     Raises:
-        MedPLIBError: the recipe, its files or its data cannot be used.
+        MedPLIBError: the recipe, its files or its data cannot be used, too many steps were not finite, or a disk is
+            full.
+        RunStopped: a ``SystemExit`` after SIGTERM, SIGUSR1 or Ctrl-C; what was done is saved.
     """
     from model.train.loop import Trainer
 
     trainer = Trainer(recipe)
+    failure: BaseException | None = None
     try:
-        trainer.set_up(resume)
+        trainer.set_up(resume, allow_changed_data)
         return trainer.train()
+    except BaseException as error:
+        failure = error
+        raise
     finally:
-        trainer.close()
+        trainer.close(failure)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from model.errors import MedPLIBError
 
+# How gloo and NCCL word it that another rank is gone.
+_LOST_RANK = re.compile(r"Connection (closed|reset)|closed by peer|Broken pipe|remote process exited|ncclRemoteError")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 after training, 2 after a user's error."""
+    """Run the command.
+
+    Returns:
+        0 after training, and after SIGTERM or SIGUSR1 when all is saved; 2 after a user's error; 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser("python -m model.train", description="Train one stage of MedPLIB.")
     parser.add_argument("recipe", help="YAML file; the project's own are in configs/stages")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimiser.lr=1e-4")
@@ -20,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="check the recipe, its paths and its records, and stop")
     parser.add_argument("--on-bad-record", choices=("refuse", "skip"), help="the same as data.on_bad_record=…")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
+    parser.add_argument(
+        "--allow-changed-data", action="store_true", help="resume although the data set is not what it was"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
@@ -35,10 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"{where}{error.strerror or error}; mend that and go on with --resume\n")
         return 2
+    except RuntimeError as error:
+        if not _LOST_RANK.search(str(error)):
+            raise
+        sys.stderr.write(f"process {os.environ.get('RANK', '?')} lost the others; what one of them said is why\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("ended without saving; go on from the newest checkpoint with --resume\n")
+        return 130
 
 
 def _train(options: argparse.Namespace) -> int:
     from model.train import load_recipe, run
+    from model.train.signals import RunStopped
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.check:
@@ -49,8 +69,13 @@ def _train(options: argparse.Namespace) -> int:
         check_paths(recipe)
         check_run_folder(recipe, resume=options.resume)
         check_data(recipe)
-    else:
-        run(recipe, resume=options.resume)
+        return 0
+    try:
+        run(recipe, options.resume, options.allow_changed_data)
+    except RunStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{stopped.message}\n")
+        return int(str(stopped.code))
     return 0
 
 

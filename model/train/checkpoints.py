@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import shutil
@@ -15,8 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.errors import MedPLIBError
+from model.train.durable import (
+    MANIFEST,
+    damage,
+    disk_faults,
+    facts_of,
+    file_names,
+    read_manifest,
+    sync_folder,
+    sync_tree,
+    write_through,
+)
 from model.train.engine import TrainingEngine
 from model.train.process import Process
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 """Folder inside a run that holds them, one ``step_…`` folder each."""
@@ -25,58 +39,154 @@ _WEIGHTS = "trainable.safetensors"
 _PROGRESS = "progress.json"
 
 
-def save_checkpoint(
-    engine: TrainingEngine, run_folder: Path, step: int, data_order: Mapping[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of ``step`` (under another name until it is whole) and remove the oldest beyond ``keep``.
+def save_checkpoint(engine: TrainingEngine, run_folder: Path, progress: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint under another name until it is whole and on the disk, then remove the oldest beyond ``keep``.
 
-    Called by every rank.
+    The newest one that was written after a good step stays, however many came after it. Called by every rank.
+
+    Args:
+        progress: ``step``, and whatever a resumed run wants to know.
+        keep: checkpoints that stay.
+
+    Raises:
+        MedPLIBError: the disk is full or the folder cannot be written; what was there before is untouched.
     """
-    process = engine.process
+    process, step = engine.process, progress["step"]
     final = run_folder / FOLDER / f"step_{step:07d}"
     partial = final.with_suffix(".partial")
-    if process.is_first:
-        for unfinished in (run_folder / FOLDER).glob("step_*.partial"):  # of a run that was killed while it saved
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    process.barrier()
-    engine.save(partial)
-    torch.save(_random_state(), partial / _random_file(process))
-    weights = engine.gather(trainable_only=True)
-    if process.is_first:
-        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, partial / _WEIGHTS)
-        progress = {"step": step, "world_size": process.world_size, "data_order": dict(data_order)}
-        (partial / _PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
-    process.barrier()
-    if process.is_first:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in list_checkpoints(run_folder)[:-keep]:
-            shutil.rmtree(old)
+    kept = next((path.name for path in reversed(list_checkpoints(run_folder))), "none")
+    with disk_faults(f"the checkpoint of step {step} in {final.parent} (newest whole one there: {kept})"):
+        try:
+            if process.is_first:
+                remove_leftovers(run_folder)
+                partial.mkdir(parents=True)
+            process.barrier()
+            _write(engine, partial, {**progress, "world_size": process.world_size})
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)  # frees what it took, and misleads nobody
+            raise
+        if process.is_first:
+            _put_in_place(partial, final)
+            _rotate(run_folder, keep)
     process.barrier()
     return final
 
 
+def _write(engine: TrainingEngine, folder: Path, progress: Mapping[str, Any]) -> None:
+    process = engine.process
+    engine.save(folder)
+    torch.save(random_state(), folder / _random_file(process))
+    weights = engine.gather(trainable_only=True)
+    if process.is_first:
+        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, folder / _WEIGHTS)
+        (folder / _PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+    process.barrier()
+    own = facts_of(folder, file_names(folder)[process.rank :: process.world_size])
+    files = {name: facts for part in process.gather(own) for name, facts in part.items()}
+    if process.is_first:
+        write_through(folder / MANIFEST, {"files": dict(sorted(files.items()))})
+        sync_tree(folder)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    replaced = final.with_suffix(".replaced")
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _rotate(run_folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` and the newest that followed a good step."""
+    found = list_checkpoints(run_folder)
+    staying = set(found[-keep:])
+    staying.update(next(([path] for path in reversed(found) if _followed_a_good_step(path)), []))
+    for old in found:
+        if old not in staying:
+            shutil.rmtree(old.rename(old.with_suffix(".removed")))
+
+
+def _followed_a_good_step(folder: Path) -> bool:
+    try:
+        return not read_progress(folder).get("bad_steps", {}).get("in_a_row")
+    except MedPLIBError:
+        return False
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """Remove what a run left half done that was killed while it saved, or that is damaged."""
+    for path in (run_folder / FOLDER).glob("step_*.*"):
+        shutil.rmtree(path)
+
+
+def find_whole_checkpoint(run_folder: Path, process: Process) -> Path | None:
+    """The newest checkpoint whose files are as they were written; damaged ones are put aside with a warning.
+
+    None where there is none. Called by every rank.
+
+    Raises:
+        MedPLIBError: there are checkpoints, but all are damaged.
+    """
+    found = list_checkpoints(run_folder)
+    for folder in reversed(found):
+        fault = _fault(folder, process)
+        if not fault:
+            return folder
+        if process.is_first:
+            logger.warning("%s is damaged (%s), so an older checkpoint is looked for", folder, fault)
+            aside = folder.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        process.barrier()
+    if found:
+        raise MedPLIBError(
+            f"no checkpoint in {run_folder / FOLDER} is whole; begin again without --resume in another folder"
+        )
+    return None
+
+
+def _fault(folder: Path, process: Process) -> str:
+    """What is wrong with a checkpoint, the same on every rank; each rank reads its share of the files."""
+    try:
+        files = read_manifest(folder)
+        read_progress(folder)
+    except (OSError, ValueError, KeyError, TypeError, MedPLIBError) as error:
+        own = str(error)
+    else:
+        own = damage(folder, dict(list(files.items())[process.rank :: process.world_size]))
+    return next(filter(None, process.gather(own)), "")
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself: ``step``, ``world_size``, ``data_order`` and more.
+
+    Raises:
+        MedPLIBError: it says nothing.
+    """
+    try:
+        progress = json.loads((folder / _PROGRESS).read_text())
+    except (OSError, ValueError) as error:
+        raise MedPLIBError(f"{folder} is not a whole training checkpoint: {error}") from None
+    if not isinstance(progress, dict) or "step" not in progress:
+        raise MedPLIBError(f"{folder} is not a whole training checkpoint: {_PROGRESS} names no step")
+    return progress
+
+
 def load_checkpoint(engine: TrainingEngine, folder: Path) -> dict[str, Any]:
-    """Take up a checkpoint and return its progress: ``step`` and ``data_order``. Called by every rank.
+    """Take up a checkpoint and return its progress. Called by every rank.
 
     Raises:
         MedPLIBError: it was written by another number of processes or another engine, or is damaged.
     """
-    process = engine.process
-    try:
-        progress = json.loads((folder / _PROGRESS).read_text())
-    except (OSError, ValueError) as error:
-        raise MedPLIBError(
-            f"{folder} is not a whole training checkpoint: {error}; remove it to use an older one"
-        ) from None
+    process, progress = engine.process, read_progress(folder)
     if progress["world_size"] != process.world_size:
         raise MedPLIBError(
             f"{folder} was written by {progress['world_size']} processes, this run has {process.world_size}; "
             "resume with the same number"
         )
     engine.load(folder)
-    _restore_random_state(torch.load(folder / _random_file(process), weights_only=True))
+    restore_random_state(torch.load(folder / _random_file(process), weights_only=True))
     return progress
 
 
@@ -105,7 +215,8 @@ def _random_file(process: Process) -> str:
     return f"random_{process.rank}.pt"
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Where all random number generators of this process stand."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -115,7 +226,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _restore_random_state(state: Mapping[str, Any]) -> None:
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put the generators back to where ``random_state`` found them."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

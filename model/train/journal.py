@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Journal:
 
     def __init__(self, folder: Path, settings: Logging, total_steps: int, first_step: int, writes: bool) -> None:
         self.folder, self.writes = folder, writes
+        self.last_validation = 0  # step of the newest row
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -45,8 +47,8 @@ class Journal:
         )
         self.board = _tensorboard(folder, first_step) if writes and settings.tensorboard else None
         if writes:
-            for name in (METRICS_FILE, VALIDATION_FILE, ROUTER_FILE):
-                _cut_after(folder / name, first_step)
+            kept = [_cut_after(folder / name, first_step) for name in (METRICS_FILE, ROUTER_FILE, VALIDATION_FILE)]
+            self.last_validation = kept[-1]
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Note one optimiser step."""
@@ -79,6 +81,13 @@ class Journal:
             with tqdm.external_write_mode():
                 logger.info("%s", text)
 
+    def write_through(self) -> None:
+        """Make what was noted last, before a checkpoint says that it was done."""
+        for name in (METRICS_FILE, ROUTER_FILE, VALIDATION_FILE):
+            if self.writes and (self.folder / name).is_file():
+                with (self.folder / name).open("rb") as stream:
+                    os.fsync(stream.fileno())
+
     def close(self) -> None:
         """Finish the bar and the board."""
         self.bar.close()
@@ -99,15 +108,21 @@ class Journal:
                     self.board.add_scalar(f"{group}/{key}", value, row["step"])
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drop rows of steps that will be done again."""
+def _cut_after(path: Path, step: int) -> int:
+    """Drop rows of steps that will be done again, and what a killed run left half written; the last step that stays."""
     if not path.is_file():
-        return
-    rows = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+        return 0
+    lines = path.read_text(errors="replace").splitlines()
+    rows = [line for line in lines if line.startswith("{") and line.endswith("}")]
     kept = [line for line in rows if json.loads(line)["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    return json.loads(kept[-1])["step"] if kept else 0
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

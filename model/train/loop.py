@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,26 +18,39 @@ from model.checkpoint import export_published, save
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from model.train.bad_steps import BadSteps
+from model.train.balance import draw_table, draw_weights, told
+from model.train.checkpoints import (
+    find_whole_checkpoint,
+    load_checkpoint,
+    random_state,
+    read_progress,
+    restore_random_state,
+    save_checkpoint,
+)
 from model.train.datasets import item_lengths, open_dataset
+from model.train.disk import check_room
+from model.train.durable import disk_faults, sync_tree
 from model.train.engine import StepResult, make_engine
+from model.train.features import cached_features
 from model.train.feeding import Feed
-from model.train.handover import merged_network
+from model.train.fingerprint import Fingerprint, check_unchanged, fingerprint, save_marks
+from model.train.handover import merged_network, remove_half_merged
 from model.train.journal import Journal
 from model.train.learning_rate import rate_factor
+from model.train.meters import Meters
 from model.train.process import join, leave, resolved
 from model.train.recipe import Recipe
 from model.train.recipe_io import save_recipe
 from model.train.run_folder import check_run_folder
+from model.train.run_record import RunRecord, status_of
+from model.train.signals import HEEDED, RunStopped, StopRequest, last_sentence, leave_signals_to_the_parent
 from model.train.stages import STAGE_NAMES
 from model.train.starting import check_paths, starting_network
 from model.train.trainable import count_trainable
 from model.train.validation import Validator
 
 logger = logging.getLogger(__name__)
-
-_ECHO_SECONDS = 3.0  # a launcher passes on the Ctrl-C that its processes got from the terminal already
-_ERROR_NAME = f"{MedPLIBError.__module__}.{MedPLIBError.__name__}: "
 
 
 class Trainer:
@@ -52,36 +63,39 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = replace(recipe, engine=resolved(recipe.engine))
         self.step_number = 0  # optimiser steps done
-        self.interrupted: float | None = None  # when the run was told to end
+        self.bad_steps = BadSteps(recipe.optimiser.max_bad_steps)
+        self.stop = StopRequest()
         self.journal: Journal | None = None
+        self.record: RunRecord | None = None  # on rank 0
+        self._saved_at = -1
         self._loader: DataLoader | None = None
         self._batches: Iterator[dict[str, Any]] | None = None
-        self._previous_handlers: dict[int, Any] = {}
 
     # --- before -----------------------------------------------------------------------------------------------------
 
-    def set_up(self, resume: bool = False) -> None:
-        """Check paths, build network, data and engine, and take up the newest checkpoint if asked to.
+    def set_up(self, resume: bool = False, allow_changed_data: bool = False) -> None:
+        """Check paths, build network, data and engine, and take up the newest whole checkpoint if asked to.
 
         Raises:
             MedPLIBError: something the recipe names cannot be used, or the run folder holds another run.
         """
+        self.stop.listen()
         check_paths(self.recipe)
         check_run_folder(self.recipe, resume=resume)
         self.process = join(self.recipe.engine)
         network, self.processor = starting_network(self.recipe)
         self.config = network.config
         self._set_up_data()
+        self.data = fingerprint(self.dataset.datasets)
+        checkpoint = self._find_checkpoint(allow_changed_data) if resume else None
+        self.dataset.use_features(cached_features(self.recipe, network, self.processor, self.dataset, self.process))
         self._set_up_engine(network)
-        if resume:
-            self._resume()
-        if self.process.is_first:
-            save_recipe(self.recipe, self.recipe.folder)
-        self.journal = Journal(
-            self.recipe.folder, self.recipe.logging, self.total_steps, self.step_number, self.process.is_first
-        )
+        check_room(self.recipe, self.engine)
+        if checkpoint is not None:
+            self._take_up(checkpoint)
+        self._begin_record()
         self._tell_plan()
-        self._catch_signals()
+        self.stop.defer()
 
     def _set_up_data(self) -> None:
         data, schedule = self.recipe.data, self.recipe.schedule
@@ -94,7 +108,7 @@ class Trainer:
             batch_size=schedule.batch_size,
             rank=self.process.rank,
             world_size=self.process.world_size,
-            weights=self.dataset.weights,
+            weights=draw_weights(self.dataset, data),
             group_by_length=data.group_by_length,
         )
         self.steps_per_epoch = len(self.sampler) / schedule.accumulation
@@ -112,16 +126,42 @@ class Trainer:
             enable({"use_reentrant": False})
         factor = rate_factor(self.recipe.optimiser, self.steps_per_epoch, self.total_steps)
         self.engine = make_engine(network.train(), self.recipe, self.process, factor)
+        labels = self.dataset.tasks, self.dataset.modalities
+        self.meters = Meters(self.engine.network, self.sampler, *labels, self.recipe.logging.router_every)
         torch.manual_seed(self.recipe.seed + 1 + self.process.rank)  # dropout and token priority differ by rank
 
-    def _resume(self) -> None:
-        found = list_checkpoints(self.recipe.folder)
-        if not found:
+    def _find_checkpoint(self, allow_changed_data: bool) -> Path | None:
+        found = find_whole_checkpoint(self.recipe.folder, self.process)
+        if found is None:
             logger.info("no checkpoint to resume from in %s; starting anew", self.recipe.folder)
-            return
-        progress = load_checkpoint(self.engine, found[-1])
-        self.step_number = progress["step"]
-        self.sampler.load_state_dict(progress["data_order"])
+        elif not allow_changed_data:
+            saved: Fingerprint = read_progress(found).get("data", {})
+            check_unchanged(saved, self.dataset.datasets, self.recipe.folder)
+        return found
+
+    def _take_up(self, checkpoint: Path) -> None:
+        progress = load_checkpoint(self.engine, checkpoint)
+        self.step_number = self._saved_at = progress["step"]
+        self.bad_steps = replace(self.bad_steps, **progress.get("bad_steps", {}))
+        order = progress["data_order"]
+        if progress.get("data", self.data) != self.data and order["records"] != len(self.dataset):
+            order = {**order, "records": len(self.dataset), "consumed": 0}
+            logger.warning("the data changed in size, so this epoch begins again, in an order of its own")
+        self.sampler.load_state_dict(order)
+
+    def _begin_record(self) -> None:
+        """Make the run folder tell what goes on in it."""
+        folder, process = self.recipe.folder, self.process
+        with disk_faults(f"the run folder {folder}"):
+            if process.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.record = RunRecord(folder, self.recipe.stage)
+                save_recipe(self.recipe, folder)
+                save_marks(self.dataset.datasets, folder)
+                self.record.begin(process.world_size, self.step_number, self.total_steps, self.data)
+            self.journal = Journal(
+                folder, self.recipe.logging, self.total_steps, self.step_number, writes=process.is_first
+            )
 
     def _tell_plan(self) -> None:
         assert self.journal is not None
@@ -131,6 +171,9 @@ class Trainer:
             f"stage {self.recipe.stage} ({STAGE_NAMES[self.recipe.stage]}): {len(self.dataset)} records, "
             f"{self.total_steps} steps of {self._samples_per_step} records; training {parts} parameters"
         )
+        draws = self.total_steps * self._samples_per_step
+        for line in told(draw_table(self.dataset, self.sampler.weights, draws)):
+            self.journal.say(line)
         if self.dataset.rejected or self.dataset.repaired:
             rejected, repaired = self.dataset.rejected, self.dataset.repaired
             self.journal.say(f"{rejected} bad records are skipped, {repaired} that lack .png in a path are used")
@@ -145,18 +188,18 @@ class Trainer:
         """Train to the end, write the merged checkpoint and return its directory.
 
         Raises:
-            SystemExit: 143, after a termination signal; what was done is saved and can be resumed.
+            RunStopped: after SIGTERM, SIGUSR1 or Ctrl-C; what was done is saved and can be resumed.
+            MedPLIBError: too many steps were not finite, or the disk is full.
         """
+        if self._lacks_validation():
+            self.validate()
         while self.step_number < self.total_steps:
             self.train_step()
-            stopping = self.should_stop()
-            if stopping or self.is_due(self.recipe.saving.every):
+            if self.is_due(self.recipe.saving.every):
                 self.save()
-            if stopping:
-                logger.info("stopped and saved at step %d; go on with --resume", self.step_number)
-                raise SystemExit(128 + signal.SIGTERM)
             if self.is_due(self.recipe.validation.every):
                 self.validate()
+            self.end_if_told()
         return self.hand_over()
 
     def train_step(self) -> None:
@@ -180,9 +223,10 @@ class Trainer:
                 self._batches = iter(self._loader)
             try:
                 batch = next(self._batches, None)
-            except MedPLIBError as error:  # from a loader process it comes wrapped in that process's traceback
-                raise MedPLIBError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_NAME)) from None
+            except MedPLIBError as error:
+                raise MedPLIBError(last_sentence(error)) from None
             if batch is not None:
+                self.meters.expect()
                 self.sampler.advance()
                 return batch
             self._batches = None
@@ -191,10 +235,11 @@ class Trainer:
         return DataLoader(
             self.dataset,
             batch_sampler=self.sampler,  # type: ignore[arg-type]
-            collate_fn=self.processor.collate,
+            collate_fn=partial(self.processor.collate, share_images=True),
             num_workers=self.recipe.data.workers,
             persistent_workers=self.recipe.data.workers > 0,
             pin_memory=self.process.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # the loader's own draws must not move the global random numbers
         )
 
@@ -204,14 +249,20 @@ class Trainer:
         total = self.process.sum(torch.stack(list(parts.values())))
         means = total / (self.recipe.schedule.accumulation * self.process.world_size)
         row: dict[str, Any] = {"step": self.step_number, **dict(zip(parts, means.tolist(), strict=True))}
-        if not math.isfinite(row["loss"]):
-            raise MedPLIBError(
-                f"the loss is {row['loss']} at step {self.step_number}; lower optimiser.lr or use precision fp32"
-            )
         row |= {"lr": result.lr, "grad_norm": result.grad_norm, "epoch": self.step_number / self.steps_per_epoch}
         row |= {"seconds": seconds, "samples_per_s": self._samples_per_step / seconds}
         row |= feed.report(self.process, seconds)
-        self.journal.step(row)
+        last = self.step_number == self.total_steps
+        row |= self.meters.step(self.process, self.step_number, last)
+        first = self.bad_steps.note(skipped=result.skipped)
+        self.journal.step(row | {"skipped_steps": self.bad_steps.total})
+        self.journal.router(self.meters.router_row(self.process, self.step_number, last))
+        if first:
+            self.journal.say(
+                f"step {self.step_number} was skipped: its loss or a gradient is not finite; the weights stay as they "
+                "were (metrics.jsonl counts such steps)"
+            )
+        self.bad_steps.check(self.step_number)
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps (0: once an epoch), and at the end, is due after this step."""
@@ -223,23 +274,59 @@ class Trainer:
         return new_epoch or done == self.total_steps
 
     def validate(self) -> dict[str, float]:
-        """Score the held-out draw and note it; nothing without validation files."""
+        """Score the held-out draw and note it; nothing without validation files, or where the run is told to end.
+
+        The random numbers of training go on as if there had been no validation.
+        """
         if self.validator is None:
             return {}
         assert self.journal is not None
-        scores = self.validator.run(self.engine, self.config)
-        self.journal.validation({"step": self.step_number, **scores})
+        before = random_state()
+        scores = self.validator.run(self.engine, self.config, self.should_stop)
+        restore_random_state(before)
+        if scores:
+            self.journal.validation({"step": self.step_number, **scores})
         return scores
 
-    def save(self) -> Path:
+    def _lacks_validation(self) -> bool:
+        """Whether the run was ended between the newest checkpoint and the validation of its step."""
+        assert self.journal is not None
+        due = self.step_number > 0 and self.is_due(self.recipe.validation.every)
+        return due and self.process.from_first(self.journal.last_validation) < self.step_number
+
+    def save(self) -> None:
         """Write a checkpoint to resume from."""
-        return save_checkpoint(
-            self.engine, self.recipe.folder, self.step_number, self.sampler.state_dict(), self.recipe.saving.keep
-        )
+        assert self.journal is not None
+        progress = {
+            "step": self.step_number,
+            "data_order": self.sampler.state_dict(),
+            "bad_steps": {"total": self.bad_steps.total, "in_a_row": self.bad_steps.in_a_row},
+            "data": self.data,
+        }
+        self.journal.write_through()
+        save_checkpoint(self.engine, self.recipe.folder, progress, self.recipe.saving.keep)
+        self._saved_at = self.step_number
 
     def should_stop(self) -> bool:
         """Whether any rank was told to end."""
-        return bool(self.process.sum(torch.tensor(float(self.interrupted is not None))) > 0)
+        return self._signal_of_any_rank() > 0
+
+    def _signal_of_any_rank(self) -> int:
+        """The signal that ends all ranks, 0 for none; a scheduler's goes before a Ctrl-C."""
+        came = self.process.sum(torch.tensor([float(self.stop.number == number) for number in HEEDED]))
+        return next((number for number, count in zip(HEEDED, came.tolist(), strict=True) if count), 0)
+
+    def end_if_told(self) -> None:
+        """Save and stop, if any rank was told to end.
+
+        Raises:
+            RunStopped: it was.
+        """
+        number = self._signal_of_any_rank()
+        if number:
+            if self._saved_at != self.step_number:
+                self.save()
+            raise RunStopped(number, f"stopped and saved at step {self.step_number}; go on with --resume")
 
     # --- after ------------------------------------------------------------------------------------------------------
 
@@ -249,9 +336,12 @@ class Trainer:
         shortened = self._noted(self.dataset.shortened)
         network = merged_network(self.engine, self.config, self.recipe)
         if network is not None:
-            save(network, self.processor, self.recipe.merged)
-            if self.recipe.saving.published:
-                export_published(network, self.processor, self.recipe.folder / "published")
+            remove_half_merged(self.recipe.folder)
+            with disk_faults(f"the merged result {self.recipe.merged}"):
+                save(network, self.processor, self.recipe.merged)
+                if self.recipe.saving.published:
+                    export_published(network, self.processor, self.recipe.folder / "published")
+                sync_tree(self.recipe.merged)
             logger.info(
                 "wrote %s; %d records were skipped, %d answers cut off at %d tokens",
                 *(self.recipe.merged, skipped, shortened, self.recipe.data.max_length),
@@ -263,26 +353,17 @@ class Trainer:
         """Records that any rank flagged."""
         return int((self.process.sum(flags) > 0).sum())
 
-    def close(self) -> None:
-        """Finish the journal, give the signals back and part from the other ranks."""
+    def close(self, failure: BaseException | None = None) -> None:
+        """Note how the run ended, give the signals back and part from the other ranks.
+
+        Args:
+            failure: what ended the run; None after its end.
+        """
+        if self.record is not None:
+            self.record.end(*status_of(failure), self.step_number)
+            self.record.close()
         if self.journal is not None:
             self.journal.close()
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers.clear()
+        self.stop.release()
         self._batches = self._loader = None
         leave()
-
-    def _catch_signals(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {
-                number: signal.signal(number, self._interrupt) for number in (signal.SIGTERM, signal.SIGINT)
-            }
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Ask for an orderly end after this step; a later second Ctrl-C ends at once."""
-        now = time.monotonic()
-        if self.interrupted is None:
-            self.interrupted = now
-        elif number == signal.SIGINT and now - self.interrupted > _ECHO_SECONDS:
-            raise KeyboardInterrupt

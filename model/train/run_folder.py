@@ -10,6 +10,7 @@ from model.train.checkpoints import list_checkpoints
 from model.train.journal import METRICS_FILE
 from model.train.recipe import Recipe
 from model.train.recipe_io import RECIPE_FILE, differences, load_recipe
+from model.train.run_record import is_locked, told_as_taken
 
 
 def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
@@ -24,6 +25,8 @@ def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise MedPLIBError(f"{folder} cannot be written, because {place} is no folder to write to; name another output")
+    if is_locked(folder):
+        raise MedPLIBError(told_as_taken(folder))
     begun = [name for name in (METRICS_FILE, RECIPE_FILE) if (folder / name).exists()]
     if begun and not resume:
         raise MedPLIBError(f"{folder} holds a run already; add --resume to go on with it, or name another output")

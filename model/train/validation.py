@@ -7,7 +7,7 @@ is the most likely one, that is when greedy decoding would say exactly the refer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from model.data.dataset import MixedDataset
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, MedPLIBConfig
+from model.modeling.outputs import MedPLIBOutput
 from model.modeling.splice import plan_splice, splice_labels
+from model.train.balance import UNKNOWN
 from model.train.engine import TrainingEngine
 from model.train.recipe import Validation
 
@@ -37,31 +39,65 @@ class Validator:
         self.dataset, self.processor, self.settings = dataset, processor, settings
         count = min(settings.samples, len(dataset))
         self.indices = np.sort(np.random.default_rng([seed, 1]).permutation(len(dataset))[:count]).tolist()
+        self._tasks = [dataset.tasks[index] for index in self.indices]
+        self._modalities = [dataset.modalities[index] or UNKNOWN for index in self.indices]
 
-    def run(self, engine: TrainingEngine, config: MedPLIBConfig) -> dict[str, float]:
+    def run(
+        self, engine: TrainingEngine, config: MedPLIBConfig, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
         """Scores by name, the same on every rank: ``ce``; ``dice@T`` per threshold, mean over masks;
         ``seg_said``, share of reference ``<SEG>`` that would be said; ``false_masks``, share of rows without ``<SEG>``
-        that would say one; ``closed``, ``open``, ``region``: share of rows answered exactly. What has no row is absent.
+        that would say one; ``closed``, ``open``, ``region``: share of rows answered exactly; ``ce/LABEL`` of each task
+        and modality and ``dice@T/MODALITY``. What has no row is absent.
+
+        Args:
+            engine, config: what is scored.
+            should_stop: asked by all ranks before each batch; where it says so, nothing is scored.
         """
         was_training = engine.network.training
         engine.network.eval()
         names = self._names()
         sums = dict.fromkeys(names, 0.0)
         for indices, counted in self._batches(engine.process.rank, engine.process.world_size):
-            batch = self.processor.collate([self.dataset[index] for index in indices])
+            if should_stop():
+                sums.clear()
+                break
+            batch = self.processor.collate([self.dataset[index] for index in indices], share_images=True)
             with torch.no_grad():
                 output = engine.forward(batch, return_logits=True)
             kinds = [self._kind(index) for index in indices]
             for name, value in score_batch(output, batch, config, kinds, counted, self.settings.thresholds):
                 sums[name] += value
+            for name, value in self._score_labels(output, batch, indices[:counted]):
+                sums[name] += value
         engine.network.train(was_training)
+        if not sums:
+            return {}
         total = engine.process.sum(torch.tensor([sums[name] for name in names], dtype=torch.float64))
         return _means(dict(zip(names, total.tolist(), strict=True)))
 
     def _names(self) -> list[str]:
         means = ["ce", "seg_said", "false_masks", "closed", "open", "region"]
         means += [f"dice@{threshold:g}" for threshold in self.settings.thresholds]
+        means += [f"ce/{label}" for label in dict.fromkeys((*self._tasks, *self._modalities))]
+        means += [f"dice@{t:g}/{label}" for t in self.settings.thresholds for label in dict.fromkeys(self._modalities)]
         return [f"{mean}/{part}" for mean in means for part in (_RIGHT, _ROWS)]
+
+    def _score_labels(
+        self, output: MedPLIBOutput, batch: Mapping[str, Any], indices: Sequence[int]
+    ) -> Iterator[tuple[str, float]]:
+        """Named sums of the rows that are these items, by task and modality."""
+        assert output.row_losses is not None
+        items = dict(zip(self.indices, zip(self._tasks, self._modalities, strict=True), strict=True))
+        losses = output.row_losses.ce.tolist(), output.row_losses.tokens.tolist()
+        for index, loss, tokens in zip(indices, *losses, strict=False):
+            for label in items[index]:
+                yield f"ce/{label}/{_RIGHT}", loss
+                yield f"ce/{label}/{_ROWS}", tokens
+        for row, name, dice in _dices(output, batch, self.settings.thresholds):
+            if row < len(indices):
+                yield f"{name}/{items[indices[row]][1]}/{_RIGHT}", dice
+                yield f"{name}/{items[indices[row]][1]}/{_ROWS}", 1.0
 
     def _kind(self, index: int) -> str:
         sample = self.dataset.sample(index)
@@ -125,17 +161,22 @@ def grown_labels(batch: Mapping[str, Any], config: MedPLIBConfig) -> Tensor:
 def _score_masks(
     output: Any, batch: Mapping[str, Any], counted: int, thresholds: Iterable[float]
 ) -> Iterator[tuple[str, float]]:
+    for row, name, dice in _dices(output, batch, thresholds):
+        if row < counted:
+            yield f"{name}/{_RIGHT}", dice
+            yield f"{name}/{_ROWS}", 1.0
+
+
+def _dices(output: Any, batch: Mapping[str, Any], thresholds: Iterable[float]) -> Iterator[tuple[int, str, float]]:
+    """Row, ``dice@T`` and Dice of each mask at each threshold."""
     targets = [mask for row in batch.get("mask_targets") or [] for mask in row]
     rows = output.mask_rows.tolist() if output.mask_rows is not None else []
     for logits, target, row in zip(output.mask_logits or [], targets, rows, strict=True):
-        if row >= counted:
-            continue
         probability, truth = logits.float().sigmoid().cpu(), target.cpu() > 0.5
         for threshold in thresholds:
             found = probability > threshold
             area = int(found.sum() + truth.sum())
-            yield f"dice@{threshold:g}/right", 2.0 * int((found & truth).sum()) / area if area else 0.0
-            yield f"dice@{threshold:g}/rows", 1.0
+            yield row, f"dice@{threshold:g}", 2.0 * int((found & truth).sum()) / area if area else 0.0
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

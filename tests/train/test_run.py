@@ -174,7 +174,7 @@ def test_termination_saves_and_the_run_goes_on(values: Any, signals: list[int]) 
     with pytest.raises(SystemExit) as ended:
         trainer.train()
     trainer.close()
-    assert ended.value.code == 143
+    assert ended.value.code == (0 if signals[0] == signal.SIGTERM else 130)
     assert not recipe.merged.exists()
     assert run(recipe, resume=True) == recipe.merged
     assert [row["step"] for row in metrics(recipe.folder)] == [1, 2, 3]

@@ -1,0 +1,130 @@
+"""run.json: what a run is, the attempts made at it, and how it stands; and the lock of a run that is going on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from model.errors import MedPLIBError
+from model.train.durable import write_through
+from model.train.environment import command_line, git_state, machine, versions
+from model.train.signals import RunStopped
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+"""``stage``, ``status``, ``reason``, ``step``, ``total_steps``, ``data`` and a list of ``attempts``."""
+LOCK_FILE = ".lock"
+"""Held by rank 0 of a run that is going on; the system lets go of it when the process ends, however it ends."""
+
+Status = Literal["running", "preempted", "interrupted", "finished", "failed"]
+
+
+class RunRecord:
+    """Keeps ``run.json`` of one attempt; rank 0 alone has one.
+
+    Args:
+        folder: the run folder, which exists.
+        stage: of the recipe.
+
+    Raises:
+        MedPLIBError: another process trains in this folder.
+    """
+
+    def __init__(self, folder: Path, stage: int) -> None:
+        self.folder = folder
+        self._lock = _hold(folder)
+        self.content = {"stage": stage, **read_record(folder)}
+        self.content.setdefault("attempts", [])
+
+    def begin(self, world_size: int, step: int, total_steps: int, data: dict[str, Any]) -> None:
+        """Note that an attempt starts after ``step``."""
+        attempt = {
+            "started": _now(),
+            "ended": None,
+            "status": "running",
+            "from_step": step,
+            "world_size": world_size,
+            "command": command_line(),
+            "pid": os.getpid(),
+            **machine(),
+            "git": git_state(),
+            "versions": versions(),
+        }
+        self.content["attempts"].append(attempt)
+        self.content |= {"status": "running", "reason": "", "step": step, "total_steps": total_steps, "data": data}
+        write_through(self.folder / RUN_FILE, self.content)
+
+    def end(self, status: Status, reason: str, step: int) -> None:
+        """Note how the attempt ended; a disk that is full must not hide why."""
+        if self.content["attempts"]:
+            self.content["attempts"][-1] |= {"ended": _now(), "status": status, "step": step}
+            self.content |= {"status": status, "reason": reason, "step": step}
+            with suppress(OSError):
+                write_through(self.folder / RUN_FILE, self.content)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.close()
+
+
+def status_of(failure: BaseException | None) -> tuple[Status, str]:
+    """What ended a run, as ``run.json`` says it: the status and the reason."""
+    if failure is None:
+        return "finished", ""
+    if isinstance(failure, RunStopped):
+        return ("interrupted" if failure.code else "preempted"), failure.message
+    if isinstance(failure, KeyboardInterrupt):
+        return "interrupted", "a second Ctrl-C ended the run without saving"
+    return "failed", (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of ``run.json``; empty where there is none or it is damaged."""
+    try:
+        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains in this folder right now, as far as its file system knows."""
+    try:
+        with (folder / LOCK_FILE).open("rb") as stream:
+            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def told_as_taken(folder: Path) -> str:
+    """The sentence about a folder that is locked."""
+    attempt = (read_record(folder).get("attempts") or [{}])[-1]
+    who = f"process {attempt.get('pid', '?')} on {attempt.get('host', '?')}"
+    return f"{who} is training in {folder}; wait for it, stop it, or name another output"
+
+
+def _hold(folder: Path) -> IO[bytes]:
+    stream = (folder / LOCK_FILE).open("ab")
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise MedPLIBError(told_as_taken(folder)) from None
+    except OSError:  # a file system without locks
+        logger.debug("%s cannot be locked on %s", folder, socket.gethostname())
+    return stream
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,78 @@
+"""What happens when a run is told to end: it saves, and says by its exit code that it did."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from model.errors import MedPLIBError
+
+_ECHO_SECONDS = 3.0  # a launcher passes on the Ctrl-C that its processes got from the terminal already
+HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals that end a run in good order."""
+
+
+class RunStopped(SystemExit):
+    """The run was told to end and did so in good order: code 0 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + signal.SIGINT if number == signal.SIGINT else 0)
+        self.number = number
+        self.message = message
+
+
+class StopRequest:
+    """Whether this process was told to end.
+
+    While a run is loading there is nothing to save, and a signal ends it at once; from ``defer`` on it is only noted.
+    Outside the main thread no signal can be caught, and nothing happens.
+
+    Attributes:
+        number: the signal that came, None before one did.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._since = 0.0
+        self._deferred = False
+        self._previous: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take over SIGTERM, SIGUSR1 and Ctrl-C."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in HEEDED}
+
+    def defer(self) -> None:
+        """From now on a signal waits for the step to end."""
+        self._deferred = True
+
+    def release(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal; a second Ctrl-C, some time later, ends at once."""
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._since = number, now
+            if not self._deferred:
+                raise RunStopped(number, "stopped before the first step; nothing was lost")
+        elif number == signal.SIGINT and now - self._since > _ECHO_SECONDS:
+            raise KeyboardInterrupt
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For loader processes: a scheduler signals every process of a job, and these must live until the run has saved."""
+    for number in HEEDED:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def last_sentence(error: Exception) -> str:
+    """The sentence of an error that a loader process wrapped in its own traceback."""
+    name = f"{MedPLIBError.__module__}.{MedPLIBError.__name__}: "
+    return str(error).strip().splitlines()[-1].removeprefix(name)
