@@ -103,8 +103,8 @@ class Meters:
     def step(self, process: Process, step: int, last: bool) -> dict[str, Any]:
         """Means over what all ranks saw of each label in this step; a label that was not seen is absent.
 
-        ``rows/TASK``, ``ce/TASK`` (a mean over tokens) and ``dice/TASK`` and so on (over masks) are of this step, the
-        same by modality of all steps since the last ones. Called by every rank.
+        ``rows/TASK``, ``ce/TASK`` (a mean over tokens) and ``bce``, ``dice``, ``focal`` and ``iou`` (over masks) are of
+        this step; ``rows``, ``ce`` and ``dice`` by modality are of all steps since the last ones. Called by every rank.
 
         Args:
             process: this rank.
@@ -118,7 +118,7 @@ class Meters:
         self._window_steps += 1
         row = _means(self.tasks, sums[: len(self.tasks)])
         if self.is_due(step, last):
-            row |= _means(self.modalities, self._window[len(self.tasks) :])
+            row |= _means(self.modalities, self._window[len(self.tasks) :], ("dice",))
             self._window.zero_()
         return row
 
@@ -170,7 +170,7 @@ def _rounded(values: Tensor) -> list[Any]:
     return [round(value, 4) if value == value else None for value in values.tolist()]
 
 
-def _means(names: Sequence[str], sums: Tensor) -> dict[str, Any]:
+def _means(names: Sequence[str], sums: Tensor, mask_losses: Sequence[str] = MASK_LOSSES) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, own in zip(names, sums.tolist(), strict=True):
         if own[_ROWS]:
@@ -178,7 +178,7 @@ def _means(names: Sequence[str], sums: Tensor) -> dict[str, Any]:
         if own[_TOKENS]:
             row[f"ce/{name}"] = own[_CE] / own[_TOKENS]
         if own[_MASKS]:
-            row |= {f"{part}/{name}": own[_MASKS + 1 + at] / own[_MASKS] for at, part in enumerate(MASK_LOSSES)}
+            row |= {f"{part}/{name}": own[_COLUMNS.index(part)] / own[_MASKS] for part in mask_losses}
     return row
 
 
