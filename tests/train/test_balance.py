@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
-from model.train import load_recipe, recipe_from
+from model.train import load_recipe, recipe_from, run
 from model.train.balance import draw_table, draw_weights
+from model.train.loop import Trainer
 from model.train.recipe import Data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,3 +128,86 @@ def test_recipes_read_shares_and_name_what_is_wrong_with_them(values: Any) -> No
     nano = ROOT / "configs" / "stages" / "stage4_nano.yaml"
     overrides = ["data.task_shares={vqa: 1, other: 1}", "data.modality_shares.ct=2", "data.modality_shares.other=1"]
     assert load_recipe(nano, overrides).data.modality_shares == {"ct": 2.0, "other": 1.0}
+
+
+def metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_a_step_notes_the_loss_of_each_task_over_all_its_micro_batches(values: Any) -> None:
+    recipe = recipe_from(values(1, schedule={"batch_size": 3, "accumulation": 3, "max_steps": 1}))
+    trainer = Trainer(recipe)
+    trainer.set_up()
+    rows = [row for _, row in zip(range(3), trainer.sampler, strict=False)]
+    network = trainer.engine.network
+    sums: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for index in (index for row in rows for index in row):
+            output = network(**trainer.processor.collate([trainer.dataset[index]]))
+            task = trainer.dataset.tasks[index]
+            losses = output.row_losses
+            for name, value, count in (
+                ("ce", losses.ce.sum(), losses.tokens.sum()),
+                ("dice", losses.masks["dice"].sum(), len(losses.masks["dice"])),
+            ):
+                both = sums.setdefault(f"{name}/{task}", [0.0, 0.0])
+                both[0], both[1] = both[0] + float(value), both[1] + float(count)
+    trainer.train()
+    trainer.close()
+    (row,) = metrics(recipe.folder)
+    wanted = {name: total / count for name, (total, count) in sums.items() if count}
+    assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
+    seen = Counter(trainer.dataset.tasks[index] for row in rows for index in row)
+    assert {name: row[f"rows/{name}"] for name in seen} == seen
+    assert "dice/vqa" not in row
+
+
+def test_recomputed_layers_are_counted_once_and_validation_not_at_all(values: Any, phantoms: Path) -> None:
+    base = values(4)["model"]["base"]
+    found = {}
+    for checkpointing in (False, True):
+        recipe = recipe_from(
+            values(
+                4,
+                output=values(4)["output"] + str(checkpointing),
+                model={"base": base, "grounding": base},
+                data={"validation": [str(phantoms / "grounding.json")]},
+                schedule={"batch_size": 4, "max_steps": 3},
+                validation={"samples": 2, "every": 1},
+                engine={"gradient_checkpointing": checkpointing},
+                logging={"router_every": 2, "tensorboard": True},
+            )
+        )
+        run(recipe)
+        found[checkpointing] = metrics(recipe.folder, "router.jsonl")
+        assert list((recipe.folder / "tensorboard").iterdir())
+    first, last = found[False]
+    assert (first["step"], first["steps"], last["step"], last["steps"]) == (2, 2, 3, 1)
+    assert first["layers"] == [0, 1, 2, 3]
+    for rows in found.values():
+        for kind, shares in rows[0]["kinds"].items():
+            assert np.sum(shares["load"], axis=1) == pytest.approx(np.ones(4), abs=2e-4), kind
+            assert np.shape(shares["entropy"]) == (4,)
+    assert [row["kinds"]["image"]["tokens"] for row in found[True]] == [8 * 16, 4 * 16]
+    assert found[True][0]["kinds"]["text"] == found[False][0]["kinds"]["text"]
+    assert sum(task["tokens"] for task in first["tasks"].values()) == sum(k["tokens"] for k in first["kinds"].values())
+    scores = metrics(recipe.folder, "validation.jsonl")[0]
+    assert scores["ce/grounding"] == pytest.approx(scores["ce"], rel=1e-4)
+    by_modality = [name for name in scores if name.startswith("dice@0.5/")]
+    assert by_modality and all(0 <= scores[name] <= 1 for name in by_modality)
+    assert {f"ce/{task}" for task in ("vqa", "grounding")} & set(metrics(recipe.folder)[0])
+
+
+def test_an_interrupted_weighted_run_draws_the_same_records(values: Any) -> None:
+    sections = {"data": {"task_shares": {"grounding": 1, "vqa": 1, "other": 0}}, "saving": {"every": 2, "keep": 2}}
+    recipe = recipe_from(values(1, schedule={"batch_size": 2, "max_steps": 4}, **sections))
+    run(recipe)
+    whole = metrics(recipe.folder)
+    assert not any("ce/region" in row for row in whole)
+    shutil.rmtree(recipe.merged)
+    shutil.rmtree(recipe.folder / "checkpoints" / "step_0000004")
+    run(recipe, resume=True)
+    names = ["loss", *(f"{name}/{task}" for name in ("rows", "ce", "dice") for task in ("vqa", "grounding"))]
+    assert [[row.get(name) for name in names] for row in metrics(recipe.folder)] == [
+        [row.get(name) for name in names] for row in whole
+    ]
