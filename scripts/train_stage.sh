@@ -2,6 +2,8 @@
 #   RECIPE           recipe file (default configs/stages/stageN_7b.yaml); a first argument ending in .yaml does the same
 #   NUM_GPUS         GPUs to use (default: all that CUDA_VISIBLE_DEVICES leaves visible)
 #   NPROC            processes to launch instead, for a CPU
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, on each of which the same is started: how many, which
+#                    one this is (from 0), and where machine 0 is reached (port 29500 unless given); see docs/scale.md
 #   other arguments  key=value overrides, --resume, --check
 # Paths of the 7B recipes: MEDPLIB_LLAMA, MEDPLIB_LLAVA, MEDPLIB_CLIP, MEDPLIB_SAM, MEDPLIB_DATA, MEDPLIB_IMAGES.
 
@@ -22,17 +24,30 @@ train_stage() {
     return 2
   }
   processes=${NPROC:-${NUM_GPUS:-$gpus}}
+  nodes=${NNODES:-1}
   case " $* " in
-    *" --check "*) processes=1 ;;
+    *" --check "*) processes=1 nodes=1 ;;
   esac
   # exec: a termination signal reaches the run, which saves before it ends, and not a shell that waits for it.
-  if [ "$processes" -le 1 ]; then
+  if [ "$processes" -le 1 ] && [ "$nodes" -le 1 ]; then
     exec python -m model.train "$recipe" "$@"
+  fi
+  if [ "$nodes" -gt 1 ]; then
+    if [ -z "${NODE_RANK:-}" ] || [ -z "${MASTER_ADDR:-}" ]; then
+      echo "NNODES is $nodes; set NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR (where machine 0 is reached), too" >&2
+      return 2
+    fi
+    place="--nnodes $nodes --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port ${MASTER_PORT:-29500}"
+  else
+    place=--standalone
   fi
   # Check first, in one process: what is wrong is told once, not by every rank, and before any launcher starts.
   python -m model.train "$recipe" "$@" --check || return $?
   # Many processes of many threads each are ruinous; one thread a process unless told otherwise. The launcher is torch's:
   # DeepSpeed's own would use the first GPUs of the machine whatever CUDA_VISIBLE_DEVICES says.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-  exec python -m torch.distributed.run --standalone --nproc_per_node "$processes" -m model.train "$recipe" "$@"
+  # What a run needs to save after a termination signal; torch would kill it after 30 seconds.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+  # shellcheck disable=SC2086  # several words
+  exec python -m torch.distributed.run $place --nproc_per_node "$processes" -m model.train "$recipe" "$@"
 }

@@ -107,6 +107,20 @@ def test_a_stage_uses_every_visible_gpu_through_one_launcher(project: Path, shel
     ]
 
 
+def test_a_stage_takes_its_place_among_machines(project: Path) -> None:
+    script = "sh scripts/train_stage2.sh my.yaml"
+    there = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "gpu-01"}
+    ended, calls = call(project, "sh", script, GPUS="1", **there)
+    assert ended.returncode == 0, ended.stderr
+    place = "--nnodes 2 --node_rank 1 --master_addr gpu-01 --master_port 29500"
+    assert calls[-1] == f"python -m torch.distributed.run {place} --nproc_per_node 1 -m model.train my.yaml"
+    _, calls = call(project, "sh", f"{script} --check", GPUS="4", **there)
+    assert calls[1:] == ["python -m model.train my.yaml --check"]
+    ended, calls = call(project, "sh", script, GPUS="4", NNODES="2")
+    assert ended.returncode == 2 and "set NODE_RANK (0 to 1) and MASTER_ADDR" in ended.stderr
+    assert not any("model.train" in one for one in calls)
+
+
 def test_a_stage_stops_where_the_check_fails_or_pytorch_is_absent(project: Path) -> None:
     ended, calls = call(project, "sh", "sh scripts/train_stage1.sh", NPROC="2", FAILING="--check")
     assert ended.returncode != 0 and not any("distributed" in one for one in calls)
