@@ -107,6 +107,28 @@ def read_mask(source: ImageSource, limits: ReadLimits | None = None) -> np.ndarr
     return _read_one_mask(source, limits)
 
 
+def read_labels(source: str | Path, limits: ReadLimits | None = None) -> np.ndarray:
+    """Decode a label map: the number that each pixel holds, of a picture with a palette the number in it.
+
+    Returns:
+        int64 [H, W].
+
+    Raises:
+        MedPLIBError: as ``read_mask``, and where a pixel is a colour and no number.
+    """
+    limits = limits or ReadLimits()
+    name, content = _content(source, limits)
+    if _is_dicom(name, content):
+        raise MedPLIBError(f"{name} is a DICOM file; a label map is a PNG or another plain image")
+    image = _open(name, content, limits)
+    values = _decode(name, lambda: np.asarray(image))
+    if values.ndim == 3 and (values[..., :3] == values[..., :1]).all():  # grey saved as colour
+        values = values[..., 0]
+    if values.ndim != 2 or (values.dtype.kind == "f" and (values != np.rint(values)).any()):
+        raise MedPLIBError(f"{name} holds colours or fractions; a label map holds one whole number for each pixel")
+    return values.astype(np.int64)
+
+
 def is_file(path: Path) -> bool:
     """Whether ``path`` is a file; a name the file system refuses is not one."""
     try:

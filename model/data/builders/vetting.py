@@ -104,7 +104,7 @@ def write_vetted(
     part.count("records", "dropped" if sample is None else "kept")
     if sample is not None:
         part.write(output, mended(record, sample))
-        part.count(output, f"{sample.modality or 'unknown'} {sample.task}")
+        part.count(output, f"{sample.modality} {sample.task}" if sample.modality else sample.task)
         part.count("answer type", sample.answer_type or "unknown")
     return sample
 

@@ -54,6 +54,8 @@ def build_vqa(
         MedPLIBError: the source does not look like the set, or a folder cannot be used.
     """
     files = question_files(name, source)
+    if images_root is not None and not images_root.is_dir():
+        raise MedPLIBError(f"--images-root {images_root} is no folder; give one that exists, or leave it out")
     root = images_root or root_of(files, source, out)
     splits = sorted(
         {one.split for one in files if one.split} | ({"train", "test"} if any(not f.split for f in files) else set())

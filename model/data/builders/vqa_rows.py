@@ -6,11 +6,12 @@ Pure functions, for training and evaluation alike; which files a set consists of
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from model.data.builders.work_files import temporary_of
 
 Row = Mapping[str, Any]
 
@@ -185,7 +186,7 @@ def write_picture(content: bytes, folder: Path) -> str:
     ending = next((end for start, end in _IMAGE_ENDINGS.items() if content.startswith(start)), ".img")
     name = hashlib.sha256(content).hexdigest()[:24] + ending
     if not (folder / name).is_file():
-        partial = folder / f".{name}.{os.getpid()}"
+        partial = temporary_of(folder / name)
         partial.write_bytes(content)
         partial.replace(folder / name)
     return name
