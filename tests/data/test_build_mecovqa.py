@@ -8,7 +8,7 @@ import pytest
 
 from model.data.validate import check_file
 from tests.data.built import build, findings, refused, said, trains
-from tests.data.native_samples import CT, MR, mecovqa
+from tests.data.native_samples import CT, MR, mecovqa, turns, write_json
 
 GROUNDING = "train/MeCoVQA-Grounding.json"
 
@@ -103,3 +103,14 @@ def test_records_that_are_no_records_are_listed(tmp_path: Path, raw: tuple[Path,
     assert len(trains(tmp_path / "out" / "broken.json", images)) == 1
     (finding,) = findings(tmp_path / "out", "mecovqa")
     assert (finding["kind"], finding["record"]) == ("invalid_json", 0)
+
+
+def test_every_image_of_a_record_is_mended(tmp_path: Path, raw: tuple[Path, Path]) -> None:
+    _, images = raw
+    talk = turns("<image>\n<image>\nWhich is MR?", "The second.")
+    record = {"id": "two", "image": [f"images/{CT}.png", f"images/{MR}"], "conversatons": talk, "extra": {"kept": [1]}}
+    write_json(tmp_path / "two.json", [record])
+    assert build("mecovqa", "--source", tmp_path / "two.json", "--images", images, "--out", tmp_path / "out") == 0
+    (kept,) = trains(tmp_path / "out" / "two.json", images)
+    assert kept["image"] == [f"images/{CT}.png", f"images/{MR}.png"]
+    assert (kept["conversations"], kept["extra"]) == (talk, {"kept": [1]})

@@ -168,7 +168,7 @@ def stretches(lengths: Sequence[int], size: int = PIECE) -> list[Piece]:
 def repeated(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
     """Records that say the same of the same image as an earlier one: number → number of the first such record.
 
-    Records that cannot be parsed must have been left out as empty mappings. 16 bytes a record are kept.
+    Records that cannot be parsed must have been left out as empty mappings. Of each record a hash is kept in memory.
     """
     first: dict[bytes, int] = {}
     again: dict[int, int] = {}

@@ -110,8 +110,9 @@ def _with_image_file(one: QuestionFile, row: Any, context: _Context) -> Any:
     """The row; with the name of a file where it held the image itself."""
     if one.images is not None or isinstance(row, MedPLIBError):
         return row
-    content = row["image"]["bytes"] if row.get("image") else None
-    if not content:
+    image = row.get("image")
+    content = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(content, bytes) or not content:
         raise BadRow("it holds no image")
     context.pictures.mkdir(parents=True, exist_ok=True)
     return {**row, "id": "", "image": write_picture(content, context.pictures)}
