@@ -34,6 +34,19 @@ def test_vqa_rad_is_split_by_its_phrases(tmp_path: Path) -> None:
     assert (lost["kind"], lost["record"], lost["dropped"]) == ("missing_image", 5, True)
 
 
+def test_vqa_rad_in_two_files_is_known_too(tmp_path: Path) -> None:
+    source = native.vqa_rad(tmp_path / "raw")
+    rows = json.loads((source / "VQA_RAD Dataset Public.json").read_text())
+    (source / "VQA_RAD Dataset Public.json").unlink()
+    (source / "VQA_RAD Image Folder").rename(source / "images")
+    plain = [{key: value for key, value in row.items() if key != "phrase_type"} for row in rows]
+    native.write_json(source / "trainset.json", plain[:2])
+    native.write_json(source / "testset.json", plain[3:4])
+    made = built("vqa-rad", source, tmp_path / "out")
+    assert {name: len(records) for name, records in made.items()} == {"train": 2, "test": 1}
+    assert made["test"][0]["image"] == "images/synpic1.jpg"
+
+
 @pytest.mark.parametrize(("language", "train", "test"), [("en", 2, 1), ("zh", 1, 1), ("all", 3, 2)])
 def test_slake_is_asked_in_the_language_wanted(tmp_path: Path, language: str, train: int, test: int) -> None:
     source = native.slake(tmp_path / "raw")
