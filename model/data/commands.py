@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from model.data.builders.sa_med2d_command import add_sa_med2d
 from model.data.builders.sets_commands import add_sets
 from model.errors import MedPLIBError
 
@@ -19,6 +20,7 @@ def add_data_command(commands: argparse._SubParsersAction) -> None:
     check.set_defaults(run=run_data_check)
     builders = data.add_parser("build", help="make data").add_subparsers(dest="builder", required=True)
     _add_phantom(builders)
+    add_sa_med2d(builders)
     add_sets(builders)
 
 

@@ -334,9 +334,13 @@ def _grounded_pair(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _refused(scene: Scene, name: str, rng: np.random.Generator) -> Question:
     question = _pick(_SEGMENT, rng).format(name=name, spoken=scene.plan.spoken)
+    return Question("grounding_absent", "grounding", question, refusal(name, rng), "open", name)
+
+
+def refusal(name: str, rng: np.random.Generator) -> str:
+    """An answer without ``<SEG>`` to a request for something that the image does not show."""
     article = _article(name)
-    answer = _pick(_REFUSALS, rng).replace("find a", f"find {article}".rstrip()).format(name=name)
-    return Question("grounding_absent", "grounding", question, answer, "open", name)
+    return _pick(_REFUSALS, rng).replace("find a", f"find {article}".rstrip()).format(name=name)
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------

@@ -54,7 +54,18 @@ from model.data.builders.work_pool import in_processes
 from model.data.builders.work_report import BuildReport
 from model.errors import MedPLIBError
 
-__all__ = ["Build", "BuildReport", "Execution", "Output", "Part", "Piece", "Shard", "fingerprint", "run_build"]
+__all__ = [
+    "Build",
+    "BuildReport",
+    "Execution",
+    "Output",
+    "Part",
+    "Piece",
+    "Shard",
+    "fingerprint",
+    "finished_report",
+    "run_build",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -204,13 +215,15 @@ def run_build(
             a process died, or ``work`` raised one.
     """
     start = time.perf_counter()
+    if execution.shard and execution.overwrite:
+        raise MedPLIBError("--overwrite and --shard exclude each other: shards would throw away each other's work")
     if execution.workers < 1:
         raise MedPLIBError(f"--workers is {execution.workers}; give at least 1")
     try:
         build.folder.mkdir(parents=True, exist_ok=True)
         with _sole_use(build, shared=execution.shard is not None):
-            finished = None if execution.overwrite and not execution.shard else _finished(build, len(pieces))
-            if finished:
+            finished = None if execution.overwrite else finished_report(build)
+            if finished and finished.pieces == len(pieces):
                 return finished
             _claim(build, len(pieces), execution)
             _do_missing(build, pieces, work, context, execution, unit)
@@ -250,12 +263,14 @@ def _sole_use(build: Build, *, shared: bool) -> Iterator[None]:
         yield
 
 
-def _finished(build: Build, pieces: int) -> BuildReport | None:
-    """The report of a finished build with these settings whose files are all there."""
+def finished_report(build: Build) -> BuildReport | None:
+    """What the same build told at its end; None where it did not end, or one of its files is gone or changed."""
     stored = read_json(build.folder / "done.json")
-    if stored is None or _identity(build, pieces) != read_json(build.folder / "settings.json"):
+    if stored is None:
         return None
     report = BuildReport.from_json(stored)
+    if _identity(build, report.pieces) != read_json(build.folder / "settings.json"):
+        return None
     for name, facts in report.files.items():
         try:
             if (build.out / name).stat().st_size != facts["bytes"]:
@@ -274,7 +289,7 @@ def _claim(build: Build, pieces: int, execution: Execution) -> None:
     """Note whose parts these are; refuse to mix them with others."""
     identity, place = _identity(build, pieces), build.folder / "settings.json"
     stored = read_json(place)
-    if execution.overwrite and not execution.shard:
+    if execution.overwrite:
         _forget_parts(build)
         for name in (read_json(build.folder / "done.json") or {"files": {}})["files"]:
             (build.out / name).unlink(missing_ok=True)
@@ -282,7 +297,7 @@ def _claim(build: Build, pieces: int, execution: Execution) -> None:
     elif stored is not None and stored != identity:
         raise MedPLIBError(
             f"{build.out} holds a {build.name} build with {_difference(stored, identity)}; repeat its settings, "
-            "name another --out, or start anew with --overwrite" + (" (without --shard)" if execution.shard else "")
+            "name another --out, or start anew with --overwrite"
         )
     elif stored is None:
         foreign = [output.name for output in build.outputs if (build.out / output.name).exists()]
@@ -320,7 +335,13 @@ def _do_missing(
     workers = min(execution.workers, len(missing))
     label = f"{build.name} {execution.shard}" if execution.shard else build.name
     with tqdm(
-        total=total, initial=done, unit=unit, desc=label, disable=None if execution.bar else True, smoothing=0.05
+        total=total,
+        initial=done,
+        unit=unit,
+        unit_scale=total > 100_000,
+        desc=label,
+        disable=None if execution.bar else True,
+        smoothing=0.05,
     ) as bar:
         for number in map(calls, jobs) if workers == 1 else in_processes(calls, jobs, workers):
             bar.update(pieces[number].size)

@@ -12,12 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from model.errors import MedPLIBError
-
 EXAMPLES = 5
 """Findings of each kind that a report shows; all are in the list of findings."""
 _ROWS_AT_ONCE = 4096
-_ROW_GROUP = 65_536
 _COPY = 1 << 20
 
 
@@ -28,10 +25,12 @@ class Output:
     Attributes:
         name: path inside the build's folder.
         schema: ``pyarrow.Schema``, for Parquet alone.
+        row_group: rows that a reader of the Parquet file has in memory at least.
     """
 
     name: str
     schema: Any = None
+    row_group: int = 65_536
 
     @property
     def form(self) -> str:
@@ -47,12 +46,14 @@ class Tally:
         found: kind of finding → number.
         examples: kind → the first ``EXAMPLES`` messages.
         seconds: of work.
+        files: name of each file of the part → bytes.
     """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     found: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
+    files: dict[str, int] = field(default_factory=dict)
 
     def count(self, group: str, label: str, number: int = 1) -> None:
         labels = self.counts.setdefault(group, {})
@@ -117,7 +118,14 @@ class Part:
 
     @staticmethod
     def is_done(folder: Path, number: int) -> bool:
-        return Part.tally_file(folder, number).is_file()
+        """Whether all files of the part are there in their full size; a crash of the machine can cut them short."""
+        tally = read_json(Part.tally_file(folder, number))
+        try:
+            return tally is not None and all(
+                (Part.home(folder) / name).stat().st_size == size for name, size in tally["files"].items()
+            )
+        except OSError:
+            return False
 
     def write(self, output: str, record: Mapping[str, Any]) -> None:
         """Append one record."""
@@ -159,6 +167,7 @@ class Part:
                 return
             for writer in self._writers.values():
                 writer.finish()
+                self.tally.files[writer.target.name] = writer.target.stat().st_size
         finally:
             for writer in self._writers.values():
                 writer.abandon()  # what is finished stays
@@ -203,7 +212,7 @@ class _Rows:
 
     def write_batch(self, batch: Any) -> None:
         self._flush()
-        self._file.write_batch(batch, row_group_size=_ROW_GROUP)
+        self._file.write_batch(batch)
 
     def _flush(self) -> None:
         import pyarrow as arrow
@@ -294,11 +303,12 @@ def _join_rows(parts: Iterable[Path], target: Path, output: Output) -> int:
                 for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
                     waiting.append(batch)
                     records += batch.num_rows
-                    if sum(one.num_rows for one in waiting) >= _ROW_GROUP:
-                        writer.write_table(arrow.Table.from_batches(waiting), row_group_size=2 * _ROW_GROUP)
-                        waiting = []
+                    if sum(one.num_rows for one in waiting) >= output.row_group:
+                        table = arrow.Table.from_batches(waiting)
+                        writer.write_table(table[: output.row_group], row_group_size=output.row_group)
+                        waiting = table[output.row_group :].to_batches()
         if waiting:
-            writer.write_table(arrow.Table.from_batches(waiting), row_group_size=2 * _ROW_GROUP)
+            writer.write_table(arrow.Table.from_batches(waiting), row_group_size=output.row_group)
         writer.close()
         _to_disk(sink)
     return records
@@ -326,7 +336,6 @@ def write_json(path: Path, content: Any) -> None:
     try:
         with temporary.open("wb") as stream:
             stream.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-            _to_disk(stream)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -335,12 +344,9 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Content of a file that ``write_json`` wrote, None where there is none.
 
-    Raises:
-        MedPLIBError: it is damaged.
+    What a crash of the machine damaged counts as absent: it is made again.
     """
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
-    except ValueError as error:
-        raise MedPLIBError(f"{path} is damaged ({error}); remove it, or start anew with --overwrite") from error

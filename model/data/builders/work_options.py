@@ -34,8 +34,6 @@ def execution_of(options: argparse.Namespace) -> Execution:
     if workers < 1:
         raise MedPLIBError(f"--workers is {workers}; give at least 1")
     shard = Shard.parse(options.shard) if options.shard else None
-    if shard and options.overwrite:
-        raise MedPLIBError("--overwrite and --shard exclude each other: shards would throw away each other's work")
     return Execution(workers, shard, options.overwrite)
 
 

@@ -53,6 +53,11 @@ class BuildReport:
         }
         return cls(name, out, settings, tally.counts, findings, unit, shard, worker_seconds=tally.seconds)
 
+    @property
+    def findings_file(self) -> str:
+        """The list of all findings."""
+        return f"{self.out}/findings_{self.name}.jsonl"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the report file."""
         return asdict(self)
@@ -70,7 +75,7 @@ class BuildReport:
             for kind, facts in self.findings.items():
                 lines.append(f"  {kind} {facts['count']}, such as: {facts['examples'][0]}")
             if not self.shard:
-                lines.append(f"  all of them: {self.out}/findings_{self.name}.jsonl")
+                lines.append(f"  all of them: {self.findings_file}")
         lines += [""] if lines else []
         for name, facts in self.files.items():
             lines.append(f"{self.out}/{name}: {facts['records']:,} records, {facts['bytes'] / 1e6:,.1f} MB")

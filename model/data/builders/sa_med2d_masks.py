@@ -1,0 +1,89 @@
+"""Masks of SA-Med2D-20M: the instances of a class, checked, and joined under the published name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from model.data.builders.work_files import temporary_of
+from model.data.readers import read_mask
+from model.errors import MedPLIBError
+
+_HEADER = b"\x89PNG\r\n\x1a\n"
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+
+
+class MaskFault(Exception):
+    """Why a target cannot be used: a stable word, and a sentence."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) by the file's header.
+
+    Raises:
+        MaskFault: the image cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MaskFault("unreadable_image", f"the image {path} cannot be read ({error})") from error
+    return height, width
+
+
+def usable_mask(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
+    """The union of instance masks, bool [H, W], at least one pixel set.
+
+    Raises:
+        MaskFault: one is unreadable or is not of the image's ``size``, or there is no foreground.
+    """
+    joined = np.zeros(size, dtype=bool)
+    for file in files:
+        try:
+            mask = read_mask(file)
+        except MedPLIBError as error:
+            kind = "unreadable_mask" if file.exists() else "missing_mask"
+            raise MaskFault(kind, str(error)) from error
+        if mask.shape != size:
+            raise MaskFault(
+                "size_mismatch",
+                f"the mask {file} is {mask.shape[0]} × {mask.shape[1]} (h × w), its image {size[0]} × {size[1]}",
+            )
+        joined |= mask
+    if not joined.any():
+        raise MaskFault(
+            "empty_mask", f"the mask {files[0]} has no foreground pixel" + " in any instance" * (len(files) > 1)
+        )
+    return joined
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Write a mask as PNG with values 0 and 255, whole or not at all."""
+    done, buffer = cv2.imencode(".png", mask.astype(np.uint8) * 255, [cv2.IMWRITE_PNG_COMPRESSION, 4])
+    if not done:
+        raise OSError(f"cannot encode {path}")
+    temporary = temporary_of(path)
+    try:
+        temporary.write_bytes(buffer.tobytes())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a file begins and ends as a PNG does: one that was cut short does not."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(len(_HEADER))
+            stream.seek(-len(_END), 2)
+            return head == _HEADER and stream.read() == _END
+    except OSError:
+        return False
