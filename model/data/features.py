@@ -46,7 +46,7 @@ class FeatureStore:
         """Whether an image's features are there whole; a file that a power cut left short is not."""
         try:
             return self._file_of(image).stat().st_size > self.bytes_an_image
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def read(self, image: Path) -> torch.Tensor:

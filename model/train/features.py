@@ -165,7 +165,8 @@ def _check_room(images: Sequence[tuple[Path, bool]], stores: Mapping[str, Featur
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB") if count >= 1e6 else (1e3, "kB")
+    return f"{count / unit:.1f} {name}"
 
 
 class _Pixels(Dataset):
