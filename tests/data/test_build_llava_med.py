@@ -65,6 +65,13 @@ def test_it_goes_in_pieces_and_joins_their_shards(tmp_path: Path, capsys: pytest
     assert "nothing was done" in capsys.readouterr().out
 
 
+def test_nothing_left_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, _ = llava_med(tmp_path / "raw")
+    (tmp_path / "empty").mkdir()
+    assert build("llava-med", "--source", source, "--images", tmp_path / "empty", "--out", tmp_path / "out") == 1
+    assert "no record is left to train on" in capsys.readouterr().err
+
+
 def test_another_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, images = llava_med(tmp_path / "raw")
     common = ("llava-med", "--images", images, "--out", tmp_path / "out")

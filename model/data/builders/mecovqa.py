@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.data.builders.vetting import Stretch, Vetting, drop, repeated, stretches, write_mask, write_vetted
+from model.data.builders.sa_med2d_masks import write_mask
+from model.data.builders.vetting import Stretch, Vetting, drop, repeated, stretches, write_vetted
 from model.data.builders.work import Build, BuildReport, Execution, Output, Part, fingerprint, run_build
 from model.data.readers import is_file, read_mask
 from model.data.records import Records, open_records
@@ -137,5 +138,6 @@ def _merge(masks: Iterable[Path]) -> int:
     """Write those of the merged masks that are only instances so far; how many."""
     missing = {mask for mask in masks if not is_file(mask)}
     for mask in missing:
+        mask.parent.mkdir(exist_ok=True)
         write_mask(mask, read_mask(mask))
     return len(missing)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from model.data.builders.work import BuildReport
 from model.data.builders.work_options import add_build_options, execution_of, tell
 
 _VQA_SETS = ("vqa-rad", "slake", "pathvqa", "imageclef", "pmc-vqa", "omnimedvqa")
@@ -16,6 +17,7 @@ def add_sets(builders: argparse._SubParsersAction) -> None:
     _add_mecovqa(builders)
     _add_vqa(builders)
     _add_llava_med(builders)
+    _add_folder(builders)
 
 
 def _add_mecovqa(builders: argparse._SubParsersAction) -> None:
@@ -60,6 +62,42 @@ def _add_llava_med(builders: argparse._SubParsersAction) -> None:
     command.set_defaults(run=run_llava_med)
 
 
+def _add_folder(builders: argparse._SubParsersAction) -> None:
+    command = builders.add_parser("folder", help="your own folder of images and masks, with a CSV of names")
+    command.add_argument("--images", type=Path, required=True, metavar="DIR", help="images, in any folders inside")
+    command.add_argument(
+        "--masks",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a.png, a_liver.png or liver/a.png for a.png, or label maps",
+    )
+    command.add_argument(
+        "--names",
+        type=Path,
+        required=True,
+        metavar="CSV",
+        help="what masks show; its first line is file,name or value,name (label maps) or class,name",
+    )
+    command.add_argument("--modality", default="", metavar="WORD", help="of all images: ct, mr, x_ray, pet …")
+    command.add_argument(
+        "--case-pattern",
+        default="",
+        metavar="REGEX",
+        help="its first group is the case in an image's path, so that no case is in two splits; when absent, the path "
+        "up to its last number if another number stands before that",
+    )
+    command.add_argument(
+        "--splits", metavar="SHARES", help="shares of the cases, such as train=0.8,validation=0.1,test=0.1"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of splits and wordings")
+    command.add_argument(
+        "--absent", action="store_true", help="also ask for what a label map or an empty mask says is not there"
+    )
+    add_build_options(command)
+    command.set_defaults(run=run_folder)
+
+
 def _add_pixels(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-pixels",
@@ -80,7 +118,7 @@ def run_mecovqa(options: argparse.Namespace) -> int:
         check_pixels=not options.no_pixels,
         merge=options.merge,
     )
-    return _told(tell(report), options.images)
+    return _told(report, options.images)
 
 
 def run_vqa(options: argparse.Namespace) -> int:
@@ -96,7 +134,7 @@ def run_vqa(options: argparse.Namespace) -> int:
         language=options.language,
         check_pixels=not options.no_pixels,
     )
-    return _told(tell(report), report.settings["images_root"])
+    return _told(report, report.settings["images_root"])
 
 
 def run_llava_med(options: argparse.Namespace) -> int:
@@ -106,11 +144,36 @@ def run_llava_med(options: argparse.Namespace) -> int:
     report = build_llava_med(
         options.source, options.images, options.out, execution_of(options), check_pixels=not options.no_pixels
     )
-    return _told(tell(report), options.images)
+    return _told(report, options.images)
 
 
-def _told(code: int, images_root: Path | str) -> int:
-    sys.stdout.write(
-        f"paths in the records start from {images_root}: give that as --images, or as a recipe's data.images\n"
+def run_folder(options: argparse.Namespace) -> int:
+    """``medplib data build folder``."""
+    from model.data.builders.folder import DEFAULT_SPLITS, FolderSettings, build_folder
+    from model.data.builders.splits import parse_splits
+    from model.data.builders.vqa_rows import modality_name
+
+    settings = FolderSettings(
+        modality=modality_name(options.modality),
+        case_pattern=options.case_pattern,
+        splits=parse_splits(options.splits) if options.splits else DEFAULT_SPLITS,
+        seed=options.seed,
+        absent=options.absent,
     )
-    return code
+    report = build_folder(options.images, options.masks, options.names, options.out, execution_of(options), settings)
+    return _told(report, options.out)
+
+
+def _told(report: BuildReport, images_root: Path | str) -> int:
+    """Print what was built and what to do with it; the exit code is 1 if there is nothing to train on."""
+    tell(report)
+    made = [name for name in report.files if not name.startswith("findings_")]
+    if made:
+        sys.stdout.write(
+            f"paths in the records start from {images_root}: give that as --images, or as a recipe's data.images\n"
+        )
+    elif not report.shard:
+        sys.stderr.write(
+            f"medplib: no record is left to train on; {report.out}/findings_{report.name}.jsonl says why\n"
+        )
+    return 0 if made or report.shard else 1

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from model.data.builders.work import Part, Piece
-from model.data.builders.work_files import temporary_of
 from model.data.readers import ReadLimits
 from model.data.schema import Finding, Sample, inspect_record
 from model.data.validate import PixelCheck
@@ -132,19 +129,6 @@ def path_from(root: Path, path: Path) -> str:
     if path.is_relative_to(root):
         return path.relative_to(root).as_posix()
     return Path(os.path.relpath(path.parent.resolve() / path.name, root.resolve())).as_posix()
-
-
-def write_mask(path: Path, mask: np.ndarray) -> None:
-    """Write a boolean mask [H, W] as an 8-bit PNG of 0 and 255, whole or not at all."""
-    import cv2
-
-    done, encoded = cv2.imencode(".png", mask.astype(np.uint8) * 255)
-    if not done:
-        raise OSError(f"cannot encode {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
-    temporary.write_bytes(encoded.tobytes())
-    temporary.replace(path)
 
 
 @dataclass(frozen=True)

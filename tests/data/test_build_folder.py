@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.data.builders.folder import FolderSettings, case_of_key, splits_of_cases
+from model.data.builders.folder_names import read_names
+from model.data.builders.folder_pairs import Entry, Pairing
+from model.data.builders.vetting import path_from
+from model.data.readers import read_labels
+from model.errors import MedPLIBError
+from tests.data.built import build, findings, refused, said, trains
+from tests.data.native_samples import mask, picture
+from tests.data.test_readers import dicom
+
+ONE = ("--splits", "train=1")
+
+
+class Own:
+    """A user's folder: images, masks and the CSV."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.images, self.masks, self.csv, self.out = (
+            root,
+            root / "img",
+            root / "seg",
+            root / "n.csv",
+            root / "out",
+        )
+        self.images.mkdir()
+        self.masks.mkdir()
+
+    def names(self, text: str, encoding: str = "utf-8") -> None:
+        self.csv.write_text(text, encoding=encoding)
+
+    def image(self, name: str) -> None:
+        picture(self.images / name, len(name))
+
+    def words(self, *more: object) -> tuple[object, ...]:
+        return ("folder", "--images", self.images, "--masks", self.masks, "--names", self.csv, "--out", self.out, *more)
+
+    def built(self, *more: object, split: str = "train") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Grounding and region records of a split, all of them trained on."""
+        assert build(*self.words(*more)) == 0
+        grounding, region = (trains(self.out / split / f"{task}.json", self.out) for task in ("grounding", "region"))
+        return grounding, region
+
+    def kinds(self) -> list[str]:
+        return sorted({row["kind"] for row in findings(self.out, "folder")})
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Own:
+    return Own(tmp_path)
+
+
+def masked(record: dict[str, Any], own: Own) -> int:
+    """Foreground pixels of the mask of a grounding record."""
+    path = said(record)[1].split("<mask>")[1].removesuffix("</mask>")
+    return int((cv2.imread(str(own.out / path), cv2.IMREAD_UNCHANGED) > 0).sum())
+
+
+def test_classes_in_file_names_and_folders(own: Own) -> None:
+    own.names("class;name\n3;left lung\nLiver;the large, brown liver\n", encoding="utf-8-sig")
+    own.image("a.png")
+    own.image("B.PNG")
+    mask(own.masks / "a--0003_000.png")
+    mask(own.masks / "a--0003_001.png", (12, 14, 15, 18))
+    mask(own.masks / "a_liver.png")
+    mask(own.masks / "LIVER" / "B.PNG")
+    grounding, region = own.built("--modality", "CT", *ONE)
+    assert sorted(record["about"] for record in grounding) == ["left lung", *["the large, brown liver"] * 2]
+    lung = next(record for record in grounding if record["about"] == "left lung")
+    assert masked(lung, own) == 6 * 8 + 3 * 4
+    assert lung["image"] == "../img/a.png"
+    assert {record["modality"] for record in grounding + region} == {"ct"}
+    names = [record for record in region if record["kind"] == "region_name"]
+    assert {said(record)[1] for record in names} == {"Left lung", "The large, brown liver"}
+    assert {record["answer_type"] for record in region if record["kind"] == "region_check"} == {"closed"}
+
+
+def test_label_maps_hold_a_class_in_each_value(own: Own) -> None:
+    own.names("value,name\n0,background\n1,liver\n2,spleen, enlarged\n7,kidney\n")
+    labels = np.zeros((20, 24), np.uint8)
+    labels[2:5, 2:6], labels[8:10, 8:12], labels[15:18, 3:6] = 1, 2, 9
+    for name in ("plain", "palette", "grey"):
+        own.image(f"{name}.png")
+    Image.fromarray(labels).save(own.masks / "plain_mask.png")
+    indexed = Image.fromarray(labels, mode="P")
+    indexed.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 0, 0, 0, 255] + [9] * 100)
+    indexed.save(own.masks / "palette.png")
+    Image.fromarray(np.repeat(labels[..., None], 3, axis=2)).save(own.masks / "grey.png")
+    grounding, _ = own.built(*ONE)
+    assert sorted((record["about"], masked(record, own)) for record in grounding) == [
+        *[("liver", 12)] * 3,
+        *[("spleen, enlarged", 8)] * 3,
+    ]
+    assert own.kinds() == ["value_without_name"]
+
+
+def test_what_is_absent_can_be_asked_for(own: Own) -> None:
+    own.names("value,name\n1,liver\n2,spleen\n3,liver cyst\n")
+    own.image("a.png")
+    labels = np.zeros((20, 24), np.uint8)
+    labels[2:5, 2:6] = 1
+    Image.fromarray(labels).save(own.masks / "a.png")
+    grounding, _ = own.built("--absent", *ONE)
+    shown, absent = grounding
+    assert (shown["about"], absent["about"], absent["kind"]) == ("liver", "spleen", "grounding_absent")
+    assert "<SEG>" not in said(absent)[1]
+
+
+def test_files_may_have_names_of_their_own(own: Own) -> None:
+    own.names("name\tfile\nliver\tscan 1_x.png\nkidney\tsub/scan 2-b.tif\n")
+    own.image("scan 1.jpg")
+    own.image("sub/scan 2.png")
+    mask(own.masks / "scan 1_x.png")
+    mask(own.masks / "sub" / "scan 2-b.tif")
+    grounding, _ = own.built(*ONE)
+    assert sorted((record["image"], record["about"]) for record in grounding) == [
+        ("../img/scan 1.jpg", "liver"),
+        ("../img/sub/scan 2.png", "kidney"),
+    ]
+
+
+def test_dicom_images_need_no_suffix(own: Own) -> None:
+    own.names("class,name\nliver,liver\n")
+    for name in ("1.2.840.1", "1.2.840.2"):
+        (own.images / name).write_bytes(dicom(np.arange(480, dtype=np.int16).reshape(20, 24)))
+        mask(own.masks / "liver" / f"{name}.png")
+    grounding, _ = own.built(*ONE)
+    assert [record["image"] for record in grounding] == ["../img/1.2.840.1", "../img/1.2.840.2"]
+
+
+def test_what_does_not_fit_is_listed(own: Own) -> None:
+    own.names("class,name\nliver,liver\nspleen,spleen\n")
+    for name in ("a.png", "b.png", "c.png", "d.png", "x/e.png", "y/e.png", "alone.png"):
+        own.image(name)
+    (own.images / "broken.png").write_bytes(b"\x89PNG nothing")
+    (own.images / "read me.txt").write_text("hello")
+    (own.images / ".hidden").write_text("hello")
+    mask(own.masks / "a_liver.png")
+    mask(own.masks / "b_liver.png", size=(9, 9))
+    mask(own.masks / "c_liver.png", (0, 0, 0, 0))
+    mask(own.masks / "broken_liver.png")
+    mask(own.masks / "d_heart.png")
+    mask(own.masks / "nowhere_liver.png")
+    mask(own.masks / "e_liver.png")
+    grounding, _ = own.built(*ONE)
+    assert len(grounding) == 1
+    assert own.kinds() == [
+        "empty_mask",
+        "image_without_mask",
+        "mask_without_image",
+        "mask_without_name",
+        "not_an_image",
+        "size_mismatch",
+        "unreadable_image",
+        "unused_name",
+    ]
+    messages = {row["message"] for row in findings(own.out, "folder")}
+    assert any(text.endswith("e_liver.png: several images are named e") for text in messages)
+
+
+def test_no_case_is_in_two_splits(own: Own) -> None:
+    own.names("class,name\nliver,liver\n")
+    for case in range(6):
+        for number in range(3):
+            own.image(f"patient{case}_{number:03d}.png")
+            mask(own.masks / f"patient{case}_{number:03d}_liver.png")
+    assert build(*own.words("--splits", "train=0.6,validation=0.2,test=0.2")) == 0
+    cases: dict[str, str] = {}
+    for split in ("train", "validation", "test"):
+        for record in trains(own.out / split / "grounding.json", own.out):
+            case = record["image"].split("_")[0]
+            assert cases.setdefault(case, split) == split
+    assert len(cases) == 6
+    report = json.loads((own.out / "report_folder.json").read_text())
+    assert sum(report["counts"]["images"].values()) == 18
+
+
+def test_results_inside_the_images_are_no_images(own: Own) -> None:
+    own.names("class,name\nliver,liver\n")
+    own.image("a.png")
+    mask(own.masks / "a_liver.png")
+    own.out = own.images / "out"
+    first = own.built(*ONE)
+    assert own.built(*ONE, "--overwrite") == first
+    assert len(first[0]) == 1
+    assert first[0][0]["image"] == "../a.png"
+
+
+def test_a_split_is_not_left_empty() -> None:
+    pairing = Pairing([Entry(f"p{number}", Path("x")) for number in range(4)])
+    for seed in range(20):
+        found = splits_of_cases(pairing, FolderSettings(seed=seed))
+        assert set(found.values()) == {"train", "validation", "test"}
+        assert found == splits_of_cases(pairing, FolderSettings(seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("key", "case"),
+    [
+        ("patient12_slice003", "patient12_slice"),
+        ("case01/007", "case01/"),
+        ("img001", "img001"),
+        ("scan", "scan"),
+        ("a/img7 b", "a/img7 b"),
+    ],
+)
+def test_the_case_stands_before_the_last_number(key: str, case: str) -> None:
+    assert case_of_key(key, None) == case
+
+
+def test_wrong_input_is_told_in_a_sentence(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
+    own.image("a.png")
+    mask(own.masks / "b_liver.png")
+    words = own.words()
+    assert "cannot read" in refused(capsys, *words)
+    own.names("class,name\nliver,liver\n")
+    assert "b_liver.png: no image has its name or the beginning of it" in refused(capsys, *words)
+    mask(own.masks / "a_liver.png")
+    assert "is no regular expression" in refused(capsys, *words, "--case-pattern", "(")
+    assert "'(\\\\d+)' is not found in 'a'" in refused(capsys, *words, "--case-pattern", r"(\d+)")
+    assert "--splits sums to 0.5" in refused(capsys, *words, "--splits", "train=0.5")
+    same = ("folder", "--images", own.images, "--masks", own.images, "--names", own.csv, "--out", own.out)
+    assert "put the masks into a folder of their own" in refused(capsys, *same)
+    assert not own.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty; expected a first line file,name"),
+        (b"colour,name\n1,liver\n", "begins with 'colour,name'; expected a first line file,name"),
+        (b"value,name\none,liver\n", "line 2: the value 'one' is not a whole number"),
+        (b"value,name\n1,liver\n1,spleen\n", "line 3: 1 is 'spleen' here and 'liver' above"),
+        (b"value,name\n1,<SEG>\n", "line 2: the name '<SEG>' is empty or has < or > in it"),
+        (b"value,name\n1\n", "line 2: 1 fields, expected 2"),
+        (b"value,name\n", "names nothing"),
+        ("class,name\nrein,Nièré\n".encode("utf-16"), "is not UTF-8 text"),
+    ],
+)
+def test_names_that_cannot_be_read(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "n.csv").write_bytes(content)
+    with pytest.raises(MedPLIBError, match=r"n\.csv") as error:
+        read_names(tmp_path / "n.csv")
+    assert told in str(error.value)
+
+
+def test_colours_are_no_labels(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(tmp_path / "c.png")
+    with pytest.raises(MedPLIBError, match="holds colours or fractions"):
+        read_labels(tmp_path / "c.png")
+    Image.fromarray(np.full((4, 4), 300, dtype=np.uint16)).save(tmp_path / "w.png")
+    assert read_labels(tmp_path / "w.png").max() == 300
+
+
+def test_paths_lead_out_of_where_links_point_to(tmp_path: Path) -> None:
+    (tmp_path / "big" / "disk").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "big" / "disk")
+    picture(tmp_path / "img" / "a.png")
+    path = path_from(tmp_path / "out", tmp_path / "img" / "a.png")
+    assert (tmp_path / "out" / path).is_file()
+    assert path_from(tmp_path / "img", tmp_path / "img" / "a.png") == "a.png"
