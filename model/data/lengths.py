@@ -29,9 +29,15 @@ def sequence_length(processor: MedPLIBProcessor, visual_tokens: int) -> Callable
     return length
 
 
-def real_tokens(batch: Mapping[str, Any], visual_tokens: int) -> tuple[int, int]:
-    """Tokens of a collated batch in the decoder, images grown: real ones, and all of them with padding."""
+def row_lengths(batch: Mapping[str, Any], visual_tokens: int) -> torch.Tensor:
+    """Tokens of each row of a collated batch in the decoder, images grown, padding not counted: long [B]."""
     real = batch["attention_mask"].bool()
     images = ((batch["input_ids"] == IMAGE_PLACEHOLDER) & real).sum(dim=1)
-    lengths: torch.Tensor = real.sum(dim=1) + images * (visual_tokens - 1)  # [B]
+    lengths: torch.Tensor = real.sum(dim=1) + images * (visual_tokens - 1)
+    return lengths
+
+
+def real_tokens(batch: Mapping[str, Any], visual_tokens: int) -> tuple[int, int]:
+    """Tokens of a collated batch in the decoder, images grown: real ones, and all of them with padding."""
+    lengths = row_lengths(batch, visual_tokens)
     return int(lengths.sum()), int(lengths.max()) * len(lengths)

@@ -1,4 +1,4 @@
-"""Networks of any size with random weights, made where they run, that say what is written for them: for ``infer.py``.
+"""Networks of any size with random weights, made where they run, that say what is written for them.
 
 Time and memory do not depend on what weights say, but an answer's length and its ``<SEG>`` do. So a random network is
 given a script: the last token alone decides the next one, whatever image and question came before.
@@ -33,12 +33,13 @@ _QUIET = 1e-4  # of those that write into the residual stream: the last token st
 
 
 def make_network(
-    size: str, device: torch.device, dtype: torch.dtype, quantisation: Scheme | None
+    size: str, device: torch.device, dtype: torch.dtype, quantisation: Scheme | None, experts: int = EXPERTS
 ) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
     """A network with random weights, made on the device in its own type, and a processor with the nano's tokenizer.
 
     Args:
         size: the name of a file in ``configs/model/``, or the path of such a file.
+        experts: in every layer; 0 makes it dense.
 
     Raises:
         MedPLIBError: there is no such file, or its sizes are impossible.
@@ -49,7 +50,7 @@ def make_network(
         sections["text_config"] = {"vocab_size": len(tokenizer), **sections["text_config"]}
     layers = range(MedPLIBConfig(**sections).text_config.num_hidden_layers)
     config = MedPLIBConfig(
-        moe={"layers": tuple(layers), "num_experts": (EXPERTS,) * len(layers)},
+        moe={"layers": tuple(layers), "num_experts": (experts,) * len(layers)} if experts else None,
         seg_token_id=tokenizer.convert_tokens_to_ids(SEG_TOKEN),
         **sections,
     )
