@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from model.data.lengths import real_tokens
+from model.errors import MedPLIBError
 from model.train.process import Process
+
+
+def taken_from(batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any] | None, str]:
+    """The next batch, None after the last one; and what a record is refused for.
+
+    A sentence instead of an exception: that would hold the loader, whose processes could then not be ended.
+    """
+    try:
+        return next(batches, None), ""
+    except MedPLIBError as error:  # from a loader process it comes wrapped in that process's traceback
+        name = f"{MedPLIBError.__module__}.{MedPLIBError.__name__}: "
+        return None, str(error).strip().splitlines()[-1].removeprefix(name)
 
 
 class Feed:

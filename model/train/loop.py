@@ -33,7 +33,7 @@ from model.train.disk import check_room
 from model.train.durable import disk_faults, sync_tree
 from model.train.engine import StepResult, make_engine
 from model.train.features import cached_features
-from model.train.feeding import Feed
+from model.train.feeding import Feed, taken_from
 from model.train.fingerprint import Fingerprint, check_unchanged, fingerprint, save_marks
 from model.train.handover import merged_network, remove_half_merged
 from model.train.journal import Journal
@@ -44,7 +44,7 @@ from model.train.recipe import Recipe
 from model.train.recipe_io import save_recipe
 from model.train.run_folder import check_run_folder
 from model.train.run_record import RunRecord, status_of
-from model.train.signals import HEEDED, RunStopped, StopRequest, last_sentence, leave_signals_to_the_parent
+from model.train.signals import HEEDED, RunStopped, StopRequest, leave_signals_to_the_parent
 from model.train.stages import STAGE_NAMES
 from model.train.starting import check_paths, starting_network
 from model.train.trainable import count_trainable
@@ -143,6 +143,7 @@ class Trainer:
         progress = load_checkpoint(self.engine, checkpoint)
         self.step_number = self._saved_at = progress["step"]
         self.bad_steps = replace(self.bad_steps, **progress.get("bad_steps", {}))
+        self.meters.load_state_dict(progress.get("meters", {}), self.process)
         order = progress["data_order"]
         if progress.get("data", self.data) != self.data and order["records"] != len(self.dataset):
             order = {**order, "records": len(self.dataset), "consumed": 0}
@@ -221,10 +222,9 @@ class Trainer:
                 self._loader = self._loader or self._make_loader()
                 self.dataset.set_epoch(self.sampler.epoch)  # no worker is reading now: they read up to an epoch's end
                 self._batches = iter(self._loader)
-            try:
-                batch = next(self._batches, None)
-            except MedPLIBError as error:
-                raise MedPLIBError(last_sentence(error)) from None
+            batch, fault = taken_from(self._batches)
+            if fault:
+                raise MedPLIBError(fault)
             if batch is not None:
                 self.meters.expect()
                 self.sampler.advance()
@@ -302,6 +302,7 @@ class Trainer:
             "data_order": self.sampler.state_dict(),
             "bad_steps": {"total": self.bad_steps.total, "in_a_row": self.bad_steps.in_a_row},
             "data": self.data,
+            "meters": self.meters.state_dict(self.process),
         }
         self.journal.write_through()
         save_checkpoint(self.engine, self.recipe.folder, progress, self.recipe.saving.keep)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from types import FrameType
 from typing import Any
 
-from model.errors import MedPLIBError
-
+_LOADER_SECONDS = 60  # that a loader process stays after a termination signal, unless it is sent home before
 _ECHO_SECONDS = 3.0  # a launcher passes on the Ctrl-C that its processes got from the terminal already
 HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that end a run in good order."""
@@ -67,12 +67,8 @@ class StopRequest:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """For loader processes: a scheduler signals every process of a job, and these must live until the run has saved."""
-    for number in HEEDED:
+    """For loader processes: a scheduler signals all processes of a job, and these outlive the step that goes on."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def last_sentence(error: Exception) -> str:
-    """The sentence of an error that a loader process wrapped in its own traceback."""
-    name = f"{MedPLIBError.__module__}.{MedPLIBError.__name__}: "
-    return str(error).strip().splitlines()[-1].removeprefix(name)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # any other end would be taken for a crash
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LOADER_SECONDS))

@@ -1,0 +1,144 @@
+"""Runs that are killed at any moment go on as if nothing had been: the same losses, the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.checkpoint import load
+from model.train import Recipe, recipe_from, run, save_recipe
+from model.train.run_record import read_record
+from tests.train.launching import begin, launch, wait_until
+
+SETTINGS: dict[str, Any] = {
+    "schedule": {"batch_size": 1, "accumulation": 2, "max_steps": 5},
+    "saving": {"every": 1, "keep": 1},
+    "lora": {"rank": 2, "dropout": 0.1, "targets": ["q", "up"]},
+}
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = folder / name
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def kill(running: subprocess.Popen[str]) -> None:
+    """All ranks at once, without a word."""
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+
+
+@pytest.fixture()
+def recipe(values: Any, phantoms: Path) -> Recipe:
+    data = {**values(2)["data"], "validation": [str(phantoms / "grounding.json")]}
+    return recipe_from(values(2, data=data, validation={"samples": 4, "every": 2}, **SETTINGS))
+
+
+def moments(folder: Path) -> dict[str, Callable[[], bool]]:
+    """By name: what can be seen in the run folder at some moments of a run."""
+    saved = folder / "checkpoints"
+    return {
+        "in a step": lambda: len(rows(folder)) == 1,
+        "while an engine writes": lambda: any(saved.glob("step_0000002.partial/torch.pt")),
+        "while the old one goes": lambda: any(saved.glob("*.removed")) or (saved / "step_0000003").is_dir(),
+        "in validation": lambda: len(rows(folder)) == 4 and (saved / "step_0000004").is_dir(),
+        "while merging": lambda: any(folder.glob(".merged.*")) or (folder / "merged").is_dir(),
+    }
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(recipe: Recipe, tmp_path: Path) -> None:
+    whole = replace(recipe, output=str(tmp_path / "whole"))
+    assert launch(["-m", "model.train", str(save_recipe(whole, tmp_path / "a"))]).returncode == 0
+    arguments = ["-m", "model.train", str(save_recipe(recipe, tmp_path / "b")), "--resume"]
+    for moment, reached in moments(recipe.folder).items():
+        running = begin(arguments)
+        wait_until(reached, running)
+        kill(running)
+        kept = [path for path in (recipe.folder / "checkpoints").glob("step_*") if not path.suffix]
+        assert kept or moment in ("in a step", "while an engine writes"), moment
+    ended = launch(arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert_same(whole.folder, recipe.folder)
+    record = read_record(recipe.folder)
+    assert (record["status"], record["step"]) == ("finished", 5)
+    assert [attempt["status"] for attempt in record["attempts"]][-1] == "finished"
+    assert [path.name for path in (recipe.folder / "checkpoints").iterdir()] == ["step_0000005"]
+    assert not [path for path in recipe.folder.iterdir() if "partial" in path.name]
+
+
+def assert_same(expected: Path, found: Path) -> None:
+    for name in ("loss", "lr", "grad_norm"):
+        assert [row[name] for row in rows(found)] == [row[name] for row in rows(expected)], name
+    for row, same in zip(rows(expected, "validation.jsonl"), rows(found, "validation.jsonl"), strict=True):
+        assert row == same
+    one, other = (load(folder / "merged")[0].state_dict() for folder in (expected, found))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_two_ranks_are_killed_while_they_save(values: Any, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
+    engine = {**values(2)["engine"], "kind": "deepspeed"}
+    recipe = recipe_from(values(2, engine=engine, **{**SETTINGS, "schedule": {"batch_size": 1, "max_steps": 3}}))
+    arguments = ["-m", "model.train", str(save_recipe(recipe, tmp_path / "given")), "--resume"]
+    running = begin(arguments, processes=2)
+    saved = recipe.folder / "checkpoints"
+    wait_until(
+        lambda: any(saved.glob("step_0000002.partial/deepspeed/*")) or (saved / "step_0000002").is_dir(), running
+    )
+    kill_tree(running)
+    first = rows(recipe.folder)
+    ended = launch(arguments, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    again = rows(recipe.folder)
+    assert [row["step"] for row in again] == [1, 2, 3]
+    assert [row["loss"] for row in again[: len(first)]] == [row["loss"] for row in first]
+    assert recipe.merged.is_dir()
+
+
+def kill_tree(running: subprocess.Popen[str]) -> None:
+    """A launcher puts its ranks into sessions of their own."""
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    for pid in [running.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    running.communicate()
+
+
+def test_a_termination_signal_in_validation_saves_and_ends_with_0(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(recipe, saving=replace(recipe.saving, every=100))
+    arguments = ["-m", "model.train", str(save_recipe(recipe, tmp_path / "given"))]
+    running = begin(arguments)
+    wait_until(lambda: len(rows(recipe.folder)) == 2, running)
+    running.send_signal(signal.SIGUSR1)
+    told, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, told
+    assert "--resume" in told and "Traceback" not in told
+    assert not recipe.merged.exists()
+    assert read_record(recipe.folder)["status"] == "preempted"
+    run(recipe, resume=True)
+    assert [row["step"] for row in rows(recipe.folder, "validation.jsonl")] == [2, 4, 5]
+
+
+def test_a_damaged_checkpoint_is_noticed_and_an_older_one_is_used(
+    recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = replace(recipe, saving=replace(recipe.saving, every=2, keep=3))
+    run(recipe)
+    before = rows(recipe.folder)
+    for name in ("step_0000005/torch.pt", "step_0000004/random_0.pt"):
+        victim = recipe.folder / "checkpoints" / name
+        victim.write_bytes(victim.read_bytes()[:-7])
+    run(recipe, resume=True)
+    assert "step_0000005 is damaged (torch.pt has" in caplog.text and "step_0000004 is damaged" in caplog.text
+    assert [row["loss"] for row in rows(recipe.folder)] == [row["loss"] for row in before]
+    found = sorted(path.name for path in (recipe.folder / "checkpoints").iterdir())
+    assert found == ["step_0000002", "step_0000004", "step_0000005"]
