@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from model.drawing.pages import Markup, count, element, number, percent
+from model.drawing.shapes import box, circle, label, line, rounded
 
 _WIDTH, _HEIGHT = 304, 208
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 20, 40  # margins of the plot: tick labels and axis titles
@@ -36,15 +37,15 @@ def interval_strip(
         baseline: where the tick stands.
         worse: the quantity counts something bad, which another colour says.
     """
-    shapes = [_box(0, 3, 100, 8, "track")]
+    shapes = [box(0, 3, 100, 8, "track")]
     if _finite(value):
-        shapes.append(_box(0, 3, _percent(value), 8, "bar worse" if worse else "bar"))
+        shapes.append(box(0, 3, _percent(value), 8, "bar worse" if worse else "bar"))
     if _finite(low) and _finite(high):
         left, right = _percent(low), _percent(high)
-        shapes += [_line(left, 7, right, 7, "whisker")]
-        shapes += [_line(end, 4, end, 10, "whisker") for end in (left, right)]
+        shapes += [line(left, 7, right, 7, "whisker")]
+        shapes += [line(end, 4, end, 10, "whisker") for end in (left, right)]
     if _finite(baseline):
-        shapes.append(_line(_percent(baseline), 0, _percent(baseline), 14, "baseline"))
+        shapes.append(line(_percent(baseline), 0, _percent(baseline), 14, "baseline"))
     return _strip(shapes, _told(value, low, high, baseline))
 
 
@@ -54,13 +55,13 @@ def difference_strip(value: float, low: float, high: float, reach: float, *, bet
     def place(number_: float) -> float:
         return 50 + 50 * max(-1.0, min(1.0, number_ / reach))
 
-    shapes = [_line(50, 0, 50, 14, "zero")]
+    shapes = [line(50, 0, 50, 14, "zero")]
     if _finite(value):
         left, right = sorted((50.0, place(value)))
-        shapes.append(_box(left, 3, right - left, 8, "bar" if better else "bar worse"))
+        shapes.append(box(left, 3, right - left, 8, "bar" if better else "bar worse"))
     if _finite(low) and _finite(high):
-        shapes.append(_line(place(low), 7, place(high), 7, "whisker"))
-        shapes += [_line(place(end), 4, place(end), 10, "whisker") for end in (low, high)]
+        shapes.append(line(place(low), 7, place(high), 7, "whisker"))
+        shapes += [line(place(end), 4, place(end), 10, "whisker") for end in (low, high)]
     return _strip(shapes, _told(value, low, high, None))
 
 
@@ -71,7 +72,7 @@ def share_strip(shares: Sequence[float], names: Sequence[str]) -> Markup:
     for index, share in enumerate(shares):
         width = 100 * share / total
         shapes.append(
-            _box(left, 0, width, 14, f"series-{index % 6 + 1}", f"{names[index]}: {percent(share / total, 1)}")
+            box(left, 0, width, 14, f"series-{index % 6 + 1}", f"{names[index]}: {percent(share / total, 1)}")
         )
         left += width
     label = ", ".join(f"{name} {percent(share / total, 1)}" for name, share in zip(names, shares, strict=True))
@@ -97,13 +98,13 @@ def histogram(values: Sequence[float] | np.ndarray, title: str, *, bins: int = 2
             tall = _PLOT_HEIGHT * height / top
             note = f"{index / bins:.2f} to {(index + 1) / bins:.2f}: {count(height)}"
             left = _LEFT + index * width
-            shapes.append(_box(left + 0.75, _TOP + _PLOT_HEIGHT - tall, width - 1.5, tall, f"series-{series}", note))
+            shapes.append(box(left + 0.75, _TOP + _PLOT_HEIGHT - tall, width - 1.5, tall, f"series-{series}", note))
     shapes += _horizontal_axis(title)
     if len(finite):
         middle = float(np.median(finite))
-        shapes.append(_line(_x(middle), _TOP, _x(middle), _TOP + _PLOT_HEIGHT, "median"))
+        shapes.append(line(_x(middle), _TOP, _x(middle), _TOP + _PLOT_HEIGHT, "median"))
         side = "end" if middle > 0.5 else "start"
-        shapes.append(_label(_x(middle), _TOP - 7, f"median {number(middle, 2)}", side, "reading"))
+        shapes.append(label(_x(middle), _TOP - 7, f"median {number(middle, 2)}", side, "reading"))
     return _chart(shapes, f"Histogram of {title} over {count(len(finite))} answers")
 
 
@@ -118,7 +119,7 @@ def calibration(
     pairs = np.clip(pairs[np.isfinite(pairs).all(axis=1)], 0, 1)
     shapes = _vertical_axis([(tick, number(tick, 2)) for tick in _TICKS], "real IoU")
     shapes += _horizontal_axis("predicted IoU")
-    shapes.append(_line(_x(0), _y(0), _x(1), _y(1), "diagonal"))
+    shapes.append(line(_x(0), _y(0), _x(1), _y(1), "diagonal"))
     step = np.minimum((pairs[:, 0] * bins).astype(int), bins - 1)
     largest = int(np.bincount(step).max()) if len(pairs) else 1
     for index in np.unique(step).tolist():
@@ -127,8 +128,8 @@ def calibration(
         lower, upper = (float(edge) for edge in np.quantile(inside[:, 1], (0.25, 0.75)))
         radius = 2.5 + 5.5 * math.sqrt(len(inside) / largest)
         note = f"predicted {across:.2f}, real {up:.2f}, {count(len(inside))} masks"
-        shapes.append(_line(_x(across), _y(lower), _x(across), _y(upper), "spread"))
-        shapes.append(_circle(_x(across), _y(up), radius, "series-1 dot", note))
+        shapes.append(line(_x(across), _y(lower), _x(across), _y(upper), "spread"))
+        shapes.append(circle(_x(across), _y(up), radius, "series-1 dot", note))
     return _chart(shapes, f"Calibration of the predicted IoU over {count(len(pairs))} masks")
 
 
@@ -164,17 +165,17 @@ def _chart(shapes: list[Markup], label: str) -> Markup:
 def _vertical_axis(ticks: Sequence[tuple[float, str]], title: str) -> list[Markup]:
     shapes = []
     for share, text in ticks:
-        shapes.append(_line(_LEFT, _y(share), _WIDTH - _RIGHT, _y(share), "grid" if share else "axis"))
-        shapes.append(_label(_LEFT - 6, _y(share) + 4, text, "end", "tick"))
+        shapes.append(line(_LEFT, _y(share), _WIDTH - _RIGHT, _y(share), "grid" if share else "axis"))
+        shapes.append(label(_LEFT - 6, _y(share) + 4, text, "end", "tick"))
     middle = _TOP + _PLOT_HEIGHT / 2
-    turned = f"rotate(-90 9 {_round(middle)})"
-    return [*shapes, element("text", title, x=9, y=_round(middle), transform=turned, class_="axis-title middle")]
+    turned = f"rotate(-90 9 {rounded(middle)})"
+    return [*shapes, element("text", title, x=9, y=rounded(middle), transform=turned, class_="axis-title middle")]
 
 
 def _horizontal_axis(title: str) -> list[Markup]:
     below = _TOP + _PLOT_HEIGHT
-    shapes = [_label(_x(tick), below + 16, number(tick, 2), "middle", "tick") for tick in _TICKS]
-    return [*shapes, _label(_LEFT + _PLOT_WIDTH / 2, _HEIGHT - 6, title, "middle", "axis-title")]
+    shapes = [label(_x(tick), below + 16, number(tick, 2), "middle", "tick") for tick in _TICKS]
+    return [*shapes, label(_LEFT + _PLOT_WIDTH / 2, _HEIGHT - 6, title, "middle", "axis-title")]
 
 
 def _x(value: float) -> float:
@@ -183,27 +184,6 @@ def _x(value: float) -> float:
 
 def _y(value: float) -> float:
     return _TOP + _PLOT_HEIGHT * (1 - max(0.0, min(1.0, value)))
-
-
-def _box(x: float, y: float, width: float, height: float, kind: str, note: str = "") -> Markup:
-    sides = {"x": _round(x), "y": _round(y), "width": _round(width), "height": _round(height)}
-    return element("rect", element("title", note) if note else "", **sides, class_=kind)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    return element("line", x1=_round(x1), y1=_round(y1), x2=_round(x2), y2=_round(y2), class_=kind)
-
-
-def _circle(x: float, y: float, radius: float, kind: str, note: str) -> Markup:
-    return element("circle", element("title", note), cx=_round(x), cy=_round(y), r=_round(radius), class_=kind)
-
-
-def _label(x: float, y: float, text: str, anchor: str, kind: str) -> Markup:
-    return element("text", text, x=_round(x), y=_round(y), class_=f"{kind} {anchor}")
-
-
-def _round(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _percent(value: float | None) -> float:

@@ -135,6 +135,22 @@ class Meters:
         self._tally.clear()
         return {"step": step, "steps": steps, "layers": self._layers, **router_shares(summary, self.tasks)}
 
+    def state_dict(self, process: Process) -> dict[str, Any]:
+        """What has come together since the last rows, in plain numbers. Called by every rank."""
+        sums = self._tally.sums
+        routers = None if sums is None else process.sum(sums).tolist()
+        return {"steps": self._window_steps, "labels": self._window.tolist(), "routers": routers}
+
+    def load_state_dict(self, state: Mapping[str, Any], process: Process) -> None:
+        """Go on from ``state_dict``; sums of all ranks go on at the first. Of other labels, begin anew."""
+        labels = torch.tensor(state.get("labels", []), dtype=torch.float64)
+        if labels.shape != self._window.shape:
+            return
+        self._window, self._window_steps = labels, state["steps"]
+        if state["routers"] is not None:
+            sums = torch.tensor(state["routers"], dtype=torch.float32, device=process.device)
+            self._tally.sums = sums if process.is_first else torch.zeros_like(sums)
+
     def is_due(self, step: int, last: bool) -> bool:
         """Whether a row of the coarse interval ends with this step."""
         return bool(self.every) and (last or step % self.every == 0)
