@@ -33,8 +33,11 @@ def two_ranks(values: Any, stage: int, output: Path, sections: dict[str, Any] | 
 def same_steps(alone: Recipe, recipe: Recipe, name: str) -> None:
     """Assert that two runs took the same steps and ended with the same checkpoint."""
     for row, same in zip(read_rows(alone), read_rows(recipe), strict=True):
-        for key in ("loss", "ce", "router_aux", "lr", "grad_norm"):
+        labelled = {key for key in row if "/" in key}  # ce/vqa and the like
+        assert labelled and labelled == {key for key in same if "/" in key}, name
+        for key in ("loss", "ce", "router_aux", "lr", "grad_norm", *labelled):
             assert same[key] == pytest.approx(row[key], rel=1e-5), f"{name}: {key} of step {row['step']}"
+    assert read_rows(recipe, "router.jsonl") == read_rows(alone, "router.jsonl"), name
     found = load(recipe.merged)[0].state_dict()
     expected = load(alone.merged)[0].state_dict()
     assert found.keys() == expected.keys()
@@ -44,9 +47,10 @@ def same_steps(alone: Recipe, recipe: Recipe, name: str) -> None:
         )
 
 
-def read_rows(recipe: Recipe) -> list[dict[str, Any]]:
-    """What a run told of its steps."""
-    return [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
+def read_rows(recipe: Recipe, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """What a run told of its steps, or of what its routers did."""
+    path = recipe.folder / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _recipe(
