@@ -24,7 +24,8 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _MAX_SCANS = 64  # programs write about ten
 _TABLE_PAYS = 1 << 20  # pixels
-_FIRST_MERGED_INSTANCES = 8  # instance numbers may have gaps where small instances were dropped
+MERGED_GAP = 8
+"""How far apart instance numbers of one merged mask may be: small instances were dropped."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def mask_files(path: str | Path) -> tuple[Path, ...]:
     stem = path.stem.removesuffix("_merged")
     found: list[Path] = []
     number, last = 0, -1
-    while number - last <= _FIRST_MERGED_INSTANCES:
+    while number - last <= MERGED_GAP:
         instance = path.parent.parent / "masks" / f"{stem}_{number:03d}{path.suffix}"
         if is_file(instance):
             found.append(instance)

@@ -101,6 +101,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files.mask("ct_00--AbdomenCT1K--Case_00902--x_0001", "0002_000", slice(0, 4), (24, 30))  # of another size
     files.image("ct_00--AbdomenCT1K--Case_00903--x_0001", "0000_000", "0001_000")
     (files.root / "masks/ct_00--AbdomenCT1K--Case_00903--x_0001--0001_000.png").write_bytes(b"\x89PNG broken")
+    files.image("ct_00--AbdomenCT1K--Case_00904--x_0001", "0000_000", "0000_020")  # too wide a gap for the reader
     files.image("ct_00--Abdomen--odd--Case--x_0001", "0000_000")  # dashes in the case: fine
     files.mask("mr_t1--BraTS2021--BraTS2021_99999--z_0070", "0000_000", slice(0, 4))  # no image
     del files.listed["images/mr_t1--BraTS2021--BraTS2021_99999--z_0070.png"]
@@ -222,9 +223,9 @@ def test_records_ask_for_all_that_has_a_name(native: Path, built: Path) -> None:
     }
     dropped = named - asked
     assert not asked - named
-    assert {about for _, about in dropped} == {"right kidney", "spleen"}
+    assert sorted(about for _, about in dropped) == ["liver", "right kidney", "right kidney", "spleen"]
     kinds = {kind: len(lines) for kind, lines in findings_of(built, "sa-med2d").items()}
-    assert kinds == {"empty_mask": 1, "size_mismatch": 1, "unreadable_mask": 1}
+    assert kinds == {"empty_mask": 1, "size_mismatch": 1, "unreadable_mask": 1, "gap_in_instances": 1}
     assert not [record for record in records if "union" in record["about"] or "class7" in record["about"]]
     assert len({record["id"] for record in records}) == len(records)
     assert len({record["conversations"][0]["value"].replace(record["about"], "") for record in present}) > 8
@@ -296,10 +297,10 @@ def test_a_second_run_does_nothing(native: Path, built: Path) -> None:
 
 def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    make_native(source, 40).finish()
+    make_native(source, 16).finish()
     out, straight = tmp_path / "out", tmp_path / "straight"
     process = subprocess.Popen([sys.executable, "-c", KILLABLE, str(source), str(out)], cwd=ROOT)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while len(list((out / ".build/sa-med2d/parts").glob("part_?????.json"))) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.002)

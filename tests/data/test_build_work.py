@@ -131,14 +131,14 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(whole: Path, tmp_path
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, str(place), str(ROOT), str(out), str(workers)])
     done = out / ".build/squares/parts"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(done.glob("part_?????.json"))) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "all.jsonl").exists()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:  # a worker ends with the piece that it has in hand
         try:
             run(out, workers=workers)

@@ -39,7 +39,7 @@ def add_sa_med2d(builders: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--merge", choices=("asked", "all"), help="write masks_merged/ into the source, for what is asked or for all"
     )
-    command.add_argument("--trust-masks", action="store_true", help="do not look for empty and unreadable masks")
+    command.add_argument("--no-pixels", action="store_true", help="do not look into images and masks")
     command.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the records")
     command.add_argument("--prepare", action="store_true", help="end with the index, before the work that shards share")
     command.set_defaults(run=run_build_sa_med2d)
@@ -60,7 +60,7 @@ def run_build_sa_med2d(options: argparse.Namespace) -> int:
         absent_share=options.absent_share,
         seed=options.seed,
         merge=options.merge or "",
-        check=not options.trust_masks,
+        check=not options.no_pixels,
         form=options.format,
     )
     return tell(*build_sa_med2d(settings, execution_of(options), prepare=options.prepare))

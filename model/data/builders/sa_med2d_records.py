@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from model.data.builders.sa_med2d_masks import MaskFault, image_size, is_whole_p
 from model.data.builders.sa_med2d_questions import Classes, absent_record, target_record
 from model.data.builders.sa_med2d_sampling import Rows, Stratum, priority, read_rows, targets
 from model.data.builders.work import Output, Part
-from model.data.readers import mask_files
+from model.data.readers import MERGED_GAP
 
 Merge = Literal["", "asked", "all"]
 Form = Literal["jsonl", "parquet"]
@@ -102,18 +103,20 @@ def _look_after_masks(
     row: Mapping[str, Any], wanted: list[dict[str, Any]], context: RecordContext, part: Part
 ) -> set[int]:
     """Merge and check as the build asks; the classes whose mask cannot be used."""
-    instances: dict[int, list[Path]] = defaultdict(list)
+    instances: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for mask in row["masks"]:
-        instances[mask["class_id"]].append(context.root / mask["file"])
+        instances[mask["class_id"]].append(mask)
     unusable: set[int] = set()
     size: tuple[int, int] | None = None
     for merged in wanted:
-        class_id = merged["class_id"]
+        class_id, target = merged["class_id"], context.root / merged["file"]
         try:
             if context.check or context.merge:
                 size = size or image_size(context.root / row["path"])
-                _merge_or_check(context.root / merged["file"], instances[class_id], size, bool(context.merge), part)
-            _check_reach(context.root / merged["file"], instances[class_id])
+                files = [context.root / mask["file"] for mask in instances[class_id]]
+                _merge_or_check(target, files, size, bool(context.merge), part)
+            if not context.merge:
+                _check_reach(target, [mask["instance"] for mask in instances[class_id]])
         except MaskFault as fault:
             unusable.add(class_id)
             part.find(fault.kind, str(fault), image=row["path"], mask=merged["file"])
@@ -132,13 +135,13 @@ def _merge_or_check(target: Path, instances: list[Path], size: tuple[int, int], 
         part.count("merged masks", "written")
 
 
-def _check_reach(target: Path, instances: list[Path]) -> None:
+def _check_reach(target: Path, instances: list[int]) -> None:
     """A reader that finds no merged file looks for instances by number, and gives up after a gap.
 
     Raises:
         MaskFault: it would not find all.
     """
-    if len(instances) != len(mask_files(target)) and not target.exists():
+    if any(later - earlier > MERGED_GAP for earlier, later in pairwise([-1, *instances])) and not target.exists():
         raise MaskFault(
             "gap_in_instances",
             f"{target.name}: the numbers of its {len(instances)} instances leave gaps too wide for a reader; merge "
