@@ -142,6 +142,7 @@ def share_experts(network: nn.Module, size: int) -> None:
         layer.mixing = MixOverRanks(group, size)
         for parameter in layer.experts.parameters():
             parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
+            parameter.ranks_of_experts = size  # type: ignore[attr-defined]
     if any(parameter.requires_grad for layer in layers.values() for parameter in layer.experts.parameters()):
         network.expert_groups = ExpertGroups(size)  # type: ignore[assignment]
 

@@ -119,6 +119,7 @@ def count_trainable(model: nn.Module) -> dict[str, int]:
         native = native_name(name)
         part = "lora" if is_lora(name) else next((p for p in narrow_first if re.match(PARTS[p], native)), "other")
         size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 keeps the true size apart
+        size *= getattr(parameter, "ranks_of_experts", 1)  # as many again lie on each of the other ranks
         counts[part] = counts.get(part, 0) + size
     counts["total"] = sum(counts.values())
     return counts

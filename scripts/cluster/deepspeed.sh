@@ -2,7 +2,7 @@
 # One training stage over the machines of a hostfile, through DeepSpeed's launcher.
 #   bash scripts/cluster/deepspeed.sh HOSTFILE RECIPE [key=value …] [--resume]
 # HOSTFILE has a line "NAME slots=GPUS" for each machine, as scripts/cluster/hostfile.example. From this one, the first,
-# each must be reached by ssh without a password (and pdsh be installed), and have this folder, .venv, data and runs under
+# each must be reached by ssh without a password (and pdsh be installed), and have this folder, .venv, data and runs at
 # the same paths. Variables MEDPLIB_… are passed on to all.
 set -euo pipefail
 if [ $# -lt 2 ]; then
