@@ -43,14 +43,11 @@ def count_padding(count: int, image: int, text_only: float, batch: int, ranks: i
     rng = np.random.default_rng(0)
     _, questions, answers, rounds = draw(count, rng)
     lengths = OPENING + (questions + answers) * rounds + image * (rng.random(count) >= text_only)
-    real = places = 0
-    for rank in range(ranks):
-        sampler = ResumableSampler(
-            lengths, seed=0, batch_size=batch, rank=rank, world_size=ranks, group_by_length=grouped
-        )
-        rows = lengths[np.array(list(sampler))]  # [steps, batch]
-        real, places = real + int(rows.sum()), places + int(rows.max(axis=1).sum()) * batch
-    return 1 - real / places
+    sampler = ResumableSampler(lengths, seed=0, batch_size=batch, world_size=ranks, group_by_length=grouped)
+    order = sampler.epoch_order(0)
+    whole = len(order) // sampler.global_batch * sampler.global_batch
+    rows = lengths[order[:whole]].reshape(-1, batch, ranks)  # ranks take the records of a global batch in turn
+    return 1 - float(rows.sum()) / (float(rows.max(axis=1).sum()) * batch)
 
 
 def write_records(folder: Path, count: int, tokenizer: Any) -> Path:
