@@ -58,16 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from model.train import load_recipe, run
+    from model.train.readiness import start_problems
     from model.train.signals import RunStopped
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(
+        options.recipe, options.overrides, also=lambda recipe: start_problems(recipe, resume=options.resume)
+    )
     if options.check:
         from model.train.datasets import check_data
-        from model.train.run_folder import check_run_folder
-        from model.train.starting import check_paths
 
-        check_paths(recipe)
-        check_run_folder(recipe, resume=options.resume)
         check_data(recipe)
         return 0
     try:

@@ -40,13 +40,13 @@ from model.train.journal import Journal
 from model.train.learning_rate import rate_factor
 from model.train.meters import Meters
 from model.train.process import join, leave, resolved
+from model.train.readiness import check_start
 from model.train.recipe import Recipe
 from model.train.recipe_io import save_recipe
-from model.train.run_folder import check_run_folder
 from model.train.run_record import RunRecord, status_of
 from model.train.signals import HEEDED, RunStopped, StopRequest, leave_signals_to_the_parent
 from model.train.stages import STAGE_NAMES
-from model.train.starting import check_paths, starting_network
+from model.train.starting import starting_network
 from model.train.trainable import count_trainable
 from model.train.validation import Validator
 
@@ -80,8 +80,7 @@ class Trainer:
             MedPLIBError: something the recipe names cannot be used, or the run folder holds another run.
         """
         self.stop.listen()
-        check_paths(self.recipe)
-        check_run_folder(self.recipe, resume=resume)
+        check_start(self.recipe, resume=resume)
         self.process = join(self.recipe.engine)
         network, self.processor = starting_network(self.recipe)
         self.config = network.config

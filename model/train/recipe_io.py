@@ -6,7 +6,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,10 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    also: Callable[[Recipe], list[str]] | None = None,
 ) -> Recipe:
     """Read a recipe file, lay overrides over it and check the whole.
 
@@ -35,6 +38,7 @@ def load_recipe(
         path: YAML file with at least ``stage``.
         overrides: ``section.key=value`` strings; values are YAML, so lists are ``[a,b]``.
         environment: variables to expand; the process's own by default.
+        also: finds more problems, such as paths that do not exist, which are told with the others.
 
     Raises:
         MedPLIBError: listing every unknown key, wrong type, wrong value and unset variable.
@@ -45,7 +49,7 @@ def load_recipe(
     values = read_mapping(Path(path), "recipe")
     for text in overrides:
         _lay_override(values, text, problems)
-    return _finish(values, f"recipe {path}", problems, os.environ if environment is None else environment)
+    return _finish(values, f"recipe {path}", problems, os.environ if environment is None else environment, also)
 
 
 def recipe_from(values: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Recipe:
@@ -68,7 +72,8 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
 
 _MAY_CHANGE = (
     *("output", "logging", "saving", "validation"),
-    *("data.workers", "data.feature_cache", "engine.device", "engine.attention"),
+    *("data.workers", "data.feature_cache", "optimiser.max_bad_steps"),
+    *("engine.device", "engine.attention"),
 )
 
 
@@ -84,20 +89,36 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [key for key in changed if key not in _MAY_CHANGE and key.split(".")[0] not in _MAY_CHANGE]
 
 
-def _finish(values: dict[str, Any], where: str, problems: list[str], environment: Mapping[str, str]) -> Recipe:
+def _finish(
+    values: dict[str, Any],
+    where: str,
+    problems: list[str],
+    environment: Mapping[str, str],
+    also: Callable[[Recipe], list[str]] | None = None,
+) -> Recipe:
     stage = values.get("stage")
     if not isinstance(stage, int) or stage not in PUBLISHED:
         problems.append(f"stage is {stage!r}, expected one of {', '.join(map(str, PUBLISHED))}")
         stage = 1
     expanded = _expand(values, "", problems, environment)
-    recipe = _build(Recipe, _layered(PUBLISHED[stage], expanded), "", problems)
-    if not problems:
-        problems.extend(check_values(recipe))
-    problems = list(dict.fromkeys(problems))
+    recipe = _build(Recipe, _layered(PUBLISHED[stage], expanded), "", problems, PUBLISHED[stage])
+    known = {_subject(problem) for problem in problems}  # what stands in for a faulty value is not blamed too
+    found = check_values(recipe) + (also(recipe) if also else [])
+    problems = list(dict.fromkeys([*problems, *(problem for problem in found if _subject(problem) not in known)]))
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise MedPLIBError(f"{where} has {count}: {'; '.join(problems)}")
+        raise MedPLIBError(f"{where} has {told_together(problems)}")
     return recipe
+
+
+def told_together(problems: Sequence[str]) -> str:
+    """Problems counted and listed, in one sentence."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{count}: {'; '.join(problems)}"
+
+
+def _subject(problem: str) -> str:
+    """The key that a problem is about, without the number of a list's item."""
+    return problem.split(maxsplit=1)[0].split("[")[0]
 
 
 def _lay_override(values: dict[str, Any], text: str, problems: list[str]) -> None:
@@ -144,8 +165,12 @@ def _expand(value: Any, name: str, problems: list[str], environment: Mapping[str
     return expand(value, environment, missing)
 
 
-def _build(kind: type[Any], values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    """An object of dataclass ``kind`` from plain values; whatever does not fit goes to ``problems``."""
+def _build(
+    kind: type[Any], values: Mapping[str, Any], prefix: str, problems: list[str], published: Mapping[str, Any]
+) -> Any:
+    """An object of dataclass ``kind`` from plain values; what does not fit goes to ``problems``, published values stand
+    in for it.
+    """
     hints = typing.get_type_hints(kind)
     known = {item.name for item in fields(kind)}
     arguments: dict[str, Any] = {}
@@ -155,7 +180,8 @@ def _build(kind: type[Any], values: Mapping[str, Any], prefix: str, problems: li
             problems.append(unknown_key(name, (f"{prefix}{item}" for item in known)))
         elif is_dataclass(hints[key]):
             if isinstance(value, Mapping):
-                arguments[key] = _build(typing.cast("type[Any]", hints[key]), value, f"{name}.", problems)
+                section = typing.cast("type[Any]", hints[key])
+                arguments[key] = _build(section, value, f"{name}.", problems, published.get(key, {}))
             else:
                 problems.append(f"{name} is a section with keys, got {value!r}")
         else:
@@ -163,6 +189,8 @@ def _build(kind: type[Any], values: Mapping[str, Any], prefix: str, problems: li
                 arguments[key] = _coerce(value, hints[key])
             except (TypeError, ValueError) as error:
                 problems.append(f"{name} is {value!r}, expected {error}")
+                if key in published:
+                    arguments[key] = _coerce(published[key], hints[key])
     return kind(**arguments)
 
 

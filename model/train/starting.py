@@ -51,17 +51,22 @@ def check_paths(recipe: Recipe, *, data: bool = True) -> None:
     Raises:
         MedPLIBError: naming each missing path and its recipe key.
     """
+    problems = path_problems(recipe, data=data)
+    if problems:
+        raise MedPLIBError(f"stage {recipe.stage} cannot start: {'; '.join(problems)}")
+
+
+def path_problems(recipe: Recipe, *, data: bool = True) -> list[str]:
+    """What ``check_paths`` refuses, a sentence each."""
     named = {f"model.{name}": value for name, value in asdict(recipe.model).items()}
     problems = [] if recipe.model.base else ["model.base is empty; name what the stage starts from"]
     problems += missing_library(recipe.lora.quantise)
     if data:
         named |= _data_paths(recipe)
         problems += [] if recipe.data.images else ["data.images is empty; name the folder of the images"]
-    problems += [
+    return problems + [
         f"{key} is {path}, which does not exist" for key, path in named.items() if path and not Path(path).exists()
     ]
-    if problems:
-        raise MedPLIBError(f"stage {recipe.stage} cannot start: {'; '.join(problems)}")
 
 
 def _data_paths(recipe: Recipe) -> dict[str, str]:

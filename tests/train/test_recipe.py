@@ -139,6 +139,32 @@ def test_all_problems_come_at_once_with_the_nearest_name() -> None:
         load_recipe(config("stage2_7b"), ["trainable=[projectr]"], environment=PATHS)
 
 
+def test_ten_faults_of_all_kinds_are_ten_problems_in_one_message(tmp_path: Path, capsys, monkeypatch) -> None:
+    for name in PATHS:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "clash.json").write_text('{"gradient_clipping": 5}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("stage: 2")
+    faults = {
+        "optimizer.lr=1": "nearest: optimiser",
+        "schedule.epochs=many": "schedule.epochs is 'many'",
+        "engine.precision=fp8": "one of bf16, fp32",
+        "optimiser.warmup=-1": "optimiser.warmup is -1, expected at least 0",
+        "trainable=[projectr]": "nearest: trainable part projector",
+        "mixture.top_k=2": "only stage 4 reads it",
+        "nonsense": "'nonsense' is not of the form key=value",
+        "model.base=nowhere": "model.base is nowhere, which does not exist",
+        f"engine.deepspeed={tmp_path / 'clash.json'}": "sets gradient_clipping",
+        f"output={tmp_path / 'run'}": "holds a run already",
+        "data.images=.": "MEDPLIB_DATA, which is not set",
+    }
+    assert main([str(config("stage2_7b")), "--check", *faults]) == 2
+    written = capsys.readouterr().err
+    for told in faults.values():
+        assert told in written, told
+    assert len(written.splitlines()) == 1 and "is empty" not in written
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
