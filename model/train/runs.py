@@ -1,0 +1,208 @@
+"""Training runs in a folder: how each stands, and what differs between them."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from model.errors import MedPLIBError
+from model.train.journal import METRICS_FILE, VALIDATION_FILE
+from model.train.recipe_io import RECIPE_FILE
+from model.train.run_record import RUN_FILE, is_locked, read_record
+
+_TAIL = 65536  # bytes at the end of metrics.jsonl that surely hold a whole row
+_DEPTH = 4  # levels of folders below the given one that are looked through
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, as far as it can be read.
+
+    Attributes:
+        folder: where it lies.
+        record: content of run.json, empty without one.
+        recipe: content of recipe.yaml, empty without one.
+        last: last row of metrics.jsonl.
+        validations: all rows of validation.jsonl.
+        notes: what could not be read.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    last: Mapping[str, Any]
+    validations: Sequence[Mapping[str, Any]]
+    notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """``running``, ``preempted``, ``interrupted``, ``finished``, ``failed``, ``killed``, or ``unknown``.
+
+        A run that says it is running and whose folder nobody holds was killed; on another host that cannot be told.
+        """
+        said = str(self.record.get("status") or ("finished" if (self.folder / "merged").is_dir() else "unknown"))
+        if said == "running" and not is_locked(self.folder) and self.attempt.get("host") == socket.gethostname():
+            return "killed"
+        return said
+
+    @property
+    def attempt(self) -> Mapping[str, Any]:
+        """The newest one."""
+        attempts = self.record.get("attempts")
+        return attempts[-1] if isinstance(attempts, list) and attempts and isinstance(attempts[-1], dict) else {}
+
+    @property
+    def commit(self) -> str:
+        """Short commit of the newest attempt, with a + where files were changed since."""
+        git = self.attempt.get("git") or {}
+        return str(git.get("commit", ""))[:10] + ("+" if git.get("dirty") else "")
+
+    @property
+    def seconds(self) -> float:
+        """All attempts together; one that was killed counts to its last step."""
+        attempts = self.record.get("attempts") or []
+        return sum(_duration(attempt, self._touched()) for attempt in attempts if isinstance(attempt, dict))
+
+    def _touched(self) -> float:
+        path = self.folder / METRICS_FILE
+        return path.stat().st_mtime if path.is_file() else time.time()
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The best value of every validation score; ``ce`` and ``false_masks`` are better when smaller."""
+        best: dict[str, float] = {}
+        for row in self.validations:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)) and "/" not in name:
+                    better = min if name in ("ce", "false_masks") else max
+                    best[name] = better(best.get(name, value), value)
+        return best
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """All runs in or below a folder, by name.
+
+    Raises:
+        MedPLIBError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise MedPLIBError(f"{folder} is no folder; name the one that holds the runs")
+    return [read_run(path) for path in _run_folders(folder, _DEPTH)]
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:  # a folder of somebody else's
+        return
+    if any((folder / name).is_file() for name in (RUN_FILE, METRICS_FILE)):
+        yield folder
+    elif depth:
+        for path in entries:
+            if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+                yield from _run_folders(path, depth - 1)
+
+
+def read_run(folder: Path) -> Run:
+    """Whatever a run folder still tells; faults become notes."""
+    notes: list[str] = []
+    record = read_record(folder)
+    if (folder / RUN_FILE).is_file() and not record:
+        notes.append(f"{RUN_FILE} is damaged")
+    recipe: Any = {}
+    try:
+        recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        notes.append(f"{RECIPE_FILE} is damaged")
+    last = _rows(folder / METRICS_FILE)[-1:]
+    return Run(
+        folder,
+        record,
+        recipe if isinstance(recipe, dict) else {},
+        last[0] if last else {},
+        _rows(folder / VALIDATION_FILE, whole=True),
+        notes,
+    )
+
+
+def loss_curve(folder: Path) -> list[float]:
+    """The loss of every step that has one."""
+    losses = (row.get("loss") for row in _rows(folder / METRICS_FILE, whole=True))
+    return [float(loss) for loss in losses if isinstance(loss, (int, float)) and math.isfinite(loss)]
+
+
+def _rows(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, or those near its end; damaged ones are left out."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(0, 2)
+            stream.seek(0 if whole else max(0, stream.tell() - _TAIL))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            found.append(row)
+    return found
+
+
+def _duration(attempt: Mapping[str, Any], otherwise: float) -> float:
+    try:
+        started = datetime.fromisoformat(str(attempt.get("started"))).timestamp()
+        ended = attempt.get("ended")
+        return max(0.0, (datetime.fromisoformat(str(ended)).timestamp() if ended else otherwise) - started)
+    except ValueError:
+        return 0.0
+
+
+def list_text(runs: Sequence[Run]) -> str:
+    """One line a run."""
+    lines = [("RUN", "STAGE", "STATUS", "STEP", "LOSS", "BEST SCORES", "STARTED (UTC)", "TIME", "COMMIT")]
+    lines += [_line(run) for run in runs]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+    text += [f"{run.folder}: {run.record.get('reason')}" for run in runs if run.status == "failed"]
+    return "\n".join(text + [f"{run.folder}: {', '.join(run.notes)}" for run in runs if run.notes])
+
+
+def _line(run: Run) -> tuple[str, ...]:
+    step, total = run.last.get("step", run.record.get("step", 0)), run.record.get("total_steps", "?")
+    scores = [f"{name} {value:.3f}" for name, value in run.best.items()]
+    attempts = run.record.get("attempts") or [{}]
+    started = str(attempts[0].get("started", "")) if isinstance(attempts[0], dict) else ""
+    return (
+        str(run.folder),
+        str(run.record.get("stage", run.recipe.get("stage", "?"))),
+        run.status,
+        f"{step}/{total}",
+        _number(run.last.get("loss")),
+        " ".join(scores[:4]) or "-",
+        started[:16].replace("T", " ") or "-",
+        _time(run.seconds),
+        run.commit or "-",
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) and math.isfinite(value) else "-"
+
+
+def _time(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,74 @@
+"""``medplib runs``: every run folder tells how it stands, broken ones too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.cli import main
+from model.errors import MedPLIBError
+from model.train import recipe_from, run
+from model.train.run_record import RunRecord, read_record
+
+
+@pytest.fixture()
+def folder(values: Any, phantoms: Path, tmp_path: Path) -> Path:
+    """Two finished runs, one that failed, one killed long ago, and folders that are broken or none."""
+    held_out = {**values(1)["data"], "validation": [str(phantoms / "vqa.json")]}
+    for name, lr in (("a", 1e-3), ("b", 2e-3)):
+        output = str(tmp_path / "runs" / name)
+        run(recipe_from(values(1, output=output, optimiser={"lr": lr}, data=held_out, validation={"samples": 2})))
+    bad = recipe_from(values(1, output=str(tmp_path / "runs/failed"), optimiser={"max_bad_steps": 1, "lr": 1e30}))
+    with pytest.raises(MedPLIBError, match=r"in too many steps \(1 in a row\)"):
+        run(bad)
+    killed = tmp_path / "runs" / "deep" / "killed"
+    killed.mkdir(parents=True)
+    RunRecord(killed, 2).begin(2, 0, 50, {})
+    broken = tmp_path / "runs" / "broken"
+    broken.mkdir()
+    (broken / "run.json").write_text('{"status": "fini')
+    (broken / "metrics.jsonl").write_bytes(b'\xff\xfe{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 0.5}\n{"st')
+    (broken / "recipe.yaml").write_text(": : [")
+    (tmp_path / "runs" / "empty").mkdir()
+    return tmp_path / "runs"
+
+
+def test_runs_are_listed_and_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    status = {Path(line.split()[0]).name: line for line in lines[1:6]}
+    assert set(status) == {"a", "b", "failed", "killed", "broken"}
+    assert "finished" in status["a"] and "2/2" in status["a"] and "ce " in status["a"]
+    assert "failed" in status["failed"] and "killed" in status["killed"] and "4/?" in status["broken"]
+    assert any("not finite in too many steps" in line for line in lines[6:])
+    assert any("run.json is damaged, recipe.yaml is damaged" in line for line in lines[6:])
+
+    assert main(["runs", "compare", str(folder / "a"), str(folder / "b")]) == 0
+    told = capsys.readouterr().out
+    assert "optimiser.lr" in told and "data: the same" in told and "best ce" in told and "loss by step" in told
+    assert "schedule.batch_size" not in told
+
+    assert main(["runs", str(folder), "--json"]) == 0
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 5
+
+
+def test_wrong_input_is_told_in_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(folder / "nowhere")]) == 2
+    assert main(["runs", "compare", str(folder / "a")]) == 2
+    assert main(["runs", "compare", str(folder / "a"), str(folder / "empty")]) == 2
+    assert "no folder" in (told := capsys.readouterr().err) and "two or more" in told and "no run lies there" in told
+    assert main(["runs", str(folder / "empty")]) == 0
+    assert "no runs in" in capsys.readouterr().out
+
+
+def test_a_run_folder_says_what_it_is(folder: Path) -> None:
+    record = read_record(folder / "a")
+    assert (record["stage"], record["status"], record["step"], record["total_steps"]) == (1, "finished", 2, 2)
+    (attempt,) = record["attempts"]
+    assert {"started", "ended", "host", "world_size", "from_step", "git", "versions", "gpus"} <= set(attempt)
+    assert {"python", "torch", "transformers", "platform"} <= set(attempt["versions"])
+    assert all({"sha256", "records", "files"} <= set(facts) for facts in record["data"].values())
+    assert read_record(folder / "failed")["status"] == "failed"
