@@ -173,7 +173,9 @@ def _duration(attempt: Mapping[str, Any], otherwise: float) -> float:
 
 def list_text(runs: Sequence[Run]) -> str:
     """One line a run."""
-    lines = [("RUN", "STAGE", "STATUS", "STEP", "LOSS", "BEST SCORES", "STARTED (UTC)", "TIME", "COMMIT")]
+    lines: list[tuple[str, ...]] = [
+        ("RUN", "STAGE", "STATUS", "STEP", "LOSS", "BEST SCORES", "STARTED (UTC)", "TIME", "COMMIT")
+    ]
     lines += [_line(run) for run in runs]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def sparkline(values: Sequence[float], low: float, high: float) -> str:
         return "(no steps)".ljust(_WIDTH)
     count = min(_WIDTH, len(values))
     ends = [len(values) * index // count for index in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(ends)]
     reach = (high - low) or 1.0
     return "".join(_BLOCKS[1 + round((mean - low) / reach * 7)] for mean in means).ljust(_WIDTH)
 
