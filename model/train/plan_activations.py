@@ -133,7 +133,7 @@ class PassOnMeta:
 
     def run(self) -> tuple[int, Pass]:
         """Peak bytes of the towers, and the bytes of all that follows."""
-        tally = TensorTally()
+        tally = TensorTally("meta")
         for parameter in self.network.parameters():
             if parameter.requires_grad:  # gradients are counted elsewhere, so they are here from the start
                 parameter.grad = torch.empty_like(parameter)

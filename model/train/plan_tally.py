@@ -18,13 +18,17 @@ class TensorTally(TorchDispatchMode):
 
     What an operation allocates within itself and frees again (a convolution's workspace, say) is not seen.
 
+    Args:
+        device: whose tensors count: ``cpu``, ``cuda``, or ``meta`` for those without storage.
+
     Attributes:
         now: bytes alive.
         peak: most bytes alive since the last ``mark``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device
         self.now = self.peak = 0
         self._alive: dict[int, tuple[Any, int]] = {}
 
@@ -38,6 +42,8 @@ class TensorTally(TorchDispatchMode):
     def count(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that exist already, weights for instance."""
         for tensor in tensors:
+            if tensor.device.type != self.device:
+                continue
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key in self._alive:
@@ -69,10 +75,11 @@ class TensorTally(TorchDispatchMode):
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind tensors, each once."""
-    tally = TensorTally()
-    held = list(tensors)
-    tally.count(held)
-    return tally.now
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def meta_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

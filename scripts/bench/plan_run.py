@@ -45,7 +45,7 @@ def main(case_file: str, result_file: str) -> None:
     config = find_sizes(recipe, Path(case["recipe"]), Path(case["sizes"])).config
     records = Records(**case["records"])
     before = _resident()
-    tally = TensorTally()
+    tally = TensorTally("cpu")
     with tally:
         engine = make_engine(random_network(recipe, config), recipe, process, lambda step: 1.0)
         result = measure(engine, recipe, records, tally)
