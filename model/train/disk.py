@@ -16,7 +16,6 @@ from model.train.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 _MASTER, _MOMENTS = 4, 8  # bytes a trained weight: its float32 value, and AdamW's two means
-_GIB = 2**30
 
 
 def check_room(recipe: Recipe, engine: TrainingEngine) -> None:
@@ -35,13 +34,13 @@ def check_room(recipe: Recipe, engine: TrainingEngine) -> None:
     needed = checkpoint * max(1, recipe.saving.keep + 1 - there) + (0 if recipe.merged.is_dir() else results)
     if free < checkpoint:
         raise MedPLIBError(
-            f"{place} has {free / _GIB:.2f} GiB free, and one checkpoint of this run takes about "
-            f"{checkpoint / _GIB:.2f} GiB; make room or name another output"
+            f"{place} has {_told(free)} free, and one checkpoint of this run takes about "
+            f"{_told(checkpoint)}; make room or name another output"
         )
     if free < needed and engine.process.is_first:
         logger.warning(
-            "%s has %.2f GiB free, but this run will need about %.2f GiB for %d checkpoints and its result; make room",
-            *(place, free / _GIB, needed / _GIB, recipe.saving.keep + 1),
+            "%s has %s free, but this run will need about %s for %d checkpoints and its result; make room",
+            *(place, _told(free), _told(needed), recipe.saving.keep + 1),
         )
 
 
@@ -56,3 +55,7 @@ def expected_sizes(network: nn.Module) -> tuple[int, int]:
             # The weights lie in it twice, for resuming and for export, and in bf16 a float32 copy beside them.
             checkpoint += count * _MOMENTS + 2 * size + (0 if parameter.dtype == torch.float32 else count * _MASTER)
     return checkpoint, merged
+
+
+def _told(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

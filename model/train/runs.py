@@ -22,6 +22,10 @@ from model.train.run_record import RUN_FILE, is_locked, read_record
 _TAIL = 65536  # bytes at the end of metrics.jsonl that surely hold a whole row
 _DEPTH = 4  # levels of folders below the given one that are looked through
 
+_HEADINGS: tuple[str, ...] = (
+    *("RUN", "STAGE", "STATUS", "STEP", "LOSS", "BEST SCORES", "STARTED (UTC)", "TIME", "COMMIT"),
+)
+
 
 @dataclass(frozen=True)
 class Run:
