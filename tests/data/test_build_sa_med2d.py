@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -401,3 +402,44 @@ def test_names_of_the_real_set_are_understood() -> None:
         assert parse_image_name(odd) is None or odd.startswith("xx")
     assert spoken_name("optic_disc") == "optic disc"
     assert [spoken_name(name) for name in ("union_liver_tumor", "class_12", "left", "background")] == [None] * 4
+
+
+def test_the_slurm_sample_shares_a_build_out(tmp_path: Path) -> None:
+    source, out, tools = tmp_path / "source", tmp_path / "out", tmp_path / "bin"
+    make_native(source, 2).finish()
+    tools.mkdir()
+    (tools / "sbatch").write_text(PRETENDED)
+    (tools / "sbatch").chmod(0o755)
+    script = str(ROOT / "scripts" / "cluster" / "build_data.sbatch")
+    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CALLS": str(tmp_path / "calls")}
+    line = ["bash", script, "2", "sa-med2d", "--source", str(source), "--out", str(out)]
+    subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True)
+    calls = (tmp_path / "calls").read_text().split()
+    assert calls == ["prepare", "shard", "0", "shard", "1", "end"]
+    assert check_file(out / "train.jsonl", source).ok
+    wrong = subprocess.run(["bash", script, "sa-med2d"], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert wrong.returncode == 2
+    assert b"usage" in wrong.stderr
+
+
+PRETENDED = """#!/usr/bin/env bash
+set -euo pipefail
+last=-1
+while [[ $1 == --* ]]; do
+  [[ $1 != --array=* ]] || last=${1#--array=0-}
+  shift
+done
+export SLURM_CPUS_PER_TASK=1 SLURM_SUBMIT_DIR=$PWD
+if [ "$last" = -1 ]; then
+  echo "$MEDPLIB_BUILD" >> "$CALLS"
+  bash "$@" >&2
+else
+  export SLURM_ARRAY_TASK_MIN=0 SLURM_ARRAY_TASK_MAX=$last SLURM_ARRAY_TASK_COUNT=$((last + 1))
+  for task in $(seq 0 "$last"); do
+    echo "$MEDPLIB_BUILD $task" >> "$CALLS"
+    SLURM_ARRAY_TASK_ID=$task bash "$@" >&2
+  done
+fi
+echo 7
+"""
