@@ -1,0 +1,97 @@
+"""Which expert serves what: the numbers, the sentences and the page; and the curves of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.cli import main
+from model.modeling.router_tally import RouterSummary
+from model.modeling.splice import POSITION_KINDS
+from model.train import recipe_from, run
+from model.train.router_report import Examination, findings, specialisation
+from tests.tiny import tiny_checkpoint
+
+
+def test_specialisation_is_none_for_like_groups_and_one_for_groups_of_their_own() -> None:
+    nan = float("nan")
+    load = np.array([[[0.5, 0.5], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]], [[0.7, 0.3], [0.7, 0.3]]])
+    assert specialisation(load) == pytest.approx([0, 1, 0], abs=1e-9)
+    missing = np.array([[[1.0, 0.0], [0.0, 1.0], [nan, nan]], [[1.0, 0.0], [nan, nan], [nan, nan]]])
+    assert specialisation(missing)[0] == pytest.approx(1) and np.isnan(specialisation(missing)[1])
+
+
+def test_sentences_say_who_takes_what() -> None:
+    choices = torch.full((3, 8, 2), 50.0, dtype=torch.float64)  # three layers, two tasks × four kinds
+    choices[1:, [3, 7]] = torch.tensor([93.0, 7.0], dtype=torch.float64)  # <SEG> in the last two layers
+    choices[0, 4] = torch.tensor([10.0, 90.0], dtype=torch.float64)  # text of the second task in the first layer
+    tokens = torch.full((3, 8), 100.0, dtype=torch.float64)
+    summary = RouterSummary(choices, choices, choices, tokens * 0, tokens)
+    told = findings(Examination("x", (0, 2, 4), {"vqa": 1, "region": 1}, ("vqa", "region"), ("ct",), summary))
+    assert "Expert 0 takes 93 % of the <SEG> positions in layers 2 to 4." in told
+    assert any("text positions of layer 0: expert 0 takes 50 % of those of vqa" in sentence for sentence in told)
+    assert len(POSITION_KINDS) == 4
+
+
+def test_a_checkpoint_is_drawn_in_one_page_with_its_numbers(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path)
+    files = [str(phantoms / f"{name}.json") for name in ("vqa", "region", "grounding")]
+    out = tmp_path / "new" / "report.html"
+    given = ["router-report", str(checkpoint), "--data", *files, "--images", str(phantoms), "--out", str(out)]
+    assert main([*given, "--samples", "3"]) == 0
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert numbers["layers"] == [0, 1] and numbers["records"] == {"vqa": 3, "region": 3, "grounding": 3}
+    assert all(sentence in capsys.readouterr().out for sentence in numbers["findings"][:1])
+    whole = next(row for row in numbers["groups"] if not (row["task"] or row["modality"] or row["positions"]))
+    parts = [row for row in numbers["groups"] if row["task"] and row["positions"]]
+    assert sum(row["tokens"] for row in parts) == whole["tokens"]
+    assert np.sum(whole["load"], axis=1) == pytest.approx([1, 1], abs=1e-4)
+    page = out.read_text()
+    assert "&lt;SEG&gt; positions" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["router-report", "{base}", "--data", "{data}", "--images", "{images}", "--out", "x.html"], "dense model"),
+        (["router-report", "{base}", "--out", "x.html"], "give --data"),
+        (["router-report", "{base}", "--data", "{data}", "--out", "x.html"], "--images is missing"),
+        (["router-report", "{base}", "--out", "x.png"], "ends with .html"),
+        (["curves", "{base}"], "no steps of a run"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told(
+    base: Path, phantoms: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"base": base, "data": phantoms / "vqa.json", "images": phantoms}
+    assert main([text.format(**names) for text in arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_run_is_drawn_as_curves_and_its_routers_over_training(values: Any, phantoms: Path, tmp_path: Path) -> None:
+    base = values(4)["model"]["base"]
+    recipe = recipe_from(
+        values(
+            4,
+            model={"base": base, "grounding": base},
+            data={"validation": [str(phantoms / "grounding.json")], "validation_images": str(phantoms)},
+            schedule={"max_steps": 3},
+            validation={"samples": 2, "every": 2},
+            logging={"router_every": 1},
+        )
+    )
+    run(recipe)
+    assert main(["curves", str(recipe.folder)]) == 0
+    page = (recipe.folder / "curves.html").read_text()
+    for title in ("Cross-entropy by task", "Dice loss by modality", "On held-out records", "Entropy of the routers"):
+        assert title in page
+    out = tmp_path / "report.html"
+    assert main(["router-report", str(recipe.folder), "--out", str(out), "--samples", "2"]) == 0
+    assert "Over training" in out.read_text()
