@@ -90,7 +90,12 @@ def test_a_run_is_drawn_as_curves_and_its_routers_over_training(values: Any, pha
     run(recipe)
     assert main(["curves", str(recipe.folder)]) == 0
     page = (recipe.folder / "curves.html").read_text()
-    for title in ("Cross-entropy by task", "Cross-entropy by modality", "On held-out records", "Entropy of the routers"):
+    for title in (
+        "Cross-entropy by task",
+        "Cross-entropy by modality",
+        "On held-out records",
+        "Entropy of the routers",
+    ):
         assert title in page
     out = tmp_path / "report.html"
     assert main(["router-report", str(recipe.folder), "--out", str(out), "--samples", "2"]) == 0
