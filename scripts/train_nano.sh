@@ -26,6 +26,8 @@ stage() { # stage N OVERRIDES…
   shift
   [ -e "$nano/stage$number/merged/config.json" ] ||
     OMP_NUM_THREADS=1 python -m model.train "configs/stages/stage${number}_nano.yaml" --resume "$@"
+  # A run that was told to end has saved and exits with 0, too.
+  [ -e "$nano/stage$number/merged/config.json" ] || { echo "Stage $number is not finished; run this again to go on." >&2; exit 3; }
 }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 both() { # both JOB JOB: side by side; stops if either fails
