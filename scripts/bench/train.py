@@ -128,7 +128,7 @@ def report(options: argparse.Namespace, recipe: Recipe, device: torch.device, me
     rows = [(what, *(show(measured[name]) for name in names)) for what, show in _rows(device)]
     gain = measured["plain"].seconds / measured["recipe"].seconds
     cuda = device.type == "cuda"
-    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {options.threads} threads"
+    where = torch.cuda.get_device_name(device) if cuda else f"CPU, threads: {options.threads}"
     load = os.getloadavg()[0]
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip() or "unknown"
