@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from model.train.recipe import Recipe
-from model.train.recipe_io import load_recipe, recipe_from, save_recipe
+if TYPE_CHECKING:
+    from model.train.recipe import Recipe
+    from model.train.recipe_io import load_recipe, recipe_from, save_recipe
 
 __all__ = ["Recipe", "load_recipe", "recipe_from", "run", "save_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first used, so that no other command, nor any process of a data build, pays for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'model.train' has no attribute {name!r}")
+    return getattr(import_module("model.train.recipe" if name == "Recipe" else "model.train.recipe_io"), name)
 
 
 def run(recipe: Recipe, resume: bool = False, allow_changed_data: bool = False) -> Path:

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -46,9 +47,9 @@ class Measured:
 
     Attributes:
         images, masks: files in it.
-        seconds, peak: of the index build, wall clock and bytes of all its processes together.
+        seconds, cpu, peak: of the index build: wall clock, processor time and bytes of all its processes together.
         name_seconds: the part of it before the buckets were worked on: starting and reading names.
-        record_seconds, record_peak: of the records after that.
+        record_seconds, record_cpu, record_peak: of the records after that.
         records: that came of it.
         index_bytes: of the index.
     """
@@ -56,9 +57,11 @@ class Measured:
     images: int
     masks: int
     seconds: float
+    cpu: float
     peak: int
     name_seconds: float
     record_seconds: float
+    record_cpu: float
     record_peak: int
     records: int
     index_bytes: int
@@ -149,19 +152,21 @@ def measure(files: int, workers: int, folder: Path | None) -> Measured:
         sys.stderr.write(f"making a tree of {files:,} files in {place}\n")
         images, masks = make_tree(source, files)
         command = ["data", "build", "sa-med2d", "--source", str(source), "--out", str(out), "--workers", str(workers)]
-        seconds, peak = watched([*command, "--no-pixels", "--prepare"])
+        seconds, cpu, peak = watched([*command, "--no-pixels", "--prepare"])
         index = json.loads((out / "report_sa-med2d-index.json").read_text(encoding="utf-8"))
         if index["counts"]["masks"]["all"] != masks or index["findings"]:
             raise MedPLIBError(f"the index of {source} is wrong; see {out}/report_sa-med2d-index.json")
-        record_seconds, record_peak = watched([*command, "--no-pixels"])
+        record_seconds, record_cpu, record_peak = watched([*command, "--no-pixels"])
         records = json.loads((out / "report_sa-med2d.json").read_text(encoding="utf-8"))
         return Measured(
             images,
             masks,
             seconds,
+            cpu,
             peak,
             seconds - index["seconds"],
             record_seconds,
+            record_cpu,
             record_peak,
             sum(records["counts"]["records by split"].values()),
             index["files"]["index.parquet"]["bytes"],
@@ -170,12 +175,12 @@ def measure(files: int, workers: int, folder: Path | None) -> Measured:
         shutil.rmtree(place)
 
 
-def watched(arguments: Sequence[str]) -> tuple[float, int]:
-    """Seconds that a ``medplib`` command takes, and the most bytes that it and its processes hold together.
+def watched(arguments: Sequence[str]) -> tuple[float, float, int]:
+    """Seconds that a ``medplib`` command takes, of the clock and of processors, and the most bytes held in its time.
 
     Pages that processes share are counted for each, so that the real number is somewhat smaller.
     """
-    start, peak = time.perf_counter(), 0
+    start, busy, peak = time.perf_counter(), processor_seconds(), 0
     process = subprocess.Popen(
         [sys.executable, "-m", "model.cli", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -185,7 +190,13 @@ def watched(arguments: Sequence[str]) -> tuple[float, int]:
     if process.returncode:
         told = process.stderr.read().decode() if process.stderr else ""
         raise MedPLIBError(f"medplib {' '.join(arguments)} ended with {process.returncode}: {told[-400:]}")
-    return time.perf_counter() - start, peak
+    return time.perf_counter() - start, processor_seconds() - busy, peak
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one started and that have ended, with theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def family(pid: int) -> list[int]:
@@ -238,12 +249,14 @@ def rows(measured: Sequence[Measured]) -> list[list[str]]:
         "images": [f"{one.images:,}" for one in measured],
         "masks": [f"{one.masks:,}" for one in measured],
         "index, s": [number(one.seconds) for one in measured],
-        "of it starting and reading names, s": [number(one.name_seconds) for one in measured],
+        "processor time of all its processes, s": [number(one.cpu) for one in measured],
+        "of the time starting and reading names, s": [number(one.name_seconds) for one in measured],
         "images a second": [number(one.images / one.seconds) for one in measured],
         "files a second": [number(one.files / one.seconds) for one in measured],
         "peak memory of all processes, MB": [number(one.peak / 1e6) for one in measured],
         "index file, bytes an image": [number(one.index_bytes / one.images) for one in measured],
         "records of all targets, s": [number(one.record_seconds) for one in measured],
+        "processor time there, s": [number(one.record_cpu) for one in measured],
         "records a second": [number(one.records / one.record_seconds) for one in measured],
         "peak memory of all processes there, MB": [number(one.record_peak / 1e6) for one in measured],
     }
@@ -251,15 +264,24 @@ def rows(measured: Sequence[Measured]) -> list[list[str]]:
 
 
 def implied(measured: Sequence[Measured]) -> list[str]:
-    """What the largest tree says about the real set, and what memory does as trees grow."""
-    largest = measured[-1]
-    scale = (REAL_IMAGES + REAL_MASKS) / largest.files
-    lines = [
-        f"- The real set has {REAL_IMAGES:,} images and {REAL_MASKS / 1e6:.1f} M masks, {scale:,.0f} times the largest "
-        f"tree: at its rates the index takes {largest.seconds * scale / 60:.1f} minutes and "
-        f"{largest.index_bytes / largest.images * REAL_IMAGES / 1e9:.2f} GB, and records of all targets "
-        f"{largest.record_seconds * scale / 60:.1f} minutes, without decoding masks."
-    ]
+    """What the trees say about the real set, and what memory does as they grow.
+
+    Times of the real set go by what more files took more: starting is paid once.
+    """
+    smallest, largest = measured[0], measured[-1]
+    lines = []
+    if largest.files > smallest.files:
+        scale = (REAL_IMAGES + REAL_MASKS) / (largest.files - smallest.files)
+        clock, cpu, records, records_cpu = (
+            (getattr(largest, name) - getattr(smallest, name)) * scale / 60
+            for name in ("seconds", "cpu", "record_seconds", "record_cpu")
+        )
+        lines.append(
+            f"- The real set has {REAL_IMAGES:,} images and {REAL_MASKS / 1e6:.1f} M masks. At the rate at which the "
+            f"larger tree took longer, its index takes {number(clock)} minutes here ({number(cpu)} of processor time, "
+            f"over all processes) and {largest.index_bytes / largest.images * REAL_IMAGES / 1e9:.2f} GB; records of "
+            f"all targets, without decoding masks, {number(records)} ({number(records_cpu)})."
+        )
     for one, other in pairwise(measured):
         lines.append(
             f"- From {one.files:,} to {other.files:,} files ({other.files / one.files:.1f} times as many) the index "
