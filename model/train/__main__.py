@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 
 from model.errors import MedPLIBError
-
-# How gloo and NCCL word it that another rank is gone.
-_LOST_RANK = re.compile(r"Connection (closed|reset)|closed by peer|Broken pipe|remote process exited|ncclRemoteError")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{where}{error.strerror or error}; mend that and go on with --resume\n")
         return 2
     except RuntimeError as error:
-        if not _LOST_RANK.search(str(error)):
+        from model.train.run_record import has_lost_ranks, told_as_lost
+
+        if not has_lost_ranks(error):
             raise
-        sys.stderr.write(f"process {os.environ.get('RANK', '?')} lost the others; what one of them said is why\n")
+        sys.stderr.write(f"{told_as_lost()}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("ended without saving; go on from the newest checkpoint with --resume\n")

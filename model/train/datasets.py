@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from model.data.dataset import Encoder, MedPLIBDataset, MixedDataset, usable_records
 from model.data.lengths import sequence_length
 from model.data.progress import record_bar
+from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
+from model.processing.conversation import TEMPLATES
 from model.processing.processor import MedPLIBProcessor
 from model.train.process import Process
 from model.train.recipe import Recipe
@@ -20,12 +24,14 @@ def check_data(recipe: Recipe) -> None:
     """Refuse what ``open_dataset`` would refuse, without a network.
 
     Raises:
-        MedPLIBError: a file is unreadable, or has unusable records and the recipe does not skip them.
+        MedPLIBError: a file is unreadable, has unusable records and the recipe does not skip them, or asks about
+            regions where the template writes no questions.
     """
     for training in (True, False):
         for path, images in _files(recipe, training=training):
             with record_bar(f"checking {path}", shown=recipe.logging.progress) as progress:
-                usable_records(path, images, recipe.data.on_bad_record, progress)
+                _, facts, _ = usable_records(path, images, recipe.data.on_bad_record, progress)
+            _check_template(recipe, path, [fact.task for _, fact in facts])
 
 
 def open_dataset(recipe: Recipe, processor: Encoder, *, training: bool, shown: bool = False) -> MixedDataset:
@@ -37,17 +43,17 @@ def open_dataset(recipe: Recipe, processor: Encoder, *, training: bool, shown: b
     datasets = []
     for path, images in _files(recipe, training=training):
         with record_bar(f"checking {path}", shown=shown) as progress:
-            datasets.append(
-                MedPLIBDataset(
-                    path,
-                    images,
-                    processor,
-                    training=training,
-                    on_bad_record=recipe.data.on_bad_record,
-                    seed=recipe.seed,
-                    progress=progress,
-                )
+            dataset = MedPLIBDataset(
+                path,
+                images,
+                processor,
+                training=training,
+                on_bad_record=recipe.data.on_bad_record,
+                seed=recipe.seed,
+                progress=progress,
             )
+        _check_template(recipe, path, dataset.tasks)
+        datasets.append(dataset)
     return MixedDataset(datasets, (recipe.data.shares or None) if training else None)
 
 
@@ -70,6 +76,16 @@ def item_lengths(
             if done % _SHOWN_EVERY == 0 or done == len(own):
                 progress(done, len(own))
     return process.sum(torch.from_numpy(lengths)).numpy().astype(np.int64)
+
+
+def _check_template(recipe: Recipe, path: str, tasks: Sequence[str]) -> None:
+    """Refuse, before the first step, records that the recipe's template cannot write."""
+    regions = sum(task == "region" for task in tasks)
+    if regions and not TEMPLATES[recipe.data.template].chat:
+        raise MedPLIBError(
+            f"{path} has {regions} records that ask about regions, but data.template={recipe.data.template} writes no "
+            "questions; give a file of captions, or data.template=llava_v1"
+        )
 
 
 def _files(recipe: Recipe, *, training: bool) -> list[tuple[str, str]]:

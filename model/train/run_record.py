@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -18,6 +19,9 @@ from model.train.environment import command_line, git_state, machine, versions
 from model.train.signals import RunStopped
 
 logger = logging.getLogger(__name__)
+
+# How gloo and NCCL word it that another rank is gone.
+_LOST_RANK = re.compile(r"Connection (closed|reset)|closed by peer|Broken pipe|remote process exited|ncclRemoteError")
 
 RUN_FILE = "run.json"
 """``stage``, ``status``, ``reason``, ``step``, ``total_steps``, ``data`` and a list of ``attempts``."""
@@ -83,7 +87,19 @@ def status_of(failure: BaseException | None) -> tuple[Status, str]:
         return ("interrupted" if failure.code else "preempted"), failure.message
     if isinstance(failure, KeyboardInterrupt):
         return "interrupted", "a second Ctrl-C ended the run without saving"
+    if has_lost_ranks(failure):
+        return "failed", f"{told_as_lost()} (in the output of the run)"
     return "failed", (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+
+
+def has_lost_ranks(failure: BaseException) -> bool:
+    """Whether nothing went wrong here but that another process of the run is gone."""
+    return isinstance(failure, RuntimeError) and _LOST_RANK.search(str(failure)) is not None
+
+
+def told_as_lost() -> str:
+    """What a process says that has lost the others."""
+    return f"process {os.environ.get('RANK', '?')} lost the others; what one of them said is why"
 
 
 def read_record(folder: Path) -> dict[str, Any]:

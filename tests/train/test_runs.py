@@ -11,7 +11,7 @@ import pytest
 from model.cli import main
 from model.errors import MedPLIBError
 from model.train import recipe_from, run
-from model.train.run_record import RunRecord, read_record
+from model.train.run_record import RunRecord, read_record, status_of
 
 
 @pytest.fixture()
@@ -72,3 +72,9 @@ def test_a_run_folder_says_what_it_is(folder: Path) -> None:
     assert {"python", "torch", "transformers", "platform"} <= set(attempt["versions"])
     assert all({"sha256", "records", "files"} <= set(facts) for facts in record["data"].values())
     assert read_record(folder / "failed")["status"] == "failed"
+
+
+def test_a_process_that_lost_the_others_points_at_what_they_said() -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16790")
+    assert status_of(gone)[0] == "failed" and "lost the others" in status_of(gone)[1]
+    assert status_of(RuntimeError("out of memory")) == ("failed", "out of memory")
