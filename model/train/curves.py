@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from model.data.schema import TASKS
 from model.drawing.lines import Curve, curve_key, line_chart
 from model.drawing.pages import Markup, breakable, count, element, joined, number, page
 from model.errors import MedPLIBError
-from model.train.journal import METRICS_FILE, ROUTER_FILE, VALIDATION_FILE
+from model.train.journal import METRICS_FILE, ROUTER_FILE, VALIDATION_FILE, read_rows
 from model.train.router_page import development, entropy_chart
 
 _RATES = {
@@ -22,14 +21,6 @@ _RATES = {
     "padding": "Padding",
 }
 _PARTS = ("ce", "router_aux", "bce", "dice", "focal", "iou")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of one of a run's files; none where it is not there. A last line that is half written is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [json.loads(text) for text in lines if text.startswith("{") and text.endswith("}")]
 
 
 def curves_page(run: Path) -> str:

@@ -108,21 +108,49 @@ class Journal:
                     self.board.add_scalar(f"{group}/{key}", value, row["step"])
 
 
+def read_rows(path: Path, tail: int = 0) -> list[dict[str, Any]]:
+    """Rows of one of a run's files that say their ``step``; none where it is not there.
+
+    What a killed run left half written, or a crash of the machine damaged, is left out.
+
+    Args:
+        path: of the file.
+        tail: so many bytes at its end are looked at; all of it if 0.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - tail) if tail else 0)
+            lines = stream.read().splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            found.append(row)
+    return found
+
+
 def _cut_after(path: Path, step: int) -> int:
-    """Drop rows of steps that will be done again, and what a killed run left half written; the last step that stays."""
+    """Drop rows of steps that will be done again, and damaged ones; the last step that stays."""
     if not path.is_file():
         return 0
-    lines = path.read_text(errors="replace").splitlines()
-    rows = [line for line in lines if line.startswith("{") and line.endswith("}")]
-    kept = [line for line in rows if json.loads(line)["step"] <= step]
+    kept = [row for row in read_rows(path) if row["step"] <= step]
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    return json.loads(kept[-1])["step"] if kept else 0
+    return kept[-1]["step"] if kept else 0
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

@@ -36,8 +36,7 @@ def add_curves_command(commands: argparse._SubParsersAction) -> None:
 
 def run_router_report(options: argparse.Namespace) -> int:
     """``medplib router-report``: writes the page, and its numbers beside it."""
-    from model.train.curves import read_rows
-    from model.train.journal import ROUTER_FILE
+    from model.train.journal import ROUTER_FILE, read_rows
     from model.train.router_page import router_page
     from model.train.router_report import (
         as_numbers,

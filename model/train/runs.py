@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import socket
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from model.errors import MedPLIBError
-from model.train.journal import METRICS_FILE, VALIDATION_FILE
+from model.train.journal import METRICS_FILE, VALIDATION_FILE, read_rows
 from model.train.recipe_io import RECIPE_FILE
 from model.train.run_record import RUN_FILE, is_locked, read_record
 
@@ -147,23 +146,11 @@ def loss_curve(folder: Path) -> list[float]:
 
 
 def _rows(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, or those near its end; damaged ones are left out."""
+    """Rows of one of a run's files, or those near its end; none of one that cannot be read."""
     try:
-        with path.open("rb") as stream:
-            stream.seek(0, 2)
-            stream.seek(0 if whole else max(0, stream.tell() - _TAIL))
-            lines = stream.read().decode(errors="replace").splitlines()
+        return read_rows(path, 0 if whole else _TAIL)
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
 
 
 def _duration(attempt: Mapping[str, Any], otherwise: float) -> float:
