@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -197,6 +198,16 @@ def test_shards_are_named_by_hand_or_by_slurm(monkeypatch: pytest.MonkeyPatch) -
     for name, value in {"ID": 5, "MIN": 1, "MAX": 7, "COUNT": 4}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert Shard.parse("slurm") == Shard(2, 4)
+
+
+def test_shards_work_where_a_shared_lock_needs_a_reader(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)  # what NFS makes of it
+    for index in range(2):
+        run(tmp_path, shard=Shard(index, 2))
+    run(tmp_path)
+    assert (tmp_path / FILES[0]).read_bytes() == (whole / FILES[0]).read_bytes()
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:

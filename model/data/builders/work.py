@@ -250,7 +250,7 @@ def run_build(
 @contextmanager
 def _sole_use(build: Build, *, shared: bool) -> Iterator[None]:
     """Shards work side by side, a joining run works alone; the kernel drops the lock of a process that dies."""
-    with (build.folder / "lock").open("w") as stream:
+    with (build.folder / "lock").open("a+") as stream:  # NFS shares a lock with readers alone, gives one to writers
         try:
             fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
