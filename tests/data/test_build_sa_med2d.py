@@ -21,9 +21,10 @@ from PIL import Image
 
 from model.cli import main
 from model.data.builders.sa_med2d import SaMed2dSettings, build_sa_med2d
+from model.data.builders.sa_med2d_listing import BUCKETS, list_names, names_of
 from model.data.builders.sa_med2d_questions import absent_names
 from model.data.builders.sa_med2d_sampling import Quota
-from model.data.builders.sa_med2d_source import parse_image_name, parse_mask_name, spoken_name
+from model.data.builders.sa_med2d_source import Source, parse_image_name, parse_mask_name, spoken_name
 from model.data.builders.splits import SplitPlan
 from model.data.builders.work import Execution, Shard
 from model.data.dataset import usable_records
@@ -328,6 +329,17 @@ sys.path.insert(0, "tests/data")
 from test_build_sa_med2d import build_killable
 build_killable(Path(sys.argv[1]), Path(sys.argv[2]), 2)
 """
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_cleared_away(native: Path, tmp_path: Path) -> None:
+    left = tmp_path / f".images.{os.getpid()}.tmp"  # in containers every process has the same number
+    left.mkdir()
+    (left / "000.txt").write_text("half")
+    list_names(Source.open(native), tmp_path, lambda _: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "list", "masks"]
+    assert sum(len(names_of(tmp_path, "images", bucket)) for bucket in range(BUCKETS)) == len(
+        [*(native / "images").iterdir()]
+    )
 
 
 def test_quotas_are_spread_over_data_sets_and_classes(native: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def list_names(source: Source, folder: Path, progress: Callable[[int], object]) 
         if target.is_dir():
             continue
         temporary = folder / f".{kind}.{os.getpid()}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process of this number that was killed
         temporary.mkdir(parents=True)
         try:
             lines = _listed(source.root / LIST_FILE) if kind == "list" else _entries(source.root / kind)
