@@ -171,6 +171,8 @@ class Trainer:
             f"stage {self.recipe.stage} ({STAGE_NAMES[self.recipe.stage]}): {len(self.dataset)} records, "
             f"{self.total_steps} steps of {self._samples_per_step} records; training {parts} parameters"
         )
+        if self.step_number:
+            self.journal.say(f"going on after step {self.step_number}, from its checkpoint")
         draws = self.total_steps * self._samples_per_step
         for line in told(draw_table(self.dataset, self.sampler.weights, draws)):
             self.journal.say(line)

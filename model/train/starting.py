@@ -64,9 +64,30 @@ def path_problems(recipe: Recipe, *, data: bool = True) -> list[str]:
     if data:
         named |= _data_paths(recipe)
         problems += [] if recipe.data.images else ["data.images is empty; name the folder of the images"]
-    return problems + [
+    missing = [
         f"{key} is {path}, which does not exist" for key, path in named.items() if path and not Path(path).exists()
     ]
+    return problems + missing + ([] if missing else _mixtures_to_be_mixed(recipe))
+
+
+def _mixtures_to_be_mixed(recipe: Recipe) -> list[str]:
+    """What stage IV would make a mixture of although it is one, a sentence each."""
+    if recipe.stage != 4 or not recipe.model.grounding:
+        return []
+    return [
+        f"model.{key} is {path}, a mixture already; stage 4 makes one of two dense checkpoints, or goes on with the "
+        "one that model.base names, with model.grounding= left empty"
+        for key, path in (("base", recipe.model.base), ("grounding", recipe.model.grounding))
+        if _is_mixture(merged_of(path))
+    ]
+
+
+def _is_mixture(directory: Path) -> bool:
+    """As far as its configuration says; what cannot be read is told by whoever loads it."""
+    try:
+        return _config_of(directory).moe.enabled
+    except MedPLIBError:
+        return False
 
 
 def _data_paths(recipe: Recipe) -> dict[str, str]:

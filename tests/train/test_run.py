@@ -31,7 +31,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_four_stages_follow_each_other(values: Any, tmp_path: Path, phantoms: Path) -> None:
+def test_four_stages_follow_each_other(values: Any, tmp_path: Path, phantoms: Path, capsys: Any) -> None:
     held_out = {"data": {**values(1)["data"], "validation": [str(phantoms / "grounding.json")]}}
     results = {}
     for stage in (1, 2, 3, 4):
@@ -62,6 +62,9 @@ def test_four_stages_follow_each_other(values: Any, tmp_path: Path, phantoms: Pa
     scores = json.loads((tmp_path / "stage3" / "validation.jsonl").read_text())
     assert {"dice@0.1", "dice@0.5", "ce", "seg_said"} <= set(scores)
     assert (tmp_path / "stage4" / "recipe.yaml").is_file()
+    again = values(4, output=str(tmp_path / "again"), model={"base": str(results[4]), "grounding": str(results[3])})
+    assert main([str(save_recipe(recipe_from(again), tmp_path / "given")), "--check"]) == 2
+    assert "a mixture already" in capsys.readouterr().err
 
 
 def test_resuming_continues_the_loss_sequence_exactly(values: Any, tmp_path: Path) -> None:
