@@ -161,12 +161,19 @@ def _beginnings(stem: str) -> Iterator[tuple[str, str]]:
 
 def _walk(folder: Path, others: tuple[Path, ...], pairing: Pairing, what: str) -> Iterator[str]:
     """Image files below ``folder`` in a fixed order, without hidden ones and what lies below ``others``."""
-    digest, count, skipped = blake2b(digest_size=8), 0, [other.resolve() for other in others]
+    digest, count = blake2b(digest_size=8), 0
+    seen = {os.path.realpath(other) for other in (*others, folder)}  # links may lead to what is listed already
     for root, folders, files in os.walk(folder, followlinks=True):
         place = Path(root)
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (place / name).resolve() not in skipped
+        inside = sorted(
+            (name for name in folders if name[0] != "."), key=lambda name: ((place / name).is_symlink(), name)
         )
+        folders.clear()
+        for name in inside:
+            real = os.path.realpath(place / name)
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
         for name in sorted(files):
             if name.startswith("."):
                 continue
