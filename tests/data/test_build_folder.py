@@ -196,6 +196,17 @@ def test_results_inside_the_images_are_no_images(own: Own) -> None:
     assert first[0][0]["image"] == "../a.png"
 
 
+def test_links_lead_to_no_picture_twice(own: Own) -> None:
+    own.names("class,name\nliver,liver\n")
+    (own.images / "b").mkdir()
+    own.image("b/a.png")
+    mask(own.masks / "a_liver.png")
+    for name, target in (("a", "b"), ("b/loop", "."), ("b/up", "..")):
+        (own.images / name).symlink_to(target)
+    grounding, _ = own.built(*ONE)
+    assert [record["image"] for record in grounding] == ["../img/b/a.png"]
+
+
 def test_a_split_is_not_left_empty() -> None:
     pairing = Pairing([Entry(f"p{number}", Path("x")) for number in range(4)])
     for seed in range(20):
@@ -208,13 +219,18 @@ def test_a_split_is_not_left_empty() -> None:
     ("key", "case"),
     [
         ("patient12_slice003", "patient12_slice"),
-        ("case01/007", "case01/"),
+        ("case01/007", "case01"),
+        ("case01/axial", "case01"),
+        ("case01/axial_7", "case01"),
+        ("case01/t2/slice_7", "case01/t2"),
+        ("case01/axial/slice_7", "case01"),
+        ("set2/patient12_slice003", "set2/patient12_slice"),
         ("img001", "img001"),
         ("scan", "scan"),
         ("a/img7 b", "a/img7 b"),
     ],
 )
-def test_the_case_stands_before_the_last_number(key: str, case: str) -> None:
+def test_the_case_stands_before_the_last_number_or_in_a_folder(key: str, case: str) -> None:
     assert case_of_key(key, None) == case
 
 

@@ -24,7 +24,7 @@ DEFAULT_SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 MASKS = "masks"
 """Folder of the results where masks go."""
 _IMAGES_OF_A_PIECE = 50
-_LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class FolderSettings:
     Attributes:
         modality: of all images, in the records; empty to leave it to file names.
         case_pattern: regular expression found in an image's path below its folder, without suffix; what it matches, or
-            its first group, is the case. Empty: the path up to its last number if another number stands before that
-            (``patient12_slice003``), else each image is a case of its own.
+            its first group, is the case. Empty: the path up to the last of several numbers in a name
+            (``patient12_slice003``), else the nearest folder with a number (``patient12/axial_3``), else each image is
+            a case of its own.
         splits: split → share of the cases.
         seed: of splits and wordings.
         absent: also ask for structures that a label map or an empty mask says are not there.
@@ -146,9 +147,13 @@ def case_of_key(key: str, pattern: re.Pattern[str] | None) -> str:
                 f"--case-pattern {pattern.pattern!r} is not found in {key!r}; it must say the case of each"
             )
         return (match[1] if pattern.groups else match[0]) or key
-    number = _LAST_NUMBER.search(key)
-    before = key[: number.start()] if number else ""
-    return before if any(sign.isdecimal() for sign in before) else key
+    folder, _, name = key.rpartition("/")
+    *before, last = [match.start() for match in _NUMBER.finditer(name)] or [0]
+    if before:
+        return key[: len(key) - len(name) + last]
+    while folder and not _NUMBER.search(folder.rpartition("/")[2]):
+        folder = folder.rpartition("/")[0]
+    return folder or key
 
 
 def _convert(piece: range | None, context: _Context, part: Part) -> None:
