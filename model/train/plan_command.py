@@ -88,7 +88,7 @@ def as_json(plan: Plan, changes: list[Change], more: tuple[Any, Change | None] |
         "host": {name: round(value) for name, value in memory.host.items()},
         "disk": {name: round(value) for name, value in memory.disk.items()},
         "records_per_step": plan.global_batch,
-        "steps": None if data is None else data.steps(plan.recipe, plan.global_batch),
+        "steps": None if data is None else data.steps(plan.recipe, plan.machine.ranks),
         "sizes": plan.planner.sizes.origin,
         "records": asdict(plan.planner.records),
         "unset": list(plan.placeholders),
@@ -156,11 +156,11 @@ def _data_lines(plan: Plan) -> list[str]:
     data = plan.data
     if data is None:
         return ["data                not here, so steps are not known"]
-    steps = data.steps(plan.recipe, plan.global_batch)
+    steps = data.steps(plan.recipe, plan.machine.ranks)
     how = "counted on a sample" if data.counted else "guessed from letters"
     return [
         f"data                {data.records:,} records, "
-        f"{data.steps_per_epoch(plan.global_batch):,} steps an epoch, {steps:,} in all; "
+        f"{round(data.steps_per_epoch(plan.recipe, plan.machine.ranks), 1):,.10g} steps an epoch, {steps:,} in all; "
         f"{data.length * plan.global_batch:,.0f} tokens a step ({how}; longest text {data.longest}, see --length)"
     ]
 

@@ -40,13 +40,14 @@ class DataSummary:
     visual_tokens: int
     counted: bool
 
-    def steps_per_epoch(self, records_per_step: int) -> int:
-        """Optimiser steps of one pass; what is left over is dropped."""
-        return self.records // records_per_step
+    def steps_per_epoch(self, recipe: Recipe, ranks: int) -> float:
+        """Optimiser steps of one pass over the records, whose last batch is filled up; a step may belong to two."""
+        schedule = recipe.schedule
+        return math.ceil(self.records / (schedule.batch_size * ranks)) / schedule.accumulation
 
-    def steps(self, recipe: Recipe, records_per_step: int) -> int:
+    def steps(self, recipe: Recipe, ranks: int) -> int:
         """Of the whole run."""
-        every = math.ceil(recipe.schedule.epochs * self.records / records_per_step)
+        every = math.ceil(recipe.schedule.epochs * self.steps_per_epoch(recipe, ranks))
         return min(recipe.schedule.max_steps or every, every)
 
     @property

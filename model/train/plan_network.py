@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from model.checkpoint.building import empty_network
 from model.checkpoint.opening import is_native
@@ -215,8 +214,3 @@ def _short(path: Path) -> str:
     inside = path.resolve()
     root = SIZES.parents[1]
     return str(inside.relative_to(root)) if inside.is_relative_to(root) else str(path)
-
-
-def count_layers(network: nn.Module) -> int:
-    """Decoder layers of a network."""
-    return sum(isinstance(module, MedPLIBDecoderLayer) for module in network.modules())

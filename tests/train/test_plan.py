@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from model.checkpoint import load
 from model.cli import main
+from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.train import recipe_from, save_recipe
 from model.train.engine import make_engine
 from model.train.plan import Assumptions, Plan, Planner, make_plan
 from model.train.plan_advice import advise
+from model.train.plan_data import DataSummary
 from model.train.plan_memory import GIB, Machine, States
 from model.train.plan_network import open_environment
 from model.train.plan_tally import TensorTally, meta_tensor, storage_bytes
@@ -154,6 +157,15 @@ def test_real_sizes_lead_to_sane_conclusions() -> None:
     assert part(quarters, "weights, frozen") < 0.4 * part(plan, "weights, frozen")
     halves = plan_7b(4, 24, "engine.expert_parallel=2")
     assert part(halves, "weights, frozen") < 0.7 * part(mixture, "weights, frozen")
+
+
+@pytest.mark.parametrize(("records", "ranks", "accumulation"), [(10, 1, 1), (10, 2, 3), (64, 2, 2), (3, 2, 1)])
+def test_steps_are_those_that_training_takes(records: int, ranks: int, accumulation: int) -> None:
+    recipe = load_recipe(STAGES / "stage2_nano.yaml")
+    schedule = replace(recipe.schedule, epochs=3, batch_size=4, accumulation=accumulation, max_steps=0)
+    sampler = ResumableSampler([1] * records, seed=0, batch_size=4, world_size=ranks)
+    steps = DataSummary(records, 9.0, 9, 4, True).steps(replace(recipe, schedule=schedule), ranks)
+    assert steps == math.ceil(3 * len(sampler) / accumulation)
 
 
 def test_advice_is_what_makes_it_fit() -> None:
