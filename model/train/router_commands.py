@@ -94,6 +94,11 @@ def _data_of(options: argparse.Namespace) -> tuple[list[Path], Path]:
     files = options.data or [Path(path) for path in (recipe.validation or recipe.train if recipe else ())]
     if not files:
         raise MedPLIBError(f"{options.source} is no run that names records; give --data FILE… and --images DIR")
+    if not options.data and not files[0].exists():
+        raise MedPLIBError(
+            f"{options.source} names {files[0]}, which is not here; call this from the folder that it was trained in, "
+            "or give --data FILE… and --images DIR"
+        )
     images = options.images
     if images is None and recipe is not None and not options.data:
         images = Path(recipe.validation_images or recipe.images if recipe.validation else recipe.images)

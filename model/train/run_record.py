@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 from model.errors import MedPLIBError
 from model.train.durable import write_through
 from model.train.environment import command_line, git_state, machine, versions
+from model.train.journal import METRICS_FILE
 from model.train.signals import RunStopped
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,10 @@ class RunRecord:
         self.content.setdefault("attempts", [])
 
     def begin(self, world_size: int, step: int, total_steps: int, data: dict[str, Any]) -> None:
-        """Note that an attempt starts after ``step``."""
+        """Note that an attempt starts after ``step``, and of a killed one before it when its last step was."""
+        for former in self.content["attempts"]:
+            if isinstance(former, dict) and former.get("ended") is None:
+                former |= {"status": "killed", "ended": _last_step(self.folder) or former.get("started")}
         attempt = {
             "started": _now(),
             "ended": None,
@@ -142,5 +146,15 @@ def _hold(folder: Path) -> IO[bytes]:
     return stream
 
 
+def _last_step(folder: Path) -> str:
+    """When a step was last noted, before the rows of steps to be done again are cut off; empty if none was."""
+    metrics = folder / METRICS_FILE
+    return _told(datetime.fromtimestamp(metrics.stat().st_mtime, UTC)) if metrics.is_file() else ""
+
+
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return _told(datetime.now(UTC))
+
+
+def _told(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")

@@ -13,7 +13,7 @@ import torch
 from model.cli import main
 from model.modeling.router_tally import RouterSummary
 from model.modeling.splice import POSITION_KINDS
-from model.train import recipe_from, run
+from model.train import recipe_from, run, save_recipe
 from model.train.router_report import Examination, findings, specialisation
 from tests.tiny import tiny_checkpoint
 
@@ -73,6 +73,13 @@ def test_what_cannot_be_drawn_is_told(
     names = {"base": base, "data": phantoms / "vqa.json", "images": phantoms}
     assert main([text.format(**names) for text in arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_records_of_a_run_that_are_not_here_are_told(values: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe = recipe_from(values(1, data={"validation": ["elsewhere/held_out.json"]}))
+    save_recipe(recipe, tmp_path)
+    assert main(["router-report", str(tmp_path), "--out", "x.html"]) == 2
+    assert "elsewhere/held_out.json, which is not here" in capsys.readouterr().err
 
 
 def test_a_run_is_drawn_as_curves_and_its_routers_over_training(values: Any, phantoms: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from model.cli import main
 from model.errors import MedPLIBError
 from model.train import recipe_from, run
+from model.train.durable import write_through
 from model.train.run_record import RunRecord, read_record, status_of
+from model.train.runs import find_runs
 
 
 @pytest.fixture()
@@ -72,6 +76,22 @@ def test_a_run_folder_says_what_it_is(folder: Path) -> None:
     assert {"python", "torch", "transformers", "platform"} <= set(attempt["versions"])
     assert all({"sha256", "records", "files"} <= set(facts) for facts in record["data"].values())
     assert read_record(folder / "failed")["status"] == "failed"
+
+
+def test_time_is_what_attempts_took_not_what_lay_between_them(tmp_path: Path) -> None:
+    """Two attempts killed an hour apart, each a minute long, and a third that ended."""
+    begun = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+    for number in range(3):
+        record = RunRecord(tmp_path, 1)
+        record.begin(1, 0, 9, {})
+        record.content["attempts"][-1]["started"] = datetime.fromtimestamp(begun + 3600 * number, UTC).isoformat()
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+        os.utime(tmp_path / "metrics.jsonl", (begun + 3600 * number + 60,) * 2)
+        write_through(tmp_path / "run.json", record.content)
+        record.close()
+    (found,) = find_runs(tmp_path)
+    assert found.seconds == 180
+    assert [attempt["status"] for attempt in found.record["attempts"]] == ["killed", "killed", "running"]
 
 
 def test_a_process_that_lost_the_others_points_at_what_they_said() -> None:
