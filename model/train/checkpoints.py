@@ -7,7 +7,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,21 +129,29 @@ def find_whole_checkpoint(run_folder: Path, process: Process) -> Path | None:
         MedPLIBError: there are checkpoints, but all are damaged.
     """
     found = list_checkpoints(run_folder)
+    damaged: list[Path] = []
     for folder in reversed(found):
         fault = _fault(folder, process)
         if not fault:
+            if process.is_first:
+                _put_aside(damaged)
+            process.barrier()
             return folder
         if process.is_first:
             logger.warning("%s is damaged (%s), so an older checkpoint is looked for", folder, fault)
-            aside = folder.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-        process.barrier()
-    if found:
+        damaged.append(folder)
+    if found:  # they stay where they are: the next attempt must not take the run for one that saved nothing
         raise MedPLIBError(
             f"no checkpoint in {run_folder / FOLDER} is whole; begin again without --resume in another folder"
         )
     return None
+
+
+def _put_aside(damaged: Sequence[Path]) -> None:
+    for folder in damaged:
+        aside = folder.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
 
 def _fault(folder: Path, process: Process) -> str:

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from model.checkpoint import load
+from model.errors import MedPLIBError
 from model.train import Recipe, recipe_from, run, save_recipe
+from model.train.checkpoints import list_checkpoints
 from model.train.run_record import read_record
 from tests.train.launching import begin, launch, wait_until
 
@@ -142,3 +144,14 @@ def test_a_damaged_checkpoint_is_noticed_and_an_older_one_is_used(
     assert [row["loss"] for row in rows(recipe.folder)] == [row["loss"] for row in before]
     found = sorted(path.name for path in (recipe.folder / "checkpoints").iterdir())
     assert found == ["step_0000002", "step_0000004", "step_0000005"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_unasked(recipe: Recipe) -> None:
+    run(recipe)
+    for folder in list_checkpoints(recipe.folder):
+        (folder / "torch.pt").unlink()
+    before = rows(recipe.folder)
+    for _ in range(2):
+        with pytest.raises(MedPLIBError, match="is whole"):
+            run(recipe, resume=True)
+    assert rows(recipe.folder) == before
