@@ -21,8 +21,9 @@ class RouterTally:
         groups: how many groups there are; what they are is the caller's business.
 
     Attributes:
-        sums: float32 [layers, groups, 3 · experts + 2] on the device of what was added, so that ranks can add theirs;
-            None before the first pass. Read it with ``RouterSummary.of``.
+        sums: float64 [layers, groups, 3 · experts + 2] on the device of what was added, so that ranks can add theirs;
+            None before the first pass. Read it with ``RouterSummary.of``. In float32, sums over millions of tokens
+            would be off by percents.
     """
 
     def __init__(self, groups: int) -> None:
@@ -41,10 +42,10 @@ class RouterTally:
         experts = max(stats.kept.shape[1] for stats in layers)
         if self.sums is None:
             width = _PER_EXPERT * experts + _ALONE
-            self.sums = torch.zeros(len(layers), self.groups + 1, width, device=groups.device)
+            self.sums = torch.zeros(len(layers), self.groups + 1, width, dtype=torch.float64, device=groups.device)
         for own, stats in zip(self.sums, layers, strict=True):
             left_out = (groups < 0) | ~stats.probabilities.isfinite().all(dim=-1)  # as in a step that is skipped
-            features = _features(stats, experts).nan_to_num()
+            features = _features(stats, experts).nan_to_num().double()
             own.index_add_(0, torch.where(left_out, self.groups, groups), features)  # into a bin of its own
 
     def clear(self) -> None:

@@ -148,7 +148,7 @@ class Meters:
             return
         self._window, self._window_steps = labels, state["steps"]
         if state["routers"] is not None:
-            sums = torch.tensor(state["routers"], dtype=torch.float32, device=process.device)
+            sums = torch.tensor(state["routers"], dtype=torch.float64, device=process.device)
             self._tally.sums = sums if process.is_first else torch.zeros_like(sums)
 
     def is_due(self, step: int, last: bool) -> bool:

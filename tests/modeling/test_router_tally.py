@@ -65,6 +65,18 @@ def test_both_choices_of_a_token_count() -> None:
     assert_close(float(found.mean_probability.sum()), 1.0, rtol=1e-6, atol=0)
 
 
+def test_millions_of_tokens_are_summed_as_exactly_as_few() -> None:
+    count = 500_000
+    one = stats_of([0] * count, [True] * count, [[0.98, 0.02]] * count)
+    tally = RouterTally(groups=1)
+    for _ in range(4):
+        tally.add([one], torch.zeros(count, dtype=torch.long))
+    assert tally.sums is not None
+    found = RouterSummary.of(tally.sums)
+    assert float(found.tokens) == 4 * count
+    assert_close(found.mean_probability[0, 0], torch.tensor([0.98, 0.02], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
 def test_each_place_has_one_kind() -> None:
     ids = torch.tensor([[1, IMAGE_PLACEHOLDER, 5, REGION_PLACEHOLDER, 6, SEG, 2], [1, 5, SEG, 7, 2, 0, 0]])
     labels = torch.full_like(ids, IGNORE_INDEX)
