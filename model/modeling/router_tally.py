@@ -76,7 +76,7 @@ class RouterSummary:
     @classmethod
     def of(cls, sums: Tensor) -> RouterSummary:
         """Of the ``sums`` of a tally, or of several tallies added up."""
-        sums = sums.double().cpu()[:, :-1]
+        sums = sums.to("cpu", torch.float64, copy=True)[:, :-1]
         experts = (sums.shape[-1] - _ALONE) // _PER_EXPERT
         choices, kept, probability, entropy, tokens = sums.split([experts, experts, experts, 1, 1], dim=-1)
         return cls(choices, kept, probability, entropy[..., 0], tokens[..., 0])

@@ -39,11 +39,10 @@ class Process:
             distributed.barrier()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over all ranks, float64 on the CPU."""
-        if self.world_size == 1:
-            return values.double().cpu()
-        total = values.double().to(self.device)
-        distributed.all_reduce(total)
+        """Sum of a tensor over all ranks, float64 on the CPU; a tensor of its own, and ``values`` stay as they are."""
+        total = values.detach().to(self.device if self.world_size > 1 else "cpu", torch.float64, copy=True)
+        if self.world_size > 1:
+            distributed.all_reduce(total)
         return total.cpu()
 
     def from_first(self, value: float) -> float:

@@ -73,6 +73,7 @@ def test_millions_of_tokens_are_summed_as_exactly_as_few() -> None:
         tally.add([one], torch.zeros(count, dtype=torch.long))
     assert tally.sums is not None
     found = RouterSummary.of(tally.sums)
+    tally.clear()
     assert float(found.tokens) == 4 * count
     assert_close(found.mean_probability[0, 0], torch.tensor([0.98, 0.02], dtype=torch.float64), rtol=1e-6, atol=0)
 
