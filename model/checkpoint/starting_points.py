@@ -56,7 +56,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise MedPLIBError(f"{directory} is no directory; give the directory of a checkpoint")
     if not path.is_file():
-        raise MedPLIBError(f"{directory} holds no config.json; give the directory of a checkpoint")
+        raise MedPLIBError(f"{directory} holds no config.json; {_instead_of(directory)}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -64,6 +64,15 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise MedPLIBError(f"{path} holds a {type(settings).__name__}; expected a mapping")
     return settings
+
+
+def _instead_of(directory: Path) -> str:
+    """What to give instead of a directory that is no checkpoint, or none that can be loaded."""
+    if (directory / "merged" / "config.json").is_file():
+        return f"it is a run folder, so give {directory / 'merged'}"
+    if (directory / "trainable.safetensors").is_file() or (directory / "checkpoints").is_dir():
+        return f"it is what a run saved on the way, so make a model of it first: medplib export {directory} DIR"
+    return "give the directory of a checkpoint"
 
 
 def read_clip_config(directory: Path) -> CLIPVisionConfig:

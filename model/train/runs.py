@@ -176,7 +176,9 @@ def list_text(runs: Sequence[Run]) -> str:
 
 def _line(run: Run) -> tuple[str, ...]:
     step, total = run.last.get("step", run.record.get("step", 0)), run.record.get("total_steps", "?")
-    scores = [f"{name} {value:.3f}" for name, value in run.best.items()]
+    dice = [name for name in run.best if name.startswith("dice@")][-1:]
+    # A line has room for a score of each kind of answer; compare shows all.
+    scores = [f"{name} {run.best[name]:.3f}" for name in ("ce", *dice, "closed", "open", "region") if name in run.best]
     attempts = run.record.get("attempts") or [{}]
     started = str(attempts[0].get("started", "")) if isinstance(attempts[0], dict) else ""
     return (
@@ -185,7 +187,7 @@ def _line(run: Run) -> tuple[str, ...]:
         run.status,
         f"{step}/{total}",
         _number(run.last.get("loss")),
-        " ".join(scores[:4]) or "-",
+        " ".join(scores) or "-",
         started[:16].replace("T", " ") or "-",
         _time(run.seconds),
         run.commit or "-",

@@ -10,6 +10,7 @@ import torch
 from model.checkpoint import export_published, lay_over, load, save, upcycle
 from model.checkpoint.assembling import resize_vocabulary
 from model.checkpoint.building import fresh_parts
+from model.checkpoint.starting_points import read_settings
 from model.errors import MedPLIBError
 from model.modeling.configuration import MoEConfig, ProjectorConfig
 
@@ -127,3 +128,15 @@ def test_projector_of_a_whole_checkpoint_is_laid_over(make, tmp_path: Path) -> N
     save(aligned, processor, tmp_path / "stage1")
     lay_over(model, projector=tmp_path / "stage1")
     assert model.model.projector.layers[0].weight.eq(0.25).all()
+
+
+def test_a_run_folder_that_is_no_checkpoint_says_what_is(tmp_path: Path) -> None:
+    with pytest.raises(MedPLIBError, match="give the directory of a checkpoint"):
+        read_settings(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(MedPLIBError, match="medplib export"):
+        read_settings(tmp_path)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    with pytest.raises(MedPLIBError, match=r"run folder, so give .*merged"):
+        read_settings(tmp_path)

@@ -46,6 +46,7 @@ def test_runs_are_listed_and_compared(folder: Path, capsys: pytest.CaptureFixtur
     status = {Path(line.split()[0]).name: line for line in lines[1:6]}
     assert set(status) == {"a", "b", "failed", "killed", "broken"}
     assert "finished" in status["a"] and "2/2" in status["a"] and "ce " in status["a"]
+    assert "closed " in status["a"] and "false_masks" not in status["a"]
     assert "failed" in status["failed"] and "killed" in status["killed"] and "4/?" in status["broken"]
     assert any("not finite in too many steps" in line for line in lines[6:])
     assert any("run.json is damaged, recipe.yaml is damaged" in line for line in lines[6:])
