@@ -56,7 +56,7 @@ class Meters:
         self._tally = RouterTally(len(self.tasks) * len(POSITION_KINDS))
         config: Any = network.config
         self._layers, self._seg_token_id = list(config.moe.layers), config.seg_token_id
-        self._hook = network.register_forward_hook(self._watch, with_kwargs=True)
+        network.register_forward_hook(self._watch, with_kwargs=True)
 
     def expect(self) -> None:
         """Tell that the network sees the sampler's next batch; call it before ``sampler.advance()``."""
@@ -65,10 +65,6 @@ class Meters:
             self._order = iter(self.sampler)
             rows = next(self._order)
         self._coming.append(rows)
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._hook.remove()
 
     # --- while the network runs ---------------------------------------------------------------------------------------
 
