@@ -25,6 +25,9 @@ train_stage() {
   }
   processes=${NPROC:-${NUM_GPUS:-$gpus}}
   nodes=${NNODES:-1}
+  case $processes in
+    '' | *[!0-9]*) echo "NPROC or NUM_GPUS is '$processes'; expected a whole number" >&2; return 2 ;;
+  esac
   case " $* " in
     *" --check "*) processes=1 nodes=1 ;;
   esac
