@@ -199,11 +199,13 @@ class Terminal:
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.seen, re.DOTALL)):
             ready, _, _ = select.select([self.near], [], [], max(0, end - time.monotonic()))
-            assert ready, f"{pattern!r} did not come; last seen: {self.seen[-800:]!r}"
+            assert ready, f"{pattern!r} did not come; saw {self.seen[:300]!r} … {self.seen[-300:]!r}"
             try:
                 self.seen += os.read(self.near, 65536).decode(errors="replace")
             except OSError:  # the program is gone
-                raise AssertionError(f"ended before {pattern!r}; last seen: {self.seen[-800:]!r}") from None
+                raise AssertionError(
+                    f"ended before {pattern!r}; seen: {self.seen[:400]!r} … {self.seen[-400:]!r}"
+                ) from None
         self.seen = self.seen[match.end() :]
 
 
