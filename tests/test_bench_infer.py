@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,21 +12,14 @@ import pytest
 import yaml
 
 from model.errors import MedPLIBError
+from tests.bench_scripts import bench_script
 from tests.tiny import tiny_config
-
-BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
 
 @pytest.fixture(scope="module")
 def infer() -> Iterator[ModuleType]:
-    """The script, with its neighbours to import from as when it is run; their plain names are gone afterwards."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module("infer")
-    sys.path.remove(str(BENCH))
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
+    with bench_script("infer") as script:
+        yield script
 
 
 def tables(report: str) -> dict[str, list[list[str]]]:

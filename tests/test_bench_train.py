@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +10,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from tests.bench_scripts import bench_script
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,14 +20,8 @@ RECIPE = str(ROOT / "configs" / "stages" / "stage2_nano.yaml")
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[ModuleType]:
-    """The script, with its neighbours to import from as when it is run; their plain names are gone afterwards."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module("train")
-    sys.path.remove(str(BENCH))
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
+    with bench_script("train") as script:
+        yield script
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from arguments import positive
 from limits import Clock, Hardware
 from random_network import Script, make_network
 from sections import Sections
@@ -92,13 +93,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sections", nargs="+", choices=tuple(TITLES), default=tuple(TITLES), metavar="SECTION")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="DIR")
     return parser
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too few; give at least 1")
-    return value
 
 
 def read_engine_options(options: argparse.Namespace) -> dict[str, Any]:

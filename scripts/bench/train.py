@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from arguments import positive
 from mix import SAMPLE, count_padding, write_records
 from tables import number, table
 from training_arms import ARMS, Measured, run_arm
@@ -73,13 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="of the report; the recipe's when absent")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="DIR")
     return parser
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too few; give at least 1")
-    return value
 
 
 def read_recipe(options: argparse.Namespace, folder: Path, device: torch.device) -> Recipe:
