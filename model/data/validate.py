@@ -69,8 +69,8 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
-        """No problem but warnings: a repaired record is still one to mend."""
-        return all(problem.severity == "warning" for problem in self.problems)
+        """Some record, and no problem but warnings: a repaired record is still one to mend."""
+        return self.total > 0 and all(problem.severity == "warning" for problem in self.problems)
 
     @property
     def bad_records(self) -> tuple[int, ...]:

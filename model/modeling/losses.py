@@ -60,11 +60,6 @@ def causal_ce(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor
     return TokenLosses(values.sum() / max(len(logits), 1), values.detach(), rows)
 
 
-def causal_ce_loss(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean cross-entropy over supervised tokens; arguments as in ``causal_ce``."""
-    return causal_ce(hidden, labels, lm_head).mean
-
-
 def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor], iou_predictions: Tensor) -> dict[str, Tensor]:
     """All four mask losses, each averaged over the masks of the batch, unweighted; see ``each_mask_loss``."""
     return mean_mask_losses(each_mask_loss(logits, targets, iou_predictions), iou_predictions)

@@ -114,3 +114,8 @@ def test_what_is_no_data_file_is_refused(folder: Any) -> None:
     (folder.root / "bad.json").write_text('[{"a": 1},]')
     with pytest.raises(MedPLIBError, match="comma"):
         check_file(folder.root / "bad.json", folder.root)
+
+
+def test_a_file_without_records_is_not_sound(folder: Any) -> None:
+    report = check_file(folder.write_records([]), folder.root)
+    assert not report.ok and "0 records" in report.format()

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from model.modeling.configuration import IGNORE_INDEX
-from model.modeling.losses import causal_ce_loss, mask_dice_loss, mask_focal_loss, mask_iou_loss, mask_losses
+from model.modeling.losses import causal_ce, mask_dice_loss, mask_focal_loss, mask_iou_loss, mask_losses
 
 SQUARE = torch.zeros(8, 8)
 SQUARE[2:6, 2:6] = 1
@@ -24,7 +24,7 @@ def test_ce_equals_the_plain_shifted_cross_entropy() -> None:
     want = functional.cross_entropy(
         head(hidden)[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), ignore_index=IGNORE_INDEX
     )
-    assert_close(causal_ce_loss(hidden, labels, head), want)
+    assert_close(causal_ce(hidden, labels, head).mean, want)
 
 
 def test_ce_computes_logits_at_supervised_positions_alone() -> None:
@@ -36,13 +36,13 @@ def test_ce_computes_logits_at_supervised_positions_alone() -> None:
 
     labels = torch.full((2, 9), IGNORE_INDEX)
     labels[0, 4:7] = 1
-    causal_ce_loss(torch.randn(2, 9, 4), labels, head)
+    causal_ce(torch.randn(2, 9, 4), labels, head)
     assert rows == [3]
 
 
 def test_ce_without_supervision_is_zero_and_attached() -> None:
     head, hidden = nn.Linear(4, 11), torch.randn(2, 5, 4, requires_grad=True)
-    loss = causal_ce_loss(hidden, torch.full((2, 5), IGNORE_INDEX), head)
+    loss = causal_ce(hidden, torch.full((2, 5), IGNORE_INDEX), head).mean
     loss.backward()
     assert float(loss.detach()) == 0
     assert hidden.grad is not None and not hidden.grad.any()
