@@ -214,6 +214,7 @@ def huge() -> bytes:
     return stream.getvalue()
 
 
+@pytest.mark.usefixtures("both")
 def test_a_huge_picture_is_refused_before_it_is_decoded(stack: Stack, huge: bytes) -> None:
     before = [psutil.Process(worker.pid).memory_info().rss for worker in stack.children[1:]]
 
