@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from claim_picture import dot_plot
 from nano_report import blind_scores, read_records
 
+START: Mapping[str, str] = {"align": "start: stage I, no further step"}
 ARMS: Mapping[str, str] = {
     "vqa_expert": "a: stage II expert",
     "grounding_expert": "b: stage III expert",
@@ -22,6 +24,7 @@ ABLATIONS: Mapping[str, str] = {
     "capacity_2.0": "d, capacity 2.0",
     "no_aux": "d, aux loss 0",
 }
+ROWS: Mapping[str, str] = {**START, **ARMS, **ABLATIONS}
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "VQA": ("modality", "presence", "side", "relation", "list", "place", "finding"),
     "region": ("region_name", "region_check", "region_side"),
@@ -37,9 +40,8 @@ Scores = Mapping[str, float]
 
 
 def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -> str:
-    """Read every arm's report, write ``table.md`` and ``table.json`` into ``claim`` and return the Markdown."""
-    arms = {**ARMS, **ABLATIONS}
-    found = {name: [read_scores(claim / f"seed{seed}" / name / "report.json") for seed in seeds] for name in arms}
+    """Read every arm's report, write table.md, table.json and claim.svg into ``claim`` and return the Markdown."""
+    found = {name: [read_scores(claim / f"seed{seed}" / name / "report.json") for seed in seeds] for name in ROWS}
     test, train = phantoms / "test", phantoms / "train"
     images = json.loads((claim / f"seed{seeds[0]}" / "mixture" / "report.json").read_text())["images"]
     asked = _of_first_images(read_records(test), images)
@@ -48,6 +50,7 @@ def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -
     (claim / "table.md").write_text(text, encoding="utf-8")
     plain = {"steps": steps, "seeds": list(seeds), "images": images, "blind": blind, "arms": found}
     (claim / "table.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    (claim / "claim.svg").write_text(dot_plot({title: found[name] for name, title in ROWS.items()}), encoding="utf-8")
     return text
 
 
@@ -71,7 +74,7 @@ def markdown(found: Mapping[str, Sequence[Scores]], blind: Scores, steps: int) -
     """Means over seeds with their standard deviations, one arm a row."""
     lines = [f"| arm ({3 * steps} steps each) | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines.append(f"| blind | {' | '.join(f'{blind[column]:.3f}' for column in COLUMNS)} |")
-    for name, title in {**ARMS, **ABLATIONS}.items():
+    for name, title in ROWS.items():
         cells = [spread([scores[column] for scores in found[name]]) for column in COLUMNS]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

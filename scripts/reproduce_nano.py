@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from claim_table import ABLATIONS, ARMS, write_table
+from claim_table import ROWS, write_table
 
 ALIGNMENT_STEPS = 40
 SHARES = "data.shares=[0.35, 0.2, 0.45]"  # questions about images, about regions, grounding
@@ -89,7 +89,7 @@ class Plan:
         for name, routing in ROUTINGS.items():
             sources = (f"model.base={vqa}", f"model.grounding={grounding}")
             yield self._stage(4, name, seed, steps, *sources, SHARES, *routing, after="grounding")
-        for name in (*ARMS, *ABLATIONS):
+        for name in ROWS:
             yield self._measure(name, seed)
 
     def _expert(self, name: str, seed: int, steps: int, align: str) -> Job:
