@@ -1,13 +1,16 @@
 """Run by every rank: several training runs, one after another, in processes that are started once.
 
 Arguments: recipe files. One with ``+`` before it was run already; it loses its newest checkpoint and is resumed, its
-first result being kept as ``first/`` and ``first.jsonl``.
+first result being kept as ``first/`` and ``first.jsonl``. One with ``!`` is killed while it saves step 2.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
+from pathlib import Path
 
 from torch import distributed
 
@@ -19,11 +22,13 @@ from model.train.process import leave
 
 def main() -> None:
     for argument in sys.argv[1:]:
-        recipe, resume = load_recipe(argument.removeprefix("+")), argument.startswith("+")
+        recipe, resume = load_recipe(argument.lstrip("+!")), argument.startswith("+")
         if resume:
             forget_the_end(recipe)
         trainer = Trainer(recipe)
         trainer.set_up(resume=resume)
+        if argument.startswith("!"):
+            die_in_saving(trainer, step=2)
         trainer.train()
         assert trainer.journal is not None
         trainer.journal.close()  # the ranks stay together for the next run
@@ -37,6 +42,18 @@ def forget_the_end(recipe: Recipe) -> None:
         shutil.copy(recipe.folder / "metrics.jsonl", recipe.folder / "first.jsonl")
         shutil.rmtree(list_checkpoints(recipe.folder)[-1])
     distributed.barrier()
+
+
+def die_in_saving(trainer: Trainer, step: int) -> None:
+    """Kill this rank without a word when its engine has written its part of a checkpoint, which lacks the rest."""
+    save = trainer.engine.save
+
+    def save_and_die(folder: Path) -> None:
+        save(folder)
+        if trainer.step_number == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.engine.save = save_and_die  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
