@@ -34,6 +34,14 @@ class Encoder(Protocol):
     def encode(self, turns: Sequence[Turn], images: Sequence[np.ndarray], *args: Any, **options: Any) -> Any: ...
 
 
+class UnusableRecords(MedPLIBError):
+    """A data file with records that cannot be used; ``usable`` are the numbers and facts of the others."""
+
+    def __init__(self, told: str, usable: list[tuple[int, RecordFacts]]) -> None:
+        super().__init__(told)
+        self.usable = usable
+
+
 @dataclass(frozen=True)
 class LoadedSample:
     """A sample with its pixels.
@@ -208,7 +216,8 @@ def usable_records(
         All records, the numbers and facts of the usable ones, and every problem.
 
     Raises:
-        MedPLIBError: the file is unreadable, has unusable records (``refuse``), or has no usable one.
+        MedPLIBError: the file is unreadable, has unusable records (``refuse``: ``UnusableRecords``), or has no usable
+            one.
     """
     if on_bad_record not in ("refuse", "skip"):
         raise MedPLIBError(f"on_bad_record is {on_bad_record!r}; expected refuse or skip")
@@ -223,7 +232,7 @@ def usable_records(
             usable.append((number, facts))
     bad = len(records) - len(usable)
     if bad and on_bad_record == "refuse":
-        raise MedPLIBError(_refusal(records, bad, problems))
+        raise UnusableRecords(_refusal(records, bad, problems), usable)
     if bad:
         logger.warning("%s: %d of %d records are unusable and skipped", path, bad, len(records))
     if not usable:

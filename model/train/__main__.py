@@ -7,8 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from model.errors import MedPLIBError
+
+if TYPE_CHECKING:
+    from model.train.recipe import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,16 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from model.train import load_recipe, run
-    from model.train.readiness import start_problems
+    from model.train.readiness import record_problems, start_problems
     from model.train.signals import RunStopped
 
-    recipe = load_recipe(
-        options.recipe, options.overrides, also=lambda recipe: start_problems(recipe, resume=options.resume)
-    )
-    if options.check:
-        from model.train.datasets import check_data
+    def problems(recipe: Recipe) -> list[str]:
+        found = start_problems(recipe, resume=options.resume)
+        return found + (record_problems(recipe) if options.check else [])
 
-        check_data(recipe)
+    recipe = load_recipe(options.recipe, options.overrides, also=problems)
+    if options.check:
         return 0
     try:
         run(recipe, options.resume, options.allow_changed_data)

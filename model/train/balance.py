@@ -67,15 +67,45 @@ def draw_weights(dataset: MixedDataset, data: Data) -> np.ndarray | None:
     Raises:
         MedPLIBError: shares leave out a label that records have, name one that none has, or contradict each other.
     """
-    kinds = labels_of(dataset)
-    wanted: dict[str, dict[str, float]] = {}
-    for kind, shares in (("task", data.task_shares), ("modality", data.modality_shares)):
-        if shares:
-            wanted[kind] = whole_shares(kinds[kind], shares, f"data.{kind}_shares")
-    if not wanted:
+    if not data.task_shares and not data.modality_shares:
         return dataset.weights
+    return _weights_of(labels_of(dataset), data)
+
+
+def share_problems(kinds: Mapping[str, Sequence[str]], data: Data) -> list[str]:
+    """What ``draw_weights`` would refuse for records with these labels, a sentence each.
+
+    Args:
+        kinds: from ``labels_by_kind``.
+        data: its shares are well formed (``check_shares``).
+    """
+    problems = []
+    for kind, shares in _label_shares(data).items():
+        try:
+            whole_shares(kinds[kind], shares, f"data.{kind}_shares")
+        except MedPLIBError as error:
+            problems.append(str(error))
+    if not problems and _label_shares(data):
+        try:
+            _weights_of(kinds, data)
+        except MedPLIBError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _label_shares(data: Data) -> dict[str, Mapping[str, float]]:
+    """The shares that go by a record's own labels, where there are any."""
+    shares = {"task": data.task_shares, "modality": data.modality_shares}
+    return {kind: given for kind, given in shares.items() if given}
+
+
+def _weights_of(kinds: Mapping[str, Sequence[str]], data: Data) -> np.ndarray:
+    wanted = {
+        kind: whole_shares(kinds[kind], shares, f"data.{kind}_shares") for kind, shares in _label_shares(data).items()
+    }
     if data.shares:
-        wanted["file"] = {name: float(share) for name, share in zip(_files(dataset), data.shares, strict=True)}
+        files = dict.fromkeys(kinds["file"])
+        wanted["file"] = {name: float(share) for name, share in zip(files, data.shares, strict=True)}
     if len(wanted) == 1:
         ((kind, shares),) = wanted.items()
         return balanced_weights(kinds[kind], shares)
@@ -165,23 +195,25 @@ def _refuse_missed(
 
 def labels_of(dataset: MixedDataset) -> dict[str, list[str]]:
     """Labels of every record by kind: ``file``, ``task``, ``modality``."""
-    files = [name for name, part in zip(_files(dataset), dataset.datasets, strict=True) for _ in range(len(part))]
-    return {
-        "file": files,
-        "task": list(dataset.tasks),
-        "modality": [modality or UNKNOWN for modality in dataset.modalities],
-    }
+    files = [(str(part.path), len(part)) for part in dataset.datasets]
+    return labels_by_kind(files, dataset.tasks, dataset.modalities)
 
 
-def _files(dataset: MixedDataset) -> list[str]:
-    """The data files by path; one that is named twice gets a number."""
+def labels_by_kind(
+    files: Sequence[tuple[str, int]], tasks: Sequence[str], modalities: Sequence[str | None]
+) -> dict[str, list[str]]:
+    """What ``labels_of`` gives, of records that no data set holds.
+
+    Args:
+        files: path of each data file and how many records it has; one that is named twice gets a number.
+        tasks, modalities: of every record, file after file.
+    """
     seen: Counter[str] = Counter()
-    names = []
-    for part in dataset.datasets:
-        path = str(part.path)
+    names: list[str] = []
+    for path, records in files:
         seen[path] += 1
-        names.append(f"{path} ({seen[path]})" if seen[path] > 1 else path)
-    return names
+        names += [f"{path} ({seen[path]})" if seen[path] > 1 else path] * records
+    return {"file": names, "task": list(tasks), "modality": [modality or UNKNOWN for modality in modalities]}
 
 
 def draw_table(dataset: MixedDataset, weights: np.ndarray | None, draws: int) -> list[Draws]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from model.data.dataset import Encoder, MedPLIBDataset, MixedDataset, usable_records
+from model.data.dataset import Encoder, MedPLIBDataset, MixedDataset
 from model.data.lengths import sequence_length
 from model.data.progress import record_bar
 from model.errors import MedPLIBError
@@ -20,28 +20,15 @@ from model.train.recipe import Recipe
 _SHOWN_EVERY = 256  # records between two moves of a bar
 
 
-def check_data(recipe: Recipe) -> None:
-    """Refuse what ``open_dataset`` would refuse, without a network.
+def open_dataset(recipe: Recipe, processor: Encoder, *, training: bool, shown: bool = False) -> MixedDataset:
+    """The training files, or the validation files, as one data set; ``shown`` draws a bar while they are checked.
 
     Raises:
         MedPLIBError: a file is unreadable, has unusable records and the recipe does not skip them, or asks about
             regions where the template writes no questions.
     """
-    for training in (True, False):
-        for path, images in _files(recipe, training=training):
-            with record_bar(f"checking {path}", shown=recipe.logging.progress) as progress:
-                _, facts, _ = usable_records(path, images, recipe.data.on_bad_record, progress)
-            _check_template(recipe, path, [fact.task for _, fact in facts])
-
-
-def open_dataset(recipe: Recipe, processor: Encoder, *, training: bool, shown: bool = False) -> MixedDataset:
-    """The training files, or the validation files, as one data set; ``shown`` draws a bar while they are checked.
-
-    Raises:
-        MedPLIBError: as ``check_data``.
-    """
     datasets = []
-    for path, images in _files(recipe, training=training):
+    for path, images in data_files(recipe, training=training):
         with record_bar(f"checking {path}", shown=shown) as progress:
             dataset = MedPLIBDataset(
                 path,
@@ -52,7 +39,7 @@ def open_dataset(recipe: Recipe, processor: Encoder, *, training: bool, shown: b
                 seed=recipe.seed,
                 progress=progress,
             )
-        _check_template(recipe, path, dataset.tasks)
+        check_template(recipe, path, dataset.tasks)
         datasets.append(dataset)
     return MixedDataset(datasets, (recipe.data.shares or None) if training else None)
 
@@ -78,8 +65,12 @@ def item_lengths(
     return process.sum(torch.from_numpy(lengths)).numpy().astype(np.int64)
 
 
-def _check_template(recipe: Recipe, path: str, tasks: Sequence[str]) -> None:
-    """Refuse, before the first step, records that the recipe's template cannot write."""
+def check_template(recipe: Recipe, path: str, tasks: Sequence[str]) -> None:
+    """Refuse, before the first step, records that the recipe's template cannot write.
+
+    Raises:
+        MedPLIBError: naming the file.
+    """
     regions = sum(task == "region" for task in tasks)
     if regions and not TEMPLATES[recipe.data.template].chat:
         raise MedPLIBError(
@@ -88,7 +79,7 @@ def _check_template(recipe: Recipe, path: str, tasks: Sequence[str]) -> None:
         )
 
 
-def _files(recipe: Recipe, *, training: bool) -> list[tuple[str, str]]:
+def data_files(recipe: Recipe, *, training: bool) -> list[tuple[str, str]]:
     """Record files, each with the folder of its images."""
     data = recipe.data
     if training:

@@ -1,10 +1,22 @@
-"""What keeps a well-formed recipe from starting here: paths, the run folder, DeepSpeed's file; all told at once."""
+"""What keeps a well-formed recipe from starting here: paths, the run folder, DeepSpeed's file, and the records where
+they are asked about; all told at once.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model.data.dataset import UnusableRecords, usable_records
+from model.data.progress import record_bar
+from model.data.validate import RecordFacts
 from model.errors import MedPLIBError
+from model.train.balance import labels_by_kind, share_problems
+from model.train.datasets import check_template, data_files
 from model.train.engine import deepspeed_config
-from model.train.recipe import Recipe
+from model.train.recipe import Data, Recipe
+from model.train.recipe_checks import check_values
 from model.train.recipe_io import told_together
 from model.train.run_folder import check_run_folder
 from model.train.starting import path_problems
@@ -35,3 +47,50 @@ def check_start(recipe: Recipe, *, resume: bool) -> None:
     problems = start_problems(recipe, resume=resume)
     if problems:
         raise MedPLIBError(f"stage {recipe.stage} cannot start: it has {told_together(problems)}")
+
+
+def record_problems(recipe: Recipe) -> list[str]:
+    """Everything that training would refuse about the records themselves, without a network, a sentence each.
+
+    A path that does not exist is left to ``start_problems``. Shares are tried against the records where every training
+    file has some that can be used.
+    """
+    problems: list[str] = []
+    found = [_checked(recipe, path, images, problems) for path, images in data_files(recipe, training=True)]
+    for path, images in data_files(recipe, training=False):
+        _checked(recipe, path, images, problems)
+    if found and all(found):
+        files = [(path, len(facts)) for path, facts in zip(recipe.data.train, found, strict=True)]
+        facts = [fact for part in found for fact in part]
+        kinds = labels_by_kind(files, [fact.task for fact in facts], [fact.modality for fact in facts])
+        problems += share_problems(kinds, _with_sound_shares(recipe))
+    return problems
+
+
+def _checked(recipe: Recipe, path: str, images: str, problems: list[str]) -> list[RecordFacts]:
+    """Facts of a file's usable records; what is wrong with it is added to ``problems``."""
+    if not path or not images or not Path(path).exists() or not Path(images).exists():
+        return []
+    try:
+        with record_bar(f"checking {path}", shown=recipe.logging.progress) as progress:
+            _, usable, _ = usable_records(path, images, recipe.data.on_bad_record, progress)
+    except UnusableRecords as error:
+        problems.append(str(error))
+        usable = error.usable
+    except MedPLIBError as error:
+        problems.append(str(error))
+        return []
+    facts = [fact for _, fact in usable]
+    try:
+        check_template(recipe, path, [fact.task for fact in facts])
+    except MedPLIBError as error:
+        problems.append(str(error))
+    return facts
+
+
+def _with_sound_shares(recipe: Recipe) -> Data:
+    """Without the shares that are wrong whatever the records are, which are told already."""
+    told = check_values(recipe)
+    empty: dict[str, Any] = {"shares": (), "task_shares": {}, "modality_shares": {}}
+    wrong = [name for name in empty if any(problem.startswith(f"data.{name}") for problem in told)]
+    return replace(recipe.data, **{name: empty[name] for name in wrong})
