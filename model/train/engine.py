@@ -148,12 +148,17 @@ class DeepSpeedEngine(TrainingEngine):
             from model.train.expert_parallel import share_experts
 
             share_experts(network, recipe.engine.expert_parallel)
+        config = deepspeed_config(recipe)
+        if recipe.engine.zero_stage == 3:
+            _share_out(network, config, process.device)
+        else:
+            network.to(process.device)
         self.engine, *_ = deepspeed.initialize(
-            model=network.to(process.device),
+            model=network,
             model_parameters=trainable_parameters(network),
             optimizer=(optimiser := make_optimiser(network, recipe, process)),
             lr_scheduler=lambda optimiser: LambdaLR(optimiser, factor),
-            config=deepspeed_config(recipe),
+            config=config,
             dist_init_required=False,
         )
         self._between = False  # a micro-batch was accumulated and DeepSpeed not yet told to step
@@ -225,6 +230,18 @@ def _keep_towers_in_step(network: nn.Module) -> None:
     for module in network.modules():
         if hasattr(module, "always_encode"):
             module.always_encode = True  # type: ignore[assignment]
+
+
+def _share_out(network: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Leave this rank its share of every weight, one weight at a time; buffers stay whole.
+
+    DeepSpeed by itself would first move the whole network, which ZeRO-3 is chosen for because it does not fit.
+    """
+    import deepspeed
+
+    deepspeed.zero.Init(module=network, config_dict_or_path=config)
+    for buffer in network.buffers():
+        buffer.data = buffer.to(device)
 
 
 def make_engine(network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> TrainingEngine:
