@@ -28,7 +28,7 @@ sleep 60 & wait
 """,
     # Two tasks on this machine; passes USR1 on to them.
     "srun": """#!/bin/bash
-while [ "${1#--}" != "$1" ]; do shift; done
+while [ "${1#--}" != "$1" ]; do echo "$1" >> flags; shift; done
 for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id SLURM_NTASKS=2 "$@" & tasks+=("$!"); done
 trap 'kill -USR1 "${tasks[@]}"' USR1
 for task in "${tasks[@]}"; do while kill -0 "$task" 2> /dev/null; do wait "$task" || true; done; done
@@ -72,8 +72,9 @@ def calls(place: Path) -> list[str]:
 
 
 def test_a_slurm_job_starts_a_process_per_task(place: Path) -> None:
-    job = begin(place, "scripts/cluster/stage.sbatch", "my.yaml", "seed=3")
+    job = begin(place, "scripts/cluster/stage.sbatch", "my.yaml", "seed=3", SLURM_CPUS_PER_TASK="8")
     assert job.wait(20) == 0, job.communicate()[0]
+    assert (place / "flags").read_text().split() == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
     check, *ranks = calls(place)
     assert check == "check -m model.train my.yaml seed=3 --resume --check"
     expected = "rank {0} of 2 on GPU {0} at gpu-01: -m model.train my.yaml seed=3 --resume"
