@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,14 +179,50 @@ def test_a_lost_file_is_made_again(tmp_path: Path, whole: Path) -> None:
     assert same(whole, tmp_path)
 
 
-def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
-    source = tmp_path / "source.json"
-    source.write_text("[]")
-    first = fingerprint([source])
-    source.write_text("[1]")
-    assert fingerprint([source]) != first
+def test_a_changed_source_is_noticed_and_a_copy_is_the_same(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "test").mkdir(parents=True)
+    files = [raw / "train.json", raw / "test/train.json"]
+    for file in files:
+        file.write_text("[1]")
+    first = fingerprint(files)
+    copy = Path(shutil.copytree(raw, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert fingerprint([copy / file.relative_to(raw) for file in files]) == first
+    assert set(first) == {"train.json", "test/train.json"}
+    files[1].write_text("[2]")  # as many bytes
+    assert fingerprint(files) != first
     with pytest.raises(MedPLIBError, match="cannot read"):
         fingerprint([tmp_path / "absent"])
+
+
+def moved(out: Path, images: str, prints: dict[str, str], pieces: int = 12, **execution: object) -> BuildReport:
+    build = Build(out, "squares", {"seed": 1, "images": images}, OUTPUTS, prints)
+    return run_build(build, PIECES[:pieces], square, {}, Execution(bar=False, **execution), unit="number")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_moved_source_goes_on_where_the_user_says_that_it_is_the_same(
+    tmp_path: Path, whole: Path, finished: bool
+) -> None:
+    moved(tmp_path, "/disk1/images", {"names.csv": "a"}, shard=None if finished else Shard(0, 2))
+    with pytest.raises(MedPLIBError, match=r"images = '/disk1/images' where this run has '/disk2.*--same-source"):
+        moved(tmp_path, "/disk2/images", {"names.csv": "a"})
+    with pytest.raises(MedPLIBError, match=r"the source names\.csv = 'a' where this run has 'b'"):
+        moved(tmp_path, "/disk1/images", {"names.csv": "b"})
+    with pytest.raises(MedPLIBError, match="12 pieces where this run has 11"):
+        moved(tmp_path, "/disk2/images", {"names.csv": "b"}, pieces=11, same_source=True)
+    report = moved(tmp_path, "/disk2/images", {"names.csv": "b"}, same_source=True)
+    assert report.did_nothing == finished and report.settings["images"] == "/disk2/images"
+    assert same(whole, tmp_path)
+    assert moved(tmp_path, "/disk2/images", {"names.csv": "b"}).did_nothing  # noted, so it is said once
+
+
+def test_a_build_of_a_version_that_went_by_times_is_told_as_such(tmp_path: Path, whole: Path) -> None:
+    moved(tmp_path, "/images", {"/raw/names.csv": "3 bytes, changed 1764086400000000000"}, shard=Shard(0, 2))
+    with pytest.raises(MedPLIBError, match=r"an older version noted by its time of change.*--same-source"):
+        moved(tmp_path, "/images", {"names.csv": "3 bytes, sha256 00"})
+    moved(tmp_path, "/images", {"names.csv": "3 bytes, sha256 00"}, same_source=True)
+    assert same(whole, tmp_path)
 
 
 def test_shards_are_named_by_hand_or_by_slurm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def build_sa_med2d(settings: SaMed2dSettings, execution: Execution, *, prepare: 
 
 def _index(settings: SaMed2dSettings, source: Source, execution: Execution) -> BuildReport:
     build = Build(settings.out, "sa-med2d-index", settings.plan.to_json(), (INDEX_OUTPUT,), source.prints)
-    done = finished_report(build)
+    done = finished_report(build, same_source=execution.same_source)
     if done:
         return replace(done, did_nothing=True)
     if execution.shard:

@@ -52,6 +52,7 @@ from tqdm import tqdm
 from model.data.builders.work_files import Output, Part, Tally, join_parts, read_json, write_json
 from model.data.builders.work_pool import in_processes
 from model.data.builders.work_report import BuildReport
+from model.data.builders.work_source import difference, fingerprint
 from model.errors import MedPLIBError
 
 __all__ = [
@@ -134,6 +135,7 @@ class Execution:
         workers: processes; 1 works in this one.
         shard: which of the pieces; all, and then joining, if None.
         overwrite: start anew, whatever is there.
+        same_source: the user says that a source that looks changed is what it was.
         bar: show a bar where there is a terminal.
     """
 
@@ -141,6 +143,7 @@ class Execution:
     shard: Shard | None = None
     overwrite: bool = False
     bar: bool = True
+    same_source: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ class Build:
     Attributes:
         out: folder of the results; made if absent.
         name: of the builder; several may share one folder.
-        settings: everything that changes the files, as plain JSON values; another run must have the same.
+        settings: everything that changes the files, as plain JSON values; another run must have the same. An absolute
+            path is the place of a source.
         source: what tells that the source changed, say ``fingerprint(files)``.
         outputs: the files; the function writes to them by name.
     """
@@ -174,24 +178,6 @@ class Build:
     @property
     def report_file(self) -> Path:
         return self.out / f"report_{self.name}.json"
-
-
-def fingerprint(files: Sequence[Path]) -> dict[str, str]:
-    """Sizes and times of change of source files: cheap for huge ones, and enough to notice another download.
-
-    Raises:
-        MedPLIBError: one of them does not exist.
-    """
-    prints = {}
-    for file in files:
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise MedPLIBError(
-                f"cannot read {file}: {error.strerror}; name the file or folder of the download"
-            ) from None
-        prints[str(file)] = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
-    return prints
 
 
 def run_build(
@@ -222,7 +208,7 @@ def run_build(
     try:
         build.folder.mkdir(parents=True, exist_ok=True)
         with _sole_use(build, shared=execution.shard is not None):
-            finished = None if execution.overwrite else finished_report(build)
+            finished = None if execution.overwrite else finished_report(build, same_source=execution.same_source)
             if finished and finished.pieces == len(pieces):
                 return finished
             _claim(build, len(pieces), execution)
@@ -263,13 +249,14 @@ def _sole_use(build: Build, *, shared: bool) -> Iterator[None]:
         yield
 
 
-def finished_report(build: Build) -> BuildReport | None:
+def finished_report(build: Build, *, same_source: bool = False) -> BuildReport | None:
     """What the same build told at its end; None where it did not end, or one of its files is gone or changed."""
     stored = read_json(build.folder / "done.json")
     if stored is None:
         return None
     report = BuildReport.from_json(stored)
-    if _identity(build, report.pieces) != read_json(build.folder / "settings.json"):
+    begun, identity = read_json(build.folder / "settings.json"), _identity(build, report.pieces)
+    if begun is None or difference(begun, identity, same_source=same_source):
         return None
     for name, facts in report.files.items():
         try:
@@ -277,7 +264,9 @@ def finished_report(build: Build) -> BuildReport | None:
                 return None
         except OSError:
             return None
-    report.did_nothing = True
+    if begun != identity:
+        write_json(build.folder / "settings.json", identity)
+    report.did_nothing, report.settings, report.out = True, dict(build.settings), str(build.out)
     return report
 
 
@@ -294,12 +283,11 @@ def _claim(build: Build, pieces: int, execution: Execution) -> None:
         for name in (read_json(build.folder / "done.json") or {"files": {}})["files"]:
             (build.out / name).unlink(missing_ok=True)
         (build.folder / "done.json").unlink(missing_ok=True)
-    elif stored is not None and stored != identity:
-        raise MedPLIBError(
-            f"{build.out} holds a {build.name} build with {_difference(stored, identity)}; repeat its settings, "
-            "name another --out, or start anew with --overwrite"
-        )
-    elif stored is None:
+    elif stored is not None:
+        told = difference(stored, identity, same_source=execution.same_source)
+        if told:
+            raise MedPLIBError(f"{build.out} holds a {build.name} build with {told}")
+    else:
         foreign = [output.name for output in build.outputs if (build.out / output.name).exists()]
         if foreign:
             raise MedPLIBError(
@@ -308,16 +296,6 @@ def _claim(build: Build, pieces: int, execution: Execution) -> None:
             )
     if stored != identity:
         write_json(place, identity)
-
-
-def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first thing that differs, in words."""
-    for group, word in (("settings", ""), ("source", "source ")):
-        old, new = stored.get(group, {}), wanted[group]
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
-                return f"{word}{key} = {old.get(key)!r} where this run has {new.get(key)!r}"
-    return f"{stored.get('pieces')} pieces where this run has {wanted['pieces']}"
 
 
 def _do_missing(

@@ -12,7 +12,7 @@ from model.errors import MedPLIBError
 
 
 def add_build_options(command: argparse.ArgumentParser) -> None:
-    """``--out``, ``--workers``, ``--shard`` and ``--overwrite``."""
+    """``--out``, ``--workers``, ``--shard``, ``--overwrite`` and ``--same-source``."""
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     command.add_argument("--workers", type=int, metavar="N", help="processes; as many as processors when absent")
     command.add_argument(
@@ -22,6 +22,11 @@ def add_build_options(command: argparse.ArgumentParser) -> None:
         "ends the build",
     )
     command.add_argument("--overwrite", action="store_true", help="start anew, whatever DIR holds")
+    command.add_argument(
+        "--same-source",
+        action="store_true",
+        help="go on although the source lies elsewhere or was copied: its data are what they were",
+    )
 
 
 def execution_of(options: argparse.Namespace) -> Execution:
@@ -34,7 +39,7 @@ def execution_of(options: argparse.Namespace) -> Execution:
     if workers < 1:
         raise MedPLIBError(f"--workers is {workers}; give at least 1")
     shard = Shard.parse(options.shard) if options.shard else None
-    return Execution(workers, shard, options.overwrite)
+    return Execution(workers, shard, options.overwrite, same_source=options.same_source)
 
 
 def tell(*reports: BuildReport) -> int:
