@@ -1,9 +1,10 @@
 """Train the paper's arms and ablations on phantoms, at equal budget and several seeds, and print one table.
 
-    python scripts/reproduce_nano.py --runs runs --seeds 0 1 2 --steps 100 --jobs 2
+    python scripts/reproduce_nano.py --runs runs --seeds 0 1 2 --steps 150 --jobs 2
 
-Every arm starts from the same pre-trained base and its own seed's stage I, and then takes three times ``--steps``
-optimiser steps in all:
+Every arm starts from the same network (``configs/nano/pretrain_claim.yaml``: it can tell modality and structures, and
+knows nothing of places, regions and masks) and its own seed's stage I, and then takes three times ``--steps`` optimiser
+steps in all:
 
 | arm | steps |
 |---|---|
@@ -13,7 +14,7 @@ optimiser steps in all:
 | d, mixture | 1 as stage II, 1 as stage III from there, 1 as stage IV, which up-cycles both into two experts |
 | e, mixture with a mixture projector | as d, the projector up-cycled too |
 
-Ablations repeat d's last third with other routing. ``scripts/reproduce_nano.sh`` makes the base and the data first.
+Ablations repeat d's last third with other routing. ``scripts/reproduce_nano.sh`` makes that start and the data first.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Plan:
 
     def jobs(self, seed: int) -> Iterator[Job]:
         """Training and measuring of one seed."""
-        base, steps = str(self.nano / "base"), self.steps
+        base, steps = str(self.claim / "start" / "base"), self.steps
         vqa, grounding = self._folder("vqa", seed), self._folder("grounding", seed)
         align = str(self._folder("align", seed))
         yield self._stage(1, "align", seed, ALIGNMENT_STEPS, "optimiser.lr=3e-4", f"model.base={base}")
@@ -99,7 +100,7 @@ class Plan:
     def _stage(self, stage: int, name: str, seed: int, steps: int, *values: str, after: str = "") -> Job:
         folder = self._folder(name, seed)
         common = ("schedule.batch_size=16", "schedule.epochs=20", "validation.samples=0", "logging.progress=false")
-        saving = ("saving.every=100000", "saving.keep=1")
+        saving = ("saving.every=100000", "saving.keep=1", f"data.feature_cache={self.claim / 'features'}")
         command = (sys.executable, "-m", "model.train", f"configs/stages/stage{stage}_nano.yaml", "--resume")
         command += (f"output={folder}", f"seed={seed}", f"schedule.max_steps={steps}", *common, *saving, *values)
         return Job(f"{name}_{seed}", command, folder / "merged" / "config.json", (f"{after}_{seed}",) if after else ())
@@ -117,10 +118,12 @@ class Plan:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="holds nano/base and nano/phantoms")
-    parser.add_argument("--out", type=Path, help="folder of this experiment (default RUNS/claim)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="holds nano/phantoms")
+    parser.add_argument(
+        "--out", type=Path, help="folder of this experiment, which holds start/base (default RUNS/claim)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="a third of each arm's budget")
+    parser.add_argument("--steps", type=int, default=150, help="a third of each arm's budget")
     parser.add_argument("--images", type=int, default=200, help="held-out images that are asked about")
     parser.add_argument("--jobs", type=int, default=2, help="jobs of one thread at a time")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")

@@ -2,7 +2,7 @@
 # MedPLIB-nano from an empty disk: phantoms, tokenizer, CLIP and SAM towers, language model, stages I to IV, its table.
 #   bash scripts/train_nano.sh
 #   MEDPLIB_RUNS   folder of everything that is made (default runs); what is already there is not made again
-#   NANO_UNTIL     base stops before stage I
+#   NANO_UNTIL     towers stops before the language model, base before stage I
 # Two CPU cores, at most two hours, 6 GB of memory and 5 GB of disk. Two jobs of one thread beat one of two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -51,6 +51,10 @@ phantoms validation 48 8000
 phantoms test 400 9000
 pretrain pool pool_held_out/questions.jsonl
 pretrain tokenizer tokenizer/tokenizer.model
+if [ "${NANO_UNTIL:-}" = towers ]; then
+  both "pretrain sam sam.safetensors" vision
+  exit 0
+fi
 both language_then_sam vision_then_seen
 pretrain base base/config.json
 [ "${NANO_UNTIL:-}" != base ] || exit 0

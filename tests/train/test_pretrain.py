@@ -17,6 +17,7 @@ from model.inference.generation import GenerationSettings
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.train.pretrain.curriculum import ALL_KINDS, Lessons, pool_regions
 from model.train.pretrain.language import AttentionGuide, run_packed
+from model.train.pretrain.packing import KINDS
 from model.train.pretrain.pool import ScenePool
 from model.train.pretrain.sam import soft_labels
 from model.train.pretrain.workshop import STEPS, Workshop
@@ -113,6 +114,35 @@ def test_steps_need_what_comes_before(workshop: Workshop, tmp_path: Path) -> Non
     (tmp_path / "tokenizer").symlink_to(workshop.out / "tokenizer")
     with pytest.raises(MedPLIBError, match="run the pre-training step 'seen' first"):
         empty.make("base")
+
+
+def test_only_the_kinds_that_are_wanted_are_taught(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = yaml.safe_load((workshop.out.parent / "pretrain.yaml").read_text(encoding="utf-8"))
+    few = {**SHORT, "kinds": ["modality", "presence"]}
+    settings |= {"language": few, "seen": few, "mask_head": {"steps": 0}}
+    config = tmp_path / "pretrain.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    for part in ("pool", "pool_held_out", "tokenizer", "vision.safetensors", "sam.safetensors"):
+        (tmp_path / part).symlink_to(workshop.out / part)
+    taught = []
+    for module in ("curriculum", "seen"):
+        monkeypatch.setattr(
+            f"model.train.pretrain.{module}.run_packed",
+            lambda model, batch, *rest: taught.append(batch) or run_packed(model, batch, *rest),
+        )
+    monkeypatch.setattr("model.train.pretrain.seen.score_seen", lambda *_: {})  # which asks everything
+    asked = Workshop(config, tmp_path)
+    for step in ("language", "seen", "base"):
+        asked.make(step)
+    assert {KINDS[int(kind)] for batch in taught for kind in batch.kinds} == {"modality", "presence"}
+    assert (tmp_path / "base" / "config.json").is_file()
+
+    settings["language"] = {**SHORT, "kinds": ["modalty"]}
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    with pytest.raises(MedPLIBError, match="no questions of kind modalty; give some of modality, "):
+        Workshop(config, tmp_path).make("language")
 
 
 def test_pool_opens_with_the_same_content(workshop: Workshop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.data.builders.phantom_questions import SPOKEN_NAMES
 from model.data.builders.phantom_scenes import CLASS_NAMES
+from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.modeling.region import region_means
 from model.processing.conversation import Turn
@@ -48,6 +50,7 @@ class LanguagePlan:
     lr: float = 2e-3
     guide: float = 1.0  # weight of the attention guide
     noise: float = 0.5  # of symbolic images, in standard deviations of the word embeddings
+    kinds: Sequence[str] = KINDS  # of questions that are asked
 
 
 class Lessons:
@@ -111,6 +114,17 @@ class Lessons:
 ALL_KINDS = frozenset(range(len(KINDS)))
 
 
+def numbers_of(kinds: Sequence[str]) -> frozenset[int]:
+    """Places in ``KINDS`` of kinds of questions.
+
+    Raises:
+        MedPLIBError: there is no such kind.
+    """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise MedPLIBError(f"there are no questions of kind {', '.join(unknown)}; give some of {', '.join(KINDS)}")
+    return frozenset(KINDS.index(kind) for kind in kinds)
+
+
 def pretrain_language(
     model: MedPLIBForCausalLM, lessons: Lessons, held_out: Lessons, plan: LanguagePlan, seed: int, log: Path | None
 ) -> SymbolicImages:
@@ -124,10 +138,11 @@ def pretrain_language(
     symbols = lessons.symbolic(model)
     guide = AttentionGuide(decoder)
     reader = StateReader(model.config.text_config.hidden_size, lessons.grid)
+    kinds = numbers_of(plan.kinds)
 
     def step(number: int) -> Losses:
         rows = rng.choice(len(lessons.pool), plan.batch_size, replace=False)
-        batch, weights = lessons.batch(rows, ALL_KINDS, plan.questions, rng)
+        batch, weights = lessons.batch(rows, kinds, plan.questions, rng)
         shares = lessons.shares[rows].float()
         tokens = symbols(shares, lessons.modalities[rows], plan.noise)
         done = run_packed(model, batch, tokens, pool_regions(batch, weights, tokens))

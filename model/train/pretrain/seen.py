@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.pretrain.curriculum import ALL_KINDS, Lessons, StateReader, pool_regions
+from model.train.pretrain.curriculum import ALL_KINDS, Lessons, StateReader, numbers_of, pool_regions
 from model.train.pretrain.language import AttentionGuide, KindScores, SymbolicImages, run_packed
 from model.train.pretrain.packing import KINDS, PackedBatch
 from model.train.pretrain.pool import ScenePool, clip_pictures
@@ -37,6 +38,7 @@ class SeenPlan:
     questions: int = 10  # most questions per scene
     lr: float = 1e-3
     guide: float = 0.5  # weight of the attention guide
+    kinds: Sequence[str] = KINDS  # of questions that are asked
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,11 @@ def train_seen(
     rng = np.random.default_rng(seed)
     guide = AttentionGuide(model.model.decoder)
     reader = StateReader(model.config.text_config.hidden_size, lessons.grid)
+    kinds = numbers_of(plan.kinds)
 
     def step(number: int) -> Losses:
         rows = rng.choice(len(lessons.pool), plan.batch_size, replace=False)
-        batch, weights = lessons.batch(rows, ALL_KINDS, plan.questions, rng)
+        batch, weights = lessons.batch(rows, kinds, plan.questions, rng)
         done = run_packed(model, batch, *_seen(model, batch, weights, features[rows].float()))
         shares = lessons.shares[rows].float()
         guided = plan.guide * guide.loss(batch, shares)
