@@ -13,6 +13,7 @@ from model.modeling.decoder import DecoderOutput, MedPLIBDecoder
 from model.modeling.in_context import MaskTokenEncoder, TokenCompressor
 from model.modeling.losses import causal_ce, each_mask_loss, mean_mask_losses
 from model.modeling.mask_head import MaskHead, restore_masks
+from model.modeling.moe import RouterStats
 from model.modeling.outputs import MaskOutput, MedPLIBOutput, RowLosses, SplicedInputs
 from model.modeling.projector import build_projector
 from model.modeling.region import RegionAdapter
@@ -77,13 +78,14 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         """SAM embeddings [N, C, s, s] of SAM inputs [N, 3, S, S]; they depend on the image alone, so cache them."""
         return self.model.sam.encode_image(sam_pixel_values)
 
-    def project_images(self, image_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Visual tokens [I, P, D] of CLIP features [I, P', Dv], and the projector's auxiliary loss."""
+    def project_images(self, image_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, RouterStats | None]:
+        """Visual tokens [I, P, D] of CLIP features [I, P', Dv], the projector's auxiliary loss, what its router did."""
         projected = self.model.projector(image_features)
         tokens = projected.features
         if self.config.in_context.token_compressor:
             tokens = self.model.token_compressor(tokens)  # [I, fewer P, D]
-        return tokens, tokens.new_zeros(()) if projected.aux_loss is None else projected.aux_loss
+        aux = tokens.new_zeros(()) if projected.aux_loss is None else projected.aux_loss
+        return tokens, aux, projected.router
 
     def splice(
         self,
@@ -118,9 +120,9 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         if image_features is None:
             size = self.config.vision_config.image_size
             image_features = self.encode_images(embed.weight.new_zeros(0, 3, size, size))  # [0, P, Dv]
-        aux = embed.weight.new_zeros(())
+        aux, stats = embed.weight.new_zeros(()), None
         if image_tokens is None:
-            image_tokens, aux = self.project_images(image_features)
+            image_tokens, aux, stats = self.project_images(image_features)
         masks = self._mask_tokens(example_masks, embed.weight)  # [K, Pm, D]
         visual = _visual_tokens(image_tokens, masks, visual_kinds)
         plan = plan_splice(input_ids, attention_mask, [len(tokens) for tokens in visual])
@@ -130,7 +132,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         embeds = splice_embeddings(plan, input_ids, text, visual, regions, padding)  # [B, L, D]
         # Empty sums tie every part in, used or not: all ranks of a distributed run must have the same graph.
         embeds = embeds + image_tokens[:0].sum() + masks[:0].sum()
-        return SplicedInputs(embeds, plan, aux)
+        return SplicedInputs(embeds, plan, aux, stats)
 
     def _mask_tokens(self, example_masks: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Tokens [K, Pm, D] of in-context masks [K, 1, H, W]; K is 0 without any."""
@@ -296,6 +298,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             last_hidden_state=hidden,
             past_key_values=decoded.past_key_values,
             router_stats=decoded.router_stats,
+            projector_stats=spliced.projector_stats,
             plan=plan,
         )
         if labels is None or return_logits:

@@ -42,6 +42,7 @@ class MedPLIBOutput(ModelOutput):
         mask_rows: long [M], the batch row of each mask.
         past_key_values: decoder cache.
         router_stats: per mixture layer, what its router did.
+        projector_stats: what the projector's router did with the tokens of images; None for a dense projector.
         plan: where the tokens of ``input_ids`` stand in the grown sequence; None in a decoding step.
         row_losses: the losses of single rows and masks, for whoever sorts them; None without labels.
     """
@@ -58,6 +59,7 @@ class MedPLIBOutput(ModelOutput):
     router_stats: tuple[RouterStats, ...] | None = None
     plan: SplicePlan | None = None
     row_losses: RowLosses | None = None
+    projector_stats: RouterStats | None = None
 
 
 @dataclass
@@ -77,8 +79,10 @@ class SplicedInputs:
         embeds: [B, L, D].
         plan: where each token went.
         projector_aux_loss: scalar; zero for a dense projector.
+        projector_stats: what its router did; None for a dense projector.
     """
 
     embeds: torch.Tensor
     plan: SplicePlan
     projector_aux_loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    projector_stats: RouterStats | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +100,11 @@ class RouterSummary:
         return self.choices / self.choices.sum(dim=-1, keepdim=True)
 
     @property
+    def takers(self) -> Tensor:
+        """Share of the tokens that chose each expert [layers, groups, experts]; sums to the choices of a token."""
+        return self.choices / self.tokens[..., None]
+
+    @property
     def dropped(self) -> Tensor:
         """Share of the choices that found their expert full [layers, groups]; NaN where no token was."""
         return 1 - self.kept.sum(dim=-1) / self.choices.sum(dim=-1)
@@ -111,6 +118,35 @@ class RouterSummary:
     def mean_entropy(self) -> Tensor:
         """Mean entropy of the router's probabilities [layers, groups], in nats: 0 sure, log of the experts unsure."""
         return self.entropy / self.tokens
+
+    def numbers(self, group: int, experts: Sequence[int], digits: int) -> dict[str, Any]:
+        """What a group's tokens did, in plain numbers by layer; None for one that no token gives.
+
+        Args:
+            group: which one.
+            experts: how many each layer has.
+            digits: to round to.
+        """
+
+        def by_expert(values: Tensor) -> list[list[float | None]]:
+            return [_plain(row[:own], digits) for row, own in zip(values[:, group], experts, strict=True)]
+
+        return {
+            "tokens": int(self.tokens[:, group].max()),
+            "load": by_expert(self.load),
+            "probability": by_expert(self.mean_probability),
+            "entropy": _plain(self.mean_entropy[:, group], digits),
+            "dropped": _plain(self.dropped[:, group], digits),
+        }
+
+    def numbers_of_one(self, group: int, experts: int, digits: int) -> dict[str, Any]:
+        """The same where there is one layer, without the lists by layer."""
+        numbers = self.numbers(group, [experts], digits)
+        return {name: value if name == "tokens" else value[0] for name, value in numbers.items()}
+
+
+def _plain(values: Tensor, digits: int) -> list[float | None]:
+    return [round(value, digits) if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _features(stats: RouterStats, experts: int) -> Tensor:

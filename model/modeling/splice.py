@@ -139,3 +139,20 @@ def position_kinds(plan: SplicePlan, input_ids: torch.Tensor, labels: torch.Tens
     rows, tokens = (plan.valid & (labels == seg_token_id)).nonzero(as_tuple=True)
     kinds[rows, plan.starts[rows, tokens] - 1] = seg
     return kinds
+
+
+def image_token_rows(
+    plan: SplicePlan, input_ids: torch.Tensor, tokens: int, visual_kinds: list[str] | None = None
+) -> torch.Tensor:
+    """The row of each token that the projector makes of images, long [tokens].
+
+    Args:
+        plan: where the tokens stand.
+        input_ids: long [B, T] with placeholders.
+        tokens: of all images together, each of which gives as many as the others.
+        visual_kinds: per image placeholder ``image`` or ``mask``, which no projector sees; all images when absent.
+    """
+    rows = ((input_ids == IMAGE_PLACEHOLDER) & plan.valid).nonzero(as_tuple=True)[0]
+    if visual_kinds is not None:
+        rows = rows[torch.tensor([kind == "image" for kind in visual_kinds], dtype=torch.bool, device=rows.device)]
+    return rows.repeat_interleave(tokens // max(len(rows), 1))

@@ -17,12 +17,13 @@ from model.data.sampling import ResumableSampler
 from model.modeling.losses import MASK_LOSSES
 from model.modeling.outputs import MedPLIBOutput
 from model.modeling.router_tally import RouterSummary, RouterTally
-from model.modeling.splice import POSITION_KINDS, position_kinds
+from model.modeling.splice import POSITION_KINDS, image_token_rows, position_kinds
 from model.train.balance import UNKNOWN
 from model.train.process import Process
 
 _COLUMNS = ("rows", "ce", "tokens", "masks", *MASK_LOSSES)
 _ROWS, _CE, _TOKENS, _MASKS = range(4)
+_DIGITS = 4  # of a share
 
 
 class Meters:
@@ -54,8 +55,8 @@ class Meters:
         self._window = torch.zeros(count, len(_COLUMNS), dtype=torch.float64)
         self._window_steps = 0
         self._tally = RouterTally(len(self.tasks) * len(POSITION_KINDS))
-        config: Any = network.config
-        self._layers, self._seg_token_id = list(config.moe.layers), config.seg_token_id
+        self._projector_tally = RouterTally(len(self.tasks))
+        self._config: Any = network.config
         network.register_forward_hook(self._watch, with_kwargs=True)
 
     def expect(self) -> None:
@@ -74,7 +75,7 @@ class Meters:
         labels = _moved(self._labels[:, self._coming.popleft()], output.row_losses.ce.device)  # [2, B]
         with torch.no_grad():
             self._add_losses(output, labels)
-            if self.every and output.router_stats:
+            if self.every:
                 self._add_routers(output, labels[0], named)
 
     def _add_losses(self, output: MedPLIBOutput, labels: Tensor) -> None:
@@ -89,10 +90,15 @@ class Meters:
             self._step.index_add_(0, own, per_row)
 
     def _add_routers(self, output: MedPLIBOutput, tasks: Tensor, named: Mapping[str, Any]) -> None:
-        assert output.plan is not None and output.router_stats is not None
-        kinds = position_kinds(output.plan, named["input_ids"], named["labels"], self._seg_token_id)  # [B, L]
-        groups = torch.where(kinds < 0, -1, tasks[:, None] * len(POSITION_KINDS) + kinds)
-        self._tally.add(output.router_stats, groups.flatten())
+        assert output.plan is not None
+        ids, stats = named["input_ids"], output.projector_stats
+        if output.router_stats:
+            kinds = position_kinds(output.plan, ids, named["labels"], self._config.seg_token_id)  # [B, L]
+            groups = torch.where(kinds < 0, -1, tasks[:, None] * len(POSITION_KINDS) + kinds)
+            self._tally.add(output.router_stats, groups.flatten())
+        if stats is not None:
+            rows = image_token_rows(output.plan, ids, len(stats.kept), named.get("visual_kinds"))
+            self._projector_tally.add([stats], tasks[rows])
 
     # --- once a step --------------------------------------------------------------------------------------------------
 
@@ -122,20 +128,44 @@ class Meters:
         """What routers did since the last row, for ``router.jsonl``; None where none is due. Called by every rank.
 
         ``load`` holds a share for each expert of each layer, ``dropped``, ``probability`` and ``entropy`` (nats) are
-        means; all by kind of position, and ``load`` by task too.
+        means; all by kind of position and by task. A mixture in the projector has an entry ``projector`` of its own.
         """
-        if not self.is_due(step, last) or self._tally.sums is None:
+        if not self.is_due(step, last):
             return None
-        steps, self._window_steps = self._window_steps, 0
-        summary = RouterSummary.of(process.sum(self._tally.sums))
-        self._tally.clear()
-        return {"step": step, "steps": steps, "layers": self._layers, **router_shares(summary, self.tasks)}
+        layers, projector = (_taken(tally, process) for tally in (self._tally, self._projector_tally))
+        if layers is None and projector is None:
+            return None
+        row = {"step": step, "steps": self._window_steps, "layers": list(self._config.moe.layers)}
+        self._window_steps = 0
+        row |= {"kinds": {}, "tasks": {}} if layers is None else self._layer_shares(layers)
+        if projector is not None and projector.tokens.any():
+            row["projector"] = self._projector_shares(projector)
+        return row
+
+    def _layer_shares(self, summary: RouterSummary) -> dict[str, Any]:
+        kinds, experts = len(POSITION_KINDS), self._config.moe.num_experts
+        tasks = range(len(self.tasks))
+        by_kind = summary.merged([[task * kinds + kind for task in tasks] for kind in range(kinds)])
+        by_task = summary.merged([[task * kinds + kind for kind in range(kinds)] for task in tasks])
+        return {
+            "kinds": _by_name(by_kind, POSITION_KINDS, experts),
+            "tasks": _by_name(by_task, self.tasks, experts),
+        }
+
+    def _projector_shares(self, summary: RouterSummary) -> dict[str, Any]:
+        experts = self._config.projector.num_experts
+        whole = summary.merged([range(len(self.tasks))]).numbers_of_one(0, experts, _DIGITS)
+        tasks = ((task, summary.numbers_of_one(group, experts, _DIGITS)) for group, task in enumerate(self.tasks))
+        return whole | {"tasks": {task: numbers for task, numbers in tasks if numbers["tokens"]}}
 
     def state_dict(self, process: Process) -> dict[str, Any]:
         """What has come together since the last rows, in plain numbers. Called by every rank."""
-        sums = self._tally.sums
-        routers = None if sums is None else process.sum(sums).tolist()
-        return {"steps": self._window_steps, "labels": self._window.tolist(), "routers": routers}
+        routers, projector = (
+            None if tally.sums is None else process.sum(tally.sums).tolist()
+            for tally in (self._tally, self._projector_tally)
+        )
+        labels = self._window.tolist()
+        return {"steps": self._window_steps, "labels": labels, "routers": routers, "projector": projector}
 
     def load_state_dict(self, state: Mapping[str, Any], process: Process) -> None:
         """Go on from ``state_dict``; sums of all ranks go on at the first. Of other labels, begin anew."""
@@ -143,43 +173,29 @@ class Meters:
         if labels.shape != self._window.shape:
             return
         self._window, self._window_steps = labels, state["steps"]
-        if state["routers"] is not None:
-            sums = torch.tensor(state["routers"], dtype=torch.float64, device=process.device)
-            self._tally.sums = sums if process.is_first else torch.zeros_like(sums)
+        for tally, name in ((self._tally, "routers"), (self._projector_tally, "projector")):
+            if state.get(name) is not None:
+                sums = torch.tensor(state[name], dtype=torch.float64, device=process.device)
+                tally.sums = sums if process.is_first else torch.zeros_like(sums)
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether a row of the coarse interval ends with this step."""
         return bool(self.every) and (last or step % self.every == 0)
 
 
-def router_shares(summary: RouterSummary, tasks: Sequence[str]) -> dict[str, Any]:
-    """A summary over groups task × kind as plain numbers: by kind, and by task; what has no token is absent."""
-    kinds = len(POSITION_KINDS)
-    by_kind = summary.merged([[task * kinds + kind for task in range(len(tasks))] for kind in range(kinds)])
-    by_task = summary.merged([[task * kinds + kind for kind in range(kinds)] for task in range(len(tasks))])
-    return {"kinds": _plain(by_kind, POSITION_KINDS), "tasks": _plain(by_task, tasks)}
+def _taken(tally: RouterTally, process: Process) -> RouterSummary | None:
+    """What a tally counted on all ranks, which begins anew; None before the first pass."""
+    if tally.sums is None:
+        return None
+    summary = RouterSummary.of(process.sum(tally.sums))
+    tally.clear()
+    return summary
 
 
-def _plain(summary: RouterSummary, names: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for group, name in enumerate(names):
-        tokens = int(summary.tokens[0, group])
-        if tokens:
-            found[name] = {
-                "tokens": tokens,
-                "load": _rounded(summary.load[:, group]),
-                "probability": _rounded(summary.mean_probability[:, group]),
-                "entropy": _rounded(summary.mean_entropy[:, group]),
-                "dropped": _rounded(summary.dropped[:, group]),
-            }
-    return found
-
-
-def _rounded(values: Tensor) -> list[Any]:
-    """Numbers with four digits; None in the place of one that is not finite."""
-    if values.dim() > 1:
-        return [_rounded(row) for row in values]
-    return [round(value, 4) if value == value else None for value in values.tolist()]
+def _by_name(summary: RouterSummary, names: Sequence[str], experts: Sequence[int]) -> dict[str, Any]:
+    """Each group in plain numbers, under its name; what has no token is absent."""
+    found = ((name, summary.numbers(group, experts, _DIGITS)) for group, name in enumerate(names))
+    return {name: numbers for name, numbers in found if numbers["tokens"]}
 
 
 def _means(names: Sequence[str], sums: Tensor, mask_losses: Sequence[str] = MASK_LOSSES) -> dict[str, Any]:

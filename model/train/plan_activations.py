@@ -186,7 +186,7 @@ class PassOnMeta:
     def _spliced(self, features: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, L, D] with images and regions in place, as ``splice`` builds them."""
         network, ids = self.network, batch["ids"]
-        tokens, aux = network.project_images(features)
+        tokens, aux, _ = network.project_images(features)
         regions = len(batch["regions"])
         region = network.model.region_adapter(features[_places(regions)], batch["regions"]) if regions else None
         text = network.get_input_embeddings()(ids.clamp(min=0))

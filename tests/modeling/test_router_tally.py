@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
 from model.modeling.moe import MoEFeedForward, RouterStats
 from model.modeling.router_tally import RouterSummary, RouterTally
-from model.modeling.splice import POSITION_KINDS, plan_splice, position_kinds
+from model.modeling.splice import POSITION_KINDS, image_token_rows, plan_splice, position_kinds
 from tests.tiny import tiny_model
 
 SEG = 9
@@ -90,6 +90,25 @@ def test_each_place_has_one_kind() -> None:
         ["text", "image", "image", "image", "text", "region", "seg", "text", "text"],
         ["text"] * 5 + [""] * 4,
     ]
+
+
+def test_each_token_of_the_projector_belongs_to_the_row_that_shows_its_image() -> None:
+    ids = torch.tensor([[1, IMAGE_PLACEHOLDER, 5, IMAGE_PLACEHOLDER], [1, 5, 7, 2], [IMAGE_PLACEHOLDER, 5, 6, 0]])
+    mask = torch.tensor([[1] * 4, [1] * 4, [1, 1, 1, 0]])
+    plan = plan_splice(ids, mask, [2, 2, 2])
+    assert image_token_rows(plan, ids, 9).tolist() == [0] * 6 + [2] * 3  # three tokens an image, made fewer behind it
+    assert image_token_rows(plan, ids, 6, ["image", "mask", "image"]).tolist() == [0] * 3 + [2] * 3
+    words = ids[1:2]
+    assert image_token_rows(plan_splice(words, mask[1:2], []), words, 0).tolist() == []
+
+
+def test_a_mixture_in_the_projector_tells_what_its_router_did_also_without_an_image() -> None:
+    model = tiny_model(projector={"type": "moe_mlp2x_gelu", "num_experts": 3, "top_k": 2})
+    ids = torch.tensor([[1, IMAGE_PLACEHOLDER, 5], [1, 5, 6]])
+    stats = model(input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28)).projector_stats
+    assert stats.kept.shape == (16, 3) and int(stats.choices.sum()) == 32
+    assert len(model(input_ids=ids[1:]).projector_stats.kept) == 0
+    assert tiny_model()(input_ids=ids[1:]).projector_stats is None
 
 
 def test_row_losses_add_up_to_the_loss() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from model.checkpoint import load
 from model.train import Recipe, recipe_from, run
+from model.train.stages import PUBLISHED
 
 _ALIKE: dict[str, Any] = {
     "lora": {"rank": 2, "dropout": 0.0, "targets": ["q", "up"]},
@@ -66,4 +67,6 @@ def _recipe(
     if stage == 4:
         chosen["model"]["grounding"] = chosen["model"]["base"]
         chosen["mixture"] = {"random_token_priority": False, "router_aux_loss_coef": 0.01, "num_experts": [4]}
+        chosen["mixture"] |= {"projector_experts": 2, "projector_router_aux_loss_coef": 0.01}
+        chosen["trainable"] = [*chosen.get("trainable", PUBLISHED[4]["trainable"]), "projector"]
     return recipe_from(chosen)

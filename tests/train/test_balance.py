@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -175,6 +176,8 @@ def test_recomputed_layers_are_counted_once_and_validation_not_at_all(values: An
                 data={"validation": [str(phantoms / "grounding.json")]},
                 schedule={"batch_size": 4, "max_steps": 3},
                 validation={"samples": 2, "every": 1},
+                mixture={"projector_experts": 2},
+                trainable=["router", "projector"],
                 engine={"gradient_checkpointing": checkpointing},
                 logging={"router_every": 2, "tensorboard": True},
             )
@@ -192,6 +195,21 @@ def test_recomputed_layers_are_counted_once_and_validation_not_at_all(values: An
     assert [row["kinds"]["image"]["tokens"] for row in found[True]] == [8 * 16, 4 * 16]
     assert found[True][0]["kinds"]["text"] == found[False][0]["kinds"]["text"]
     assert sum(task["tokens"] for task in first["tasks"].values()) == sum(k["tokens"] for k in first["kinds"].values())
+    assert [row["projector"] for row in found[True]] == [row["projector"] for row in found[False]]
+    for row in found[True]:  # here an image has as many tokens for the projector as places in the sequence
+        projector = row["projector"]
+        assert projector["tokens"] == row["kinds"]["image"]["tokens"]
+        assert projector["tokens"] == sum(task["tokens"] for task in projector["tasks"].values())
+        assert projector["load"] == pytest.approx(
+            np.average(
+                [task["load"] for task in projector["tasks"].values()],
+                axis=0,
+                weights=[task["tokens"] for task in projector["tasks"].values()],
+            ),
+            abs=2e-4,
+        )
+        assert sum(projector["probability"]) == pytest.approx(1, abs=2e-4)
+        assert 0 < projector["entropy"] <= math.log(2) + 1e-4 and projector["dropped"] == 0
     scores = metrics(recipe.folder, "validation.jsonl")[0]
     assert scores["ce/grounding"] == pytest.approx(scores["ce"], rel=1e-4)
     by_modality = [name for name in scores if name.startswith("dice@0.5/")]

@@ -46,7 +46,7 @@ def test_shared_experts_take_the_steps_of_whole_ones(values: Any, phantoms: Path
     whole, apart = (read_validation(recipe.folder) for recipe in (alone, zero1))
     assert apart == pytest.approx(whole, rel=1e-5)
     network, _ = load(zero1.merged)
-    assert sum(isinstance(module, MoEFeedForward) for module in network.modules()) == 4
+    assert sum(isinstance(module, MoEFeedForward) for module in network.model.decoder.modules()) == 4
     of_checkpoint, _ = network_of_run(list_checkpoints(zero1.folder)[-1])
     for name, value in network.state_dict().items():
         assert value.equal(of_checkpoint.state_dict()[name]), name
