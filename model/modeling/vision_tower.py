@@ -47,18 +47,19 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features [N, P, Dv] of CLIP inputs [N, 3, H, W]; N may be 0. A kept class token is one of the P."""
-        embeddings = self.clip.embeddings
-        if len(pixel_values) == 0 and (self._is_trainable() or self.always_encode):
-            # A tower in training stays in every rank's graph; CLIP's reshapes need a row, which is cut off again.
-            return self(pixel_values.new_zeros(1, *pixel_values.shape[1:]))[:0]
-        if len(pixel_values) == 0:
+        embeddings, count = self.clip.embeddings, len(pixel_values)
+        if count == 0 and (self._is_trainable() or self.always_encode):
+            # A tower in training stays in every rank's graph; CLIP's reshapes need a row, which is cut off again. The
+            # module is not called anew for it: with ZeRO-3 ranks must call the same modules equally often.
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+        elif count == 0:
             tokens = embeddings.num_patches + self.keeps_class_token
             return pixel_values.new_zeros(0, tokens, embeddings.embed_dim)
         with contextlib.nullcontext() if self._is_trainable() else torch.no_grad():
             hidden = self.clip.pre_layrnorm(embeddings(pixel_values.to(embeddings.patch_embedding.weight.dtype)))
             for layer in self.clip.encoder.layers[: self.layers_to_run]:
                 hidden = layer(hidden, attention_mask=None)  # [N, 1 + P, Dv]
-        return hidden if self.keeps_class_token else hidden[:, 1:]
+        return (hidden if self.keeps_class_token else hidden[:, 1:])[:count]
 
     def _is_trainable(self) -> bool:
         return any(parameter.requires_grad for parameter in self.clip.parameters())
