@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +124,18 @@ def remove_leftovers(run_folder: Path) -> None:
 def find_whole_checkpoint(run_folder: Path, process: Process) -> Path | None:
     """The newest checkpoint whose files are as they were written; damaged ones are put aside with a warning.
 
-    None where there is none. Called by every rank.
+    None where there is none. Rank 0 looks, and tells the others, whose file system may not show the same yet. Called by
+    every rank.
 
     Raises:
         MedPLIBError: there are checkpoints, but all are damaged.
     """
-    found = list_checkpoints(run_folder)
+    found = process.on_first(lambda: list_checkpoints(run_folder))
     damaged: list[Path] = []
     for folder in reversed(found):
         fault = _fault(folder, process)
         if not fault:
-            if process.is_first:
-                _put_aside(damaged)
-            process.barrier()
+            process.on_first(partial(_put_aside, damaged))
             return folder
         if process.is_first:
             logger.warning("%s is damaged (%s), so an older checkpoint is looked for", folder, fault)
@@ -157,13 +157,19 @@ def _put_aside(damaged: Sequence[Path]) -> None:
 def _fault(folder: Path, process: Process) -> str:
     """What is wrong with a checkpoint, the same on every rank; each rank reads its share of the files."""
     try:
-        files = read_manifest(folder)
-        read_progress(folder)
-    except (OSError, ValueError, KeyError, TypeError, MedPLIBError) as error:
-        own = str(error)
-    else:
-        own = damage(folder, dict(list(files.items())[process.rank :: process.world_size]))
+        files = process.on_first(partial(_files_to_check, folder))
+    except (OSError, MedPLIBError) as error:  # on every rank
+        return str(error)
+    own = damage(folder, dict(list(files.items())[process.rank :: process.world_size]))
     return next(filter(None, process.gather(own)), "")
+
+
+def _files_to_check(folder: Path) -> dict[str, dict[str, Any]]:
+    read_progress(folder)
+    try:
+        return read_manifest(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MedPLIBError(f"{folder / MANIFEST} is no list of files: {error}") from None
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -187,7 +193,8 @@ def load_checkpoint(engine: TrainingEngine, folder: Path) -> dict[str, Any]:
     Raises:
         MedPLIBError: it was written by another number of processes or another engine, or is damaged.
     """
-    process, progress = engine.process, read_progress(folder)
+    process = engine.process
+    progress = process.on_first(lambda: read_progress(folder))
     if progress["world_size"] != process.world_size:
         raise MedPLIBError(
             f"{folder} was written by {progress['world_size']} processes, this run has {process.world_size}; "

@@ -28,8 +28,7 @@ def check_room(recipe: Recipe, engine: TrainingEngine) -> None:
     """
     checkpoint, merged = expected_sizes(engine.network)
     place = next(path for path in (recipe.folder.absolute(), *recipe.folder.absolute().parents) if path.is_dir())
-    free = engine.process.from_first(float(shutil.disk_usage(place).free))
-    there = len(list_checkpoints(recipe.folder))
+    free, there = engine.process.on_first(lambda: (shutil.disk_usage(place).free, len(list_checkpoints(recipe.folder))))
     results = merged * (1 + recipe.saving.published)
     needed = checkpoint * max(1, recipe.saving.keep + 1 - there) + (0 if recipe.merged.is_dir() else results)
     if free < checkpoint:

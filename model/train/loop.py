@@ -134,9 +134,12 @@ class Trainer:
         if found is None:
             logger.info("no checkpoint to resume from in %s; starting anew", self.recipe.folder)
         elif not allow_changed_data:
-            saved: Fingerprint = read_progress(found).get("data", {})
-            check_unchanged(saved, self.dataset.datasets, self.recipe.folder)
+            self.process.on_first(lambda: self._check_data(found))
         return found
+
+    def _check_data(self, checkpoint: Path) -> None:
+        saved: Fingerprint = read_progress(checkpoint).get("data", {})
+        check_unchanged(saved, self.dataset.datasets, self.recipe.folder)
 
     def _take_up(self, checkpoint: Path) -> None:
         progress = load_checkpoint(self.engine, checkpoint)
@@ -153,15 +156,18 @@ class Trainer:
         """Make the run folder tell what goes on in it."""
         folder, process = self.recipe.folder, self.process
         with disk_faults(f"the run folder {folder}"):
-            if process.is_first:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.record = RunRecord(folder, self.recipe.stage)
-                save_recipe(self.recipe, folder)
-                save_marks(self.dataset.datasets, folder)
-                self.record.begin(process.world_size, self.step_number, self.total_steps, self.data)
+            process.on_first(self._open_record)
             self.journal = Journal(
                 folder, self.recipe.logging, self.total_steps, self.step_number, writes=process.is_first
             )
+
+    def _open_record(self) -> None:
+        folder = self.recipe.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.record = RunRecord(folder, self.recipe.stage)
+        save_recipe(self.recipe, folder)
+        save_marks(self.dataset.datasets, folder)
+        self.record.begin(self.process.world_size, self.step_number, self.total_steps, self.data)
 
     def _tell_plan(self) -> None:
         assert self.journal is not None
@@ -291,9 +297,10 @@ class Trainer:
 
     def _lacks_validation(self) -> bool:
         """Whether the run was ended between the newest checkpoint and the validation of its step."""
-        assert self.journal is not None
+        journal = self.journal
+        assert journal is not None
         due = self.step_number > 0 and self.is_due(self.recipe.validation.every)
-        return due and self.process.from_first(self.journal.last_validation) < self.step_number
+        return due and self.process.on_first(lambda: journal.last_validation) < self.step_number
 
     def save(self) -> None:
         """Write a checkpoint to resume from."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from model.errors import MedPLIBError
 from model.train.recipe import Engine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,24 @@ class Process:
             distributed.all_reduce(total)
         return total.cpu()
 
-    def from_first(self, value: float) -> float:
-        """Rank 0's value, on every rank."""
-        return float(self.sum(torch.tensor(value if self.is_first else 0.0)))
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 alone; every rank gets what it returns (anything that can be pickled).
+
+        Raises:
+            MedPLIBError, OSError: rank 0 raised it; every rank raises the same.
+        """
+        done: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                done[0] = work()
+            except (MedPLIBError, OSError) as error:
+                done[1] = error
+        if self.world_size > 1:
+            distributed.broadcast_object_list(done)
+        value, failure = done
+        if failure is not None:
+            raise failure
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value (anything that can be pickled), on every rank."""
