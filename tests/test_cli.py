@@ -252,6 +252,22 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     assert len(said) == 2 and all("Traceback" not in line for line in said)
 
 
+HEAVY = ("torch", "transformers", "numpy", "pyarrow", "PIL")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["runs", "--help"], ["data", "build", "--help"]])
+def test_the_command_starts_without_anything_heavy(words: list[str]) -> None:
+    script = f"""import sys
+from model.cli import main
+try:
+    {"main(sys.argv[1:])" if words else "pass"}
+except SystemExit as end:
+    assert not end.code
+sys.stdout.write("loaded: " + " ".join(name for name in {HEAVY} if name in sys.modules))"""
+    ran = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ran.stdout.endswith("loaded: ")
+
+
 def test_installed_command_says_how_to_use_it() -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "model.cli", "--help"], capture_output=True, text=True, check=True, cwd=ROOT

@@ -171,11 +171,6 @@ class TokenCounter:
         return len(self._backend.encode(text, add_special_tokens=False).ids)
 
 
-def encode_with_placeholders(tokenizer: PreTrainedTokenizerFast, text: str, *, add_bos: bool = True) -> list[int]:
-    """Token ids of a text, ``IMAGE_PLACEHOLDER`` at each ``<image>``, ``REGION_PLACEHOLDER`` in each region marker."""
-    return tokenize(tokenizer, text, add_bos=add_bos).ids
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> Path:
     """Train a small LLaMA-style sentencepiece model (BPE, byte fallback); the same texts give the same file.
 

@@ -1,7 +1,8 @@
 """What a run's data looked like, so that a data set that changed since is noticed before training goes on with it.
 
 Record files are known by their contents, the images and masks that records name by their names and sizes: pixels are
-not read. The sizes are taken while the records are checked anyway.
+not read. The sizes are taken while the records are checked anyway. A million records of an image each cost 5 s of that
+check (which takes about a minute of one core), half a second more for the contents, and 8 MB of memory.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from model.processing.tokens import (
     add_special_tokens,
     build_tokenizer,
     decode_answer,
-    encode_with_placeholders,
     tokenize,
     train_tokenizer,
 )
@@ -85,7 +84,7 @@ def test_directory_without_tokenizer_and_damaged_file_are_told(tmp_path: Path) -
 
 def test_placeholders_stand_for_images_and_inside_region_markers(tokenizer: PreTrainedTokenizerFast) -> None:
     begin, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<region>", "</region>"))
-    ids = encode_with_placeholders(tokenizer, "a <image> b <region></region> c <region> </region>")
+    ids = tokenize(tokenizer, "a <image> b <region></region> c <region> </region>").ids
     assert ids.count(IMAGE_PLACEHOLDER) == 1
     assert ids.count(REGION_PLACEHOLDER) == 1  # only the closed pair is a marker
     place = ids.index(REGION_PLACEHOLDER)
