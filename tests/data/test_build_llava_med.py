@@ -58,7 +58,9 @@ def test_it_goes_in_pieces_and_joins_their_shards(tmp_path: Path, capsys: pytest
     for shard in ("1/2", "0/2"):
         assert build(*common, "--out", tmp_path / "parts", "--shard", shard) == 0
     assert not (tmp_path / "parts" / NAME).exists()
+    (tmp_path / "parts" / f".{NAME}.host.77.tmp").write_text("half of a run that was killed while it joined")
     assert build(*common, "--out", tmp_path / "parts") == 0
+    assert not list((tmp_path / "parts").glob(".*.tmp"))
     assert (tmp_path / "parts" / NAME).read_bytes() == (tmp_path / "whole" / NAME).read_bytes()
     capsys.readouterr()
     assert build(*common, "--out", tmp_path / "parts") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from model.data.builders.sa_med2d_questions import absent_names
 from model.data.builders.sa_med2d_sampling import Quota
 from model.data.builders.sa_med2d_source import Source, parse_image_name, parse_mask_name, spoken_name
 from model.data.builders.splits import SplitPlan
-from model.data.builders.work import Execution, Shard
+from model.data.builders.work import Build, Execution, Shard, sole_use
 from model.data.dataset import usable_records
 from model.data.readers import read_mask
 from model.data.records import open_records
@@ -329,6 +330,31 @@ sys.path.insert(0, "tests/data")
 from test_build_sa_med2d import build_killable
 build_killable(Path(sys.argv[1]), Path(sys.argv[2]), 2)
 """
+
+
+def test_one_run_at_a_time_reads_the_names(native: Path, tmp_path: Path) -> None:
+    own = settings(native, tmp_path)
+    listing = Build(tmp_path, "sa-med2d-names", {}, ())
+    with sole_use(listing), pytest.raises(MedPLIBError, match="another run builds sa-med2d-names in"):
+        build_sa_med2d(own, Execution(bar=False))
+    build_sa_med2d(own, Execution(bar=False), prepare=True)
+
+
+def test_a_disk_that_is_full_of_names_is_told(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("model.data.builders.sa_med2d.list_names", full)
+    with pytest.raises(MedPLIBError, match="is full; what is done is kept"):
+        build_sa_med2d(settings(native, tmp_path), Execution(bar=False))
+
+
+def test_results_do_not_go_among_the_files_that_are_listed(native: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(native)
+    for out in (native / "images" / "new", tmp_path / "link" / "masks"):
+        with pytest.raises(MedPLIBError, match="whose files are listed; name another folder"):
+            build_sa_med2d(settings(native, out), Execution(bar=False))
+    assert not (native / "images" / "new").exists()
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_cleared_away(native: Path, tmp_path: Path) -> None:

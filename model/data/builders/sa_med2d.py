@@ -42,7 +42,7 @@ from model.data.builders.sa_med2d_sampling import (
 )
 from model.data.builders.sa_med2d_source import Source, check_datasets
 from model.data.builders.splits import SplitPlan
-from model.data.builders.work import Build, BuildReport, Execution, finished_report, run_build
+from model.data.builders.work import Build, BuildReport, Execution, finished_report, run_build, sole_use
 from model.errors import MedPLIBError
 
 
@@ -99,6 +99,9 @@ def build_sa_med2d(settings: SaMed2dSettings, execution: Execution, *, prepare: 
         MedPLIBError: the source is not SA-Med2D-20M, settings do not fit it, or a build cannot go on (see ``work``).
     """
     source = Source.open(settings.source)
+    for listed in (settings.source / "images", settings.source / "masks"):
+        if settings.out.resolve().is_relative_to(listed.resolve()):
+            raise MedPLIBError(f"--out {settings.out} lies in {listed}, whose files are listed; name another folder")
     check_datasets(sorted(settings.plan.hold_out), source.class_names())
     index = _index(settings, source, execution)
     taken = _taken(settings, index, execution)
@@ -117,6 +120,14 @@ def _index(settings: SaMed2dSettings, source: Source, execution: Execution) -> B
             f"{settings.out} holds no finished index with these splits; make it with the same command and --prepare in "
             "place of --shard"
         )
+    with sole_use(replace(build, name="sa-med2d-names")):
+        report = _made_index(settings, source, build, execution)
+    if not report.counts.get("images"):
+        raise MedPLIBError(f"no image of {settings.source} has a name of SA-Med2D-20M; see {report.findings_file}")
+    return report
+
+
+def _made_index(settings: SaMed2dSettings, source: Source, build: Build, execution: Execution) -> BuildReport:
     names = _names_folder(build)
     for stale in names.parent.glob("names-*"):
         if stale != names:
@@ -126,8 +137,6 @@ def _index(settings: SaMed2dSettings, source: Source, execution: Execution) -> B
     context = IndexContext(names, source.class_names(), settings.plan, source.has_folders, source.has_list)
     report = run_build(build, index_pieces(names, settings.bytes_a_piece), index_buckets, context, execution, unit="B")
     shutil.rmtree(names)
-    if not report.counts.get("images"):
-        raise MedPLIBError(f"no image of {settings.source} has a name of SA-Med2D-20M; see {report.findings_file}")
     return report
 
 

@@ -66,6 +66,7 @@ __all__ = [
     "fingerprint",
     "finished_report",
     "run_build",
+    "sole_use",
 ]
 
 logger = logging.getLogger(__name__)
@@ -206,8 +207,7 @@ def run_build(
     if execution.workers < 1:
         raise MedPLIBError(f"--workers is {execution.workers}; give at least 1")
     try:
-        build.folder.mkdir(parents=True, exist_ok=True)
-        with _sole_use(build, shared=execution.shard is not None):
+        with sole_use(build, shared=execution.shard is not None):
             finished = None if execution.overwrite else finished_report(build, same_source=execution.same_source)
             if finished and finished.pieces == len(pieces):
                 return finished
@@ -229,13 +229,25 @@ def run_build(
     except KeyboardInterrupt:
         logger.warning("%s: stopped; what is done is kept, and the same command goes on from there", build.name)
         raise
+
+
+@contextmanager
+def sole_use(build: Build, *, shared: bool = False) -> Iterator[None]:
+    """Shards work side by side, a joining run works alone; the kernel drops the lock of a process that dies.
+
+    Raises:
+        MedPLIBError: another run is at work there, or what is done inside met a full disk or the like.
+    """
+    try:
+        build.folder.mkdir(parents=True, exist_ok=True)
+        with _lock(build, shared):
+            yield
     except OSError as error:
         raise _told(error, build.out) from error
 
 
 @contextmanager
-def _sole_use(build: Build, *, shared: bool) -> Iterator[None]:
-    """Shards work side by side, a joining run works alone; the kernel drops the lock of a process that dies."""
+def _lock(build: Build, shared: bool) -> Iterator[None]:
     with (build.folder / "lock").open("a+") as stream:  # NFS shares a lock with readers alone, gives one to writers
         try:
             fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

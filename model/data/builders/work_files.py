@@ -249,6 +249,8 @@ def join_parts(outputs: Iterable[Output], folder: Path, out: Path, pieces: int) 
         if not parts and output.form != "parquet":
             target.unlink(missing_ok=True)
             continue
+        for left in target.parent.glob(f".{target.name}.*.tmp"):  # of a run that was killed while it joined
+            left.unlink(missing_ok=True)
         temporary = temporary_of(target)
         try:
             join = {"parquet": _join_rows, "json": _join_list}.get(output.form, _join_lines)
