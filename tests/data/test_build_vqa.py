@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from model.data.builders.vqa_files import CsvRows
+from model.data.builders.vqa_rows import pmc_vqa, question_record
 from tests.data import native_samples as native
 from tests.data.built import build, findings, refused, said, trains
 
@@ -165,3 +166,77 @@ def test_the_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
         assert build("vqa", "--set", "pathvqa", "--source", source, "--out", out, "--workers", workers) == 0
     for name in ("train.json", "validation.json", "test.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_a_mac_leaves_its_files_everywhere(tmp_path: Path) -> None:
+    clef, omni = native.imageclef(tmp_path / "clef"), native.omnimedvqa(tmp_path / "omni")
+    for source, pattern in ((clef, "*.txt"), (clef, "*.jpg"), (omni, "*.json")):
+        for path in sorted(source.rglob(pattern)):
+            for left in (path, source / "__MACOSX" / path.relative_to(source)):
+                left.parent.mkdir(parents=True, exist_ok=True)
+                left.with_name(f"._{left.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X" + bytes(20))
+    made = built("imageclef", clef, tmp_path / "o1")
+    assert {name: len(records) for name, records in made.items()} == {"train": 3, "validation": 2, "test": 2}
+    assert len(built("omnimedvqa", omni, tmp_path / "o2")["open_access"]) == 2
+
+
+def test_an_empty_cell_is_no_answer_none(tmp_path: Path) -> None:
+    source = native.slake(tmp_path / "raw")
+    row = json.loads((source / "train.json").read_text())[0]
+    odd = [{"answer": None}, {"answer": float("nan")}, {"answer": " "}, {"question": None}, {"question": "  "}]
+    rows = [row, *({**row, **change, "qid": 100 + number} for number, change in enumerate(odd))]
+    (source / "train.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    made = built("slake", source, tmp_path / "out")
+    assert [record["id"] for record in made["train"]] == ["slake-0"]
+    kinds = [row["kind"] for row in findings(tmp_path / "out", "vqa")]
+    assert kinds == ["empty_answer"] * 3 + ["bad_row"] * 2
+
+
+@pytest.mark.parametrize("answer", ["Yes", "no.", "YES!", "No,", " yes ; "])
+def test_yes_and_no_are_closed_however_written(answer: str) -> None:
+    assert question_record(1, "a.png", "Is it?", answer)["answer_type"] == "closed"
+    assert question_record(1, "a.png", "Is it?", f"{answer} nodule")["answer_type"] == "open"
+
+
+def test_images_may_lie_in_one_more_folder(tmp_path: Path) -> None:
+    def wrap(folder: Path, name: str) -> None:
+        folder.rename(folder.with_name("moved"))
+        folder.mkdir()
+        folder.with_name("moved").rename(folder / name)
+
+    rad, slake, pmc = native.vqa_rad(tmp_path / "1"), native.slake(tmp_path / "2"), native.pmc_vqa(tmp_path / "3")
+    path_vqa = native.path_vqa(tmp_path / "4")
+    wrap(rad / "VQA_RAD Image Folder", "VQA_RAD Image Folder")
+    wrap(slake / "imgs", "imgs")
+    wrap(pmc / "images", "images")
+    (pmc / "figures").rename(tmp_path / "figures")
+    (pmc / "images_2").mkdir()
+    (tmp_path / "figures").rename(pmc / "images_2" / "figures")
+    wrap(path_vqa / "images" / "train", "train")
+    for picture in path_vqa.rglob("val_*.jpg"):
+        picture.rename(picture.with_suffix(".JPEG"))
+    sizes = {
+        name: [len(records) for records in built(name, source, tmp_path / name).values()]
+        for name, source in (("vqa-rad", rad), ("slake", slake), ("pmc-vqa", pmc), ("pathvqa", path_vqa))
+    }
+    assert sizes == {"vqa-rad": [2, 3], "slake": [1, 2, 1], "pmc-vqa": [1, 2], "pathvqa": [2, 2, 2]}
+
+
+def test_the_answer_of_pmc_vqa_may_be_the_text_of_a_choice() -> None:
+    row = {"Figure_path": "a.jpg ", "Question": "Which view?", "Answer": "Axial"}
+    row |= {"Choice A": " A:Coronal ", "Choice B": " B:Axial ", "Choice C": "", "Choice D": ""}
+    record = pmc_vqa(row)
+    assert (said(record)[1], record["image"]) == ("Axial", "a.jpg")
+    assert said(pmc_vqa({**row, "Answer": " a: "}))[1] == "Coronal"
+    with pytest.raises(ValueError, match="'Both' is not one of the choices"):
+        pmc_vqa({**row, "Answer": "Both"})
+
+
+def test_question_files_are_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = native.slake(tmp_path / "raw")
+    before = (source / "train.json").read_bytes()
+    for more in ((), ("--overwrite",)):
+        told = refused(capsys, "vqa", "--set", "slake", "--source", source, "--out", source, *more)
+        assert "holds the files to be built from" in told
+    assert (source / "train.json").read_bytes() == before
+    assert sorted(path.name for path in source.iterdir()) == ["imgs", "test.json", "train.json", "validate.json"]

@@ -174,6 +174,7 @@ def _told(report: BuildReport, images_root: Path | str) -> int:
         )
     elif not report.shard:
         sys.stderr.write(
-            f"medplib: no record is left to train on; {report.out}/findings_{report.name}.jsonl says why\n"
+            f"medplib: no record is left to train on; {report.out}/findings_{report.name}.jsonl says why; mend that "
+            "and give the same command with --overwrite\n"
         )
     return 0 if made or report.shard else 1

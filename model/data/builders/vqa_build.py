@@ -66,6 +66,9 @@ def build_vqa(
         "language": language if name == "slake" else "",
         "check_pixels": check_pixels,
     }
+    for split in splits:
+        if any((out / f"{split}.json").resolve() == one.file.resolve() for one in files):
+            raise MedPLIBError(f"--out {out} holds the files to be built from; name another folder, so that they stay")
     build = Build(
         out,
         "vqa",

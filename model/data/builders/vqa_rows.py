@@ -6,6 +6,7 @@ Pure functions, for training and evaluation alike; which files a set consists of
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,19 +45,24 @@ def question_record(
         question_id: becomes the record's id.
         image: path as the record is to hold it.
         question: without ``<image>``.
-        answer: text or number; spaces, tabs and line ends around it go.
+        answer: text or number; spaces, tabs and line ends around it go. None and NaN count as no answer.
         answer_type: ``open`` or ``closed`` in any spelling of case and spaces; anything else counts as not said.
         known: further keys; empty ones are left out, and ``modality`` is given its name in this project.
+
+    Raises:
+        ValueError: nothing is asked.
     """
-    answered = str(answer).strip()
+    asked, answered = _text(question), _text(answer)
+    if not asked:
+        raise ValueError("it asks nothing")
     told = str(answer_type or "").strip().lower()
     if told not in ("open", "closed"):
-        told = "closed" if answered.lower().rstrip(".") in ("yes", "no") else "open"
+        told = "closed" if answered.lower().rstrip(" .,;!") in ("yes", "no") else "open"
     record: dict[str, Any] = {
         "id": str(question_id),
-        "image": str(image),
+        "image": str(image).strip(),
         "conversations": [
-            {"from": "human", "value": f"<image>\n{str(question).strip()}"},
+            {"from": "human", "value": f"<image>\n{asked}"},
             {"from": "gpt", "value": answered},
         ],
         "answer_type": told,
@@ -69,6 +75,11 @@ def question_record(
     return record
 
 
+def _text(value: object) -> str:
+    """What a cell says; an empty one of a table comes as None, or as NaN from programs that know no other."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
+
+
 def modality_name(text: str) -> str:
     """Our name of a modality that a public set names in its own way; one we do not know, in small letters."""
     lower = text.strip().lower()
@@ -77,8 +88,8 @@ def modality_name(text: str) -> str:
 
 def with_options(question: object, options: Sequence[str]) -> str:
     """A multiple-choice question: the options stand in it, since the answer is the text of one of them."""
-    asked = str(question).strip()
-    return f"{asked} Answer with one of these: {'; '.join(options)}." if options else asked
+    asked = _text(question)
+    return f"{asked} Answer with one of these: {'; '.join(options)}." if options and asked else asked
 
 
 def slake(row: Row) -> dict[str, Any]:
@@ -146,14 +157,16 @@ def pmc_vqa(row: Row) -> dict[str, Any]:
     """A row of PMC-VQA, first version (``Answer`` a text, ``Answer_label`` a letter) or second (``Answer`` a letter).
 
     Raises:
-        ValueError: the letter of the answer names no choice.
+        ValueError: the answer is no choice.
     """
     choices = {letter: _choice(row[f"Choice {letter}"], letter) for letter in _LETTERS}
-    letter = str(row["Answer_label"] if row.get("Answer_label") else row["Answer"]).strip()[:1].upper()
-    if not choices.get(letter):
-        raise ValueError(f"the answer {letter!r} is not one of the choices A to D")
+    told = _text(row.get("Answer_label")) or _text(row["Answer"])
+    letter = re.match(r"([A-D])\s*(?:[:.)]|$)", told.upper())
+    named = [letter[1]] if letter else [key for key, text in choices.items() if text.casefold() == told.casefold()]
+    if not named or not choices[named[0]]:
+        raise ValueError(f"the answer {told!r} is not one of the choices A to D")
     options = [text for text in choices.values() if text]
-    return question_record("", row["Figure_path"], with_options(row["Question"], options), choices[letter], "closed")
+    return question_record("", row["Figure_path"], with_options(row["Question"], options), choices[named[0]], "closed")
 
 
 def _choice(text: object, letter: str) -> str:
@@ -187,6 +200,9 @@ def write_picture(content: bytes, folder: Path) -> str:
     name = hashlib.sha256(content).hexdigest()[:24] + ending
     if not (folder / name).is_file():
         partial = temporary_of(folder / name)
-        partial.write_bytes(content)
-        partial.replace(folder / name)
+        try:
+            partial.write_bytes(content)
+            partial.replace(folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
     return name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from model.data.builders.vqa_files import (
     barred_rows,
     pickled_rows,
 )
+from model.data.readers import is_file
 from model.errors import MedPLIBError
 
 SetName = Literal["vqa-rad", "slake", "pathvqa", "imageclef", "pmc-vqa", "omnimedvqa"]
@@ -38,7 +40,7 @@ EXPECTED = {
 
 _SPLITS = {"train": "train", "val": "validation", "validate": "validation", "validation": "validation", "test": "test"}
 _TRIED = 5  # rows
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".PNG")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def question_files(name: str, source: Path) -> list[QuestionFile]:
         files = [one for one in _FINDERS[name](folder) if len(one.rows)]
         if files:
             _try_first_rows(name, files)
-            return files
+            return [_one_folder_down(one) for one in files]
     raise MedPLIBError(f"{source} does not look like {name}; expected {EXPECTED[name]}")
 
 
@@ -93,6 +95,21 @@ def _try_first_rows(name: str, files: Sequence[QuestionFile]) -> None:
             raise MedPLIBError(
                 f"{one.file} is not of the form that {name} has ({faults[0]}); expected {EXPECTED[name]}"
             )
+
+
+def _one_folder_down(one: QuestionFile) -> QuestionFile:
+    """An archive unpacked into a folder of its own name leaves ``images/images/``."""
+    if one.images is None or one.found:
+        return one
+    names = []
+    for row in one.rows.between(0, _TRIED):
+        with suppress(BadRow):
+            names.append(record_of(one, row)[1]["image"])
+    inside = [path for path in sorted(one.images.iterdir()) if path.is_dir()]
+    for folder in (one.images, *inside):
+        if any(is_file(folder / name) for name in names):
+            return replace(one, images=folder)
+    return one
 
 
 class BadRow(ValueError):
@@ -149,8 +166,7 @@ def _path_vqa(folder: Path) -> Iterator[QuestionFile]:
         images = folder / "images" / name
         if file and images.is_dir():
             pickles += 1
-            found = {path.stem: path for path in images.iterdir() if path.suffix in _IMAGE_SUFFIXES}
-            yield QuestionFile(file, _SPLITS[name], pickled_rows(file), vqa_rows.path_vqa, images, found)
+            yield QuestionFile(file, _SPLITS[name], pickled_rows(file), vqa_rows.path_vqa, images, _by_stem(images))
     if not pickles:
         yield from _parquet(folder)
 
@@ -163,7 +179,7 @@ _TEST = re.compile(r"(.*test.*)questions(_w_ref_answers)?\.txt")
 
 
 def _imageclef(folder: Path) -> Iterator[QuestionFile]:
-    texts = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".txt")
+    texts = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".txt" and path.name[0] != ".")
     everywhere = _by_stem(folder)
     for file in texts:
         name = file.name.lower()
@@ -190,7 +206,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     """Image files below ``folder`` by their name without suffix; the first in alphabetical order of paths."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix in _IMAGE_SUFFIXES:
+        if path.suffix.lower() in _IMAGE_SUFFIXES and path.name[0] != ".":
             found.setdefault(path.stem, path)
     return found
 
@@ -212,7 +228,7 @@ def _pmc_vqa(folder: Path) -> Iterator[QuestionFile]:
 
 def _omnimedvqa(folder: Path) -> Iterator[QuestionFile]:
     for access in ("Open-access", "Restricted-access"):
-        for file in sorted((folder / "QA_information" / access).glob("*.json")):
+        for file in sorted((folder / "QA_information" / access).glob("[!.]*.json")):
             split = access.lower().replace("-", "_")
             yield QuestionFile(file, split, JsonRows(file), vqa_rows.omnimedvqa, folder)
 
