@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +288,99 @@ def test_paths_lead_out_of_where_links_point_to(tmp_path: Path) -> None:
     path = path_from(tmp_path / "out", tmp_path / "img" / "a.png")
     assert (tmp_path / "out" / path).is_file()
     assert path_from(tmp_path / "img", tmp_path / "img" / "a.png") == "a.png"
+
+
+def test_accents_may_be_written_in_two_ways(own: Own) -> None:
+    whole, apart = (unicodedata.normalize(form, "Bäuch_é") for form in ("NFC", "NFD"))
+    own.names("class,name\n" + unicodedata.normalize("NFD", "séreux") + ",liver\n")
+    own.image(f"{whole}.png")
+    own.image(f"2{apart}.png")
+    mask(own.masks / f"{apart}_séreux.png")
+    mask(own.masks / f"2{whole}_{unicodedata.normalize('NFD', 'séreux')}.png")
+    grounding, _ = own.built(*ONE)
+    assert len(grounding) == 2
+
+
+@pytest.mark.parametrize("name", ["a_liver_mask", "a_mask_liver", "a-seg-liver", "a_liver_1_seg", "a.Liver.GT"])
+def test_words_for_mask_may_stand_around_the_class(own: Own, name: str) -> None:
+    own.names("class,name\nliver,liver\n")
+    own.image("a.png")
+    mask(own.masks / f"{name}.png")
+    grounding, _ = own.built(*ONE)
+    assert [record["about"] for record in grounding] == ["liver"]
+
+
+def test_a_table_may_list_files_with_the_folders_before_them(own: Own) -> None:
+    own.names(f"image;mask;label\rimg/a.png;seg\\a_1.png;liver\rimg/b.png;{own.masks}/b_1.png;spleen\r")
+    for name in "ab":
+        own.image(f"{name}.png")
+        mask(own.masks / f"{name}_1.png")
+    grounding, _ = own.built(*ONE)
+    assert [record["about"] for record in grounding] == ["liver", "spleen"]
+
+
+def test_what_jpeg_smears_around_a_mask_is_no_foreground(own: Own) -> None:
+    own.names("class,name\nliver,liver\n")
+    picture(own.images / "a.png", size=(64, 64))
+    picture(own.images / "black.png", size=(64, 64))
+    shown = np.zeros((64, 64), np.uint8)
+    shown[20:41, 13:38] = 255
+    Image.fromarray(shown).save(own.masks / "a_liver.jpg", quality=75)
+    Image.fromarray(shown * 0).save(own.masks / "black_liver.jpg")
+    (record,), _ = own.built(*ONE)
+    assert masked(record, own) == 21 * 25
+    assert own.kinds() == ["empty_mask"]
+
+
+def test_a_label_map_is_no_jpeg(own: Own) -> None:
+    own.names("value,name\n1,liver\n")
+    for name in ("a", "b"):
+        own.image(f"{name}.png")
+    labels = np.zeros((20, 24), np.uint8)
+    labels[2:5, 2:6] = 1
+    Image.fromarray(labels).save(own.masks / "a.png")
+    Image.fromarray(labels).save(own.masks / "b.jpg")
+    grounding, _ = own.built(*ONE)
+    assert len(grounding) == 1
+    (finding,) = findings(own.out, "folder")
+    assert finding["kind"] == "unreadable_mask" and "save label maps as PNG" in finding["message"]
+
+
+def test_files_that_no_record_can_name_are_listed(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.names("class,name\nliver,liver\n")
+    own.image("a.png")
+    own.image("locked/c.png")
+    mask(own.masks / "a_liver.png")
+    (own.images / "gone.png").symlink_to(own.root / "nowhere.png")
+    (own.images / "gone").symlink_to(own.root / "nowhere")
+    (own.images / "volume.nii.gz").write_bytes(b"\x1f\x8b")
+    shutil.copy(own.images / "a.png", os.fsencode(own.images) + b"/caf\xe9.png")
+    scandir = os.scandir
+
+    def guarded(place: Any) -> Any:
+        if str(place).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    grounding, _ = own.built(*ONE)
+    assert len(grounding) == 1
+    messages = [row["message"].removeprefix(f"{own.images}/") for row in findings(own.out, "folder")]
+    assert sorted(messages) == [
+        "caf\\xe9.png: its name is not in UTF-8; give it another",
+        "gone.png: it cannot be read (No such file or directory)",
+        "gone: it cannot be read (No such file or directory)",
+        "locked: the folder cannot be read (Permission denied)",
+        "volume.nii.gz: it is a volume; write the slices of images and masks as pictures, such as PNG",
+    ]
+
+
+def test_the_first_mask_that_fits_nothing_is_told(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
+    own.names("class,name\nliver,liver\n")
+    own.image("a.png")
+    (own.images / "Thumbs.db").write_bytes(b"x")
+    mask(own.masks / "a_mask.png")
+    told = refused(capsys, *own.words())
+    assert "a_mask.png: its name says no class: lay it into a folder of the class (liver/a.png)" in told
+    own.names("file,name\nb.png,liver\n")
+    assert "a_mask.png: the table of names does not list a_mask.png" in refused(capsys, *own.words())

@@ -207,7 +207,7 @@ def _masks_of(
     shown: dict[str, np.ndarray] = {}
     missing: set[str] = set()
     for name, files in entry.targets:
-        usable = [mask for file in files if (mask := _read(file, read_mask, size, part)) is not None]
+        usable = [mask for file in files if (mask := _read(file, _read_mask, size, part)) is not None]
         joined = np.logical_or.reduce(usable) if usable else None
         if joined is None:
             continue
@@ -217,7 +217,7 @@ def _masks_of(
             missing.add(name)
             part.find("empty_mask", f"{files[0]}: no foreground pixel", file=str(files[0]), dropped=True)
     for file in entry.maps:
-        labels = _read(file, read_labels, size, part)
+        labels = _read(file, _read_labels, size, part)
         if labels is None:
             continue
         missing.update(values.values())
@@ -228,6 +228,37 @@ def _masks_of(
                 message = f"{file}: nothing in the table of names is {value}"
                 part.find("value_without_name", message, file=str(file), dropped=True)
     return shown, missing - set(shown)
+
+
+def _read_mask(file: Path) -> np.ndarray:
+    """A mask; JPEG smears grey around every edge, and there what is brighter than half of the brightest is foreground.
+
+    Raises:
+        MedPLIBError: as ``read_mask``.
+    """
+    if not _is_jpeg(file):
+        return read_mask(file)
+    shades = read_image(file).pixels.max(axis=2)
+    return shades > shades.max() / 2
+
+
+def _read_labels(file: Path) -> np.ndarray:
+    """A label map, which cannot be a JPEG: its values are not those that were written.
+
+    Raises:
+        MedPLIBError: as ``read_labels``, and for a JPEG.
+    """
+    if _is_jpeg(file):
+        raise MedPLIBError(f"{file} is a JPEG, which changes the values of pixels; save label maps as PNG")
+    return read_labels(file)
+
+
+def _is_jpeg(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(3) == b"\xff\xd8\xff"
+    except OSError:
+        return False
 
 
 def _read(file: Path, read: Callable[[Path], np.ndarray], size: tuple[int, int], part: Part) -> np.ndarray | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ class Names:
 
     Attributes:
         kind: what the keys are.
-        names: key → name; keys are in small letters, and pixel values decimal numbers.
+        names: key → name; keys are in small letters, composed (NFC), and pixel values decimal numbers.
     """
 
     kind: Kind
@@ -45,10 +46,11 @@ class Names:
                 return str(int(text))
         return None
 
-    def of_file(self, relative: str) -> str | None:
-        """The key that names a mask file, given its path below the folder of masks."""
-        path = Path(relative.casefold())
-        listed = (path.as_posix(), path.with_suffix("").as_posix(), path.name, path.stem)
+    def of_file(self, folder: Path, relative: str) -> str | None:
+        """The key that names a mask: its path below the folder of masks, its bare name, or a longer end of its path."""
+        path, whole = Path(relative.casefold()), Path(composed(str(folder.absolute() / relative)).casefold()).parts
+        listed = [path.as_posix(), path.with_suffix("").as_posix(), path.name, path.stem]
+        listed += [Path(*whole[start:]).as_posix() for start in range(len(whole))]
         return next((text for text in listed if text in self.names), None)
 
 
@@ -99,9 +101,15 @@ def _text(file: Path) -> str:
     except OSError as error:
         raise MedPLIBError(f"cannot read {file}: {error.strerror}; give the CSV of names") from error
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise MedPLIBError(f"{file} is not UTF-8 text; save it as CSV in UTF-8") from None
+    return composed(text).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def composed(text: str) -> str:
+    """Letters and their accents as one sign each: Macs write file names with the two apart, tables have them as one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _key(cell: str, kind: Kind, file: Path, number: int) -> str:

@@ -7,13 +7,14 @@ A mask belongs to the image with the same path below its folder, or whose name i
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-from model.data.builders.folder_names import Names
+from model.data.builders.folder_names import Names, composed
 from model.errors import MedPLIBError
 
 IMAGE_SUFFIXES = frozenset(
@@ -23,6 +24,10 @@ _SEPARATORS = ("--", "_", "-", ".", " ")
 _WORDS_FOR_MASK = frozenset(
     {"mask", "masks", "seg", "segmentation", "label", "labels", "labelmap", "gt", "annotation", "groundtruth"}
 )
+_WORD = "|".join(sorted(_WORDS_FOR_MASK))
+_ENDS_FOR_MASK = re.compile(rf"^(?:(?:{_WORD})(?:[-_. ]+|$))+|(?:(?:^|[-_. ]+)(?:{_WORD}))+$", re.IGNORECASE)
+_VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+_VOLUME_TOLD = "it is a volume; write the slices of images and masks as pictures, such as PNG"
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def pair(images: Path, masks: Path, names: Names, out: Path) -> Pairing:
         else:
             pairing.left.append(("image_without_mask", "no mask belongs to it", str(image)))
     if not pairing.entries:
-        _, message, file = pairing.left[0] if pairing.left else ("", "there is no file", str(masks))
+        none = ("", "there is no file", str(masks))
+        _, message, file = next((one for one in pairing.left if one[0].startswith("mask")), [*pairing.left, none][0])
         raise MedPLIBError(
             f"not one mask of {masks} belongs to an image of {images} (first: {file}: {message}); a mask is "
             "named as its image (a.png), begins with its name (a_liver.png) or lies in its class's folder (liver/a.png)"
@@ -100,7 +106,7 @@ class _Images:
         self.files: dict[str, Path] = {}
         self._bare: dict[str, list[str]] = defaultdict(list)
         for relative in listed:
-            key = _without_suffix(relative)
+            key = composed(_without_suffix(relative))
             if key in self.files:
                 message = f"{self.files[key].name} has the same name but for its suffix and is taken instead"
                 pairing.left.append(("same_name", message, str(folder / relative)))
@@ -123,8 +129,8 @@ class _Images:
 
 def _meant(folder: Path, relative: str, pictures: _Images, names: Names, pairing: Pairing) -> tuple[str, str | None]:
     """Key of the image that a mask belongs to, and of what it shows ("" for a label map); None if it is left over."""
-    path, file = Path(relative), str(folder / relative)
-    parents, stem = path.parent.parts, Path(_without_suffix(relative)).name
+    file, relative = str(folder / relative), composed(relative)
+    parents, stem = Path(relative).parent.parts, Path(_without_suffix(relative)).name
     classes = [names.of_class(part) if names.kind == "class" else None for part in parents]
     below = tuple(part for part, name in zip(parents, classes, strict=True) if name is None)
     match = next(
@@ -140,12 +146,26 @@ def _meant(folder: Path, relative: str, pictures: _Images, names: Names, pairing
         named = None if token else ""
         message = f"it ends in {token!r}, and a label map has its image's name"
     else:
-        by_name = names.of_file(relative) if names.kind == "file" else names.of_class(token) if token else None
+        by_name = names.of_file(folder, relative) if names.kind == "file" else _class_of(token, names)
         named = by_name or next((name for name in classes if name is not None), None)
-        message = f"nothing in the table of names is {token!r}" if token else "nothing in the table of names is for it"
+        message = _nameless(token, relative, names)
     if named is None:
         pairing.left.append(("mask_without_name", message, file))
     return key, named
+
+
+def _class_of(token: str, names: Names) -> str | None:
+    """The class that the end of a mask's name says, with or without a word for mask before or behind it."""
+    bare = _ENDS_FOR_MASK.sub("", token)
+    return next((key for text in (token, bare) if text and (key := names.of_class(text)) is not None), None)
+
+
+def _nameless(token: str, relative: str, names: Names) -> str:
+    if names.kind == "file":
+        return f"the table of names does not list {relative}"
+    if token:
+        return f"nothing in the table of names is {token!r}"
+    return "its name says no class: lay it into a folder of the class (liver/a.png), or name pixel values (value,name)"
 
 
 def _beginnings(stem: str) -> Iterator[tuple[str, str]]:
@@ -155,7 +175,7 @@ def _beginnings(stem: str) -> Iterator[tuple[str, str]]:
         for separator in _SEPARATORS:
             if stem.startswith(separator, place):
                 rest = stem[place + len(separator) :]
-                yield stem[:place], "" if rest.casefold() in _WORDS_FOR_MASK else rest
+                yield stem[:place], rest if _ENDS_FOR_MASK.sub("", rest) else ""
                 break
 
 
@@ -163,7 +183,14 @@ def _walk(folder: Path, others: tuple[Path, ...], pairing: Pairing, what: str) -
     """Image files below ``folder`` in a fixed order, without hidden ones and what lies below ``others``."""
     digest, count = blake2b(digest_size=8), 0
     seen = {os.path.realpath(other) for other in (*others, folder)}  # links may lead to what is listed already
-    for root, folders, files in os.walk(folder, followlinks=True):
+
+    def leave(kind: str, message: str, file: Path) -> None:
+        pairing.left.append((kind, message, os.fsencode(file).decode("utf-8", "backslashreplace")))
+
+    def unlisted(error: OSError) -> None:
+        leave("not_an_image", f"the folder cannot be read ({error.strerror})", Path(error.filename))
+
+    for root, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         place = Path(root)
         inside = sorted(
             (name for name in folders if name[0] != "."), key=lambda name: ((place / name).is_symlink(), name)
@@ -178,14 +205,32 @@ def _walk(folder: Path, others: tuple[Path, ...], pairing: Pairing, what: str) -
             if name.startswith("."):
                 continue
             file = place / name
-            if file.suffix.lower() not in IMAGE_SUFFIXES and not _is_bare_dicom(file):
-                pairing.left.append(("not_an_image", "its suffix is none of an image's", str(file)))
+            if not _is_text(str(file.relative_to(folder))):
+                leave("odd_name", "its name is not in UTF-8; give it another", file)
                 continue
-            state = file.stat()
+            try:
+                state = file.stat()
+                is_image = file.suffix.lower() in IMAGE_SUFFIXES or _is_bare_dicom(file)
+            except OSError as error:
+                leave("not_an_image", f"it cannot be read ({error.strerror})", file)
+                continue
+            if not is_image:
+                volume = name.lower().endswith(_VOLUMES)
+                leave("not_an_image", _VOLUME_TOLD if volume else "its suffix is none of an image's", file)
+                continue
             digest.update(f"{file.relative_to(folder)} {state.st_size} {state.st_mtime_ns}\n".encode())
             count += 1
             yield file.relative_to(folder).as_posix()
     pairing.source[what] = f"{count} files ({digest.hexdigest()})"
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file name is UTF-8; those of archives from elsewhere may not be, and no record could hold them."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_suffix(relative: str) -> str:
