@@ -80,12 +80,12 @@ class Plan:
         base, steps = str(self.claim / "start" / "base"), self.steps
         vqa, grounding = self._folder("vqa", seed), self._folder("grounding", seed)
         align = str(self._folder("align", seed))
-        yield self._stage(1, "align", seed, ALIGNMENT_STEPS, "optimiser.lr=3e-4", f"model.base={base}")
+        yield self._stage(1, "align", seed, ALIGNMENT_STEPS, f"model.base={base}")
         yield self._expert("vqa", seed, steps, align)
         yield self._expert("vqa_expert", seed, 3 * steps, align)
         yield self._stage(3, "grounding", seed, steps, f"model.base={vqa}", after="vqa")
         yield self._stage(3, "grounding_expert", seed, 2 * steps, f"model.base={vqa}", after="vqa")
-        dense = (DENSE, EVERYTHING, SHARES, "losses.dice=0.5", "losses.bce=2.0", "optimiser.lr=5e-4")
+        dense = (DENSE, EVERYTHING, SHARES, "losses.dice=0.5", "losses.bce=2.0")
         yield self._stage(2, "dense", seed, 3 * steps, f"model.base={align}", *dense, after="align")
         for name, routing in ROUTINGS.items():
             sources = (f"model.base={vqa}", f"model.grounding={grounding}")
@@ -95,11 +95,17 @@ class Plan:
 
     def _expert(self, name: str, seed: int, steps: int, align: str) -> Job:
         trained = "trainable=[decoder, lm_head, projector, region_adapter]"
-        return self._stage(2, name, seed, steps, f"model.base={align}", "optimiser.lr=3e-4", trained, after="align")
+        return self._stage(2, name, seed, steps, f"model.base={align}", trained, after="align")
 
     def _stage(self, stage: int, name: str, seed: int, steps: int, *values: str, after: str = "") -> Job:
         folder = self._folder(name, seed)
-        common = ("schedule.batch_size=16", "schedule.epochs=20", "validation.samples=0", "logging.progress=false")
+        common = (
+            "schedule.batch_size=16",
+            "schedule.epochs=20",
+            "optimiser.lr=5e-4",
+            "validation.samples=0",
+            "logging.progress=false",
+        )
         saving = ("saving.every=100000", "saving.keep=1", f"data.feature_cache={self.claim / 'features'}")
         command = (sys.executable, "-m", "model.train", f"configs/stages/stage{stage}_nano.yaml", "--resume")
         command += (f"output={folder}", f"seed={seed}", f"schedule.max_steps={steps}", *common, *saving, *values)
