@@ -50,6 +50,11 @@ class RouterTally:
             features = _features(stats, experts).nan_to_num().double()
             own.index_add_(0, torch.where(left_out, self.groups, groups), features)  # into a bin of its own
 
+    def summary(self) -> RouterSummary:
+        """What was added here; of no layer before the first pass."""
+        sums = torch.zeros(0, self.groups + 1, _ALONE) if self.sums is None else self.sums
+        return RouterSummary.of(sums)
+
     def clear(self) -> None:
         """Begin anew."""
         if self.sums is not None:

@@ -12,7 +12,7 @@ from model.drawing.lines import Curve, curve_key, line_chart
 from model.drawing.pages import Markup, breakable, count, element, joined, number, page
 from model.errors import MedPLIBError
 from model.train.journal import METRICS_FILE, ROUTER_FILE, VALIDATION_FILE, read_rows
-from model.train.router_page import development, entropy_chart
+from model.train.router_page import development, development_key, entropy_chart
 
 _RATES = {
     "lr": "Learning rate",
@@ -92,12 +92,7 @@ def _labels(rows: Sequence[Mapping[str, Any]], name: str, without: Sequence[str]
 
 
 def _figure(title: str, rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Markup | None:
-    curves = []
-    for told, name in names.items():
-        own = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-        own = [(step, value) for step, value in own if math.isfinite(value)]
-        if own:
-            curves.append(Curve(told, [step for step, _ in own], [value for _, value in own]))
+    curves = [curve for told, name in names.items() if (curve := curve_of(told, rows, name)).steps]
     if not curves:
         return None
     pages = [curves[start : start + 6] for start in range(0, len(curves), 6)]  # six colours are told apart
@@ -109,6 +104,13 @@ def _figure(title: str, rows: Sequence[Mapping[str, Any]], names: Mapping[str, s
     return joined(charts)
 
 
+def curve_of(told: str, rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    """What rows hold under a name, by their steps; values that are no finite numbers are left out."""
+    own = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+    own = [(step, value) for step, value in own if math.isfinite(value)]
+    return Curve(told, [step for step, _ in own], [value for _, value in own])
+
+
 def _section(title: str, figures: Sequence[Markup | None]) -> Markup:
     return joined([element("h2", title), element("div", *figures, class_="charts")])
 
@@ -116,11 +118,10 @@ def _section(title: str, figures: Sequence[Markup | None]) -> Markup:
 def _routers(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
     chart = element("figure", entropy_chart(rows), element("figcaption", element("strong", "Entropy of the routers")))
     about = "Colour: the expert that takes most of the positions; the paler, the more evenly they are shared."
-    experts = max(len(load) for row in rows for kind in row["kinds"].values() for load in kind["load"])
     return [
         element("h2", "Routers"),
         element("p", about, class_="about"),
-        curve_key([f"expert {expert}" for expert in range(experts)]),
+        development_key(rows),
         element("div", *development(rows), class_="maps"),
         element("div", chart, class_="charts"),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from model.data.dataset import MedPLIBDataset, MixedDataset
 from model.data.schema import TASKS
 from model.drawing.pages import percent
 from model.errors import MedPLIBError
+from model.modeling.projector import MoEProjector
 from model.modeling.router_tally import RouterSummary, RouterTally
-from model.modeling.splice import POSITION_KINDS, position_kinds
+from model.modeling.splice import POSITION_KINDS, image_token_rows, position_kinds
 from model.train.balance import UNKNOWN
 from model.train.handover import network_of_run
 from model.train.starting import merged_of
 
+_DIGITS = 5
+_FORMULA = "I(group; expert) / log(min(groups, experts)), groups equally likely"
 _GAP = 0.15  # difference between two tasks' shares from which on it is told
 KIND_TITLES: Mapping[str, str] = {"text": "text", "image": "image", "region": "region", "seg": "<SEG>"}
 MOST_OF = 0.8
@@ -38,38 +42,58 @@ class Examination:
 
     Attributes:
         source: the checkpoint.
-        layers: numbers of the mixture layers.
+        layers: numbers of the mixture layers; none where the projector alone is a mixture.
+        experts: how many each of them has.
         records: how many of each task were read.
         tasks, modalities: labels of the groups.
         summary: sums over groups (task, modality, kind), in that order, the last fastest.
+        projector: of a mixture in the projector, sums over groups (task, modality) of image tokens.
     """
 
     source: str
     layers: tuple[int, ...]
+    experts: tuple[int, ...]
     records: Mapping[str, int]
     tasks: tuple[str, ...]
     modalities: tuple[str, ...]
     summary: RouterSummary
+    projector: RouterSummary | None = None
 
     @property
-    def experts(self) -> int:
+    def most_experts(self) -> int:
         """The largest number of experts in a layer."""
-        return int(self.summary.choices.shape[-1])
+        return max(self.experts, default=0)
+
+    @property
+    def choices(self) -> int:
+        """Experts that a token goes to, before any is full."""
+        return round(float(self.summary.choices.sum() / self.summary.tokens.sum().clamp(min=1)))
 
     def merged(self, groups: Sequence[tuple[str | None, str | None, str | None]]) -> RouterSummary:
         """Sums over groups of (task, modality, kind), where None means all of them."""
-        places = [
-            (place, (task, modality, kind))
-            for place, (task, modality, kind) in enumerate(
-                (task, modality, kind) for task in self.tasks for modality in self.modalities for kind in POSITION_KINDS
-            )
-        ]
-        return self.summary.merged(
-            [
-                [at for at, names in places if all(w is None or w == n for w, n in zip(wanted, names, strict=True))]
-                for wanted in groups
-            ]
-        )
+        return self.summary.merged(_places(groups, list(product(self.tasks, self.modalities, POSITION_KINDS))))
+
+    def in_projector(self, groups: Sequence[tuple[str | None, str | None]]) -> RouterSummary:
+        """Sums over the projector's groups of (task, modality), where None means all of them."""
+        assert self.projector is not None
+        return self.projector.merged(_places(groups, list(product(self.tasks, self.modalities))))
+
+    @property
+    def labels(self) -> list[tuple[str | None, str | None]]:
+        """All records, those of each task, and those of each modality, as (task, modality)."""
+        return [(None, None), *((task, None) for task in self.tasks), *((None, own) for own in self.modalities)]
+
+    def by_layer(self, values: torch.Tensor) -> list[np.ndarray]:
+        """What is given for each expert [layers, groups, experts], each layer without experts that it has not."""
+        return [layer[:, :own].numpy() for layer, own in zip(values, self.experts, strict=True)]
+
+
+def _places(wanted: Sequence[tuple[str | None, ...]], names: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """Which of the named groups belong to each wanted one, where None means any."""
+    return [
+        [at for at, own in enumerate(names) if all(w is None or w == n for w, n in zip(group, own, strict=True))]
+        for group in wanted
+    ]
 
 
 def open_examined(path: Path) -> tuple[Any, Any, str]:
@@ -84,7 +108,7 @@ def open_examined(path: Path) -> tuple[Any, Any, str]:
         network, processor = network_of_run(path)
     else:
         network, processor = load(source)
-    if not network.config.moe.enabled:
+    if not (network.config.moe.enabled or isinstance(network.model.projector, MoEProjector)):
         raise MedPLIBError(f"{path} is a dense model without routers; name a mixture, as stage IV makes one")
     return network.eval(), processor, str(source)
 
@@ -127,25 +151,35 @@ def examine(
     modalities = tuple(sorted({dataset.modalities[index] or UNKNOWN for index in indices}))
     network = network.to(device)
     dtype = next(network.parameters()).dtype
-    tally = RouterTally(len(tasks) * len(modalities) * len(POSITION_KINDS))
+    places = {group: place for place, group in enumerate(product(tasks, modalities))}
+    tally, projector = RouterTally(len(places) * len(POSITION_KINDS)), RouterTally(len(places))
     with tqdm(total=len(indices), unit="record", disable=not shown) as bar, torch.no_grad():
         for start in range(0, len(indices), batch_size):
             part = indices[start : start + batch_size]
             batch = _moved(processor.collate([dataset[index] for index in part]), device, dtype)
             output = network(**batch)
-            kinds = position_kinds(output.plan, batch["input_ids"], batch["labels"], network.config.seg_token_id)
-            rows = [
-                tasks.index(dataset.tasks[index]) * len(modalities)
-                + modalities.index(dataset.modalities[index] or UNKNOWN)
-                for index in part
-            ]
-            first = torch.tensor(rows, device=kinds.device)[:, None] * len(POSITION_KINDS)
-            tally.add(output.router_stats, torch.where(kinds < 0, -1, first + kinds).flatten())
+            ids, stats = batch["input_ids"], output.projector_stats
+            kinds = position_kinds(output.plan, ids, batch["labels"], network.config.seg_token_id)
+            groups = [places[dataset.tasks[index], dataset.modalities[index] or UNKNOWN] for index in part]
+            rows = torch.tensor(groups, device=kinds.device)  # [B]
+            tally.add(
+                output.router_stats, torch.where(kinds < 0, -1, rows[:, None] * len(POSITION_KINDS) + kinds).flatten()
+            )
+            if stats is not None:
+                seen = image_token_rows(output.plan, ids, len(stats.kept), batch.get("visual_kinds"))
+                projector.add([stats], rows[seen])
             bar.update(len(part))
-    assert tally.sums is not None
     records = {task: sum(dataset.tasks[index] == task for index in indices) for task in tasks}
-    layers = tuple(network.config.moe.layers)
-    return Examination(source, layers, records, tasks, modalities, RouterSummary.of(tally.sums))
+    return Examination(
+        source,
+        tuple(network.config.moe.layers),
+        tuple(network.config.moe.num_experts),
+        records,
+        tasks,
+        modalities,
+        tally.summary(),
+        None if projector.sums is None else projector.summary(),
+    )
 
 
 def _moved(batch: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -160,14 +194,14 @@ def _moved(batch: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[st
 # --- what it means --------------------------------------------------------------------------------------------------
 
 
-def specialisation(load: np.ndarray) -> np.ndarray:
+def specialisation(load: Sequence[np.ndarray]) -> np.ndarray:
     """How much the group of a token tells about its expert, [layers] in [0, 1].
 
     ``I(group; expert) / log(min(groups, experts))``, with every group as likely as the others and
     ``p(expert | group)`` the load: 0 where all groups use the experts alike, 1 where each keeps to one of its own.
 
     Args:
-        load: [layers, groups, experts]; groups without a token (NaN) are left out.
+        load: [groups, experts] of each layer; groups without a token (NaN) are left out.
     """
     found: list[float] = []
     for layer in load:
@@ -186,26 +220,37 @@ def _entropy(shares: np.ndarray) -> float:
     return float(-(positive * np.log(positive)).sum())
 
 
-def by_task(examined: Examination, kind: str | None = None) -> np.ndarray:
-    """Load [layers, tasks, experts] of positions of one kind, or of all."""
-    return examined.merged([(task, None, kind) for task in examined.tasks]).load.numpy()
+def by_task(examined: Examination, kind: str | None = None) -> list[np.ndarray]:
+    """Load [tasks, experts] of positions of one kind, or of all, in each layer."""
+    return examined.by_layer(examined.merged([(task, None, kind) for task in examined.tasks]).load)
 
 
-def by_kind(examined: Examination) -> np.ndarray:
-    """Load [layers, kinds, experts] over all tasks."""
-    return examined.merged([(None, None, kind) for kind in POSITION_KINDS]).load.numpy()
+def by_kind(examined: Examination) -> list[np.ndarray]:
+    """Load [kinds, experts] over all tasks, in each layer."""
+    return examined.by_layer(examined.merged([(None, None, kind) for kind in POSITION_KINDS]).load)
+
+
+def projector_by_task(examined: Examination) -> np.ndarray:
+    """Load [tasks, experts] of image tokens in the projector."""
+    return examined.in_projector([(task, None) for task in examined.tasks]).load[0].numpy()
 
 
 def findings(examined: Examination) -> list[str]:
     """What stands out, in sentences."""
-    told = []
-    for place, kind in enumerate(POSITION_KINDS):
-        load = by_kind(examined)[:, place]
-        told += [
-            f"Expert {expert} takes {_percents(load[first : last + 1, expert])} of the {KIND_TITLES[kind]} positions "
-            f"in {_layers(examined, first, last)}."
-            for expert, first, last in _runs(load)
-        ]
+    told = _of_layers(examined) if examined.layers else []
+    return [*told, _of_projector(examined)] if examined.projector is not None else told
+
+
+def _of_layers(examined: Examination) -> list[str]:
+    if examined.most_experts <= examined.choices:
+        return ["Every position goes to all experts of its layer, so that their shares tell nothing."]
+    takers = examined.by_layer(examined.merged([(None, None, kind) for kind in POSITION_KINDS]).takers)
+    told = [
+        f"Expert {expert} takes {_percents([takers[layer][place, expert] for layer in range(first, last + 1)])} of the "
+        f"{KIND_TITLES[kind]} positions in {_layers(examined, first, last)}."
+        for place, kind in enumerate(POSITION_KINDS)
+        for expert, first, last in _runs([layer[place] for layer in takers])
+    ]
     if not told:
         told.append(f"No kind of position is left to one expert: none has {percent(MOST_OF)} of one in any layer.")
     of_task, of_kind = _means(examined)
@@ -216,6 +261,20 @@ def findings(examined: Examination) -> list[str]:
     )
     gap = _widest_gap(examined)
     return [*told, gap] if gap else told
+
+
+def _of_projector(examined: Examination) -> str:
+    takers = examined.in_projector([(None, None)]).takers[0, 0].numpy()
+    if not np.isfinite(takers).all():
+        return "The projector saw no image."
+    if takers.min() == 1:
+        return "Every image token goes to all experts of the projector, so that their shares tell nothing."
+    expert = int(takers.argmax())
+    (by_own_task,) = specialisation([projector_by_task(examined)])
+    told = f"In the projector expert {expert} takes {percent(takers[expert])} of the image tokens, the most"
+    if not math.isfinite(by_own_task):
+        return f"{told}."
+    return f"{told}; the specialisation there is {by_own_task:.2f} by task."
 
 
 def _means(examined: Examination) -> tuple[float, float]:
@@ -229,11 +288,11 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else 0.0
 
 
-def _runs(load: np.ndarray) -> list[tuple[int, int, int]]:
-    """Expert, first and last layer of each run of layers [layers, experts] in which it takes most."""
+def _runs(takers: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
+    """Expert, first and last layer of each run of layers in which it takes most; of each layer, shares [experts]."""
     runs: list[tuple[int, int, int]] = []
-    for layer, shares in enumerate(load):
-        if not np.isfinite(shares).all() or shares.max() < MOST_OF:
+    for layer, shares in enumerate(takers):
+        if not np.isfinite(shares).all() or shares.max() < MOST_OF or shares.min() == 1:  # no choice among them
             continue
         expert = int(shares.argmax())
         if runs and runs[-1][0] == expert and runs[-1][2] == layer - 1:
@@ -247,9 +306,9 @@ def _widest_gap(examined: Examination) -> str:
     """Where two tasks differ most in the same kind of position."""
     widest, told = _GAP, ""
     for kind in ("text", "image"):
-        load = by_task(examined, kind)
-        for layer, one, two in ((i, a, b) for i in range(len(load)) for a in range(load.shape[1]) for b in range(a)):
-            gap = load[layer, one] - load[layer, two]
+        takers = examined.by_layer(examined.merged([(task, None, kind) for task in examined.tasks]).takers)
+        for layer, one, two in product(range(len(takers)), range(len(examined.tasks)), range(len(examined.tasks))):
+            gap = takers[layer][one] - takers[layer][two]
             if not np.isfinite(gap).all() or np.abs(gap).max() <= widest:
                 continue
             expert = int(np.abs(gap).argmax())
@@ -257,14 +316,14 @@ def _widest_gap(examined: Examination) -> str:
             widest = float(np.abs(gap).max())
             told = (
                 f"Tasks differ most in the {kind} positions of layer {examined.layers[layer]}: expert {expert} takes "
-                f"{percent(load[layer, more, expert])} of those of {examined.tasks[more]} records and "
-                f"{percent(load[layer, less, expert])} of those of {examined.tasks[less]} records."
+                f"{percent(takers[layer][more, expert])} of those of {examined.tasks[more]} records and "
+                f"{percent(takers[layer][less, expert])} of those of {examined.tasks[less]} records."
             )
     return told
 
 
-def _percents(shares: np.ndarray) -> str:
-    low, high = round(100 * float(shares.min())), round(100 * float(shares.max()))
+def _percents(shares: Sequence[float]) -> str:
+    low, high = round(100 * float(min(shares))), round(100 * float(max(shares)))
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
@@ -276,40 +335,46 @@ def _layers(examined: Examination, first: int, last: int) -> str:
 
 def as_numbers(examined: Examination) -> dict[str, Any]:
     """All of it as plain numbers for machines; None where no token was."""
-    both = [(task, kind) for task in (None, *examined.tasks) for kind in (None, *POSITION_KINDS)]
-    groups: list[tuple[str | None, str | None, str | None]] = [(task, None, kind) for task, kind in both]
-    groups += [(None, modality, kind) for modality in examined.modalities for kind in (None, *POSITION_KINDS)]
-    summary = examined.merged(groups)
-    rows = [
-        {
-            "task": task,
-            "modality": modality,
-            "positions": kind,
-            "tokens": int(summary.tokens[0, at]),
-            "load": _plain(summary.load[:, at]),
-            "probability": _plain(summary.mean_probability[:, at]),
-            "entropy": _plain(summary.mean_entropy[:, at]),
-        }
-        for at, (task, modality, kind) in enumerate(groups)
-    ]
-    return {
+    groups = [(*label, kind) for label in examined.labels for kind in (None, *POSITION_KINDS)]
+    numbers: dict[str, Any] = {
         "checkpoint": examined.source,
         "layers": list(examined.layers),
-        "experts": examined.experts,
+        "experts": examined.most_experts,
         "records": dict(examined.records),
         "findings": findings(examined),
-        "specialisation": {
-            "formula": "I(group; expert) / log(min(groups, experts)), groups equally likely",
-            "by_task": _plain(torch.from_numpy(specialisation(by_task(examined)))),
-            "by_kind": _plain(torch.from_numpy(specialisation(by_kind(examined)))),
-            "by_task_mean": _means(examined)[0],
-            "by_kind_mean": _means(examined)[1],
-        },
-        "groups": rows,
-    }  # fmt: skip
+    }
+    if examined.layers:
+        of_task, of_kind = _means(examined)
+        summary = examined.merged(groups)
+        numbers["specialisation"] = {
+            "formula": _FORMULA,
+            "by_task": _plain(specialisation(by_task(examined))),
+            "by_kind": _plain(specialisation(by_kind(examined))),
+            "by_task_mean": of_task,
+            "by_kind_mean": of_kind,
+        }
+        numbers["groups"] = [
+            {"task": task, "modality": modality, "positions": kind, **summary.numbers(at, examined.experts, _DIGITS)}
+            for at, (task, modality, kind) in enumerate(groups)
+        ]
+    if examined.projector is not None:
+        numbers["projector"] = _projector_numbers(examined)
+    return numbers
 
 
-def _plain(values: torch.Tensor) -> Any:
-    if values.dim() > 1:
-        return [_plain(row) for row in values]
-    return [round(value, 5) if math.isfinite(value) else None for value in values.tolist()]
+def _projector_numbers(examined: Examination) -> dict[str, Any]:
+    labels = examined.labels
+    summary = examined.in_projector(labels)
+    experts = summary.choices.shape[-1]
+    return {
+        "experts": experts,
+        "specialisation": {"formula": _FORMULA, "by_task": _plain(specialisation([projector_by_task(examined)]))[0]},
+        "groups": [
+            {"task": task, "modality": modality, **summary.numbers_of_one(at, experts, _DIGITS)}
+            for at, (task, modality) in enumerate(labels)
+        ],
+    }
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [round(value, _DIGITS) if math.isfinite(value) else None for value in values.tolist()]

@@ -14,7 +14,7 @@ from model.cli import main
 from model.modeling.router_tally import RouterSummary
 from model.modeling.splice import POSITION_KINDS
 from model.train import recipe_from, run, save_recipe
-from model.train.router_report import Examination, findings, specialisation
+from model.train.router_report import Examination, by_task, findings, specialisation
 from tests.tiny import tiny_checkpoint
 
 
@@ -26,16 +26,61 @@ def test_specialisation_is_none_for_like_groups_and_one_for_groups_of_their_own(
     assert specialisation(missing)[0] == pytest.approx(1) and np.isnan(specialisation(missing)[1])
 
 
+def examined(
+    summary: RouterSummary, layers: tuple[int, ...], experts: tuple[int, ...], projector: RouterSummary | None = None
+) -> Examination:
+    return Examination(
+        "x", layers, experts, {"vqa": 1, "region": 1}, ("vqa", "region"), ("ct",), summary, projector=projector
+    )
+
+
 def test_sentences_say_who_takes_what() -> None:
     choices = torch.full((3, 8, 2), 50.0, dtype=torch.float64)  # three layers, two tasks × four kinds
     choices[1:, [3, 7]] = torch.tensor([93.0, 7.0], dtype=torch.float64)  # <SEG> in the last two layers
     choices[0, 4] = torch.tensor([10.0, 90.0], dtype=torch.float64)  # text of the second task in the first layer
     tokens = torch.full((3, 8), 100.0, dtype=torch.float64)
     summary = RouterSummary(choices, choices, choices, tokens * 0, tokens)
-    told = findings(Examination("x", (0, 2, 4), {"vqa": 1, "region": 1}, ("vqa", "region"), ("ct",), summary))
+    told = findings(examined(summary, (0, 2, 4), (2, 2, 2)))
     assert "Expert 0 takes 93 % of the <SEG> positions in layers 2 to 4." in told
     assert any("text positions of layer 0: expert 0 takes 50 % of those of vqa" in sentence for sentence in told)
     assert len(POSITION_KINDS) == 4
+
+
+def counted(choices: list[list[float]], tokens: float) -> RouterSummary:
+    """One layer, of whose groups each has as many tokens."""
+    chosen = torch.tensor([choices], dtype=torch.float64)
+    count = torch.full(chosen.shape[:2], tokens, dtype=torch.float64)
+    return RouterSummary(chosen, chosen, chosen, count * 0, count)
+
+
+def test_with_two_choices_a_sentence_counts_positions_not_choices() -> None:
+    of_four = counted([[90, 50, 40, 20]] * 8, 100)
+    told = findings(examined(of_four, (0,), (4,)))
+    assert "Expert 0 takes 90 % of the text positions in layer 0." in told
+    of_two = counted([[100, 100]] * 8, 100)
+    (told,) = findings(examined(of_two, (0,), (2,)))
+    assert told == "Every position goes to all experts of its layer, so that their shares tell nothing."
+
+
+def test_sentences_tell_of_a_mixture_in_the_projector() -> None:
+    layers = counted([[50, 50]] * 8, 100)
+    told = findings(examined(layers, (0,), (2,), counted([[10, 80, 10], [0, 100, 0]], 100)))
+    assert told[-1].startswith("In the projector expert 1 takes 90 % of the image tokens, the most; ")
+    everywhere = counted([[100, 100], [100, 100]], 100)
+    assert findings(examined(layers, (0,), (2,), everywhere))[-1].startswith("Every image token goes to all experts")
+    nothing = counted([[0, 0], [0, 0]], 0)
+    assert findings(examined(layers, (0,), (2,), nothing))[-1] == "The projector saw no image."
+
+
+def test_layers_with_other_numbers_of_experts_are_measured_by_their_own() -> None:
+    choices = torch.tensor([[[100.0, 0, 0, 0]] * 4 + [[0, 100.0, 0, 0]] * 4] * 2, dtype=torch.float64)
+    summary = RouterSummary(choices, choices, choices, choices[..., 0] * 0, torch.full((2, 8), 100.0).double())
+    both = examined(summary, (0, 1), (2, 4))
+    assert [layer.shape for layer in by_task(both)] == [(2, 2), (2, 4)]
+    assert specialisation(by_task(both)) == pytest.approx([1, 1])
+    one = examined(counted([[100, 0]] * 8, 100), (0,), (1,))
+    assert np.isnan(specialisation(by_task(one))).all()
+    assert len(findings(one)) == 1  # where there is one expert, there is nothing to tell
 
 
 def test_a_checkpoint_is_drawn_in_one_page_with_its_numbers(
@@ -53,8 +98,37 @@ def test_a_checkpoint_is_drawn_in_one_page_with_its_numbers(
     parts = [row for row in numbers["groups"] if row["task"] and row["positions"]]
     assert sum(row["tokens"] for row in parts) == whole["tokens"]
     assert np.sum(whole["load"], axis=1) == pytest.approx([1, 1], abs=1e-4)
+    assert "projector" not in numbers
     page = out.read_text()
     assert "&lt;SEG&gt; positions" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "rojector" not in page
+
+
+@pytest.mark.parametrize("moe", [{}, {"layers": (0, 1), "num_experts": (2, 4), "top_k": 2}])
+def test_a_mixture_in_the_projector_is_drawn_apart_from_the_layers(
+    moe: dict[str, Any], phantoms: Path, tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, moe=moe, projector={"type": "moe_mlp2x_gelu", "num_experts": 3})
+    files = [str(phantoms / f"{name}.json") for name in ("vqa", "grounding")]
+    out = tmp_path / "report.html"
+    given = ["router-report", str(checkpoint), "--data", *files, "--images", str(phantoms), "--out", str(out)]
+    assert main([*given, "--samples", "2"]) == 0
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    page = out.read_text()
+    whole, *parts = numbers["projector"]["groups"]
+    assert (whole["task"], whole["modality"], whole["tokens"]) == (None, None, 4 * 16)
+    tasks = [part for part in parts if part["task"]]
+    assert [(part["task"], part["tokens"]) for part in tasks] == [("vqa", 2 * 16), ("grounding", 2 * 16)]
+    assert whole["load"] == pytest.approx(np.mean([part["load"] for part in tasks], axis=0), abs=1e-4)
+    assert sum(part["tokens"] for part in parts if part["modality"]) == whole["tokens"]
+    assert sum(whole["probability"]) == pytest.approx(1, abs=1e-4) and whole["dropped"] == 0
+    assert 'id="projector"' in page and "Image tokens" in page
+    assert numbers["layers"] == list(moe.get("layers", ()))
+    if moe:
+        image = next(row for row in numbers["groups"] if row["positions"] == "image")
+        assert [len(load) for load in image["load"]] == [2, 4] and image["tokens"] == whole["tokens"]
+    else:
+        assert "groups" not in numbers and "Specialisation" not in page
 
 
 @pytest.mark.parametrize(
@@ -82,6 +156,10 @@ def test_records_of_a_run_that_are_not_here_are_told(values: Any, tmp_path: Path
     assert "elsewhere/held_out.json, which is not here" in capsys.readouterr().err
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 def test_a_run_is_drawn_as_curves_and_its_routers_over_training(values: Any, phantoms: Path, tmp_path: Path) -> None:
     base = values(4)["model"]["base"]
     recipe = recipe_from(
@@ -91,10 +169,16 @@ def test_a_run_is_drawn_as_curves_and_its_routers_over_training(values: Any, pha
             data={"validation": [str(phantoms / "grounding.json")], "validation_images": str(phantoms)},
             schedule={"max_steps": 3},
             validation={"samples": 2, "every": 2},
+            mixture={"projector_experts": 2},
+            trainable=["router", "projector"],
             logging={"router_every": 1},
         )
     )
     run(recipe)
+    journal = recipe.folder / "router.jsonl"
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    del rows[0]["projector"]  # as a version wrote it that did not look there
+    write_rows(journal, rows)
     assert main(["curves", str(recipe.folder)]) == 0
     page = (recipe.folder / "curves.html").read_text()
     for title in (
@@ -102,8 +186,12 @@ def test_a_run_is_drawn_as_curves_and_its_routers_over_training(values: Any, pha
         "Cross-entropy by modality",
         "On held-out records",
         "Entropy of the routers",
+        "Image tokens in the projector",
     ):
         assert title in page
     out = tmp_path / "report.html"
     assert main(["router-report", str(recipe.folder), "--out", str(out), "--samples", "2"]) == 0
-    assert "Over training" in out.read_text()
+    assert "Over training" in out.read_text() and "Image tokens in the projector" in out.read_text()
+    write_rows(journal, [{name: value for name, value in row.items() if name != "projector"} for row in rows])
+    assert main(["curves", str(recipe.folder)]) == 0
+    assert "rojector" not in (recipe.folder / "curves.html").read_text()
