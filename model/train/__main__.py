@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import MedPLIBError
@@ -60,12 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from model.train import load_recipe, run
+    from model.train.plan_network import network_problems
     from model.train.readiness import record_problems, start_problems
     from model.train.signals import RunStopped
 
     def problems(recipe: Recipe) -> list[str]:
         found = start_problems(recipe, resume=options.resume)
-        return found + (record_problems(recipe) if options.check else [])
+        if options.check:
+            found += network_problems(recipe, Path(options.recipe)) + record_problems(recipe)
+        return found
 
     recipe = load_recipe(options.recipe, options.overrides, also=problems)
     if options.check:

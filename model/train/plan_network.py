@@ -127,6 +127,21 @@ def planned_network(recipe: Recipe, config: MedPLIBConfig) -> MedPLIBForCausalLM
     return network
 
 
+def network_problems(recipe: Recipe, recipe_path: Path) -> list[str]:
+    """Parts that a recipe names and its network does not have, before that is loaded; a sentence each.
+
+    Nothing is said of what a recipe starts from where that cannot be read.
+    """
+    base = merged_of(recipe.model.base)
+    if not recipe.model.base or not (base / "config.json").is_file():
+        return []
+    try:
+        planned_network(recipe, find_sizes(recipe, recipe_path, None).config)
+    except MedPLIBError as error:
+        return [str(error)]
+    return []
+
+
 def weights_of(network: MedPLIBForCausalLM) -> list[Weight]:
     """Every parameter of a planned network."""
     experts = tuple(

@@ -13,6 +13,7 @@ import yaml
 from model.checkpoint import assemble, lay_over, load, upcycle
 from model.checkpoint.building import choose_attention
 from model.checkpoint.shards import find_weights
+from model.checkpoint.starting_points import read_settings
 from model.errors import MedPLIBError
 from model.modeling.configuration import LossConfig, MedPLIBConfig, MoEConfig, ProjectorConfig
 from model.modeling.medplib import MedPLIBForCausalLM
@@ -67,7 +68,19 @@ def path_problems(recipe: Recipe, *, data: bool = True) -> list[str]:
     missing = [
         f"{key} is {path}, which does not exist" for key, path in named.items() if path and not Path(path).exists()
     ]
-    return problems + missing + ([] if missing else _mixtures_to_be_mixed(recipe))
+    return problems + missing + _no_checkpoints(recipe) + ([] if missing else _mixtures_to_be_mixed(recipe))
+
+
+def _no_checkpoints(recipe: Recipe) -> list[str]:
+    """What a stage would start from although it is no checkpoint, a sentence each; weights are not read."""
+    problems = []
+    for key, path in (("base", recipe.model.base), ("grounding", recipe.model.grounding)):
+        if path and Path(path).exists():
+            try:
+                read_settings(merged_of(path))
+            except MedPLIBError as error:
+                problems.append(f"model.{key} is no checkpoint: {error}")
+    return problems
 
 
 def _mixtures_to_be_mixed(recipe: Recipe) -> list[str]:
@@ -121,6 +134,8 @@ def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
         model, processor = load(base, dtype=dtype, **towers)
         if recipe.stage == 4 and not model.config.moe.enabled:
             raise MedPLIBError("stage IV needs model.grounding, the merged grounding model that expert 0 comes from")
+        if recipe.stage == 4:
+            _tell_unused(recipe.mixture, model.config)
         if projector is not None:
             lay_over(model, projector=projector)
         return model, processor
@@ -131,6 +146,18 @@ def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
     )
     logger.info("%s", report)
     return model, processor
+
+
+def _tell_unused(mixture: Mixture, config: MedPLIBConfig) -> None:
+    """Say which settings of a recipe a mixture that is there already does not take up."""
+    wanted, held = asdict(mixture), asdict(config.moe)
+    if len(mixture.num_experts) == 1:
+        wanted["num_experts"] = mixture.num_experts * len(held["layers"])
+    depth = config.text_config.num_hidden_layers
+    wanted["layers"] = tuple(sorted(mixture.layers)) or MoEConfig.layers_for(mixture.mode, depth)
+    unused = [f"{name} stays {held[name]}" for name in wanted if name in held and held[name] != wanted[name]]
+    if unused:
+        logger.info("model.base is a mixture already, whose settings are kept: mixture.%s", ", mixture.".join(unused))
 
 
 def merged_of(path: str | Path) -> Path:
