@@ -30,14 +30,14 @@ def share_map(
         rows, columns: what they are called.
         title: what the whole shows, for those who do not see it.
         cell_width: in pixels.
-        numbers: write the largest share into each cell.
+        numbers: write the largest share into each cell and the names over the columns; without, there may be too
+            many columns for texts, and a cell tells both when it is pointed at.
         names: what the parts are.
     """
     left = 10 + _CHARACTER * max(map(len, rows), default=0)
     shapes = [
         label(left + cell_width * (at + 0.5), _TOP - 8, name, "middle", "tick")
-        for at, name in enumerate(columns)
-        if name
+        for at, name in enumerate(columns if numbers else ())
     ]
     for down, row in enumerate(rows):
         top = _TOP + _CELL_HEIGHT * down

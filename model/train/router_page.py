@@ -226,6 +226,7 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
     return [
         element("h2", "Over training", id="training"),
         element("p", "The same shares while the run went on, from its first step to its last.", class_="about"),
+        development_key(rows),
         element("div", *development(rows), class_="maps"),
     ]
 
@@ -253,10 +254,9 @@ def _moments_map(
 ) -> Markup:
     """Loads [moments][names][experts]; an empty one, or one that holds None, is an empty cell."""
     shares = [[[math.nan if s is None else s for s in load[at]] for load in loads] for at in range(len(names))]
-    steps = [f"step {row['step']}" if at in (0, len(moments) - 1) else "" for at, row in enumerate(moments)]
+    steps = [f"step {row['step']}" for row in moments]
     width = max(8, min(40, 360 / len(moments)))
-    drawing = share_map(shares, names, steps if width * len(moments) > 120 else [""] * len(moments),
-                        f"{title} over training", cell_width=width, numbers=False)  # fmt: skip
+    drawing = share_map(shares, names, steps, f"{title} over training", cell_width=width, numbers=False)
     said = f", step {moments[0]['step']} to {moments[-1]['step']}"
     return element("figure", drawing, element("figcaption", element("strong", title), said))
 
