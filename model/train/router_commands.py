@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from model.drawing.files import check_page_name, write_whole
 from model.errors import MedPLIBError
 
 
@@ -49,7 +50,7 @@ def run_router_report(options: argparse.Namespace) -> int:
 
     if options.samples < 1 or options.batch_size < 1:
         raise MedPLIBError("--samples and --batch-size must be at least 1")
-    _check_out(options.out)
+    check_page_name(options.out)
     files, images = _data_of(options)
     network, processor, source = open_examined(options.source)
     dataset = open_records(files, images, processor)
@@ -66,8 +67,8 @@ def run_router_report(options: argparse.Namespace) -> int:
     )
     training = read_rows(options.source / ROUTER_FILE)
     numbers = options.out.with_suffix(".json")
-    _write(options.out, router_page(examined, training))
-    _write(numbers, json.dumps(as_numbers(examined), indent=1, allow_nan=False) + "\n")
+    write_whole(options.out, router_page(examined, training))
+    write_whole(numbers, json.dumps(as_numbers(examined), indent=1, allow_nan=False) + "\n")
     sys.stdout.writelines(f"{sentence}\n" for sentence in findings(examined))
     sys.stdout.write(f"\nwrote {options.out}\nwrote {numbers}\n")
     return 0
@@ -78,8 +79,8 @@ def run_curves(options: argparse.Namespace) -> int:
     from model.train.curves import curves_page
 
     out = options.out or options.run_folder / "curves.html"
-    _check_out(out)
-    _write(out, curves_page(options.run_folder))
+    check_page_name(out)
+    write_whole(out, curves_page(options.run_folder))
     sys.stdout.write(f"wrote {out}\n")
     return 0
 
@@ -105,15 +106,3 @@ def _data_of(options: argparse.Namespace) -> tuple[list[Path], Path]:
     if images is None:
         raise MedPLIBError("--images is missing; give the folder that the records' paths start from")
     return files, images
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix not in (".html", ".htm"):
-        raise MedPLIBError(f"--out {out} is no page; give a name that ends with .html")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

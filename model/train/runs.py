@@ -21,9 +21,10 @@ from model.train.run_record import RUN_FILE, is_locked, read_record
 _TAIL = 65536  # bytes at the end of metrics.jsonl that surely hold a whole row
 _DEPTH = 4  # levels of folders below the given one that are looked through
 
-_HEADINGS: tuple[str, ...] = (
+HEADINGS: tuple[str, ...] = (
     *("RUN", "STAGE", "STATUS", "STEP", "LOSS", "BEST SCORES", "STARTED (UTC)", "TIME", "COMMIT"),
 )
+"""Of what ``cells_of`` gives."""
 
 
 @dataclass(frozen=True)
@@ -164,17 +165,15 @@ def _duration(attempt: Mapping[str, Any], otherwise: float) -> float:
 
 def list_text(runs: Sequence[Run]) -> str:
     """One line a run."""
-    lines: list[tuple[str, ...]] = [
-        ("RUN", "STAGE", "STATUS", "STEP", "LOSS", "BEST SCORES", "STARTED (UTC)", "TIME", "COMMIT")
-    ]
-    lines += [_line(run) for run in runs]
+    lines = [HEADINGS, *map(cells_of, runs)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
     text += [f"{run.folder}: {run.record.get('reason')}" for run in runs if run.status == "failed"]
     return "\n".join(text + [f"{run.folder}: {', '.join(run.notes)}" for run in runs if run.notes])
 
 
-def _line(run: Run) -> tuple[str, ...]:
+def cells_of(run: Run) -> tuple[str, ...]:
+    """How a run stands, a text for each of ``HEADINGS``."""
     step, total = run.last.get("step", run.record.get("step", 0)), run.record.get("total_steps", "?")
     dice = [name for name in run.best if name.startswith("dice@")][-1:]
     # A line has room for a score of each kind of answer; compare shows all.
