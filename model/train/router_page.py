@@ -141,7 +141,7 @@ def _specialisation(examined: Examination) -> list[Markup]:
             str(layer),
             *(number(values[at], 2) for values in parts.values()),
             number(float(whole.mean_entropy[at, 0]), 2),
-            share_strip(load[at][0].tolist(), names[: examined.experts[at]]),
+            share_strip(load[at][0].tolist(), names[: examined.experts[at]]) if np.isfinite(load[at][0]).all() else "–",
         ]
         for at, layer in enumerate(examined.layers)
     ]
@@ -185,6 +185,9 @@ def _projector(examined: Examination) -> list[Markup]:
     summary = examined.in_projector(examined.labels)
     experts = summary.choices.shape[-1]
     names = _names(experts)
+    heading = element("h2", "Projector", id="projector")
+    if not summary.tokens.any():
+        return [heading, element("p", "No image token with finite figures was read.", class_="about")]
     load = projector_by_task(examined)
     present = [at for at in range(len(examined.tasks)) if np.isfinite(load[at]).all()]
     drawing = share_map(
@@ -209,7 +212,7 @@ def _projector(examined: Examination) -> list[Markup]:
     )
     caption = element("figcaption", element("strong", "Image tokens"), f", {count(int(summary.tokens[0, 0]))}")
     return [
-        element("h2", "Projector", id="projector"),
+        heading,
         about,
         _key(experts),
         element("div", element("figure", drawing, caption), class_="maps"),

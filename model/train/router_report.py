@@ -253,20 +253,33 @@ def _of_layers(examined: Examination) -> list[str]:
     ]
     if not told:
         told.append(f"No kind of position is left to one expert: none has {percent(MOST_OF)} of one in any layer.")
+    return [*told, *filter(None, (_means_told(examined), _widest_gap(examined), _broken(examined)))]
+
+
+def _means_told(examined: Examination) -> str:
+    """What decides more about the expert, task or kind of position; of a single task or kind nothing can be told."""
     of_task, of_kind = _means(examined)
-    more = "more" if of_kind > of_task else "less"
-    told.append(
-        f"What kind of position it is decides {more} about the expert than which task: the specialisation is "
-        f"{of_kind:.2f} by kind and {of_task:.2f} by task (0: all alike, 1: each its own expert)."
-    )
-    gap = _widest_gap(examined)
-    return [*told, gap] if gap else told
+    scale = "(0: all alike, 1: each its own expert)"
+    if math.isfinite(of_task) and math.isfinite(of_kind):
+        more = "more" if of_kind > of_task else "less"
+        return (
+            f"What kind of position it is decides {more} about the expert than which task: the specialisation is "
+            f"{of_kind:.2f} by kind and {of_task:.2f} by task {scale}."
+        )
+    return f"The specialisation by kind of position is {of_kind:.2f} {scale}." if math.isfinite(of_kind) else ""
+
+
+def _broken(examined: Examination) -> str:
+    """Which layers have no figures though they read the records."""
+    silent = [layer for layer, tokens in zip(examined.layers, examined.summary.tokens, strict=True) if not tokens.any()]
+    named = ", ".join(map(str, silent))
+    return f"The routers of these layers give no finite probabilities: {named}." if silent else ""
 
 
 def _of_projector(examined: Examination) -> str:
     takers = examined.in_projector([(None, None)]).takers[0, 0].numpy()
     if not np.isfinite(takers).all():
-        return "The projector saw no image."
+        return "The projector's router gave no figures: no image was read, or its probabilities are not finite."
     if takers.min() == 1:
         return "Every image token goes to all experts of the projector, so that their shares tell nothing."
     expert = int(takers.argmax())
@@ -278,14 +291,14 @@ def _of_projector(examined: Examination) -> str:
 
 
 def _means(examined: Examination) -> tuple[float, float]:
-    """Specialisation by task (over all positions) and by kind of position, means over the layers."""
+    """Specialisation by task (over all positions) and by kind of position, means over the layers; NaN of one alone."""
     task, kind = (specialisation(load) for load in (by_task(examined), by_kind(examined)))
     return _mean(task), _mean(kind)
 
 
 def _mean(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else 0.0
+    return float(finite.mean()) if len(finite) else math.nan
 
 
 def _runs(takers: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
@@ -344,7 +357,7 @@ def as_numbers(examined: Examination) -> dict[str, Any]:
         "findings": findings(examined),
     }
     if examined.layers:
-        of_task, of_kind = _means(examined)
+        of_task, of_kind = _plain(np.asarray(_means(examined)))
         summary = examined.merged(groups)
         numbers["specialisation"] = {
             "formula": _FORMULA,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.checkpoint import load, save
 from model.cli import main
 from model.modeling.router_tally import RouterSummary
 from model.modeling.splice import POSITION_KINDS
@@ -69,7 +70,7 @@ def test_sentences_tell_of_a_mixture_in_the_projector() -> None:
     everywhere = counted([[100, 100], [100, 100]], 100)
     assert findings(examined(layers, (0,), (2,), everywhere))[-1].startswith("Every image token goes to all experts")
     nothing = counted([[0, 0], [0, 0]], 0)
-    assert findings(examined(layers, (0,), (2,), nothing))[-1] == "The projector saw no image."
+    assert findings(examined(layers, (0,), (2,), nothing))[-1].startswith("The projector's router gave no figures")
 
 
 def test_layers_with_other_numbers_of_experts_are_measured_by_their_own() -> None:
@@ -129,6 +130,24 @@ def test_a_mixture_in_the_projector_is_drawn_apart_from_the_layers(
         assert [len(load) for load in image["load"]] == [2, 4] and image["tokens"] == whole["tokens"]
     else:
         assert "groups" not in numbers and "Specialisation" not in page
+
+
+def test_what_was_not_measured_is_not_told_as_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, projector={"type": "moe_mlp2x_gelu"})
+    network, processor = load(checkpoint)
+    network.model.decoder.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
+    save(network, processor, tmp_path / "broken")
+    turns = [{"from": "human", "value": "Is the liver an organ?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "text.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    out = tmp_path / "broken.html"
+    given = ["--data", str(tmp_path / "text.json"), "--images", str(tmp_path), "--out", str(out)]
+    assert main(["router-report", str(tmp_path / "broken"), *given]) == 0
+    told = capsys.readouterr().out
+    assert "no finite probabilities: 1." in told and "projector's router gave no figures" in told
+    assert "specialisation" not in told  # one task, one kind of position
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert numbers["specialisation"]["by_task_mean"] is None and numbers["projector"]["groups"][0]["tokens"] == 0
+    assert "nan" not in out.read_text()
 
 
 @pytest.mark.parametrize(
