@@ -62,7 +62,7 @@ class Optimiser:
     lr: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of all that learns: norms, biases and LoRA too
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
     warmup: float = 0.01  # share of one epoch's steps over which lr rises linearly
     decay: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up, to the last step
