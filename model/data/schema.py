@@ -137,7 +137,7 @@ class _Inspection:
         return self._sample(tuple(images), tuple(examples)), self.findings
 
     def _sample(self, images: tuple[Path, ...], examples: tuple[Example, ...]) -> Sample:
-        answer_type = self.raw.get("answer_type")
+        answer_type = _text(self.raw.get("answer_type")).strip().lower()
         return Sample(
             id=_text(self.raw.get("id", self.raw.get("question_id"))),
             images=images,
@@ -146,7 +146,7 @@ class _Inspection:
             region_images=tuple(self.region_images),
             masks=tuple(self.masks),
             segment_image=len(images) - 1,
-            answer_type=str(answer_type).lower() if answer_type else None,
+            answer_type=answer_type or None,
             task=self._task(),
             modality=self._modality(images),
             raw=self.raw,

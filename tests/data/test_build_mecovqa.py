@@ -114,3 +114,11 @@ def test_every_image_of_a_record_is_mended(tmp_path: Path, raw: tuple[Path, Path
     (kept,) = trains(tmp_path / "out" / "two.json", images)
     assert kept["image"] == [f"images/{CT}.png", f"images/{MR}.png"]
     assert (kept["conversations"], kept["extra"]) == (talk, {"kept": [1]})
+
+
+def test_a_file_without_records_is_told(
+    tmp_path: Path, raw: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = write_json(tmp_path / "empty.json", [])
+    assert build("mecovqa", "--source", empty, "--images", raw[1], "--out", tmp_path / "out") == 1
+    assert capsys.readouterr().err == "medplib: the source holds no record\n"

@@ -25,6 +25,11 @@ def test_a_question_about_an_image(folder: Any) -> None:
     assert sample.regions == sample.masks == ()
 
 
+@pytest.mark.parametrize(("told", "meant"), [("CLOSED ", "closed"), (" ", None), (None, None)])
+def test_an_answer_type_is_read_in_any_spelling(folder: Any, told: Any, meant: str | None) -> None:
+    assert parse_record(folder.vqa(answer_type=told), folder.root).answer_type == meant
+
+
 def test_paths_leave_the_text_and_keep_its_spaces(folder: Any) -> None:
     sample = parse_record(folder.grounding(), folder.root)
     assert texts(sample)[1] == ("gpt", "Sure, it is <SEG>.")
