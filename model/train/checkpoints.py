@@ -197,8 +197,9 @@ def load_checkpoint(engine: TrainingEngine, folder: Path) -> dict[str, Any]:
     progress = process.on_first(lambda: read_progress(folder))
     if progress["world_size"] != process.world_size:
         raise MedPLIBError(
-            f"{folder} was written by {progress['world_size']} processes, this run has {process.world_size}; "
-            "resume with the same number"
+            f"{folder} was written by {progress['world_size']} processes, this run has {process.world_size}; resume "
+            f"with {progress['world_size']}, or begin a new run in another output whose model.base is what medplib "
+            f"export {folder} DIR writes (weights go on; optimiser, learning rate and data order begin anew)"
         )
     engine.load(folder)
     restore_random_state(torch.load(folder / _random_file(process), weights_only=True))
