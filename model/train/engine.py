@@ -198,6 +198,11 @@ class DeepSpeedEngine(TrainingEngine):
         self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         if self._shares_experts:  # DeepSpeed's file of weights is rank 0's; the optimiser's are every rank's own
             self.engine.optimizer.update_lp_params()
+        if self.recipe.engine.zero_stage == 3:
+            # Loading leaves small weights whole. DeepSpeed notes that a module reads a weight of another (SAM's mask
+            # decoder does) when it finds it partitioned. That must be in the first pass: gather(), at the next save,
+            # would partition it when the order of use is already fixed.
+            self.engine.optimizer.checkpoint_event_prologue()
 
     def gather(self, trainable_only: bool) -> dict[str, Tensor]:
         if self.recipe.engine.zero_stage < 3:

@@ -1,7 +1,8 @@
 """Run by every rank: several training runs, one after another, in processes that are started once.
 
-Arguments: recipe files. One with ``+`` before it was run already; it loses its newest checkpoint and is resumed, its
-first result being kept as ``first/`` and ``first.jsonl``. One with ``!`` is killed while it saves step 2.
+Arguments: recipe files. One with ``+`` before it was run already; it loses its newest checkpoint (for each further
+``+`` the next one) and is resumed, its first result being kept as ``first/`` and ``first.jsonl``. One with ``!`` is
+killed while it saves step 2.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> None:
     for argument in sys.argv[1:]:
         recipe, resume = load_recipe(argument.lstrip("+!")), argument.startswith("+")
         if resume:
-            forget_the_end(recipe)
+            forget_the_end(recipe, argument.count("+"))
         trainer = Trainer(recipe)
         trainer.set_up(resume=resume)
         if argument.startswith("!"):
@@ -32,15 +33,18 @@ def main() -> None:
         trainer.train()
         assert trainer.journal is not None
         trainer.journal.close()  # the ranks stay together for the next run
+        if trainer.record is not None:
+            trainer.record.close()
     leave()
 
 
-def forget_the_end(recipe: Recipe) -> None:
+def forget_the_end(recipe: Recipe, checkpoints: int) -> None:
     distributed.barrier()
     if distributed.get_rank() == 0:
         recipe.merged.rename(recipe.folder / "first")
         shutil.copy(recipe.folder / "metrics.jsonl", recipe.folder / "first.jsonl")
-        shutil.rmtree(list_checkpoints(recipe.folder)[-1])
+        for checkpoint in list_checkpoints(recipe.folder)[-checkpoints:]:
+            shutil.rmtree(checkpoint)
     distributed.barrier()
 
 

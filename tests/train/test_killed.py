@@ -106,6 +106,29 @@ def test_two_ranks_killed_while_they_save_go_on_as_if_nothing_had_been(values: A
     assert_same(whole.folder, recipe.folder)
 
 
+def test_two_ranks_that_share_out_the_mask_decoder_go_on_beyond_the_next_save(values: Any, tmp_path: Path) -> None:
+    """The decoder reads weights of modules that never run, which ZeRO-3 must notice before it fixes their order."""
+    pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
+    engine = {**values(3)["engine"], "kind": "deepspeed", "zero_stage": 3}
+    schedule = {"batch_size": 1, "accumulation": 2, "max_steps": 3}
+    sections = {**SETTINGS, "schedule": schedule, "saving": {"every": 1, "keep": 3}}
+    model = {"base": values(4)["model"]["base"], "grounding": values(4)["model"]["base"]}
+    recipes = [
+        recipe_from(values(3, engine=engine, **sections)),
+        recipe_from(values(4, engine=engine, model=model, **sections)),
+    ]
+    given = [str(save_recipe(recipe, tmp_path / "given" / recipe.folder.name)) for recipe in recipes]
+    ended = launch(["tests/train/rank_runs.py", *given, *(f"++{path}" for path in given)], processes=2)
+    assert ended.returncode == 0, ended.stderr
+    for recipe in recipes:
+        for name in ("loss", "lr", "grad_norm"):
+            expected = [row[name] for row in rows(recipe.folder, "first.jsonl")]
+            assert [row[name] for row in rows(recipe.folder)] == expected, name
+        assert len(expected) == 3
+        one, other = (load(recipe.folder / name)[0].state_dict() for name in ("first", "merged"))
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_a_termination_signal_in_validation_saves_and_ends_with_0(recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(recipe, saving=replace(recipe.saving, every=100))
     arguments = ["-m", "model.train", str(save_recipe(recipe, tmp_path / "given"))]
