@@ -8,7 +8,7 @@ from statistics import fmean
 from xml.sax.saxutils import escape
 
 PANELS: Mapping[str, str] = {"VQA": "VQA accuracy", "region": "region accuracy", "mDice": "mDice, threshold 0.5"}
-NAMES, PANEL, GAP, ROW, TOP, BOTTOM, EDGE = 290, 170, 26, 24, 34, 30, 8
+NAMES, PANEL, GAP, ROW, TOP, BOTTOM, EDGE = 320, 170, 26, 24, 34, 30, 8
 DARK, GREY, LIGHT, DOT = "#141c26", "#44505e", "#d9dfe6", "#2868b4"
 
 
