@@ -235,7 +235,7 @@ def test_the_pages_python_works(open_url: str, monkeypatch: pytest.MonkeyPatch) 
     assert names["array"].sum() == names["mask"]["area_px"] > 0
     assert names["masks"][0]["label"] == "optic disc"
     first, mask, _, streamed, further = printed.getvalue().splitlines()
-    assert (first, streamed, further) == ("Exudate", "Sure, the optic disc is <SEG>.", "Optic disc")
+    assert (first, streamed, further) == ("Exudate", "The optic disc is <SEG>.", "Optic disc")
     assert mask.startswith("optic disc 0.")
     names["client"].close()
 
