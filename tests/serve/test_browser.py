@@ -21,7 +21,7 @@ from model.serve import gradio_web_server
 from model.serve.stack import Stack, StackSettings
 from tests.conftest import ROOT
 from tests.serve.browsing import CHROMIUM, Visitor, artefacts
-from tests.serve.scripted import ScriptedController, say, say_for_ever
+from tests.serve.scripted import ScriptedController, say
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path; install it to drive the page")
 NANO = ROOT / "assets" / "medplib-nano"
@@ -231,7 +231,7 @@ def test_what_a_model_writes_is_text_and_nothing_else(
 def test_stop_and_leaving_end_the_answer_at_the_controller(
     arrive: Arrive, scripted_page: str, scripted: ScriptedController, wait_until: Any
 ) -> None:
-    scripted.script = say_for_ever
+    scripted.script = say("on and on " * 1000, pause=0.1)  # a page on a busy machine keeps up with it
     visitor = arrive(scripted_page)
     visitor.pick("MR")
     visitor.type("What is it?")
