@@ -23,6 +23,10 @@ SERVE = [
     "highdicom>=0.27",  # masks as DICOM-SEG
 ]
 CLUSTER = ["ray[serve]>=2.60"]
+DICOM = [
+    *("pylibjpeg>=2.1", "pylibjpeg-openjpeg>=2.5"),  # JPEG 2000
+    "python-gdcm>=3.0.24",  # JPEG lossless, JPEG-LS
+]
 
 setup(
     name="medplib",
@@ -44,9 +48,10 @@ setup(
         "train": TRAIN,  # staged training; deepspeed compiles a small op with g++ at its first run
         "serve": SERVE,
         "cluster": CLUSTER,  # the same engine under Ray Serve
+        "dicom": DICOM,  # compressed DICOM transfer syntaxes
         "dev": [
-            *(*TRAIN, *SERVE, *CLUSTER),
-            *("pytest>=9,<10", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"),
+            *(*TRAIN, *SERVE, *CLUSTER, *DICOM),
+            *("pytest>=9,<10", "pytest-xdist>=3.8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"),
             *("openai>=2", "schemathesis>=4", "playwright>=1.55"),  # drive the servers as their users do
         ],
         # engine.attention=flash_attention_2 (CUDA only: install with --no-build-isolation), lora.quantise
