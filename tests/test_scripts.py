@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_half_an_environment_is_completed(project: Path) -> None:
     ended, calls = prepare(project)
     assert ended.returncode == 0, ended.stderr
     assert any("-m venv .venv" in one for one in calls)
+
+
+def test_tests_use_every_core_and_arguments_go_to_pytest(project: Path) -> None:
+    python = str(project / "bin" / "python3")
+    ended, calls = call(project, "bash", 'bash scripts/test.sh tests/data -k "a or b" -n 0', PYTHON=python)
+    assert ended.returncode == 0, ended.stderr
+    workers = f"-n {os.sysconf('SC_NPROCESSORS_ONLN')} --maxprocesses 8 --dist loadfile --no-loadscope-reorder"
+    assert calls[-1] == f"python -m pytest {workers} tests/data -k a or b -n 0"
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])

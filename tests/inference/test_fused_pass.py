@@ -21,6 +21,7 @@ from model.inference.slots import SlotCache
 from model.modeling.configuration import MoEConfig
 from model.modeling.decoder import MedPLIBDecoder
 
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [0, 3, 127, 128, 200, 255]
 

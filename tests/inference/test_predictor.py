@@ -89,6 +89,7 @@ def test_flash_attention_is_refused_without_cuda(tmp_path: Path) -> None:
         Predictor.from_pretrained(tiny_checkpoint(tmp_path), attention="flash_attention_2")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_answers_as_the_cpu_does(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path)

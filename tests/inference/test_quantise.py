@@ -378,6 +378,7 @@ def test_the_bench_tells_quality_beside_fp32() -> None:
 # --- GPUs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the CUDA kernels cannot run")
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @torch.inference_mode()
@@ -399,6 +400,7 @@ def test_a_gpu_computes_and_gives_back_the_same_weights(scheme: str) -> None:
         assert torch.equal(layer.cpu().dequantise(), weights)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
     reason="no GPU; TRITON_INTERPRET=1 runs the kernel without one, where Triton is installed",

@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed; it comes with tor
 from model.modeling.expert_kernels import FewTokenExperts
 from model.modeling.moe import MoEFeedForward, mix_by_scan
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

@@ -15,14 +15,9 @@ import httpx
 import pytest
 import uvicorn
 
+from tests.conftest import free_port
+
 Serving = Callable[..., AbstractContextManager[str]]
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "the condition") -> Any:

@@ -23,7 +23,10 @@ from tests.conftest import ROOT
 from tests.serve.browsing import CHROMIUM, Visitor, artefacts
 from tests.serve.scripted import ScriptedController, say
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path; install it to drive the page")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path; install it to drive the page"),
+]
 NANO = ROOT / "assets" / "medplib-nano"
 Arrive = Callable[..., Visitor]
 

@@ -17,8 +17,7 @@ from model.processing.conversation import Turn, render
 from model.processing.masks import decode_rle
 from model.serve.protocol import Chunk, ChunkReader, GenerateRequest
 from model.serve.ray_app import NANO, build_app, read_settings
-from model.serve.stack import free_ports
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 
 FUNDUS = ROOT / "data" / "sample" / "images" / "fundus_00--Phantom--seed505case000004--0000.png"
 KEY = "for clients"
@@ -42,7 +41,7 @@ def test_arguments_come_as_texts() -> None:
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
     """Base URL of the nano under Ray."""
-    (port,) = free_ports("127.0.0.1", 1)
+    port = free_port()
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "MEDPLIB_CLIENT_KEY": KEY}
     own_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else Ray leaves one in the home
     with pytest.MonkeyPatch.context() as patch:

@@ -27,8 +27,8 @@ from model.serve.children import Child, Program
 from model.serve.client import ControllerClient
 from model.serve.commands import worker_devices
 from model.serve.protocol import GenerateRequest
-from model.serve.stack import API_KEY, CLIENT_KEY, Stack, StackSettings, free_ports, make_programs
-from tests.conftest import ROOT
+from model.serve.stack import API_KEY, CLIENT_KEY, Stack, StackSettings, make_programs
+from tests.conftest import ROOT, free_port
 
 NANO = ROOT / "assets" / "medplib-nano"
 FUNDUS = ROOT / "data" / "sample" / "images" / "fundus_00--Phantom--seed505case000004--0000.png"
@@ -346,7 +346,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     started: list[Serving] = []
 
     def start(*flags: str) -> Serving:
-        web, api = free_ports("127.0.0.1", 2)
+        web, api = free_port(), free_port()
         started.append(Serving("--port", str(web), "--api-port", str(api), "--device", "cpu", *flags))
         return started[-1]
 

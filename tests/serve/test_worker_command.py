@@ -28,18 +28,12 @@ from model.serve.model_worker import main, make_parser, model_name
 from model.serve.protocol import ErrorCode
 from model.serve.running import parse_flags
 from model.serve.worker_loading import ModelChoice, describe_engine, load_engine, needed_bytes
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tests.serve.asking import ask, message, read_chunks
 from tests.tiny import tiny_checkpoint
 
 NANO = ROOT / "assets" / "medplib-nano"
 STARTING = 120.0  # seconds, on a machine that is busy otherwise
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
