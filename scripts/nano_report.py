@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from model.data.builders.blind import blind_baseline, position_prior_dice
-from model.data.readers import read_mask
+from model.data.image_io import read_mask
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
 from model.inference.engine import Engine, EngineSettings, Request

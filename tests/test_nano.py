@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from model.cli import main
-from model.data.readers import read_mask
+from model.data.image_io import read_mask
 from model.inference.answer import Answer
 from model.inference.engine import Engine, Request
 from tests.conftest import ROOT

@@ -1,5 +1,6 @@
-"""Files on disk ↔ samples: readers of images and records, validation, data sets, sampling.
+"""Files on disk ↔ samples: images, volumes and masks, records, validation, data sets, sampling.
 
-``records`` finds records in a file, ``schema`` makes a ``Sample`` of one, ``readers`` and ``dicom`` decode its pixels,
-``validate`` reports everything wrong with a file at once, ``dataset`` feeds training, ``sampling`` sets the order.
+``records`` finds records in a file, ``schema`` makes a ``Sample`` of one, ``image_io``, ``dicom`` and ``volumes``
+decode its pixels, ``validate`` reports everything wrong with a file at once, ``dataset`` feeds training, ``sampling``
+sets the order.
 """

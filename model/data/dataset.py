@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from model.data.features import CachedFeatures
-from model.data.readers import ImageData, read_image, read_mask
+from model.data.image_io import ImageData, read_image, read_mask
 from model.data.records import Records, open_records
 from model.data.schema import Sample, parse_record, with_default_id
 from model.data.validate import Problem, Progress, RecordFacts, inspect_all

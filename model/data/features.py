@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.data.readers import ImageData, read_image
+from model.data.image_io import ImageData, read_image
 from model.data.schema import Sample
 from model.errors import MedPLIBError
 from model.processing.batching import EncodedSample
@@ -131,7 +131,7 @@ class CachedFeatures:
         return self.sam is None
 
     def read_image(self, path: Path) -> ImageData:
-        """An image as ``readers.read_image`` gives it; of one whose pixels nobody needs, the size alone."""
+        """An image as ``image_io.read_image`` gives it; of one whose pixels nobody needs, the size alone."""
         if self.need_pixels:
             return read_image(path)
         blank = np.broadcast_to(np.uint8(0), (*self.clip.read_size(path), 3))  # takes no memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from model.data.readers import mask_files
+from model.data.image_io import mask_files
 from model.data.schema import Sample
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from model.data.readers import is_file, mask_files
+from model.data.image_io import is_file, mask_files
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn
 from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model.data.image_io import ReadLimits, read_image, read_mask
 from model.data.marks import files_mark
-from model.data.readers import ReadLimits, read_image, read_mask
 from model.data.records import Records, open_records
 from model.data.schema import Finding, Sample, Severity, inspect_record
 from model.errors import MedPLIBError

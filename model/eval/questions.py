@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from model.data.readers import read_mask
+from model.data.image_io import read_mask
 from model.data.schema import TASKS, Sample, inspect_record, modality_of
 from model.errors import MedPLIBError
 from model.eval.references import Reference, Turns, answer_text, asked_text, references_of

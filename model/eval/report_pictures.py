@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from model.data.readers import read_image, read_mask
+from model.data.image_io import read_image, read_mask
 from model.data.schema import inspect_record
 from model.drawing.pages import Markup, element
 from model.errors import MedPLIBError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.data.readers import read_mask
+from model.data.image_io import read_mask
 from model.data.schema import Sample, parse_record
 from model.data.validate import Progress
 from model.errors import MedPLIBError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from model.data.readers import ImageData, is_file, read_image
+from model.data.image_io import ImageData, is_file, read_image
 from model.errors import MedPLIBError
 from model.processing.processor import MedPLIBProcessor
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from model.data.readers import read_mask
+from model.data.image_io import read_mask
 from model.errors import MedPLIBError
 from model.processing.special_tokens import REGION_MARKER
 

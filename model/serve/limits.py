@@ -20,7 +20,7 @@ import numpy as np
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model.data.readers import ImageData, ReadLimits, read_image, read_mask
+from model.data.image_io import ImageData, ReadLimits, read_image, read_mask
 from model.errors import MedPLIBError
 from model.serve.protocol import ErrorCode
 from model.serve.refusals import Refusal, error_body

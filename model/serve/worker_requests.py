@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from pydantic import ValidationError
 
-from model.data.readers import ImageData
+from model.data.image_io import ImageData
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask
 from model.inference.generation import GenerationSettings

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.data.dataset import MixedDataset
 from model.data.features import CachedFeatures, FeatureStore
+from model.data.image_io import read_image
 from model.data.progress import record_bar
-from model.data.readers import read_image
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.images import Size

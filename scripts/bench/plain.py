@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.data.readers import read_image, read_mask
+from model.data.image_io import read_image, read_mask
 from model.inference.answer import Mask, mask_labels
 from model.inference.requests import Request
 from model.modeling.medplib import MedPLIBForCausalLM

@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from model.data.readers import read_image, read_mask
+from model.data.image_io import read_image, read_mask
 from model.data.records import open_records
 from model.data.schema import Sample, parse_record
 from model.errors import MedPLIBError

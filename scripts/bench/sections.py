@@ -15,7 +15,7 @@ from plain import Plain
 from tables import Row, number, verdict
 from workloads import ANSWER, GROUNDING, MIXED, Answers, Workload, of_length, sample_requests
 
-from model.data.readers import read_image
+from model.data.image_io import read_image
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
 from model.inference.engine import Engine, EngineSettings

@@ -16,11 +16,11 @@ from model.data.builders.folder import FolderSettings, case_of_key, splits_of_ca
 from model.data.builders.folder_names import read_names
 from model.data.builders.folder_pairs import Entry, Pairing
 from model.data.builders.vetting import path_from
-from model.data.readers import read_labels
+from model.data.image_io import read_labels
 from model.errors import MedPLIBError
 from tests.data.built import build, findings, refused, said, trains
 from tests.data.native_samples import mask, picture
-from tests.data.test_readers import dicom
+from tests.data.test_image_io import dicom
 
 ONE = ("--splits", "train=1")
 

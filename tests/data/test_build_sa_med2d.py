@@ -29,7 +29,7 @@ from model.data.builders.sa_med2d_source import Source, parse_image_name, parse_
 from model.data.builders.splits import SplitPlan
 from model.data.builders.work import Build, Execution, Shard, sole_use
 from model.data.dataset import usable_records
-from model.data.readers import read_mask
+from model.data.image_io import read_mask
 from model.data.records import open_records
 from model.data.validate import check_file
 from model.errors import MedPLIBError

@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from model.data.nifti import MAX_VOLUME_BYTES, looks_like_nifti, read_nifti, write_nifti
+from model.data.volumes import MAX_VOLUME_BYTES, looks_like_nifti, read_nifti, write_nifti
 from model.errors import MedPLIBError
 
 RNG = np.random.default_rng(0)

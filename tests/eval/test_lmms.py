@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import model.eval.lmms as package
-from model.data.readers import read_image, read_mask
+from model.data.image_io import read_image, read_mask
 from model.errors import MedPLIBError
 from model.eval.lmms import adapter, documents, scoring
 from model.eval.lmms.__main__ import lmms_eval_arguments, main

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import model.eval.lmms as package
-from model.data.readers import read_mask
+from model.data.image_io import read_mask
 from model.errors import MedPLIBError
 from model.eval.lmms import adapter, documents, scoring
 from model.eval.lmms.answering import Visuals, text_with_masks

@@ -206,7 +206,7 @@ def test_the_forced_state_is_that_of_an_answer_that_says_so(tmp_path: Path) -> N
     (record,) = sample_records(("grounding",), 1)
     rows = collect_gate_rows(model, processor, [record], SAMPLE)
 
-    from model.data.readers import read_image, read_mask
+    from model.data.image_io import read_image, read_mask
     from model.processing.conversation import Turn
 
     pixels = read_image(SAMPLE / record["image"]).pixels

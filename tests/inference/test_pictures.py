@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.data.readers import ImageData
+from model.data.image_io import ImageData
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask
 from model.inference.overlay import draw_overlay

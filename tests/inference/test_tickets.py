@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.data.readers import ImageData, read_image
+from model.data.image_io import ImageData, read_image
 from model.inference import mask_stage
 from model.inference.answer import Answer
 from model.inference.engine import Engine

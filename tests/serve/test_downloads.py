@@ -18,13 +18,13 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from model.data.volumes import Volume, open_volume
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
 from model.processing.masks import decode_rle
 from model.serve.limits import ServeLimits
 from model.serve.web.downloads import kinds, write
 from model.serve.web.pictures import overlay
-from model.serve.web.volumes import Volume, open_volume
 
 AFFINE = np.array([[0.0, 0.1, -3.0, 11], [-0.9, 0.05, 0.2, -7], [0.02, 1.1, 0.1, 5], [0, 0, 0, 1]])
 

@@ -17,7 +17,7 @@ from model.data.builders.sa_med2d_masks import write_mask
 from model.data.builders.splits import SplitPlan, draw
 from model.data.builders.vetting import path_from
 from model.data.builders.work import Build, BuildReport, Execution, Output, Part, Piece, fingerprint, run_build
-from model.data.readers import read_image, read_labels, read_mask
+from model.data.image_io import read_image, read_labels, read_mask
 from model.errors import MedPLIBError
 
 DEFAULT_SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}

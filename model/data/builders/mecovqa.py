@@ -14,7 +14,7 @@ from typing import Any
 from model.data.builders.sa_med2d_masks import write_mask
 from model.data.builders.vetting import Stretch, Vetting, drop, repeated, stretches, write_vetted
 from model.data.builders.work import Build, BuildReport, Execution, Output, Part, fingerprint, run_build
-from model.data.readers import is_file, read_mask
+from model.data.image_io import is_file, read_mask
 from model.data.records import Records, open_records
 from model.errors import MedPLIBError
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from model.data.builders.work_files import temporary_of
-from model.data.readers import read_mask
+from model.data.image_io import read_mask
 from model.errors import MedPLIBError
 
 _HEADER = b"\x89PNG\r\n\x1a\n"

@@ -15,7 +15,7 @@ from model.data.builders.sa_med2d_masks import MaskFault, image_size, is_whole_p
 from model.data.builders.sa_med2d_questions import Classes, absent_record, target_record
 from model.data.builders.sa_med2d_sampling import Rows, Stratum, priority, read_rows, targets
 from model.data.builders.work import Output, Part
-from model.data.readers import MERGED_GAP
+from model.data.image_io import MERGED_GAP
 
 Merge = Literal["", "asked", "all"]
 Form = Literal["jsonl", "parquet"]

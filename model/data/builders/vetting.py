@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.data.builders.work import Part, Piece
-from model.data.readers import ReadLimits
+from model.data.image_io import ReadLimits
 from model.data.schema import Finding, Sample, inspect_record
 from model.data.validate import PixelCheck
 

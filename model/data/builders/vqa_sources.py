@@ -19,7 +19,7 @@ from model.data.builders.vqa_files import (
     barred_rows,
     pickled_rows,
 )
-from model.data.readers import is_file
+from model.data.image_io import is_file
 from model.errors import MedPLIBError
 
 SetName = Literal["vqa-rad", "slake", "pathvqa", "imageclef", "pmc-vqa", "omnimedvqa"]

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from model.data.readers import read_image, read_mask
+from model.data.image_io import read_image, read_mask
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval.lmms.answering import PointedRegion

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from model.data.readers import read_image, read_mask
+from model.data.image_io import read_image, read_mask
 from model.eval.metrics.definitions import metrics_for
 from model.eval.metrics.scores import score_predictions
 from model.eval.predictions import Prediction

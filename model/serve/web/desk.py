@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, get_args
 
+from model.data.volumes import Volume, open_volume
 from model.errors import MedPLIBError
 from model.serve.client import ControllerClient
 from model.serve.limits import ServeLimits, safe_file_name
@@ -22,7 +23,6 @@ from model.serve.web.downloads import Kind, write
 from model.serve.web.examples import Example
 from model.serve.web.gate import Tray
 from model.serve.web.state import Exchange, Picture, Session
-from model.serve.web.volumes import Volume, open_volume
 from model.serve.web.votes import VoteLog
 
 Parts = frozenset[str]

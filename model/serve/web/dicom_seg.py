@@ -1,6 +1,6 @@
 """Masks as a DICOM segmentation that refers to the frame they were drawn in.
 
-Of the source nothing goes along but ``dicom_frames.IDENTIFIERS`` and ``PLACE``: the study, series and image it belongs
+Of the source nothing goes along but ``dicom.IDENTIFIERS`` and ``PLACE``: the study, series and image it belongs
 to, the patient's identifier, the frame of reference and where the frame lies in it. Names, dates and the rest of the
 patient and study modules are left empty, as the standard allows.
 """
@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from model.data.dicom import first_line
-from model.data.dicom_frames import DicomFrames
+from model.data.dicom import DicomFrames, first_line
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
 from model.serve.web.pictures import colour, of_size

@@ -14,14 +14,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from model.data.nifti import write_nifti
+from model.data.volumes import DicomVolume, NiftiVolume, Volume, Window, write_nifti
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
 from model.inference.overlay import ALPHA
 from model.serve.limits import safe_file_name
 from model.serve.web.dicom_seg import dicom_segmentation
 from model.serve.web.pictures import of_size, overlay
-from model.serve.web.volumes import DicomVolume, NiftiVolume, Volume, Window
 
 Kind = Literal["png", "overlay", "rle", "nifti", "dicom-seg"]
 

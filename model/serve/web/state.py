@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
+from model.data.volumes import Volume
 from model.inference.answer import Mask
 from model.serve.client import AnswerStream
-from model.serve.web.volumes import Volume
 
 AWAY_SECONDS = 300.0
 """A visitor whose tab is gone is forgotten after so long; a phone that slept comes back before."""

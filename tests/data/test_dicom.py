@@ -17,8 +17,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
-from model.data.dicom import read_dicom
-from model.data.dicom_frames import IDENTIFIERS, PLACE, DicomFrames, dicom_frames
+from model.data.dicom import IDENTIFIERS, PLACE, DicomFrames, dicom_frames, read_dicom
 from model.errors import MedPLIBError
 
 

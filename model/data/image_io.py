@@ -15,6 +15,8 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from model.data.dicom import check_scans, read_dicom
+from model.data.windowing import scale_to_uint8
 from model.errors import MedPLIBError
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
@@ -22,8 +24,6 @@ Result = TypeVar("Result")
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
-_MAX_SCANS = 64  # programs write about ten
-_TABLE_PAYS = 1 << 20  # pixels
 MERGED_GAP = 8
 """How far apart instance numbers of one merged mask may be: small instances were dropped."""
 
@@ -78,8 +78,6 @@ def read_image(source: ImageSource, limits: ReadLimits | None = None) -> ImageDa
         return ImageData(_decode("the PIL image", lambda: _pil_to_rgb(source)), None, "pil")
     name, content = _content(source, limits)
     if _is_dicom(name, content):
-        from model.data.dicom import read_dicom
-
         pixels, spacing = read_dicom(content, name, limits.max_pixels)
         return ImageData(pixels, spacing, "dicom")
     image = _open(name, content, limits)
@@ -239,17 +237,6 @@ def _open(name: str, content: bytes, limits: ReadLimits) -> Image.Image:
     return image
 
 
-def check_scans(content: bytes, name: str) -> None:
-    """A progressive JPEG goes over all its pixels once for each scan, and a scan may take a hundred bytes.
-
-    Raises:
-        MedPLIBError: it has more scans than any camera or program writes.
-    """
-    scans = content.count(b"\xff\xda")
-    if scans > _MAX_SCANS:
-        raise MedPLIBError(f"{name} is a JPEG of {scans:,} scans; save it anew with at most {_MAX_SCANS}")
-
-
 def _check_pixels(shape: tuple[int, ...], name: str, limits: ReadLimits) -> None:
     pixels = int(np.prod([int(side) for side in shape]))
     if pixels > limits.max_pixels:
@@ -296,46 +283,6 @@ def _array_to_rgb(values: np.ndarray) -> np.ndarray:
         values = (colours * (opaque[:, :, None] / 255.0) + 0.5).astype(np.uint8)
     values = scale_to_uint8(values)
     return np.ascontiguousarray(np.repeat(values[:, :, None], 3, axis=2) if values.ndim == 2 else values)
-
-
-def scale_to_uint8(values: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
-    """Linear map of the actual smallest … largest value to 0 … 255; 8-bit values are kept, booleans become 0 and 255.
-
-    Args:
-        values: array of any shape and real type; values that are not finite become the smallest one.
-        ignore: bool array of the same shape; these values do not count for the range.
-    """
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype.kind not in "iuf":
-        raise MedPLIBError(f"expected image values that are numbers, got {values.dtype}")
-    if values.dtype in (np.int16, np.uint16) and values.size > _TABLE_PAYS:
-        return _scale_by_table(values, ignore)
-    exact = values.astype(np.float64)
-    counted = np.isfinite(exact) if ignore is None else np.isfinite(exact) & ~ignore
-    if not counted.any():
-        return np.zeros(values.shape, dtype=np.uint8)
-    low, high = float(exact[counted].min()), float(exact[counted].max())
-    if high <= low:
-        return np.zeros(values.shape, dtype=np.uint8)
-    exact = np.where(np.isfinite(exact), exact, low)
-    return (np.clip((exact - low) / (high - low), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-
-
-def _scale_by_table(values: np.ndarray, ignore: np.ndarray | None) -> np.ndarray:
-    """The same for 16-bit values, whose few levels are scaled once: without the memory and time of exact pixels."""
-    counted = values if ignore is None else values[~ignore]
-    levels = np.arange(np.iinfo(values.dtype).min, np.iinfo(values.dtype).max + 1)
-    if not counted.size:
-        return np.zeros(values.shape, dtype=np.uint8)
-    outside = (levels < counted.min()) | (levels > counted.max())
-    shades = scale_to_uint8(np.clip(levels, counted.min(), counted.max()).astype(np.float64), ignore=outside)
-    scaled = np.empty(values.shape, dtype=np.uint8)
-    for target, row in zip(scaled, values, strict=True):
-        target[...] = shades[row.astype(np.intp) - levels[0]]
-    return scaled
 
 
 def _foreground(values: np.ndarray, name: str) -> np.ndarray:

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from model.data.readers import read_image
+from model.data.image_io import read_image
+from model.data.volumes import NiftiVolume, Volume, open_volume
 from model.errors import MedPLIBError
 from model.serve.limits import ServeLimits
-from model.serve.web.volumes import NiftiVolume, Volume, open_volume
 
 LIMITS = ServeLimits()
 COLOURS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
