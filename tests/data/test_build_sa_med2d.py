@@ -27,7 +27,7 @@ from model.data.builders.sa_med2d_questions import absent_names
 from model.data.builders.sa_med2d_sampling import Quota
 from model.data.builders.sa_med2d_source import Source, parse_image_name, parse_mask_name, spoken_name
 from model.data.builders.splits import SplitPlan
-from model.data.builders.work import Build, Execution, Shard, sole_use
+from model.data.builders.work import Build, Execution, sole_use
 from model.data.dataset import usable_records
 from model.data.image_io import read_mask
 from model.data.records import open_records
@@ -277,18 +277,9 @@ def same_files(left: Path, right: Path, names: Iterable[str]) -> None:
         assert (left / name).read_bytes() == (right / name).read_bytes(), name
 
 
-def test_workers_and_shards_give_the_same_bytes(native: Path, built: Path, tmp_path: Path) -> None:
-    build_sa_med2d(settings(native, tmp_path / "two"), Execution(2, bar=False))
-    same_files(built, tmp_path / "two", ("index.parquet", *RECORDS))
-    shards = settings(native, tmp_path / "shards")
-    with pytest.raises(MedPLIBError, match="--prepare"):
-        build_sa_med2d(shards, Execution(shard=Shard(0, 2), bar=False))
-    build_sa_med2d(shards, Execution(bar=False), prepare=True)
-    assert not (tmp_path / "shards/train.jsonl").exists()
-    for index in (1, 0):
-        build_sa_med2d(shards, Execution(shard=Shard(index, 2), bar=False))
-    build_sa_med2d(shards, Execution(bar=False))
-    same_files(built, tmp_path / "shards", ("index.parquet", *RECORDS, "findings_sa-med2d.jsonl"))
+def test_two_workers_give_the_same_bytes(native: Path, built: Path, tmp_path: Path) -> None:
+    build_sa_med2d(settings(native, tmp_path), Execution(2, bar=False))
+    same_files(built, tmp_path, ("index.parquet", *RECORDS, "findings_sa-med2d.jsonl"))
 
 
 def test_a_second_run_does_nothing(native: Path, built: Path) -> None:
@@ -337,7 +328,7 @@ def test_one_run_at_a_time_reads_the_names(native: Path, tmp_path: Path) -> None
     listing = Build(tmp_path, "sa-med2d-names", {}, ())
     with sole_use(listing), pytest.raises(MedPLIBError, match="another run builds sa-med2d-names in"):
         build_sa_med2d(own, Execution(bar=False))
-    build_sa_med2d(own, Execution(bar=False), prepare=True)
+    build_sa_med2d(own, Execution(bar=False))
 
 
 def test_a_disk_that_is_full_of_names_is_told(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +387,7 @@ def test_the_list_alone_is_enough_for_an_index(native: Path, built: Path, tmp_pa
     source.mkdir()
     for name in ("SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"):
         (source / name).write_bytes((native / name).read_bytes())
-    build_sa_med2d(settings(source, tmp_path / "out"), Execution(bar=False), prepare=True)
+    build_sa_med2d(settings(source, tmp_path / "out"), Execution(bar=False))
     rows, seen = rows_of(tmp_path / "out"), rows_of(built)
     assert set(rows) - set(seen) == {"images/x_ray--COVIDQU--gone--2d_none.png"}
     assert set(seen) - set(rows) == {"images/x_ray--COVIDQU--unlisted--2d_none.png"}
@@ -421,7 +412,6 @@ def test_wrong_sources_and_flags_are_told_in_a_sentence(
     assert "--per-modality" in told("--per-modality", "xray=10")
     assert "pet" in told("--per-modality", "pet=10")
     assert "--absent-share" in told("--absent-share", "0.9")
-    assert "--shard" in told("--shard", "2/2")
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps(CLASSES))
@@ -440,44 +430,3 @@ def test_names_of_the_real_set_are_understood() -> None:
         assert parse_image_name(odd) is None or odd.startswith("xx")
     assert spoken_name("optic_disc") == "optic disc"
     assert [spoken_name(name) for name in ("union_liver_tumor", "class_12", "left", "background")] == [None] * 4
-
-
-def test_the_slurm_sample_shares_a_build_out(tmp_path: Path) -> None:
-    source, out, tools = tmp_path / "source", tmp_path / "out", tmp_path / "bin"
-    make_native(source, 2).finish()
-    tools.mkdir()
-    (tools / "sbatch").write_text(PRETENDED)
-    (tools / "sbatch").chmod(0o755)
-    script = str(ROOT / "scripts" / "cluster" / "build_data.sbatch")
-    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CALLS": str(tmp_path / "calls")}
-    line = ["bash", script, "2", "sa-med2d", "--source", str(source), "--out", str(out)]
-    subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True)
-    calls = (tmp_path / "calls").read_text().split()
-    assert calls == ["prepare", "shard", "0", "shard", "1", "end"]
-    assert check_file(out / "train.jsonl", source).ok
-    wrong = subprocess.run(["bash", script, "sa-med2d"], cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert wrong.returncode == 2
-    assert b"usage" in wrong.stderr
-
-
-PRETENDED = """#!/usr/bin/env bash
-set -euo pipefail
-last=-1
-while [[ $1 == --* ]]; do
-  [[ $1 != --array=* ]] || last=${1#--array=0-}
-  shift
-done
-export SLURM_CPUS_PER_TASK=1 SLURM_SUBMIT_DIR=$PWD
-if [ "$last" = -1 ]; then
-  echo "$MEDPLIB_BUILD" >> "$CALLS"
-  bash "$@" >&2
-else
-  export SLURM_ARRAY_TASK_MIN=0 SLURM_ARRAY_TASK_MAX=$last SLURM_ARRAY_TASK_COUNT=$((last + 1))
-  for task in $(seq 0 "$last"); do
-    echo "$MEDPLIB_BUILD $task" >> "$CALLS"
-    SLURM_ARRAY_TASK_ID=$task bash "$@" >&2
-  done
-fi
-echo 7
-"""

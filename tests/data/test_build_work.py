@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
-from model.data.builders.work import Build, BuildReport, Execution, Output, Part, Piece, Shard, fingerprint, run_build
+from model.data.builders.work import Build, BuildReport, Execution, Output, Part, Piece, fingerprint, run_build
 from model.data.records import open_records
 from model.errors import MedPLIBError
 
@@ -63,6 +62,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def half(folder: Path, build: Build) -> None:
+    """Begin a build and stop in its third piece."""
+    context = {"stop": str(folder / "stopped"), "how": "told"}
+    with pytest.raises(MedPLIBError, match="unlucky"):
+        run_build(build, PIECES, square, context, Execution(bar=False), unit="number")
+
+
 def same(left: Path, right: Path) -> bool:
     return all((left / name).read_bytes() == (right / name).read_bytes() for name in FILES)
 
@@ -82,16 +88,10 @@ def test_outputs_hold_all_records_in_order(whole: Path) -> None:
     assert report["files"]["all.jsonl"]["records"] == len(wanted)
 
 
-def test_workers_and_shards_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
-    run(tmp_path / "two", workers=2)
-    assert same(whole, tmp_path / "two")
-    for index in (1, 0):
-        report = run(tmp_path / "shards", shard=Shard(index, 2))
-        assert not (tmp_path / "shards/all.jsonl").exists()
-        assert ("6 of all 12 pieces are missing" in report.format()) == (index == 1)
-    run(tmp_path / "shards")
-    assert same(whole, tmp_path / "shards")
-    assert not list((tmp_path / "shards").rglob("*.tmp"))
+def test_any_number_of_workers_gives_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    run(tmp_path, workers=2)
+    assert same(whole, tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_finished_build_is_left_alone(whole: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_finished_build_is_left_alone(whole: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
-    ("how", "told"), [("told", "13 is unlucky"), ("full", "disk of .* is full"), ("die", "signal 9")]
+    ("how", "told"), [("told", "13 is unlucky"), ("full", "disk of .* is full"), ("die", "worker process died")]
 )
 def test_a_failure_is_one_sentence_and_the_same_call_goes_on(
     whole: Path, tmp_path: Path, how: str, told: str, workers: int
@@ -157,7 +157,7 @@ def slowly(piece: range, context: dict[str, str], part: Part) -> None:
 
 
 def test_other_settings_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    run(tmp_path, shard=Shard(0, 2))
+    half(tmp_path, build_in(tmp_path))
     other = build_in(tmp_path, seed=2)
     with pytest.raises(MedPLIBError, match=r"seed = 1 where this run has 2.*--overwrite"):
         run_build(other, PIECES, square, {}, Execution(bar=False))
@@ -204,7 +204,10 @@ def moved(out: Path, images: str, prints: dict[str, str], pieces: int = 12, **ex
 def test_a_moved_source_goes_on_where_the_user_says_that_it_is_the_same(
     tmp_path: Path, whole: Path, finished: bool
 ) -> None:
-    moved(tmp_path, "/disk1/images", {"names.csv": "a"}, shard=None if finished else Shard(0, 2))
+    if finished:
+        moved(tmp_path, "/disk1/images", {"names.csv": "a"})
+    else:
+        half(tmp_path, Build(tmp_path, "squares", {"seed": 1, "images": "/disk1/images"}, OUTPUTS, {"names.csv": "a"}))
     with pytest.raises(MedPLIBError, match=r"images = '/disk1/images' where this run has '/disk2.*--same-source"):
         moved(tmp_path, "/disk2/images", {"names.csv": "a"})
     with pytest.raises(MedPLIBError, match=r"the source names\.csv = 'a' where this run has 'b'"):
@@ -215,36 +218,6 @@ def test_a_moved_source_goes_on_where_the_user_says_that_it_is_the_same(
     assert report.did_nothing == finished and report.settings["images"] == "/disk2/images"
     assert same(whole, tmp_path)
     assert moved(tmp_path, "/disk2/images", {"names.csv": "b"}).did_nothing  # noted, so it is said once
-
-
-def test_a_build_of_a_version_that_went_by_times_is_told_as_such(tmp_path: Path, whole: Path) -> None:
-    moved(tmp_path, "/images", {"/raw/names.csv": "3 bytes, changed 1764086400000000000"}, shard=Shard(0, 2))
-    with pytest.raises(MedPLIBError, match=r"an older version noted by its time of change.*--same-source"):
-        moved(tmp_path, "/images", {"names.csv": "3 bytes, sha256 00"})
-    moved(tmp_path, "/images", {"names.csv": "3 bytes, sha256 00"}, same_source=True)
-    assert same(whole, tmp_path)
-
-
-def test_shards_are_named_by_hand_or_by_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Shard.parse("1/4") == Shard(1, 4)
-    for wrong in ("4/4", "1", "-1/4", "a/b", "0/0"):
-        with pytest.raises(MedPLIBError, match="--shard"):
-            Shard.parse(wrong)
-    with pytest.raises(MedPLIBError, match="Slurm job array"):
-        Shard.parse("slurm")
-    for name, value in {"ID": 5, "MIN": 1, "MAX": 7, "COUNT": 4}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    assert Shard.parse("slurm") == Shard(2, 4)
-
-
-def test_shards_work_where_a_shared_lock_needs_a_reader(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)  # what NFS makes of it
-    for index in range(2):
-        run(tmp_path, shard=Shard(index, 2))
-    run(tmp_path)
-    assert (tmp_path / FILES[0]).read_bytes() == (whole / FILES[0]).read_bytes()
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def build_folder(
         masks: folder of masks; see ``folder_pairs`` for their names.
         names: CSV; see ``folder_names``.
         out: folder of the results.
-        execution: processes, shard.
+        execution: processes, whether to start anew.
         settings: the rest.
 
     Raises:

@@ -36,7 +36,7 @@ def build_llava_med(
         source: ``llava_med_alignment_500k.json``, or another file in its layout.
         images: folder of the downloaded images; the records' paths start from it.
         out: folder of the results.
-        execution: processes, shard.
+        execution: processes, whether to start anew.
         check_pixels: decode every image, since downloads break off; else only see whether it exists.
 
     Raises:

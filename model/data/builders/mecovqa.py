@@ -51,7 +51,7 @@ def build_mecovqa(
         source: the folder of MeCoVQA, or one of its files.
         images: ``SAMed2D_v1``, which the paths in the records start from.
         out: folder of the results.
-        execution: processes, shard.
+        execution: processes, whether to start anew.
         check_pixels: decode every image and mask; else only see whether they exist.
         merge: also write merged masks that do not exist into ``masks_merged/`` below ``images``; without, the reader
             joins their instances whenever it meets one.

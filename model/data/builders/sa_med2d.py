@@ -1,9 +1,8 @@
 """Build from SA-Med2D-20M: an index of all images and masks, splits, merged masks, and grounding records.
 
 Three steps: names are read and sorted into buckets, buckets become the index, rows of the index become records and
-merged masks. Reading names and making the index takes minutes for the real set and is done on one machine; the last
-step decodes masks and can be shared out over machines with ``--shard``. The last two are builds of their own (see
-``work``).
+merged masks. Reading names and making the index takes minutes for the real set; the last step decodes masks. The last
+two are builds of their own (see ``work``).
 """
 
 from __future__ import annotations
@@ -84,13 +83,12 @@ class SaMed2dSettings:
         return self.out / INDEX_FILE
 
 
-def build_sa_med2d(settings: SaMed2dSettings, execution: Execution, *, prepare: bool = False) -> list[BuildReport]:
-    """Make the index, and, unless ``prepare`` says to stop there, records and merged masks.
+def build_sa_med2d(settings: SaMed2dSettings, execution: Execution) -> list[BuildReport]:
+    """Make the index, records and merged masks.
 
     Args:
         settings: what.
-        execution: how; a shard needs what ``prepare`` makes.
-        prepare: end when everything is ready for shards.
+        execution: how.
 
     Returns:
         Reports of the index and of the records.
@@ -105,8 +103,6 @@ def build_sa_med2d(settings: SaMed2dSettings, execution: Execution, *, prepare: 
     check_datasets(sorted(settings.plan.hold_out), source.class_names())
     index = _index(settings, source, execution)
     taken = _taken(settings, index, execution)
-    if prepare:
-        return [index]
     return [index, _records(settings, index, taken, execution)]
 
 
@@ -115,11 +111,6 @@ def _index(settings: SaMed2dSettings, source: Source, execution: Execution) -> B
     done = finished_report(build, same_source=execution.same_source)
     if done:
         return replace(done, did_nothing=True)
-    if execution.shard:
-        raise MedPLIBError(
-            f"{settings.out} holds no finished index with these splits; make it with the same command and --prepare in "
-            "place of --shard"
-        )
     with sole_use(replace(build, name="sa-med2d-names")):
         report = _made_index(settings, source, build, execution)
     if not report.counts.get("images"):
@@ -157,11 +148,6 @@ def _taken(settings: SaMed2dSettings, index: BuildReport, execution: Execution) 
     chosen = {"quota": settings.quota.to_json(), "seed": settings.seed}
     build = Build(settings.out / ".build" / "sampling", "sampling", chosen, (SURVEY_OUTPUT,), _index_identity(index))
     if finished_report(build) is None:
-        if execution.shard:
-            raise MedPLIBError(
-                f"{settings.out} holds no sampling of these settings; run the same command with --prepare in place of "
-                "--shard"
-            )
         context = SurveyContext(settings.index, settings.quota, settings.plan, settings.seed)
         pieces = row_pieces(settings.index, settings.images_a_piece)
         run_build(build, pieces, survey, context, replace(execution, overwrite=True), unit="image")

@@ -41,7 +41,6 @@ def add_sa_med2d(builders: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--no-pixels", action="store_true", help="do not look into images and masks")
     command.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the records")
-    command.add_argument("--prepare", action="store_true", help="end with the index, before the work that shards share")
     command.set_defaults(run=run_build_sa_med2d)
 
 
@@ -63,4 +62,4 @@ def run_build_sa_med2d(options: argparse.Namespace) -> int:
         check=not options.no_pixels,
         form=options.format,
     )
-    return tell(*build_sa_med2d(settings, execution_of(options), prepare=options.prepare))
+    return tell(*build_sa_med2d(settings, execution_of(options)))

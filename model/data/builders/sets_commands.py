@@ -172,11 +172,11 @@ def _told(report: BuildReport, images_root: Path | str) -> int:
         sys.stdout.write(
             f"paths in the records start from {images_root}: give that as --images, or as a recipe's data.images\n"
         )
-    elif report.findings and not report.shard:
+    elif report.findings:
         sys.stderr.write(
             f"medplib: no record is left to train on; {report.findings_file} says why; mend that and give the same "
             "command with --overwrite\n"
         )
-    elif not report.shard:
+    else:
         sys.stderr.write("medplib: the source holds no record\n")
-    return 0 if made or report.shard else 1
+    return 0 if made else 1

@@ -45,7 +45,7 @@ def build_vqa(
         name: of the set, one of ``SETS``.
         source: its unpacked folder.
         out: folder of the results.
-        execution: processes, shard.
+        execution: processes, whether to start anew.
         images_root: folder that the paths in the records start from; see ``root_of``.
         language: of SLAKE's questions.
         check_pixels: decode every image; else only see whether it exists.

@@ -1,4 +1,4 @@
-"""Long data builds: in pieces, over processes and machines, resumable, and always the same bytes.
+"""Resumable, deterministic, multi-process data builds.
 
 A build is a list of small ``Piece``s (ranges of records, folders …), a top-level function that does one of them, and
 the files that come of all of them. The function is given the piece, a context that is the same for all, and a ``Part``
@@ -21,8 +21,7 @@ What that gives:
 
 - Each piece ends as files under ``OUT/.build/NAME/``, renamed into place when whole, and a small JSON with its tally,
   written last. The same command goes on where it was killed. Other settings or a changed source are refused.
-- ``--shard I/N`` does every N-th piece and joins nothing. The same command without it does what is missing and joins
-  the parts in the order of their pieces, streaming. The files are the same bytes however the pieces were done,
+- Parts are joined in the order of their pieces, streaming. The files are the same bytes for any number of processes,
   as long as the function depends on piece and context alone and the list of pieces does not depend on workers.
 - A finished build is done again only with ``--overwrite``, or if one of its files is gone.
 - Every finding is a line of ``findings_NAME.jsonl``; counts and the first findings of each kind are in
@@ -40,17 +39,22 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from model.data.builders.work_files import Output, Part, Tally, join_parts, read_json, write_json
-from model.data.builders.work_pool import in_processes
 from model.data.builders.work_report import BuildReport
 from model.data.builders.work_source import difference, fingerprint
 from model.errors import MedPLIBError
@@ -62,7 +66,6 @@ __all__ = [
     "Output",
     "Part",
     "Piece",
-    "Shard",
     "fingerprint",
     "finished_report",
     "run_build",
@@ -88,60 +91,17 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Every ``count``-th piece, from number ``index`` (0 … count − 1) on."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """``I/N``, or ``slurm`` for this task of a Slurm job array.
-
-        Nothing is taken from Slurm unless it is asked for: an array may as well build one data set a task.
-
-        Raises:
-            MedPLIBError: it is neither, or there is no such array.
-        """
-        if text == "slurm":
-            return cls._of_slurm()
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise MedPLIBError(f"--shard is {text!r}; give I/N with I from 0 to N − 1, or slurm in a Slurm job array")
-        return cls(int(index), int(count))
-
-    @classmethod
-    def _of_slurm(cls) -> Shard:
-        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
-        try:
-            task, first, last, count = (int(os.environ[name]) for name in names)
-        except (KeyError, ValueError):
-            raise MedPLIBError(
-                f"--shard slurm needs a Slurm job array ({', '.join(names)}); give I/N instead"
-            ) from None
-        step = max(1, (last - first) // max(1, count - 1))
-        if last - first != step * (count - 1):
-            raise MedPLIBError("--shard slurm needs an evenly spaced array such as --array=0-7; give I/N instead")
-        return cls((task - first) // step, count)
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-
-@dataclass(frozen=True)
 class Execution:
     """How a build is done; nothing here changes its files.
 
     Attributes:
         workers: processes; 1 works in this one.
-        shard: which of the pieces; all, and then joining, if None.
         overwrite: start anew, whatever is there.
         same_source: the user says that a source that looks changed is what it was.
         bar: show a bar where there is a terminal.
     """
 
     workers: int = 1
-    shard: Shard | None = None
     overwrite: bool = False
     bar: bool = True
     same_source: bool = False
@@ -184,47 +144,41 @@ class Build:
 def run_build(
     build: Build, pieces: Sequence[Piece], work: Work, context: Any, execution: Execution, *, unit: str = "piece"
 ) -> BuildReport:
-    """Do the pieces that are missing; join them unless this is a shard.
+    """Do the pieces that are missing and join all.
 
     Args:
         build: what is built.
         pieces: all of them, in the order of the files' content; the same in every run.
         work: top-level function of a module, called as ``work(piece.what, context, part)``.
         context: picklable, the same for all pieces.
-        execution: processes, shard, whether to start anew.
+        execution: processes, whether to start anew.
         unit: of the bar.
 
     Returns:
-        What was built; of a shard, what it did.
+        What was built.
 
     Raises:
         MedPLIBError: the folder holds another build or foreign files, another run is at work there, the disk is full,
             a process died, or ``work`` raised one.
     """
     start = time.perf_counter()
-    if execution.shard and execution.overwrite:
-        raise MedPLIBError("--overwrite and --shard exclude each other: shards would throw away each other's work")
     if execution.workers < 1:
         raise MedPLIBError(f"--workers is {execution.workers}; give at least 1")
     try:
-        with sole_use(build, shared=execution.shard is not None):
+        with sole_use(build):
             finished = None if execution.overwrite else finished_report(build, same_source=execution.same_source)
             if finished and finished.pieces == len(pieces):
                 return finished
             _claim(build, len(pieces), execution)
             _do_missing(build, pieces, work, context, execution, unit)
-            mine, done = _tallies(build, len(pieces), execution.shard)
-            report = BuildReport.of(
-                build.name, dict(build.settings), Tally.sum(mine), str(build.out), unit, str(execution.shard or "")
-            )
-            report.pieces_done, report.pieces = done, len(pieces)
-            if not execution.shard:
-                report.files = join_parts(build.all_outputs, build.folder, build.out, len(pieces))
+            tally = Tally.sum(Tally.read(build.folder, number) for number in range(len(pieces)))
+            report = BuildReport.of(build.name, dict(build.settings), tally, str(build.out), unit)
+            report.pieces = len(pieces)
+            report.files = join_parts(build.all_outputs, build.folder, build.out, len(pieces))
             report.seconds = time.perf_counter() - start
-            if not execution.shard:
-                write_json(build.report_file, report.to_json())
-                write_json(build.folder / "done.json", report.to_json())
-                _forget_parts(build)
+            write_json(build.report_file, report.to_json())
+            write_json(build.folder / "done.json", report.to_json())
+            _forget_parts(build)
             return report
     except KeyboardInterrupt:
         logger.warning("%s: stopped; what is done is kept, and the same command goes on from there", build.name)
@@ -232,25 +186,25 @@ def run_build(
 
 
 @contextmanager
-def sole_use(build: Build, *, shared: bool = False) -> Iterator[None]:
-    """Shards work side by side, a joining run works alone; the kernel drops the lock of a process that dies.
+def sole_use(build: Build) -> Iterator[None]:
+    """Lock the build's folder; the kernel drops the lock of a process that dies.
 
     Raises:
         MedPLIBError: another run is at work there, or what is done inside met a full disk or the like.
     """
     try:
         build.folder.mkdir(parents=True, exist_ok=True)
-        with _lock(build, shared):
+        with _lock(build):
             yield
     except OSError as error:
         raise _told(error, build.out) from error
 
 
 @contextmanager
-def _lock(build: Build, shared: bool) -> Iterator[None]:
-    with (build.folder / "lock").open("a+") as stream:  # NFS shares a lock with readers alone, gives one to writers
+def _lock(build: Build) -> Iterator[None]:
+    with (build.folder / "lock").open("a+") as stream:
         try:
-            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MedPLIBError(
                 f"another run builds {build.name} in {build.out} at this moment; wait for its end or name another --out"
@@ -313,27 +267,25 @@ def _claim(build: Build, pieces: int, execution: Execution) -> None:
 def _do_missing(
     build: Build, pieces: Sequence[Piece], work: Work, context: Any, execution: Execution, unit: str
 ) -> None:
-    """Do the pieces of this shard whose parts are not there yet."""
-    mine = _numbers(len(pieces), execution.shard)
-    missing = [number for number in mine if not Part.is_done(build.folder, number)]
+    """Do the pieces whose parts are not there yet."""
+    missing = [number for number in range(len(pieces)) if not Part.is_done(build.folder, number)]
     if not missing:
         return
-    total = sum(pieces[number].size for number in mine)
+    total = sum(piece.size for piece in pieces)
     done = total - sum(pieces[number].size for number in missing)
     calls = _Calls(work, context, build.folder, build.all_outputs)
     jobs = ((number, pieces[number].what) for number in missing)
     workers = min(execution.workers, len(missing))
-    label = f"{build.name} {execution.shard}" if execution.shard else build.name
     with tqdm(
         total=total,
         initial=done,
         unit=unit,
         unit_scale=total > 100_000,
-        desc=label,
+        desc=build.name,
         disable=None if execution.bar else True,
         smoothing=0.05,
     ) as bar:
-        for number in map(calls, jobs) if workers == 1 else in_processes(calls, jobs, workers):
+        for number in map(calls, jobs) if workers == 1 else _in_processes(calls, jobs, workers):
             bar.update(pieces[number].size)
 
 
@@ -353,14 +305,41 @@ class _Calls:
         return number
 
 
-def _tallies(build: Build, pieces: int, shard: Shard | None) -> tuple[Iterator[Tally], int]:
-    """Tallies of this run's pieces in order, and how many pieces are done over all shards."""
-    done = sum(Part.is_done(build.folder, number) for number in range(pieces))
-    return (Tally.read(build.folder, number) for number in _numbers(pieces, shard)), done
+def _in_processes(call: _Calls, jobs: Iterator[tuple[int, Any]], workers: int) -> Iterator[int]:
+    """Numbers of the pieces as they are done, in any order; errors of the function are raised here.
+
+    Processes are started fresh: forked from one whose libraries run threads, they can inherit a held lock and hang.
+    """
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
+    waiting: set[Future[int]] = set()
+    try:
+        while True:
+            waiting |= {pool.submit(call, job) for job in islice(jobs, 2 * workers - len(waiting))}
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise MedPLIBError(
+            "a worker process died; what is done is kept: run the same command again, with fewer --workers if memory "
+            "is short"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _numbers(pieces: int, shard: Shard | None) -> range:
-    return range(pieces) if shard is None else range(shard.index, pieces, shard.count)
+def _follow_parent() -> None:
+    """In a worker process: leave Ctrl-C to the parent, and end with it however it dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+
+    def end_with_it() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def _forget_parts(build: Build) -> None:

@@ -7,20 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-from model.data.builders.work import BuildReport, Execution, Shard
+from model.data.builders.work import BuildReport, Execution
 from model.errors import MedPLIBError
 
 
 def add_build_options(command: argparse.ArgumentParser) -> None:
-    """``--out``, ``--workers``, ``--shard``, ``--overwrite`` and ``--same-source``."""
+    """``--out``, ``--workers``, ``--overwrite`` and ``--same-source``."""
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     command.add_argument("--workers", type=int, metavar="N", help="processes; as many as processors when absent")
-    command.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="do every N-th piece from number I (0 … N−1) on, or slurm in a job array; the same command without it "
-        "ends the build",
-    )
     command.add_argument("--overwrite", action="store_true", help="start anew, whatever DIR holds")
     command.add_argument(
         "--same-source",
@@ -38,8 +32,7 @@ def execution_of(options: argparse.Namespace) -> Execution:
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     if workers < 1:
         raise MedPLIBError(f"--workers is {workers}; give at least 1")
-    shard = Shard.parse(options.shard) if options.shard else None
-    return Execution(workers, shard, options.overwrite, same_source=options.same_source)
+    return Execution(workers, options.overwrite, same_source=options.same_source)
 
 
 def tell(*reports: BuildReport) -> int:

@@ -1,4 +1,4 @@
-"""What a build tells at its end: a JSON file and a short text."""
+"""Report of a build: a JSON file and a short text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 12
 
 @dataclass
 class BuildReport:
-    """Outcome of a build or of a shard of it.
+    """Outcome of a build.
 
     Attributes:
         name: of the builder.
@@ -20,10 +20,9 @@ class BuildReport:
         settings: what it was made with.
         counts: group (modality, split …) → label → number.
         findings: kind → number and first messages.
-        files: name → records and bytes; none for a shard.
+        files: name → records and bytes.
         unit: what ``counts`` mostly count.
-        shard: ``I/N``, empty for a whole build.
-        pieces, pieces_done: of all shards.
+        pieces: how many it was cut into.
         seconds: of this run.
         worker_seconds: of work on all pieces, over all runs and processes.
         did_nothing: all was there already.
@@ -35,23 +34,19 @@ class BuildReport:
     counts: dict[str, dict[str, int]]
     findings: dict[str, dict[str, Any]]
     unit: str = "piece"
-    shard: str = ""
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     pieces: int = 0
-    pieces_done: int = 0
     seconds: float = 0.0
     worker_seconds: float = 0.0
     did_nothing: bool = False
 
     @classmethod
-    def of(
-        cls, name: str, settings: dict[str, Any], tally: Tally, out: str, unit: str = "piece", shard: str = ""
-    ) -> BuildReport:
+    def of(cls, name: str, settings: dict[str, Any], tally: Tally, out: str, unit: str = "piece") -> BuildReport:
         """The report that a tally comes to."""
         findings = {
             kind: {"count": number, "examples": tally.examples.get(kind, [])} for kind, number in tally.found.items()
         }
-        return cls(name, out, settings, tally.counts, findings, unit, shard, worker_seconds=tally.seconds)
+        return cls(name, out, settings, tally.counts, findings, unit, worker_seconds=tally.seconds)
 
     @property
     def findings_file(self) -> str:
@@ -74,8 +69,7 @@ class BuildReport:
             lines += ["", "found on the way:"]
             for kind, facts in self.findings.items():
                 lines.append(f"  {kind} {facts['count']}, such as: {facts['examples'][0]}")
-            if not self.shard:
-                lines.append(f"  all of them: {self.findings_file}")
+            lines.append(f"  all of them: {self.findings_file}")
         lines += [""] if lines else []
         for name, facts in self.files.items():
             lines.append(f"{self.out}/{name}: {facts['records']:,} records, {facts['bytes'] / 1e6:,.1f} MB")
@@ -86,18 +80,7 @@ class BuildReport:
         if self.did_nothing:
             return f"{self.name}: all of it was there already; nothing was done (--overwrite makes it anew)"
         time = f"{self.seconds:,.1f} s ({self.worker_seconds:,.1f} s of work over all runs and processes)"
-        if not self.shard:
-            return f"{self.name}: done in {time}"
-        rest = self.pieces - self.pieces_done
-        state = (
-            f"{rest:,} of all {self.pieces:,} pieces are missing still"
-            if rest
-            else f"all {self.pieces:,} pieces are done"
-        )
-        return (
-            f"{self.name}: shard {self.shard} done in {time}; {state}; after the last shard, run the same command "
-            "without --shard, which joins them"
-        )
+        return f"{self.name}: done in {time}"
 
 
 def _listed(labels: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""What tells that a build goes on with the source and the settings it was begun with.
+"""Fingerprint of a build's source and settings, so that a changed build is not resumed.
 
 Record files, tables and lists count by name and content, not by place and time: a copy of them is the same source, and
 an edit that keeps the size is noticed. Folders of images are too large to be read for that. They count by their path,
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import MedPLIBError
-
-_OLDER = " bytes, changed "  # how versions that went by times of change told a file
 
 
 def fingerprint(files: Sequence[Path]) -> dict[str, str]:
@@ -65,8 +63,6 @@ def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, same_sou
     source = _unlike(stored.get("source", {}), wanted["source"])
     if (places or source) and not same_source:
         mend = "start anew with --overwrite, or, if the data only moved or were copied, go on with --same-source"
-        if any(_OLDER in str(value) for value in stored.get("source", {}).values()):
-            return f"a source that an older version noted by its time of change, which tells too little; {mend}"
         group, key = ("settings", places[0]) if places else ("source", source[0])
         told = _told(key, stored.get(group, {}).get(key), wanted[group].get(key))
         return f"the source {told}; {mend}"
