@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.checkpoint.building import is_finite, refuse_faulty
 from model.checkpoint.lora import merge_lora_state
 from model.checkpoint.names import published_to_native
 from model.checkpoint.shards import read_tensors
@@ -55,6 +56,8 @@ def merge_adapter(model: MedPLIBForCausalLM, directory: str | Path) -> MedPLIBFo
     pairs, whole = _sorted(folder, parameters)
     for name, pair in pairs.items():
         _check(folder, name, pair, parameters[name])
+    tensors = [*((name, value) for name, pair in pairs.items() for value in pair.values()), *whole.items()]
+    refuse_faulty([name for name, value in tensors if not is_finite(value)], f"the LoRA weights in {folder}")
     for name, value in whole.items():
         if value.shape != parameters[name].shape:
             raise _misfit(folder, f"{name} is {list(value.shape)} there and {list(parameters[name].shape)} here")
@@ -72,7 +75,7 @@ def merge_adapter(model: MedPLIBForCausalLM, directory: str | Path) -> MedPLIBFo
 
 def _scaling(folder: Path) -> float:
     try:
-        config: Any = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config: Any = json.loads((folder / ADAPTER_CONFIG).read_bytes())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MedPLIBError(f"{folder / ADAPTER_CONFIG} is no readable LoRA configuration; copy it again") from error

@@ -109,6 +109,7 @@ def build_network(
     """The network of an opened checkpoint, in eval mode; arguments and errors as of ``load``."""
     model = empty_network(opened.config)
     report = check(opened, model)
+    ties = opened.config.text_config.tie_word_embeddings
     if strict:
         report.raise_unless_fits()
     dtype = dtype or opened.dtype or torch.float32
@@ -118,16 +119,27 @@ def build_network(
     state.update(convert(fresh_parts(opened.config, lacking).items(), device, dtype))
     if lacking:
         report = replace(report, notes=(*report.notes, f"{len(lacking)} tensors start from new values"))
-    return finish(model, state, device), report
+    finish(model, state, device)
+    if ties and not model.config.text_config.tie_word_embeddings:
+        note = "config.json says tie_word_embeddings, but the stored lm_head is not the embedding; it was kept"
+        report = replace(report, notes=(*report.notes, note))
+    return model, report
 
 
 def finish(
     model: MedPLIBForCausalLM, state: Mapping[str, Tensor], device: str | torch.device = "cpu"
 ) -> MedPLIBForCausalLM:
-    """Fill an empty network with a complete state dict and make it ready for use, in eval mode."""
+    """Fill an empty network with a complete state dict and make it ready for use, in eval mode.
+
+    A head that is not the embedding is never tied to it, whatever the configuration says, which is corrected.
+    """
     take_over(model, state)
     if model.config.text_config.tie_word_embeddings:
-        model.lm_head.weight = model.get_input_embeddings().weight
+        embedding = model.get_input_embeddings().weight
+        if torch.equal(model.lm_head.weight, embedding):
+            model.lm_head.weight = embedding
+        else:
+            model.config.text_config.tie_word_embeddings = model.config.tie_word_embeddings = False
     nn.Module.to(model, device)  # buffers; the weights are there already
     model.config.dtype = model.lm_head.weight.dtype
     model.config.architectures = [type(model).__name__]
