@@ -21,27 +21,14 @@ if TYPE_CHECKING:
 # Imported when first used, so that whoever only looks for a directory does not wait for torch.
 _HOMES = {
     **dict.fromkeys(("assemble", "lay_over"), "assembling"),
-    "describe": "describing",
     **dict.fromkeys(("load", "load_with_report"), "loading"),
     **dict.fromkeys(("merge_lora", "merge_lora_state"), "lora"),
-    "LoadReport": "report",
     **dict.fromkeys(("export_published", "save"), "saving"),
-    "upcycle": "upcycling",
+    **{"describe": "describing", "LoadReport": "report", "upcycle": "upcycling"},
 }
 
-__all__ = [
-    "LoadReport",
-    "assemble",
-    "describe",
-    "export_published",
-    "lay_over",
-    "load",
-    "load_with_report",
-    "merge_lora",
-    "merge_lora_state",
-    "save",
-    "upcycle",
-]
+__all__ = ["LoadReport", "assemble", "describe", "export_published", "lay_over", "load", "load_with_report"]
+__all__ += ["merge_lora", "merge_lora_state", "save", "upcycle"]
 
 
 def __getattr__(name: str) -> Any:
