@@ -77,7 +77,10 @@ def choose_attention(model: MedPLIBForCausalLM, attention: Attention, device: st
 
 
 def convert(
-    tensors: Iterable[tuple[str, Tensor]], device: str | torch.device, dtype: torch.dtype | None
+    tensors: Iterable[tuple[str, Tensor]],
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    source: str = "the weights",
 ) -> dict[str, Tensor]:
     """Move tensors one at a time, floating ones to ``dtype`` (their own where None).
 
@@ -90,7 +93,7 @@ def convert(
         if not is_finite(value):
             faults.append(f"{name} (beyond {value.dtype})" if is_finite(stored) else name)
         converted[name] = value
-    refuse_faulty(faults)
+    refuse_faulty(faults, source)
     return converted
 
 
@@ -104,7 +107,7 @@ def is_finite(value: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def refuse_faulty(names: Sequence[str], source: str = "the weights") -> None:
+def refuse_faulty(names: Sequence[str], source: str) -> None:
     """Raise a ``MedPLIBError`` that names tensors whose values are no finite numbers, if there are any."""
     if names:
         shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")

@@ -114,7 +114,7 @@ def build_network(
         report.raise_unless_fits()
     dtype = dtype or opened.dtype or torch.float32
     usable = ((name, value) for name, value in opened.tensors() if name not in report.misshaped)
-    state = convert(usable, device, dtype)
+    state = convert(usable, device, dtype, f"the weights of {opened.directory}")
     lacking = [*report.missing, *report.misshaped]
     state.update(convert(fresh_parts(opened.config, lacking).items(), device, dtype))
     if lacking:
