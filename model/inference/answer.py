@@ -75,7 +75,7 @@ class Mask:
         output = {
             "label": self.label,
             "rle": self.rle,
-            "score": round(self.score, 4),
+            "score": round(self.score, 4) if math.isfinite(self.score) else None,  # JSON has no NaN
             "bbox": list(self.bbox),
             "area_px": self.area_px,
         }

@@ -193,7 +193,7 @@ def _vocabulary(path: Path) -> int:
     """Tokens of the sizes' own tokenizer where configs/NAME/pretrain.yaml tells; else LLaMA's, and MedPLIB's."""
     made = path.resolve().parents[1] / path.stem / "pretrain.yaml"
     if made.is_file():
-        tokenizer = yaml.safe_load(made.read_text(encoding="utf-8")).get("tokenizer") or {}
+        tokenizer = yaml.safe_load(made.read_bytes()).get("tokenizer") or {}
         return int(tokenizer.get("vocab_size", 32000)) + len(SPECIAL_TOKENS)
     return int(MedPLIBConfig().text_config.vocab_size)
 

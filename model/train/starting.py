@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from model.checkpoint import assemble, lay_over, load, upcycle
 from model.checkpoint.building import choose_attention
@@ -21,6 +20,7 @@ from model.processing.processor import MedPLIBProcessor
 from model.train.quantised import missing_library, quantise_decoder
 from model.train.recipe import Mixture, Recipe
 from model.train.trainable import add_lora, set_trainable
+from model.yaml_files import read_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -213,15 +213,7 @@ def _config_of(directory: Path) -> MedPLIBConfig:
 
 def read_sizes(path: str) -> dict[str, Any]:
     """The values of a YAML file of sizes; none without a file."""
-    if not path:
-        return {}
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MedPLIBError(f"model.sizes {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise MedPLIBError(f"model.sizes {path} holds {type(content).__name__}, expected MedPLIBConfig keys and values")
-    return content
+    return read_mapping(Path(path), "model.sizes") if path else {}
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
