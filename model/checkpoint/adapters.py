@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint.building import is_finite, refuse_faulty
-from model.checkpoint.lora import merge_lora_state
+from model.checkpoint.lora import MATRIX, merge_lora_state
 from model.checkpoint.names import published_to_native
 from model.checkpoint.shards import read_tensors
 from model.errors import MedPLIBError
@@ -26,7 +26,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TRAINED_WHOLE = "non_lora_trainables.bin"
 _WRAPPER = re.compile(r"^(?:base_model\.model\.)?(?:module\.)?")
-_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _OTHER_METHODS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
@@ -93,7 +92,7 @@ def _sorted(folder: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, d
     unknown = []
     for stored, value in _tensors(folder):
         name = _WRAPPER.sub("", stored)
-        match = _MATRIX.fullmatch(name)
+        match = MATRIX.fullmatch(name)
         wanted = f"{match['module']}.weight" if match else name
         ours = wanted if wanted in parameters else published_to_native(wanted)
         if ours is None or ours not in parameters:
