@@ -293,10 +293,10 @@ def run_export(options: argparse.Namespace) -> int:
 def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None) -> tuple[Any, Any]:
     """The network and processor of a checkpoint, of a finished run, or of a run's newest training checkpoint."""
     from model.checkpoint import load
+    from model.checkpoint.directories import resolve
     from model.train.handover import network_of_run
-    from model.train.starting import merged_of
 
-    source = merged_of(path)
+    source = resolve(path)
     unmerged = (path / "recipe.yaml").is_file() or path.name.startswith("step_")
     if unmerged and not (source / "config.json").is_file():
         return network_of_run(path)
@@ -306,9 +306,8 @@ def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None) ->
 def run_describe(options: argparse.Namespace) -> int:
     """``medplib describe``."""
     from model.checkpoint import describe
-    from model.train.starting import merged_of
 
-    print(describe(merged_of(options.checkpoint), vision_tower=options.vision_tower, sam=options.sam))
+    print(describe(options.checkpoint, vision_tower=options.vision_tower, sam=options.sam))
     return 0
 
 

@@ -27,7 +27,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         MedPLIBError: it cannot be read, is no YAML, or holds anything but keys and values.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_bytes())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MedPLIBError(f"{what} {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

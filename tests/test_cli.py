@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint import export_published, load
 from model.cli import main
+from model.inference.engine import EngineSettings
 from model.processing.masks import decode_rle
+from model.serve.checks import check_checkpoint
+from model.serve.model_worker import _check_model, make_parser
+from model.serve.running import parse_flags
+from model.serve.worker_loading import ModelChoice, describe_engine, load_engine
 from tests.conftest import ROOT
 from tests.tiny import tiny_checkpoint
 
@@ -216,6 +223,34 @@ def test_training_has_its_own_options(arguments: list[str], capsys: pytest.Captu
         main(["train", *arguments])
     assert ended.value.code == 0
     assert "--on-bad-record" in capsys.readouterr().out
+
+
+def test_a_run_folder_is_taken_for_its_network(
+    checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "liver"
+    shutil.copytree(checkpoint, run / "merged")
+    (run / "recipe.yaml").write_text("stage: 3\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\n"))
+    short = ["--model", str(run), "--out", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    assert main(["ask", str(picture), "What is it?", *short]) == 0
+    assert main(["chat", str(picture), *short]) == 0
+    assert main(["describe", str(run)]) == 0
+    assert main(["export", str(run), str(tmp_path / "native")]) == 0
+    capsys.readouterr()
+    assert check_checkpoint(run) == check_checkpoint(run / "merged")
+    options = parse_flags(make_parser(), ["--model-path", str(run)])
+    assert _check_model(options)[0] == run / "merged"
+    assert (
+        describe_engine(load_engine(ModelChoice(run), EngineSettings(slots=1)), ModelChoice(run))["checkpoint"]
+        == "liver"
+    )
+    shutil.rmtree(run / "merged")
+    (run / "checkpoints" / "step_0000006").mkdir(parents=True)
+    told = "its last checkpoint step_0000006; let it train on (--resume), or make a model of that: medplib export"
+    for command in (["ask", str(picture), "What?", "--model"], ["describe"], ["serve", "--no-web", "--model"]):
+        assert main([*command, str(run)]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_export_and_describe(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,24 +4,34 @@
 network from a LLaMA, a CLIP and a SAM-Med2D, ``upcycle`` starts stage IV from the models of stages II and III.
 """
 
-from model.checkpoint.assembling import assemble, lay_over
-from model.checkpoint.describing import describe
-from model.checkpoint.loading import load, load_with_report
-from model.checkpoint.lora import merge_lora, merge_lora_state
-from model.checkpoint.report import LoadReport
-from model.checkpoint.saving import export_published, save
-from model.checkpoint.upcycling import upcycle
+from __future__ import annotations
 
-__all__ = [
-    "LoadReport",
-    "assemble",
-    "describe",
-    "export_published",
-    "lay_over",
-    "load",
-    "load_with_report",
-    "merge_lora",
-    "merge_lora_state",
-    "save",
-    "upcycle",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.checkpoint.assembling import assemble, lay_over
+    from model.checkpoint.describing import describe
+    from model.checkpoint.loading import load, load_with_report
+    from model.checkpoint.lora import merge_lora, merge_lora_state
+    from model.checkpoint.report import LoadReport
+    from model.checkpoint.saving import export_published, save
+    from model.checkpoint.upcycling import upcycle
+
+# Imported when first used, so that whoever only looks for a directory does not wait for torch.
+_HOMES = {
+    **dict.fromkeys(("assemble", "lay_over"), "assembling"),
+    **dict.fromkeys(("load", "load_with_report"), "loading"),
+    **dict.fromkeys(("merge_lora", "merge_lora_state"), "lora"),
+    **dict.fromkeys(("export_published", "save"), "saving"),
+    **{"describe": "describing", "LoadReport": "report", "upcycle": "upcycling"},
+}
+
+__all__ = ["LoadReport", "assemble", "describe", "export_published", "lay_over", "load", "load_with_report"]
+__all__ += ["merge_lora", "merge_lora_state", "save", "upcycle"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

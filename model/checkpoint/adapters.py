@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint.lora import merge_lora_state
+from model.checkpoint.building import is_finite, refuse_faulty
+from model.checkpoint.lora import MATRIX, merge_lora_state
 from model.checkpoint.names import published_to_native
 from model.checkpoint.shards import read_tensors
 from model.errors import MedPLIBError
@@ -25,7 +26,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TRAINED_WHOLE = "non_lora_trainables.bin"
 _WRAPPER = re.compile(r"^(?:base_model\.model\.)?(?:module\.)?")
-_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _OTHER_METHODS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
@@ -55,6 +55,8 @@ def merge_adapter(model: MedPLIBForCausalLM, directory: str | Path) -> MedPLIBFo
     pairs, whole = _sorted(folder, parameters)
     for name, pair in pairs.items():
         _check(folder, name, pair, parameters[name])
+    tensors = [*((name, value) for name, pair in pairs.items() for value in pair.values()), *whole.items()]
+    refuse_faulty([name for name, value in tensors if not is_finite(value)], f"the LoRA weights in {folder}")
     for name, value in whole.items():
         if value.shape != parameters[name].shape:
             raise _misfit(folder, f"{name} is {list(value.shape)} there and {list(parameters[name].shape)} here")
@@ -72,7 +74,7 @@ def merge_adapter(model: MedPLIBForCausalLM, directory: str | Path) -> MedPLIBFo
 
 def _scaling(folder: Path) -> float:
     try:
-        config: Any = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config: Any = json.loads((folder / ADAPTER_CONFIG).read_bytes())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MedPLIBError(f"{folder / ADAPTER_CONFIG} is no readable LoRA configuration; copy it again") from error
@@ -90,7 +92,7 @@ def _sorted(folder: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, d
     unknown = []
     for stored, value in _tensors(folder):
         name = _WRAPPER.sub("", stored)
-        match = _MATRIX.fullmatch(name)
+        match = MATRIX.fullmatch(name)
         wanted = f"{match['module']}.weight" if match else name
         ours = wanted if wanted in parameters else published_to_native(wanted)
         if ours is None or ours not in parameters:

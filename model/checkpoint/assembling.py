@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint.building import convert, empty_network, fresh_parts, network_shapes
+from model.checkpoint.building import convert, empty_network, fresh_parts, is_finite, network_shapes, refuse_faulty
+from model.checkpoint.directories import resolve
 from model.checkpoint.loading import finish
 from model.checkpoint.processors import new_processor
 from model.checkpoint.report import LoadReport, compare
@@ -63,8 +64,9 @@ def assemble(
     Raises:
         MedPLIBError: a file is not what it should be, or two parts do not fit each other.
     """
-    language = read_language_model(Path(language_model))
-    tokenizer = build_tokenizer(Path(language_model))
+    directory = resolve(language_model)
+    language = read_language_model(directory)
+    tokenizer = build_tokenizer(directory)
     state, values = dict(language.state), dict(sections or {})
     for name in _VOCABULARY:
         state[name] = resize_vocabulary(state[name], len(tokenizer))
@@ -82,8 +84,8 @@ def assemble(
         config = MedPLIBConfig(**values)
     except (TypeError, ValueError) as error:
         raise MedPLIBError(f"the model's sizes are wrong: {error}") from error
-    model, report = _fill(config, state, str(language_model), language.notes, device, dtype)
-    return model, new_processor(tokenizer, config, Path(language_model)), report
+    model, report = _fill(config, state, str(directory), language.notes, device, dtype)
+    return model, new_processor(tokenizer, config, directory), report
 
 
 def resize_vocabulary(weight: Tensor, rows: int) -> Tensor:
@@ -114,6 +116,7 @@ def _copy(model: MedPLIBForCausalLM, tensors: Mapping[str, Tensor], prefix: str,
         {name: tuple(value.shape) for name, value in tensors.items()},
         {name: tuple(value.shape) for name, value in own.items()},
     ).raise_unless_fits()
+    refuse_faulty([name for name, value in tensors.items() if not is_finite(value)], str(path))
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)

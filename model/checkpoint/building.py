@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -77,13 +77,44 @@ def choose_attention(model: MedPLIBForCausalLM, attention: Attention, device: st
 
 
 def convert(
-    tensors: Iterable[tuple[str, Tensor]], device: str | torch.device, dtype: torch.dtype | None
+    tensors: Iterable[tuple[str, Tensor]],
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    source: str = "the weights",
 ) -> dict[str, Tensor]:
-    """Move tensors one at a time, floating ones to ``dtype`` (their own where None)."""
-    return {
-        name: value.to(device=device, dtype=dtype if dtype is not None and value.is_floating_point() else value.dtype)
-        for name, value in tensors
-    }
+    """Move tensors one at a time, floating ones to ``dtype`` (their own where None).
+
+    Raises:
+        MedPLIBError: naming the tensors that hold NaN, infinities, no floating numbers, or numbers beyond ``dtype``.
+    """
+    converted, faults = {}, []
+    for name, stored in tensors:
+        value = stored.to(device=device, dtype=dtype if stored.is_floating_point() else stored.dtype)
+        if not is_finite(value):
+            faults.append(f"{name} (beyond {value.dtype})" if is_finite(stored) else name)
+        converted[name] = value
+    refuse_faulty(faults, source)
+    return converted
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor holds floating numbers alone, neither NaN nor infinite; reads it once, without a copy."""
+    if not value.is_floating_point():
+        return False
+    if not value.numel() or value.dtype.itemsize == 1:  # no kernel reads eight-bit floats; they are converted first
+        return True
+    low, high = value.aminmax()  # NaN comes through
+    return bool(low.isfinite() & high.isfinite())
+
+
+def refuse_faulty(names: Sequence[str], source: str) -> None:
+    """Raise a ``MedPLIBError`` that names tensors whose values are no finite numbers, if there are any."""
+    if names:
+        shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+        raise MedPLIBError(
+            f"{source} hold NaN, infinite or whole numbers in {len(names)} tensors ({shown}), expected finite ones; "
+            "fetch them again, or take an earlier checkpoint of the run"
+        )
 
 
 def fresh_parts(config: MedPLIBConfig, names: Iterable[str]) -> dict[str, Tensor]:

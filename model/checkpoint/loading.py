@@ -81,7 +81,22 @@ def load_with_report(
     """The same as ``load``, and what was found (which is logged too)."""
     opened = open_checkpoint(directory, vision_tower=vision_tower, sam=sam)
     processor = read_processor(opened)
-    model, report = build_network(opened, device=device, dtype=dtype, strict=strict)
+    model = empty_network(opened.config)
+    report = check(opened, model)
+    if strict:
+        report.raise_unless_fits()
+    dtype = dtype or opened.dtype or torch.float32
+    usable = ((name, value) for name, value in opened.tensors() if name not in report.misshaped)
+    state = convert(usable, device, dtype, f"the weights of {opened.directory}")
+    notes, lacking = [*report.notes], [*report.missing, *report.misshaped]
+    state.update(convert(fresh_parts(opened.config, lacking).items(), device, dtype))
+    if lacking:
+        notes.append(f"{len(lacking)} tensors start from new values")
+    ties = opened.config.text_config.tie_word_embeddings
+    finish(model, state, device)
+    if ties and not model.config.text_config.tie_word_embeddings:
+        notes.append("config.json says tie_word_embeddings, but the stored lm_head is not the embedding; it was kept")
+    report = replace(report, notes=tuple(notes))
     choose_attention(model, attention, device)
     logger.info("%s", report)
     return model, processor, report
@@ -99,35 +114,20 @@ def check(opened: OpenedCheckpoint, model: MedPLIBForCausalLM) -> LoadReport:
     )
 
 
-def build_network(
-    opened: OpenedCheckpoint,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    strict: bool = True,
-) -> tuple[MedPLIBForCausalLM, LoadReport]:
-    """The network of an opened checkpoint, in eval mode; arguments and errors as of ``load``."""
-    model = empty_network(opened.config)
-    report = check(opened, model)
-    if strict:
-        report.raise_unless_fits()
-    dtype = dtype or opened.dtype or torch.float32
-    usable = ((name, value) for name, value in opened.tensors() if name not in report.misshaped)
-    state = convert(usable, device, dtype)
-    lacking = [*report.missing, *report.misshaped]
-    state.update(convert(fresh_parts(opened.config, lacking).items(), device, dtype))
-    if lacking:
-        report = replace(report, notes=(*report.notes, f"{len(lacking)} tensors start from new values"))
-    return finish(model, state, device), report
-
-
 def finish(
     model: MedPLIBForCausalLM, state: Mapping[str, Tensor], device: str | torch.device = "cpu"
 ) -> MedPLIBForCausalLM:
-    """Fill an empty network with a complete state dict and make it ready for use, in eval mode."""
+    """Fill an empty network with a complete state dict and make it ready for use, in eval mode.
+
+    A head that is not the embedding is never tied to it, whatever the configuration says, which is corrected.
+    """
     take_over(model, state)
     if model.config.text_config.tie_word_embeddings:
-        model.lm_head.weight = model.get_input_embeddings().weight
+        embedding = model.get_input_embeddings().weight
+        if torch.equal(model.lm_head.weight, embedding):
+            model.lm_head.weight = embedding
+        else:
+            model.config.text_config.tie_word_embeddings = model.config.tie_word_embeddings = False
     nn.Module.to(model, device)  # buffers; the weights are there already
     model.config.dtype = model.lm_head.weight.dtype
     model.config.architectures = [type(model).__name__]

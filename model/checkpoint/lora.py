@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.errors import MedPLIBError
 
-_ADAPTER = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")  # peft's trained copy, beside the untouched original_module
 _WRAPPER = "base_model.model."
 
@@ -61,7 +61,7 @@ def merge_lora_state(state: Mapping[str, Tensor], scaling: float) -> dict[str, T
     pairs: dict[str, dict[str, Tensor]] = {}
     merged: dict[str, Tensor] = {}
     for name, value in plain.items():
-        if match := _ADAPTER.fullmatch(name):
+        if match := MATRIX.fullmatch(name):
             pairs.setdefault(match["module"], {})[match["side"]] = value
         else:
             merged[_SAVED.sub(".", name).replace(".base_layer.", ".")] = value

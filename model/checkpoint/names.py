@@ -8,99 +8,32 @@ from __future__ import annotations
 
 import re
 
-from model.checkpoint.sam_names import native_to_original, original_to_native
+from model.checkpoint.sam_names import compile_families, native_to_original, original_to_native, rename
 from model.modeling.configuration import MedPLIBConfig
 
-_N = r"(\d+)"
-_FFN = r"((?:gate|up|down)_proj\.weight)"
-_LAYER, _NATIVE_LAYER = rf"model\.layers\.{_N}\.", rf"model\.decoder\.layers\.{_N}\."
-_DEEPSPEED = r"mlp\.deepspeed_moe\."
-_TAIL = r"(.+)"
-_WEIGHTS = r"(weight|bias)"
-
-# (published pattern, published template, native pattern, native template): a pattern's groups fill the other's slots.
-_RULES = tuple(
-    (re.compile(published), to_published, re.compile(native), to_native)
-    for published, to_published, native, to_native in (
-        (r"lm_head\.weight", "lm_head.weight", r"lm_head\.weight", "lm_head.weight"),
-        (
-            r"model\.(embed_tokens|norm)\.weight",
-            "model.{}.weight",
-            r"model\.decoder\.(embed_tokens|norm)\.weight",
-            "model.decoder.{}.weight",
-        ),
-        (
-            rf"{_LAYER}((?:input|post_attention)_layernorm\.weight|self_attn\.[qkvo]_proj\.(?:weight|bias))",
-            "model.layers.{}.{}",
-            rf"{_NATIVE_LAYER}((?:input|post_attention)_layernorm\.weight|self_attn\.[qkvo]_proj\.(?:weight|bias))",
-            "model.decoder.layers.{}.{}",
-        ),
-        (
-            rf"{_LAYER}mlp\.{_FFN}",
-            "model.layers.{}.mlp.{}",
-            rf"{_NATIVE_LAYER}mlp\.{_FFN}",
-            "model.decoder.layers.{}.mlp.{}",
-        ),
-        (
-            rf"{_LAYER}{_DEEPSPEED}gate\.wg\.weight",
-            "model.layers.{}.mlp.deepspeed_moe.gate.wg.weight",
-            rf"{_NATIVE_LAYER}mlp\.router\.weight",
-            "model.decoder.layers.{}.mlp.router.weight",
-        ),
-        (
-            rf"{_LAYER}{_DEEPSPEED}experts\.deepspeed_experts\.{_N}\.{_FFN}",
-            "model.layers.{}.mlp.deepspeed_moe.experts.deepspeed_experts.{}.{}",
-            rf"{_NATIVE_LAYER}mlp\.experts\.{_N}\.{_FFN}",
-            "model.decoder.layers.{}.mlp.experts.{}.{}",
-        ),
-        (  # DeepSpeed's residual expert sits in the MoE layer as its own `mlp`
-            rf"{_LAYER}mlp\.mlp\.{_FFN}",
-            "model.layers.{}.mlp.mlp.{}",
-            rf"{_NATIVE_LAYER}mlp\.residual_expert\.{_FFN}",
-            "model.decoder.layers.{}.mlp.residual_expert.{}",
-        ),
-        (
-            rf"{_LAYER}mlp\.coefficient\.{_WEIGHTS}",
-            "model.layers.{}.mlp.coefficient.{}",
-            rf"{_NATIVE_LAYER}mlp\.residual_coefficient\.{_WEIGHTS}",
-            "model.decoder.layers.{}.mlp.residual_coefficient.{}",
-        ),
-        (
-            rf"model\.vision_tower\.vision_tower\.vision_model\.{_TAIL}",
-            "model.vision_tower.vision_tower.vision_model.{}",
-            rf"model\.vision_tower\.clip\.{_TAIL}",
-            "model.vision_tower.clip.{}",
-        ),
-        (
-            rf"model\.mm_projector\.{_N}\.{_WEIGHTS}",
-            "model.mm_projector.{}.{}",
-            rf"model\.projector\.layers\.{_N}\.{_WEIGHTS}",
-            "model.projector.layers.{}.{}",
-        ),
-        (
-            rf"model\.region_fea_adapter\.{_WEIGHTS}",
-            "model.region_fea_adapter.{}",
-            rf"model\.region_adapter\.proj\.{_WEIGHTS}",
-            "model.region_adapter.proj.{}",
-        ),
-        (
-            rf"model\.text_hidden_fcs\.0\.{_N}\.{_WEIGHTS}",
-            "model.text_hidden_fcs.0.{}.{}",
-            rf"model\.mask_head\.query\.{_N}\.{_WEIGHTS}",
-            "model.mask_head.query.{}.{}",
-        ),
-        (
-            rf"model\.mm_token_compressor\.{_TAIL}",
-            "model.mm_token_compressor.{}",
-            rf"model\.token_compressor\.{_TAIL}",
-            "model.token_compressor.{}",
-        ),
-        (
-            rf"model\.mask_encoder\.{_TAIL}",
-            "model.mask_encoder.{}",
-            rf"model\.mask_encoder\.{_TAIL}",
-            "model.mask_encoder.{}",
-        ),
+_LAYER, _NATIVE = "model.layers.#.", "model.decoder.layers.#."
+_DEEPSPEED = f"{_LAYER}mlp.deepspeed_moe."
+# Published family, native family; see ``compile_families``.
+_TO_NATIVE, _TO_PUBLISHED = compile_families(
+    (
+        ("lm_head.weight", "lm_head.weight"),
+        ("model.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
+        ("model.norm.weight", "model.decoder.norm.weight"),
+        (f"{_LAYER}input_layernorm.weight", f"{_NATIVE}input_layernorm.weight"),
+        (f"{_LAYER}post_attention_layernorm.weight", f"{_NATIVE}post_attention_layernorm.weight"),
+        *((f"{_LAYER}self_attn.{side}_proj.@", f"{_NATIVE}self_attn.{side}_proj.@") for side in "qkvo"),
+        (f"{_LAYER}mlp.%", f"{_NATIVE}mlp.%"),
+        (f"{_DEEPSPEED}gate.wg.weight", f"{_NATIVE}mlp.router.weight"),
+        (f"{_DEEPSPEED}experts.deepspeed_experts.#.%", f"{_NATIVE}mlp.experts.#.%"),
+        # DeepSpeed's residual expert sits in the MoE layer as its own `mlp`
+        (f"{_LAYER}mlp.mlp.%", f"{_NATIVE}mlp.residual_expert.%"),
+        (f"{_LAYER}mlp.coefficient.@", f"{_NATIVE}mlp.residual_coefficient.@"),
+        ("model.vision_tower.vision_tower.vision_model.*", "model.vision_tower.clip.*"),
+        ("model.mm_projector.#.@", "model.projector.layers.#.@"),
+        ("model.region_fea_adapter.@", "model.region_adapter.proj.@"),
+        ("model.text_hidden_fcs.0.#.@", "model.mask_head.query.#.@"),
+        ("model.mm_token_compressor.*", "model.token_compressor.*"),
+        ("model.mask_encoder.*", "model.mask_encoder.*"),
     )
 )
 _PUBLISHED_SAM, _NATIVE_SAM = "model.visual_model.", "model.sam."
@@ -122,10 +55,7 @@ def published_to_native(key: str) -> str | None:
         return None if inner is None else _NATIVE_SAM + inner
     if match := _LINEAR_PROJECTOR.fullmatch(key):
         return f"model.projector.layers.0.{match[1]}"
-    for published, _, _, to_native in _RULES:
-        if match := published.fullmatch(key):
-            return to_native.format(*match.groups())
-    return None
+    return rename(key, _TO_NATIVE)
 
 
 def native_to_published(key: str, projector_type: str = "mlp2x_gelu") -> str | None:
@@ -138,13 +68,10 @@ def native_to_published(key: str, projector_type: str = "mlp2x_gelu") -> str | N
     if key.startswith(_NATIVE_SAM):
         inner = native_to_original(key.removeprefix(_NATIVE_SAM))
         return None if inner is None else _PUBLISHED_SAM + inner
-    for _, to_published, native, _ in _RULES:
-        if match := native.fullmatch(key):
-            published = to_published.format(*match.groups())
-            if projector_type == "linear":
-                return published.replace("model.mm_projector.0.", "model.mm_projector.")
-            return published
-    return None
+    published = rename(key, _TO_PUBLISHED)
+    if published and projector_type == "linear":
+        return published.replace("model.mm_projector.0.", "model.mm_projector.")
+    return published
 
 
 def published_buffers(config: MedPLIBConfig) -> dict[str, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from model.checkpoint.directories import read_settings, resolve
 from model.checkpoint.names import is_empty_buffer, native_to_published, published_to_native
 from model.checkpoint.published_config import NATIVE_SECTION, infer_config
 from model.checkpoint.report import Shape, understanding
@@ -25,7 +26,6 @@ from model.checkpoint.starting_points import (
     read_clip_config,
     read_clip_tensors,
     read_sam,
-    read_settings,
 )
 from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
@@ -88,21 +88,23 @@ def open_checkpoint(
     """Open a native or published directory.
 
     Args:
-        directory: the checkpoint.
+        directory: the checkpoint, or anything that ``resolve`` finds one by.
         vision_tower: CLIP directory, for published checkpoints: sizes, and weights if the checkpoint has none.
         sam: SAM-Med2D file, for published checkpoints without SAM weights.
 
     Raises:
         MedPLIBError: the directory is no checkpoint, or a part is found nowhere.
     """
-    directory = Path(directory)
+    directory = resolve(directory)
     settings = read_settings(directory)
     if is_native(settings):
         unread = tuple(
             f"{path} was not read: a native checkpoint is whole" for path in (vision_tower, sam) if path is not None
         )
         return _open_native(directory, settings, unread)
-    return _open_published(directory, settings, _path(vision_tower), _path(sam))
+    return _open_published(
+        directory, settings, None if vision_tower is None else resolve(vision_tower), None if sam is None else Path(sam)
+    )
 
 
 def read_seg_token_id(directory: Path, vocabulary: int) -> int:
@@ -120,7 +122,7 @@ def read_seg_token_id(directory: Path, vocabulary: int) -> int:
     token_id = tokenizer.get_added_vocab()[SEG_TOKEN]
     stored = directory / "added_tokens.json"
     with understanding(str(stored), "fetch it again"):
-        listed = dict(json.loads(stored.read_text(encoding="utf-8"))) if stored.is_file() else {}
+        listed = dict(json.loads(stored.read_bytes())) if stored.is_file() else {}
     if listed.get(SEG_TOKEN, token_id) != token_id:
         raise MedPLIBError(
             f"{stored} gives {SEG_TOKEN} the id {listed[SEG_TOKEN]}, the tokenizer {token_id}; "
@@ -227,7 +229,3 @@ def _dtype(settings: Mapping[str, Any]) -> torch.dtype | None:
     name = settings.get("dtype") or settings.get("torch_dtype")
     dtype = getattr(torch, str(name).removeprefix("torch."), None) if name else None
     return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)

@@ -48,10 +48,6 @@ _TEXT_KEYS = (
     "bos_token_id",
     "eos_token_id",
 )
-_NATIVE_KEYS = (
-    *("text_config", "vision_config", "sam_config", "projector", "moe", "region", "mask", "in_context", "loss"),
-    *("vision_select_layer", "vision_select_feature", "seg_token_id"),
-)
 # Settings of the LLaVA family that published code looks for and that are the same in every MedPLIB.
 _PUBLISHED_CONSTANTS: dict[str, Any] = {
     "freeze_mm_mlp_adapter": True,

@@ -6,7 +6,7 @@ Every original tensor is one of ours under another name, so both ways are biject
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from model.modeling.configuration import MaskConfig
 
 Value = TypeVar("Value")
 
-# Original family, native family: "#" stands for an index and "*" for the rest of the name, the same on both sides.
+# Original family, native family; see ``compile_families``.
 _FAMILIES: tuple[tuple[str, str], ...] = (
     ("image_encoder.pos_embed", "image_encoder.pos_embed"),
     ("image_encoder.patch_embed.proj.*", "image_encoder.patch_embed.projection.*"),
@@ -72,30 +72,47 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
 )
 
 Rules = tuple[tuple[re.Pattern[str], str], ...]
+_WILDCARDS = {"#": r"(\d+)", "*": "(.+)", "@": "(weight|bias)", "%": r"((?:gate|up|down)_proj\.weight)"}
 
 
-def _compile(families: tuple[tuple[str, str], ...]) -> Rules:
-    def pattern(family: str) -> re.Pattern[str]:
-        return re.compile(re.escape(family).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"))
+def compile_families(families: Sequence[tuple[str, str]]) -> tuple[Rules, Rules]:
+    """Rules for ``rename`` from pairs of families of names, in either direction.
 
-    def template(family: str) -> str:
-        return re.sub(r"[#*]", "{}", family)
+    In a family ``#`` is an index, ``*`` the rest of the name, ``@`` weight or bias, ``%`` a matrix of a feed-forward
+    network; the same on both sides.
+    """
 
-    return tuple((pattern(source), template(target)) for source, target in families)
+    def rules(pairs: Iterable[tuple[str, str]]) -> Rules:
+        return tuple(
+            (
+                re.compile("".join(_WILDCARDS.get(sign) or re.escape(sign) for sign in source)),
+                re.sub(r"[#*@%]", "{}", target),
+            )
+            for source, target in pairs
+        )
+
+    return rules(families), rules([(native, original) for original, native in families])
 
 
-_TO_NATIVE = _compile(_FAMILIES)
-_TO_ORIGINAL = _compile(tuple((native, original) for original, native in _FAMILIES))
+def rename(key: str, rules: Rules) -> str | None:
+    """The other name of a key; None where no rule knows it."""
+    for pattern, template in rules:
+        if match := pattern.fullmatch(key):
+            return template.format(*match.groups())
+    return None
+
+
+_TO_NATIVE, _TO_ORIGINAL = compile_families(_FAMILIES)
 
 
 def original_to_native(key: str) -> str | None:
     """Our `SamMed2D` name of an original SAM or SAM-Med2D name; None if it is no such name."""
-    return _rename(key, _TO_NATIVE)
+    return rename(key, _TO_NATIVE)
 
 
 def native_to_original(key: str) -> str | None:
     """Original SAM or SAM-Med2D name of one of our `SamMed2D` names; None if it is no such name."""
-    return _rename(key, _TO_ORIGINAL)
+    return rename(key, _TO_ORIGINAL)
 
 
 def state_to_native(state: Mapping[str, Value]) -> dict[str, Value]:
@@ -104,32 +121,13 @@ def state_to_native(state: Mapping[str, Value]) -> dict[str, Value]:
     Raises:
         MedPLIBError: a name is not SAM's.
     """
-    return _rename_all(state, original_to_native, "SAM's original names")
-
-
-def state_to_original(state: Mapping[str, Value]) -> dict[str, Value]:
-    """Rename a whole `SamMed2D` state dict to the original names; values pass through untouched.
-
-    Raises:
-        MedPLIBError: a name is not ours.
-    """
-    return _rename_all(state, native_to_original, "our SamMed2D names")
-
-
-def _rename(key: str, rules: Rules) -> str | None:
-    for pattern, template in rules:
-        if match := pattern.fullmatch(key):
-            return template.format(*match.groups())
-    return None
-
-
-def _rename_all(state: Mapping[str, Value], rename: Callable[[str], str | None], kind: str) -> dict[str, Value]:
-    names = {key: rename(key) for key in state}
+    names = {key: original_to_native(key) for key in state}
     unknown = [key for key, name in names.items() if name is None]
     if unknown:
         shown = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
         raise MedPLIBError(
-            f"{len(unknown)} of {len(state)} keys are not {kind} ({shown}); give the state dict of one SAM model"
+            f"{len(unknown)} of {len(state)} keys are not SAM's original names ({shown}); give the state dict of one "
+            "SAM model"
         )
     return {name: state[key] for key, name in names.items() if name is not None}
 

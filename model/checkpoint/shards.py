@@ -7,8 +7,10 @@ files (reference §7).
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.checkpoint.directories import regular_files
 from model.checkpoint.report import Shape
 from model.errors import MedPLIBError
 
@@ -59,13 +62,16 @@ def find_weights(directory: Path) -> WeightFiles:
     """Find the weights of a directory: safetensors or ``.bin``, one file or shards, whatever an index says.
 
     Raises:
-        MedPLIBError: there are none, a shard is missing, or two sets of the same format lie side by side.
+        MedPLIBError: there are none, a shard is missing, two sets of the same format lie side by side, or an index
+            names files elsewhere.
     """
     notes: list[str] = []
     problems: list[str] = []
     found: tuple[Path, ...] = ()
     for suffix in (".safetensors", ".bin"):
-        files = sorted(path for path in directory.glob(f"*{suffix}") if not _NOT_WEIGHTS.fullmatch(path.stem))
+        regular, others = regular_files(directory, f"*{suffix}")
+        files = [path for path in regular if not _NOT_WEIGHTS.fullmatch(path.stem)]
+        notes += [f"{name} was left unread: it is a folder, a pipe, a device or a link to nothing" for name in others]
         absent = _absent_shards(files)
         if not files:
             continue
@@ -78,7 +84,8 @@ def find_weights(directory: Path) -> WeightFiles:
     if not found and problems:
         raise MedPLIBError(f"weight files are missing: {'; '.join(problems)}; download them again")
     if not found:
-        raise MedPLIBError(f"{directory} holds no weights; expected *.safetensors or pytorch_model*.bin there")
+        seen = f" ({'; '.join(notes)})" if notes else ""
+        raise MedPLIBError(f"{directory} holds no weights{seen}; expected *.safetensors or pytorch_model*.bin there")
     notes += [f"incomplete set of weights left unread, without {problem}" for problem in problems]
     notes += _index_notes(directory, found)
     weights = WeightFiles(found, tuple(notes))
@@ -92,6 +99,8 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         MedPLIBError: the file is not readable as weights, or is pickled and holds more than tensors.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise _unreadable(path)
     if path.suffix != ".safetensors":
         yield from read_pickled(path).items()
         return
@@ -109,9 +118,13 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     Raises:
         MedPLIBError: not readable, or no state dict.
     """
+    if not path.is_file():
+        raise _unreadable(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except MedPLIBError:
+        raise
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise _unreadable(path) from error
     for name in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -187,12 +200,14 @@ def _absent_shards(files: list[Path]) -> list[str]:
 def _index_notes(directory: Path, found: tuple[Path, ...]) -> list[str]:
     names = {path.name for path in found}
     notes = []
-    for path in sorted(directory.glob("*.index.json")):
+    for path in regular_files(directory, "*.index.json")[0]:
         try:
-            named = set(json.loads(path.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
+            named = set(map(str, json.loads(path.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError):
             notes.append(f"{path.name} is not a readable index; the files that exist were used")
             continue
+        if outside := sorted(name for name in named if Path(name).name != name):
+            raise MedPLIBError(f"{path} names weights elsewhere ({outside[0]}); it may name files beside it alone")
         if not named <= names:
             notes.append(f"{path.name} names files that are not there or not used; the files that exist were used")
     return notes
@@ -213,14 +228,27 @@ def _refuse_twice_named(weights: WeightFiles) -> None:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether a torch file has the zip layout (torch ≥ 1.6), the only one that can be memory-mapped."""
+    """Whether a torch file has the zip layout (torch ≥ 1.6), the only one that can be memory-mapped.
+
+    Raises:
+        MedPLIBError: an entry is compressed: torch never writes such a file, and it may inflate without bound.
+    """
     with path.open("rb") as opened:
-        return opened.read(2) == b"PK"
+        if opened.read(2) != b"PK":
+            return False
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise MedPLIBError(f"{path} is a compressed archive, which torch never writes; fetch the weights again")
+    return True
 
 
 def _unreadable(path: Path) -> MedPLIBError:
-    if path.is_file() and path.stat().st_size < 1024 and b"git-lfs" in path.read_bytes():
-        return MedPLIBError(f"{path} is a Git LFS pointer, not weights; fetch the file itself (git lfs pull)")
-    if not path.is_file():
+    if not path.exists():
         return MedPLIBError(f"{path} does not exist; give the path of a file of weights")
+    if not path.is_file():
+        return MedPLIBError(f"{path} is no file but a folder, a pipe or a device; give the path of a file of weights")
+    if not os.access(path, os.R_OK):
+        return MedPLIBError(f"{path} may not be read; change its permissions")
+    if path.stat().st_size < 1024 and b"git-lfs" in path.read_bytes():
+        return MedPLIBError(f"{path} is a Git LFS pointer, not weights; fetch the file itself (git lfs pull)")
     return MedPLIBError(f"{path} cannot be read as weights (damaged, incomplete, or not tensors only); fetch it again")

@@ -5,7 +5,6 @@ Each reader gives sizes and tensors under our names, without a prefix of the net
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, SamConfig
 
+from model.checkpoint.directories import read_settings, resolve
 from model.checkpoint.names import is_empty_buffer, native_to_published, published_to_native
 from model.checkpoint.published_config import clip_config_from_shapes, projector_type, text_config
 from model.checkpoint.report import understanding
 from model.checkpoint.sam_names import sam_config_from_state_dict, state_to_native
-from model.checkpoint.shards import find_weights, read_pickled, read_tensors
+from model.checkpoint.shards import find_weights, read_tensors
 from model.errors import MedPLIBError
 from model.modeling.configuration import MaskConfig
 
@@ -46,41 +46,13 @@ class LanguageModel:
     notes: tuple[str, ...]
 
 
-def read_settings(directory: Path) -> dict[str, Any]:
-    """config.json of a directory.
-
-    Raises:
-        MedPLIBError: there is no such directory or file, or it is not JSON.
-    """
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise MedPLIBError(f"{directory} is no directory; give the directory of a checkpoint")
-    if not path.is_file():
-        raise MedPLIBError(f"{directory} holds no config.json; {_instead_of(directory)}")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MedPLIBError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(settings, dict):
-        raise MedPLIBError(f"{path} holds a {type(settings).__name__}; expected a mapping")
-    return settings
-
-
-def _instead_of(directory: Path) -> str:
-    """What to give instead of a directory that is no checkpoint, or none that can be loaded."""
-    if (directory / "merged" / "config.json").is_file():
-        return f"it is a run folder, so give {directory / 'merged'}"
-    if (directory / "trainable.safetensors").is_file() or (directory / "checkpoints").is_dir():
-        return f"it is what a run saved on the way, so make a model of it first: medplib export {directory} DIR"
-    return "give the directory of a checkpoint"
-
-
 def read_clip_config(directory: Path) -> CLIPVisionConfig:
     """CLIP's vision sizes from a directory of the whole CLIP or of its vision half.
 
     Raises:
         MedPLIBError: the directory is not CLIP's.
     """
+    directory = resolve(directory)
     settings = read_settings(directory)
     vision = settings.get("vision_config", settings)
     if not isinstance(vision, dict) or "patch_size" not in vision:
@@ -93,7 +65,7 @@ def read_clip_config(directory: Path) -> CLIPVisionConfig:
 
 def read_clip_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """CLIP's vision tensors under the names of ``CLIPVisionModel`` (no ``vision_model.`` before them)."""
-    for name, value in find_weights(directory).tensors():
+    for name, value in find_weights(resolve(directory)).tensors():
         inner = name.removeprefix("vision_model.")
         if not inner.startswith(("text_", "logit_scale", "visual_projection")) and not is_empty_buffer(inner):
             yield inner, value
@@ -108,7 +80,7 @@ def read_sam(path: Path) -> tuple[SamConfig, MaskConfig, dict[str, Tensor]]:
     Raises:
         MedPLIBError: the file is not SAM's.
     """
-    state = dict(read_tensors(path)) if path.suffix == ".safetensors" else read_pickled(path)
+    state = dict(read_tensors(path))
     with understanding(str(path), "give a SAM or SAM-Med2D file"):
         sizes, mask = sam_config_from_state_dict(state)
     return sizes, mask, state_to_native(state)
@@ -168,14 +140,14 @@ def read_language_model(directory: Path) -> LanguageModel:
 
 
 def find_vision_tower(named: str | None, directory: Path) -> Path | None:
-    """The CLIP directory that a config.json names, if it is here: as named, beside the checkpoint, or in the working
-    directory. The name is often a path of the authors' machine, so its last part alone is tried as well.
+    """The CLIP directory that a config.json names, if it is here: as named, beside the checkpoint, in the working
+    directory or in the Hugging Face cache. Often it is a path of the authors' machine, so its last part is tried too.
     """
     if not named:
         return None
     places = [directory, directory.parent, Path.cwd()]
     candidates = [Path(named), *(place / name for name in (named, Path(named).name) for place in places)]
-    return next((path for path in candidates if path != directory and _holds_config(path)), None)
+    return next((path for path in map(resolve, candidates) if path != directory and _holds_config(path)), None)
 
 
 def _holds_config(directory: Path) -> bool:

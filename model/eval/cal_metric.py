@@ -170,7 +170,7 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
 
 def _check_candidates(path: Path) -> None:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        json.loads(path.read_bytes())
     except OSError as error:
         raise MedPLIBError(f"cannot read the candidate set {path}: {error.strerror}; give a JSON file") from error
     except ValueError as error:

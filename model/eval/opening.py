@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from model.checkpoint.directories import regular_files, resolve
 from model.checkpoint.opening import open_checkpoint
 from model.errors import MedPLIBError
 from model.eval.options import InferenceOptions
@@ -34,16 +35,10 @@ def check_options(options: InferenceOptions) -> None:
         MedPLIBError: the directory is no checkpoint, or something that was asked for does not fit it.
     """
     opened = open_checkpoint(options.model, vision_tower=options.vision_tower, sam=options.sam)
-    parts = (("vision_tower", options.vision_tower), ("vision_pretrained", options.sam))
-    given = [f"--{name}" for name, path in parts if path is not None]
-    if opened.layout == "native" and given:
-        raise MedPLIBError(
-            f"{options.model} is a native checkpoint, which holds its CLIP and SAM; leave {' and '.join(given)} out"
-        )
     for note in opened.notes:
         logger.info("%s", note)
     check_config(options, opened.config)
-    if options.no_mask_below is not None and not (options.model / GATE_FILE).is_file():
+    if options.no_mask_below is not None and not (opened.directory / GATE_FILE).is_file():
         raise MedPLIBError(f"{options.model} has no {GATE_FILE}, so masks cannot be judged; leave --no_mask_below out")
 
 
@@ -102,7 +97,8 @@ def _with_options(processor: MedPLIBProcessor, options: InferenceOptions) -> Med
 def fingerprint(path: Path) -> str:
     """Digest of a checkpoint directory or weight file: names and content of its files, of weights samples alone."""
     digest = hashlib.blake2b(digest_size=16)
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    path = resolve(path)
+    files = [path] if path.is_file() else regular_files(path, "*")[0]
     for file in files:
         if file.suffix in (*_WEIGHTS, ".json", ".model"):
             digest.update(f"{file.name} {file.stat().st_size} ".encode())

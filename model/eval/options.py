@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.checkpoint.directories import resolve
 from model.errors import MedPLIBError
 
 if TYPE_CHECKING:  # a command's --help need not wait for torch
@@ -115,11 +116,9 @@ class InferenceOptions:
     def _check_places(self) -> None:
         if not self.data.is_file():
             raise MedPLIBError(f"the data file {self.data} does not exist; give a JSON, JSONL or Parquet file")
-        for what, folder in (("checkpoint", self.model), ("image folder", self.images), ("CLIP", self.vision_tower)):
-            if folder is not None and not folder.is_dir():
+        for what, folder in (("checkpoint", resolve(self.model)), ("image folder", self.images)):
+            if not folder.is_dir():
                 raise MedPLIBError(f"the {what} {folder} is not a directory here; give one that is")
-        if self.sam is not None and not self.sam.is_file():
-            raise MedPLIBError(f"the SAM-Med2D file {self.sam} does not exist; give the file that holds its weights")
         if self.answers.is_dir():
             raise MedPLIBError(f"{self.answers} is a directory; name the file that the answers go to")
         if self.answers.resolve() == self.data.resolve():

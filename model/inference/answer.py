@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,7 +61,7 @@ class Mask:
     ) -> Mask:
         """Mask of a bool array [H, W]; ``spacing_mm`` is (row, column) spacing."""
         area = int(mask.sum())
-        area_mm2 = area * spacing_mm[0] * spacing_mm[1] if spacing_mm else None
+        area_mm2 = area * spacing_mm[0] * spacing_mm[1] if spacing_mm and all(map(math.isfinite, spacing_mm)) else None
         box = tuple(int(side) for side in bounding_box(mask))
         score = float(np.clip(score, 0.0, 1.0))
         return cls(label, encode_rle(mask), score, box, area, area_mm2, presence, spoken)  # type: ignore[arg-type]
@@ -74,7 +75,7 @@ class Mask:
         output = {
             "label": self.label,
             "rle": self.rle,
-            "score": round(self.score, 4),
+            "score": round(self.score, 4) if math.isfinite(self.score) else None,  # JSON has no NaN
             "bbox": list(self.bbox),
             "area_px": self.area_px,
         }

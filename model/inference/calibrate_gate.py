@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import load
+from model.checkpoint.directories import resolve
 from model.data.progress import record_bar
 from model.data.records import open_records
 from model.errors import MedPLIBError
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Paint structures that are and are not in the images, learn to tell the two apart, and write "
         f"{GATE_FILE} beside the checkpoint. Use records that the model was not trained on.",
     )
-    parser.add_argument("model", type=Path, help="checkpoint directory")
+    parser.add_argument("model", type=Path, help="checkpoint directory, or a finished run's folder")
     parser.add_argument(
         "--data", type=Path, required=True, help="records that ask for masks, some of absent structures"
     )
@@ -62,6 +63,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise MedPLIBError(f"--false-mask-rate is {options.false_mask_rate}; give a number between 0 and 1")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise MedPLIBError(f"there is no folder {options.out.absolute().parent}; make it, or name another --out")
+    options.model = resolve(options.model)
     records = open_records(options.data)
     device = usable_device(options.device)
     dtype = torch.float32 if device.type == "cpu" else None

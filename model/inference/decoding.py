@@ -20,13 +20,14 @@ from model.errors import MedPLIBError
 from model.inference.fused_pass import FusedPass, can_fuse
 from model.inference.runner import DecoderRunner, Piece, Rows, StepOutput
 from model.inference.slots import buckets
-from model.modeling.moe import mix_by_scan
+from model.modeling.moe import MoEFeedForward, mix_by_scan
 
 SHORTEST = 256
 """Cached tokens that the shortest graphs read; longer ones are powers of two."""
 MOST_GRAPHS = 128
 """Graphs kept; passes that would need another run without one."""
 _AGREEMENT = 0.05  # relative difference between a pass by kernels and the plain one that rounding can explain
+_ROWS_COMPARED = 8  # at least, of every number of rows
 
 _log = logging.getLogger(__name__)
 
@@ -216,28 +217,34 @@ def _trusted_kernels(runner: DecoderRunner, demanded: bool) -> FusedPass | None:
 
 @torch.inference_mode()
 def _difference(runner: DecoderRunner, fused: FusedPass) -> float:
-    """How far the states after one layer are apart, the larger of few rows and many."""
+    """How far the states after one layer are apart, a dense layer and a mixture, from one row to all slots: the worst
+    of the medians over some rows each, as rounding may send a row to another expert.
+    """
     cache = runner.cache
     plain, by_kernels = copy.copy(runner), copy.copy(fused)
-    plain.layers, by_kernels.layers = runner.layers[:1], fused.layers[:1]
+    mixtures = [isinstance(layer.mlp, MoEFeedForward) for layer in runner.layers]
     device = cache.keys.device
     generator = torch.Generator(device).manual_seed(0)
     for store in (cache.keys, cache.values):
         store[:1].normal_(generator=generator)
     worst = 0.0
-    for count in {1, cache.slots}:
-        vocabulary = runner.decoder.embed_tokens.num_embeddings
-        tokens = torch.randint(vocabulary, (count,), generator=generator, device=device)
-        lengths = torch.randint(cache.max_length, (count,), generator=generator, device=device)
-        wanted = plain.decode(tokens, lengths, cache.max_length).hidden
-        found = by_kernels(tokens, lengths, cache.max_length)
-        worst = max(worst, _apart(found, wanted))
+    for at in sorted({mixtures.index(kind) for kind in mixtures}):
+        plain.layers, by_kernels.layers = runner.layers[at : at + 1], fused.layers[at : at + 1]
+        for count in sorted({min(rows, cache.slots) for rows in (1, 2, 4, cache.slots)}):
+            found, wanted = [], []
+            for _ in range(-(-_ROWS_COMPARED // count)):
+                vocabulary = runner.decoder.embed_tokens.num_embeddings
+                tokens = torch.randint(vocabulary, (count,), generator=generator, device=device)
+                lengths = torch.randint(cache.max_length, (count,), generator=generator, device=device)
+                wanted.append(plain.decode(tokens, lengths, cache.max_length).hidden)
+                found.append(by_kernels(tokens, lengths, cache.max_length))
+            worst = max(worst, _apart(torch.cat(found), torch.cat(wanted)))
     for store in (cache.keys, cache.values):
         store[:1].zero_()
     return worst
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
-    """Relative difference of states [n, D], the median over rows, as rounding may send a row to another expert."""
+    """Relative difference of states [n, D], the median over rows."""
     apart = (found.float() - wanted.float()).norm(dim=1) / wanted.float().norm(dim=1)
     return float(apart.median().nan_to_num(torch.inf))

@@ -21,7 +21,7 @@ from model.inference.images import ImageSource, PreparedImage, content_key, prep
 from model.inference.loading import load_for_inference
 from model.inference.mask_gate import MaskGate
 from model.inference.prompts import Prompt, build_prompt
-from model.inference.requests import EngineFull, OnText, Request, Ticket
+from model.inference.requests import EngineFull, NotFinite, OnText, Request, Ticket
 from model.inference.schedule import EngineSettings, Schedule
 from model.inference.slots import slot_bytes
 from model.inference.threads import lone_thread, release_helpers
@@ -189,7 +189,12 @@ class Engine:
                 return
             self.step()
             for ticket in [ticket for ticket in open_tickets if ticket.done()]:
-                yield open_tickets.pop(ticket), ticket.result()
+                place = open_tickets.pop(ticket)
+                try:
+                    outcome: Answer | MedPLIBError = ticket.result()
+                except NotFinite as error:
+                    outcome = error
+                yield place, outcome
 
     def _prepared(self, request: Request) -> Future[Prompt]:
         try:

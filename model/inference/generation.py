@@ -22,7 +22,7 @@ class GenerationSettings:
     Attributes:
         max_new_tokens: hard end of an answer, ≥ 1.
         temperature: 0 is greedy (the default); above, tokens are sampled.
-        top_p: nucleus in (0, 1]; 1 keeps all. Only with temperature above 0.
+        top_p: nucleus in (0, 1] of what ``top_k`` leaves; 1 keeps all. Only with temperature above 0.
         top_k: draw from so many most likely tokens; 0 keeps all. Only with temperature above 0.
         seed: makes sampling repeatable; a request draws the same alone and in a batch.
         stop: the answer ends before the first of these texts.
@@ -66,12 +66,13 @@ def seed_of(settings: GenerationSettings) -> int:
 
 
 def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Next token of each row, long [n], from logits [n, V]: the arg-max, or a draw.
+    """Next token of each row, long [n], from logits [n, V]: the arg-max, or a draw; −1 where logits are not finite.
 
     A draw adds to each log-probability Gumbel noise that is a function of (seed, step, token) alone, and takes the
     largest: an exact sample that needs no generator, no host, and does not depend on the row's neighbours.
     """
-    best = logits.argmax(dim=-1)
+    largest, best = logits.max(dim=-1)  # NaN counts as the largest
+    best = best.where(largest.isfinite(), -1)
     if all(draw.settings.temperature == 0 for draw in draws):
         return best
     settings = [draw.settings for draw in draws]
@@ -82,17 +83,17 @@ def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     temperature = column([min(max(one.temperature, 1e-30), 1e30) for one in settings])  # what float32 can divide by
     below = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # ≤ 0, so that dividing cannot overflow to +inf
     probabilities, order = (below / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    before = probabilities.cumsum(dim=-1) - probabilities  # mass ahead of each token; the first is always kept
     ranks = torch.arange(logits.shape[-1], device=logits.device)
-    kept = (before < column([one.top_p for one in settings])) & (
-        ranks < column([one.top_k or logits.shape[-1] for one in settings], torch.long)
-    )
+    likely = ranks < column([one.top_k or logits.shape[-1] for one in settings], torch.long)
+    mass = probabilities.where(likely, 0).cumsum(dim=-1)
+    # Mass ahead of each token, as a share of what top_k left; the first token is always kept.
+    kept = likely & (mass - probabilities < column([one.top_p for one in settings]) * mass[:, -1:])
     seeds = column([draw.seed for draw in draws], torch.long)
     noise = gumbel_noise(seeds, column([draw.step for draw in draws], torch.long), order)
     scores = (probabilities.double().log() + noise).masked_fill(~kept, -torch.inf)
     sampled = order.gather(-1, scores.argmax(dim=-1, keepdim=True))[:, 0]
     greedy = column([one.temperature == 0 for one in settings], torch.bool)[:, 0]
-    return torch.where(greedy, best, sampled)
+    return torch.where(greedy | (best < 0), best, sampled)
 
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:

@@ -160,6 +160,11 @@ class BoundedCache(Generic[Value]):
             self._shrink()
             return value
 
+    def discard(self, key: object) -> None:
+        """Forget the value kept under ``key``, if there is one."""
+        with self._lock:
+            self._values.pop(key, None)
+
     def refresh(self) -> None:
         """Make room again after kept values have grown."""
         with self._lock:

@@ -9,6 +9,7 @@ import torch
 from model.checkpoint import load
 from model.checkpoint.adapters import merge_adapter
 from model.checkpoint.building import Attention
+from model.checkpoint.directories import resolve
 from model.errors import MedPLIBError
 from model.inference.mask_gate import GATE_FILE, MaskGate
 from model.inference.quantise import Scheme, quantise
@@ -30,7 +31,7 @@ def load_for_inference(
     """Load a native or published checkpoint directory.
 
     Args:
-        directory: the checkpoint.
+        directory: the checkpoint, a finished run's folder, or a name in the local Hugging Face cache (``resolve``).
         device: where the model runs, such as ``cpu``, ``cuda`` or ``cuda:1``.
         vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
         dtype: ``torch.float32`` or ``torch.bfloat16``; as stored when absent, but fp32 on a CPU.
@@ -55,8 +56,8 @@ def load_for_inference(
         merge_adapter(model, lora)
     if quantisation is not None:
         quantise(model, quantisation)
-    gate_file = Path(directory if lora is None else lora) / GATE_FILE  # fitted for what is loaded
-    return model, processor, MaskGate.load(gate_file) if gate_file.exists() else None
+    gate_file = (resolve(directory) if lora is None else Path(lora)) / GATE_FILE  # fitted for what is loaded
+    return model, processor, MaskGate.load(gate_file) if gate_file.is_file() else None
 
 
 def usable_device(device: str | torch.device) -> torch.device:

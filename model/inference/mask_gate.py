@@ -155,7 +155,7 @@ class MaskGate:
         source = Path(path)
         source = source / GATE_FILE if source.is_dir() else source
         try:
-            content = json.loads(source.read_text(encoding="utf-8"))
+            content = json.loads(source.read_bytes())
         except OSError as error:
             raise MedPLIBError(
                 f"cannot read the mask gate {source}: {error.strerror}; make one with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def encode_segmented(model: MedPLIBForCausalLM, images: Sequence[PreparedImage])
 
 
 def paint_masks(model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], gate: MaskGate | None = None) -> list[PaintedMasks]:
-    """Masks of every job, in the order of its states."""
+    """Masks of every job, in the order of its states; the score of one whose numbers are not finite is NaN."""
     encode_segmented(model, [job.image for job in jobs if job.states])
     flat = [(number, place) for number, job in enumerate(jobs) for place in range(len(job.states))]
     painted = [PaintedMasks([], {f"{one:g}": [] for one in job.thresholds}) for job in jobs]
@@ -98,6 +99,8 @@ def _portions(flat: Sequence[tuple[int, int]], jobs: Sequence[MaskJob]) -> Itera
 
 
 def _add(painted: PaintedMasks, job: MaskJob, label: str, logits: Tensor, score: float, gate: MaskGate | None) -> None:
+    if not logits.isfinite().all():
+        score = math.nan  # the request fails
     presence = None if gate is None else float(gate.probability(mask_features(logits, score)[None])[0])
     if presence is not None and job.no_mask_below is not None and presence < job.no_mask_below:
         logits = torch.full_like(logits, -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 
@@ -14,6 +15,8 @@ from model.inference.runner import Piece
 from model.inference.running import Running
 from model.inference.slots import Prefix, SlotCache, slot_bytes
 from model.modeling.medplib import MedPLIBForCausalLM
+
+_log = logging.getLogger(__name__)
 
 
 class PromptReader:
@@ -41,6 +44,7 @@ class PromptReader:
         self.model, self.cache, self.prefixes = model, cache, prefixes
         self.chunk, self.shares, self.splits = chunk, shares, splits
         self.slots: dict[Running, int] = {}
+        self._warned = False
         self._embeds: dict[Running, Tensor] = {}
 
     def next_pieces(self, waiting: deque[Running], running: int, budget: int) -> list[tuple[Running, Piece]]:
@@ -135,5 +139,13 @@ class PromptReader:
     def _shared_tokens(self, prompt: Prompt) -> int:
         """Leading tokens of a prompt that are worth keeping; 0 where they are not kept."""
         length = prompt.prefix_length
-        room = slot_bytes(self.model.config.text_config, length, self.model.dtype) <= self.prefixes.max_bytes
+        size = slot_bytes(self.model.config.text_config, length, self.model.dtype)
+        room = size <= self.prefixes.max_bytes
+        if not room and self.prefixes.max_bytes and not self._warned:
+            self._warned = True
+            _log.warning(
+                "every question about an image is read whole: its opening takes %d MiB, and prefix_cache_mb is %d",
+                -(-size // 2**20),
+                self.prefixes.max_bytes // 2**20,
+            )
         return length if room and self.shares and length < prompt.length else 0

@@ -22,6 +22,16 @@ class EngineFull(MedPLIBError):
     """As many requests are waiting as the engine takes; ask again later."""
 
 
+class NotFinite(MedPLIBError):
+    """The network computed NaN or infinite numbers for a request: the fault of weights, type or device."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the network computed NaN or infinite numbers for this question; ask again with float32 weights, or with "
+            "another checkpoint"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One question about one image.

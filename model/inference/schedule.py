@@ -6,6 +6,7 @@ time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -23,16 +24,18 @@ from model.inference.mask_gate import MaskGate
 from model.inference.mask_stage import paint_masks
 from model.inference.prompts import Prompt, to_device
 from model.inference.reading import PromptReader
-from model.inference.requests import OnText, Ticket
+from model.inference.requests import NotFinite, OnText, Ticket
 from model.inference.runner import DecoderRunner, Piece, Rows, StepOutput
 from model.inference.running import Running
-from model.inference.slots import Prefix, SlotCache
+from model.inference.slots import Prefix, SlotCache, slot_bytes
+from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 
 _MOST_TOKENS = 2048  # of a slot by default: the published length of a conversation
 _READ_STEP = 64  # how far the cache is read, rounded up to so many tokens
 _MB = 2**20
+_OPENINGS, _OPENING_TEXT = 4, 128  # kept at least, and tokens of the system text before an image (some 40) at most
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class EngineSettings:
         waiting: requests that may wait for a slot before ``EngineFull``.
         image_cache_mb: kept images and their encodings.
         prefix_cache_mb: kept keys and values of prompts' openings (system text and image), which spare a second
-            question about an image most of its prefill.
+            question about an image most of its prefill; four such openings of the model when absent, at least 256.
         lookahead: begin the next step before the last one's tokens are known to the host; by default on CUDA. Costs
             one superfluous token at the end of an answer, never changes it.
         graphs: decode by CUDA graphs; by default on CUDA.
@@ -63,7 +66,7 @@ class EngineSettings:
     prefill_chunk: int = 512
     waiting: int = 64
     image_cache_mb: int = 256
-    prefix_cache_mb: int = 256
+    prefix_cache_mb: int | None = None
     lookahead: bool | None = None
     graphs: bool | None = None
     kernels: bool | None = None
@@ -83,6 +86,13 @@ class EngineSettings:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise MedPLIBError(f"{name} is {value}; give at least {bound}")
+
+
+def prefix_cache_bytes(config: MedPLIBConfig, dtype: torch.dtype, settings: EngineSettings) -> int:
+    """Most bytes of kept openings: as set, else four images' with their text at the model's sizes, or 256 MiB."""
+    if settings.prefix_cache_mb is not None:
+        return settings.prefix_cache_mb * _MB
+    return max(256 * _MB, _OPENINGS * slot_bytes(config.text_config, config.visual_tokens + _OPENING_TEXT, dtype))
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class Schedule:
                 "give no more"
             )
         self.images: BoundedCache[PreparedImage] = BoundedCache(settings.image_cache_mb * _MB)
-        self.prefixes: BoundedCache[Prefix] = BoundedCache(settings.prefix_cache_mb * _MB)
+        self.prefixes: BoundedCache[Prefix] = BoundedCache(prefix_cache_bytes(model.config, model.dtype, settings))
         moe = model.config.moe
         # A capacity counts over the whole prompt, so such prompts are neither cut nor shared.
         self._drops = bool(moe.enabled and moe.drop_in_evaluation and moe.drop_tokens)
@@ -229,6 +239,7 @@ class Schedule:
                 whole.append((row, output.hidden[count + number]))
         for row, _ in whole:  # only now: who is still read may have to change places with it
             self.reader.seat(row, len(self.running))
+            self.decoding.cache.clear(len(self.running), row.read)
             self.running.append(row)
             rows.append(row)
         if rows:
@@ -253,7 +264,7 @@ class Schedule:
         logits = self.model.lm_head(output.hidden) if output.logits is None else output.logits
         logits = logits[: len(rows)]
         chosen = choose_tokens(logits, [row.draw() for row in rows])
-        self._tokens[slots] = chosen
+        self._tokens[slots] = chosen.clamp(min=0)
         for row in rows:
             row.launched += 1
         ready = None
@@ -281,6 +292,8 @@ class Schedule:
         self._compact()
 
     def _hear(self, row: Running, token: int, state: Tensor) -> None:
+        if token < 0 and row.finish is None:
+            self._fail(row)
         try:
             row.hear(token, state, self._end_ids, self.model.config.seg_token_id, self.processor)
         except KeyboardInterrupt:
@@ -288,6 +301,14 @@ class Schedule:
         except BaseException as error:  # noqa: BLE001 - what a caller's on_text raises, an exit too, is its trouble alone
             row.ticket.settle(error)
             row.finish = "cancelled"
+
+    def _fail(self, row: Running) -> None:
+        """End a request whose numbers are not finite, and forget what else was computed for it."""
+        row.ticket.settle(NotFinite())
+        row.finish = row.finish or "cancelled"
+        row.seg_states.clear()
+        self.prefixes.discard(row.prompt.prefix_key)
+        row.prompt.image.image_features = row.prompt.image.sam_embedding = None
 
     def _compact(self) -> None:
         """Free the slots of complete answers: the last running request moves into the gap."""
@@ -299,6 +320,7 @@ class Schedule:
             if slot != last:
                 mover = self.running[last]
                 self.decoding.cache.move(last, slot, mover.length)
+                self.decoding.cache.clear(slot, mover.length)
                 self._tokens[slot] = self._tokens[last]
                 self.running[slot] = mover
             self.running.pop()
@@ -323,6 +345,8 @@ class Schedule:
             assert row.finish is not None
             row.seconds["masks"] = now - start
             row.seconds["total"] = now - row.submitted
+            if not all(math.isfinite(mask.score) for mask in result.masks):
+                self._fail(row)
             if not row.ticket.done():
                 row.ticket.settle(
                     Answer(

@@ -74,6 +74,13 @@ class SlotCache:
         for store in (self.keys, self.values):
             store[:, target, :, :length] = store[:, source, :, :length]
 
+    def clear(self, slot: int, start: int) -> None:
+        """Forget what lies behind the first ``start`` tokens of a slot: masked, but a NaN of an earlier request there
+        would come through.
+        """
+        for store in (self.keys, self.values):
+            store[:, slot, :, start:].zero_()
+
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first ``length`` tokens of two slots."""
         for store in (self.keys, self.values):

@@ -39,11 +39,6 @@ class RouterStats:
     # Derived on demand: in decoding, where nobody asks, every small operation a layer saves is felt.
 
     @property
-    def assignment(self) -> Tensor:
-        """Experts in order of choice, before dropping, long [T, k]; 0 at padding."""
-        return self.choices.long().argmax(dim=-1).t()
-
-    @property
     def expert_counts(self) -> Tensor:
         """Tokens whose first choice an expert is, before dropping, long [E]."""
         return self.choices[0].sum(dim=0)

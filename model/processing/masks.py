@@ -145,11 +145,6 @@ def threshold_mask(logits: torch.Tensor, threshold: float) -> np.ndarray:
     return (logits.detach().float() > math.log(threshold / (1 - threshold))).cpu().numpy()
 
 
-def mask_to_image_size(mask: np.ndarray, size: Size) -> np.ndarray:
-    """A mask at another size, bool (height, width), by nearest neighbour."""
-    return _nearest(check_mask(mask), size)
-
-
 def example_mask_input(mask: np.ndarray, clip_size: int = 336) -> torch.Tensor:
     """A solved example's mask for the mask encoder (reference §8): float32 [1, S, S], centred like its image."""
     resized = _nearest(check_mask(mask, "an example mask"), resized_size(mask.shape, clip_size))  # type: ignore[arg-type]
@@ -165,11 +160,6 @@ def bounding_box(mask: np.ndarray) -> list[int]:
     if not len(rows):
         return [0, 0, 0, 0]
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
-
-
-def mask_area(mask: np.ndarray) -> int:
-    """Foreground pixels of a mask."""
-    return int(np.count_nonzero(mask))
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:

@@ -340,7 +340,7 @@ def read_settings(path: Path) -> ProcessorSettings:
     if not path.is_file():
         return ProcessorSettings()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
         return ProcessorSettings(**values)
     except (TypeError, ValueError) as error:  # MedPLIBError is a ValueError
         raise MedPLIBError(f"{path} holds no processor settings ({error}); save the processor again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
 from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
 
 from model.errors import MedPLIBError
@@ -74,7 +75,8 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _from_backend(path: Path) -> PreTrainedTokenizerFast:
-    return _wrap(PreTrainedTokenizerFast(tokenizer_file=str(path)).backend_tokenizer)
+    content = path.read_bytes()  # with whatever byte order mark an editor left
+    return _wrap(Tokenizer.from_str(content.decode(json.detect_encoding(content))))
 
 
 def _wrap(backend: object) -> PreTrainedTokenizerFast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from model.checkpoint.directories import read_settings, regular_files, resolve
 from model.errors import MedPLIBError
 
 BESIDE_WEIGHTS = 600 * 2**20
@@ -56,32 +55,21 @@ def check_checkpoint(directory: Path, base: Path | None = None) -> Stored:
     Raises:
         MedPLIBError: it is no directory with a configuration and weights, or the base is missing.
     """
+    directory = resolve(directory)
     if not directory.is_dir():
         raise MedPLIBError(f"there is no directory {directory}; name a checkpoint with --model DIR")
     if (directory / "adapter_config.json").is_file():
         if base is None:
             raise MedPLIBError(f"{directory} is a LoRA; name the checkpoint it was trained on with --model-base DIR")
         return check_checkpoint(base)
-    settings = _settings(directory)
-    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    settings = read_settings(directory)
+    weights = regular_files(directory, "*.safetensors")[0] or regular_files(directory, "*.bin")[0]
     size = sum(path.stat().st_size for path in weights)
     if size == 0:
         raise MedPLIBError(f"{directory} holds no weights (*.safetensors or *.bin); copy the checkpoint again")
     region = settings.get("region")
     regions = bool(region.get("enabled") if isinstance(region, dict) else settings.get("region_fea_adapter"))
     return Stored(size, "16" in str(settings.get("dtype") or settings.get("torch_dtype") or ""), regions)
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MedPLIBError(f"{directory} is no checkpoint: it has no config.json; name one with --model DIR") from error
-    except (OSError, ValueError) as error:
-        raise MedPLIBError(
-            f"{directory / 'config.json'} cannot be read ({error}); copy the checkpoint again"
-        ) from error
-    return settings if isinstance(settings, dict) else {}
 
 
 def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None = None, bits: int = 16) -> None:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from model.checkpoint.directories import checkpoint_name, resolve
 from model.errors import MedPLIBError
 from model.serve.access import checked_key, normal_name
 from model.serve.limits import add_limit_flags, limits_from
@@ -216,13 +217,11 @@ def _check_model(options: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         MedPLIBError: flags contradict each other, or there is nothing at a path.
     """
-    directory = options.model_path or NANO
+    directory = resolve(options.model_path or NANO)
     if not directory.is_dir():
         raise MedPLIBError(f"there is no checkpoint directory {directory}; give one with --model-path")
-    for flag in ("vision_tower", "model_base"):
-        path = getattr(options, flag)
-        if path is not None and not path.is_dir():
-            raise MedPLIBError(f"there is no directory {path}; give --{flag.replace('_', '-')} another or leave it out")
+    if options.model_base is not None and not resolve(options.model_base).is_dir():
+        raise MedPLIBError(f"there is no directory {options.model_base}; give --model-base another or leave it out")
     if options.device and options.device_map and options.device != options.device_map:
         raise MedPLIBError(f"--device {options.device} and --device_map {options.device_map} differ; give one of them")
     return directory, options.device or options.device_map or "auto"
@@ -255,7 +254,7 @@ def _settings(options: argparse.Namespace, directory: Path, registration: Regist
     from model.serve.registry import check_models
     from model.serve.worker_app import WorkerSettings
 
-    names = [name.strip() for name in (options.model_names or model_name(directory)).split(",")]
+    names = [name.strip() for name in (options.model_names or checkpoint_name(directory)).split(",")]
     check_models(names)
     return WorkerSettings(
         tuple(names),
@@ -268,12 +267,6 @@ def _settings(options: argparse.Namespace, directory: Path, registration: Regist
         grace=options.grace,
         log_conversations=options.log_conversations,
     )
-
-
-def model_name(directory: Path) -> str:
-    """What a checkpoint in this directory is called where nobody says: ``checkpoint-7`` with the run it is of."""
-    whole = directory.resolve()
-    return f"{whole.parent.name}_{whole.name}" if whole.name.startswith("checkpoint") else whole.name
 
 
 class _Stopper:

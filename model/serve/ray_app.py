@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from model.checkpoint.directories import resolve
 from model.errors import MedPLIBError
 from model.serve.access import WorkerGuard, checked_key
 from model.serve.protocol import Chunk, GenerateRequest
@@ -137,7 +138,7 @@ def read_settings(arguments: Mapping[str, Any]) -> RaySettings:
         raise MedPLIBError(
             f"min_replicas is {settings.min_replicas} and max_replicas {settings.max_replicas}; give no more than that"
         )
-    if not (settings.model / "config.json").is_file():
+    if not (resolve(settings.model) / "config.json").is_file():
         raise MedPLIBError(f"no checkpoint at {settings.model}; give model=DIR, which every node has")
     return settings
 

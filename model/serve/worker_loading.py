@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from model.checkpoint.adapters import ADAPTER_CONFIG, is_adapter
+from model.checkpoint.directories import checkpoint_name, resolve
 from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from model.errors import MedPLIBError
 from model.inference.engine import Engine, EngineSettings, Request
@@ -21,6 +22,7 @@ from model.inference.generation import GenerationSettings
 from model.inference.loading import load_for_inference, usable_device
 from model.inference.mask_gate import GATE_FILE
 from model.inference.quantise import Scheme, weight_bytes
+from model.inference.schedule import prefix_cache_bytes
 from model.inference.slots import slot_bytes
 from model.serve.checks import free_memory
 
@@ -118,7 +120,7 @@ def _check_parts(choice: ModelChoice, opened: OpenedCheckpoint) -> None:
         raise MedPLIBError(
             f"{opened.directory} has no region adapter; leave --add_region_feature out, or give a checkpoint with one"
         )
-    if choice.needs_gate and not (choice.directory / GATE_FILE).is_file():
+    if choice.needs_gate and not (resolve(choice.directory) / GATE_FILE).is_file():
         raise MedPLIBError(
             f"{choice.directory} has no {GATE_FILE}; leave --mask-gate out, or make one with "
             "python -m model.inference.calibrate_gate"
@@ -142,15 +144,15 @@ def _check_memory(
     if free is not None and weights + cache > free:
         raise MedPLIBError(
             f"{opened.directory} needs {weights / _GIB:.1f} GiB for its weights and {cache / _GIB:.1f} GiB for "
-            f"{settings.slots} slots, and {device} has {free / _GIB:.1f} GiB free; stop other programs, take fewer "
-            "--slots, or fewer bits where the GPU is not full while loading"
+            f"{settings.slots} slots and kept prompts, and {device} has {free / _GIB:.1f} GiB free; stop other "
+            "programs, take fewer --slots, or fewer bits where the GPU is not full while loading"
         )
 
 
 def needed_bytes(
     opened: OpenedCheckpoint, dtype: torch.dtype, quantisation: Scheme | None, settings: EngineSettings
 ) -> tuple[int, int]:
-    """Bytes that the weights take, at the most while they are loaded and quantised, and that the slots' cache takes.
+    """Bytes that the weights take, at the most while they are loaded and quantised, and that slots and kept prompts do.
 
     Args:
         opened: the checkpoint, whose values are not read.
@@ -162,7 +164,7 @@ def needed_bytes(
     sizes = {name: prod(shape) for name, shape in opened.shapes.items()}
     whole = sum(sizes.values()) * dtype.itemsize
     length = settings.max_length or min(text.max_position_embeddings, _MOST_TOKENS)
-    cache = settings.slots * slot_bytes(text, length, dtype)
+    cache = settings.slots * slot_bytes(text, length, dtype) + prefix_cache_bytes(opened.config, dtype, settings)
     if quantisation is None:
         return whole, cache
     few = sum(size for name, size in sizes.items() if _QUANTISED.fullmatch(name))
@@ -179,7 +181,7 @@ def _warm_up(engine: Engine) -> None:
 def describe_engine(engine: Engine, choice: ModelChoice) -> dict[str, Any]:
     """What a worker tells about its model."""
     return {
-        "checkpoint": choice.directory.resolve().name,
+        "checkpoint": checkpoint_name(choice.directory),
         "device": str(engine.model.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "quantisation": choice.quantisation,

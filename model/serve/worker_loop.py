@@ -16,7 +16,7 @@ from typing import Protocol
 
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
-from model.inference.requests import EngineFull, OnText, Request, Ticket
+from model.inference.requests import EngineFull, NotFinite, OnText, Request, Ticket
 from model.serve.protocol import ErrorCode
 from model.serve.refusals import Refusal
 
@@ -168,6 +168,8 @@ class EngineLoop:
     def _outcome(self, ticket: Ticket) -> Answer:
         try:
             answer = ticket.result()
+        except NotFinite as error:
+            raise Refusal(ErrorCode.FAILED, str(error)) from error
         except MedPLIBError as error:
             if self._closed:
                 raise Refusal(ErrorCode.DRAINING, "the worker was stopped before the answer was there") from error

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from model.checkpoint.directories import resolve
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
 from model.processing.tokens import TokenCounter, build_tokenizer
 from model.train.recipe import Recipe
-from model.train.starting import merged_of
 
 _LOOKED_AT = 2000
 _LETTERS_PER_TOKEN = 4.0
@@ -79,7 +79,7 @@ def summarise_data(recipe: Recipe, config: MedPLIBConfig) -> DataSummary | None:
 
 def _counter(recipe: Recipe) -> TokenCounter | None:
     try:
-        return TokenCounter(build_tokenizer(merged_of(recipe.model.base)))
+        return TokenCounter(build_tokenizer(resolve(recipe.model.base)))
     except MedPLIBError:
         return None
 

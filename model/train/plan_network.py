@@ -12,10 +12,11 @@ import torch
 import yaml
 
 from model.checkpoint.building import empty_network
+from model.checkpoint.directories import read_settings, resolve
 from model.checkpoint.opening import is_native
 from model.checkpoint.published_config import NATIVE_SECTION, text_config
 from model.checkpoint.report import understanding
-from model.checkpoint.starting_points import read_clip_config, read_settings
+from model.checkpoint.starting_points import read_clip_config
 from model.errors import MedPLIBError
 from model.modeling.configuration import LossConfig, MedPLIBConfig, MoEConfig
 from model.modeling.decoder import MedPLIBDecoderLayer
@@ -24,7 +25,7 @@ from model.modeling.moe import MoEFeedForward
 from model.processing.special_tokens import SPECIAL_TOKENS
 from model.train.quantised import decoder_linears
 from model.train.recipe import Recipe
-from model.train.starting import merged_of, mixture_config, projector_config, read_sizes
+from model.train.starting import mixture_config, projector_config, read_sizes
 from model.train.trainable import add_lora, is_lora, native_name, set_trainable
 from model.yaml_files import expand, read_mapping
 
@@ -96,7 +97,7 @@ def find_sizes(recipe: Recipe, recipe_path: Path, sizes: Path | None) -> Sizes:
     """
     if sizes is not None:
         return _named_sizes(sizes, recipe)
-    base = merged_of(recipe.model.base) if recipe.model.base else None
+    base = resolve(recipe.model.base) if recipe.model.base else None
     if base is not None and (base / "config.json").is_file():
         return _directory_sizes(base, recipe)
     if recipe.model.sizes:
@@ -132,7 +133,7 @@ def network_problems(recipe: Recipe, recipe_path: Path) -> list[str]:
 
     Nothing is said of what a recipe starts from where that cannot be read.
     """
-    base = merged_of(recipe.model.base)
+    base = resolve(recipe.model.base)
     if not recipe.model.base or not (base / "config.json").is_file():
         return []
     try:
@@ -166,7 +167,7 @@ def weights_of(network: MedPLIBForCausalLM) -> list[Weight]:
 
 def _named_sizes(sizes: Path, recipe: Recipe) -> Sizes:
     if sizes.is_dir():
-        return _directory_sizes(merged_of(sizes), recipe)
+        return _directory_sizes(resolve(sizes), recipe)
     known = SIZES / f"{sizes}.yaml"
     if not sizes.is_file() and not known.is_file():
         names = ", ".join(path.stem for path in sorted(SIZES.glob("*.yaml")))
@@ -180,7 +181,7 @@ def _file_sizes(path: Path, recipe: Recipe) -> Sizes:
     text = values.get("text_config")
     if isinstance(text, dict) and "vocab_size" not in text:
         values["text_config"] = {**text, "vocab_size": _vocabulary(path)}
-    tower = Path(recipe.model.vision_tower) if recipe.model.vision_tower else None
+    tower = resolve(recipe.model.vision_tower) if recipe.model.vision_tower else None
     if tower is not None and (tower / "config.json").is_file():
         values["vision_config"] = read_clip_config(tower)
         origin = f"{origin} and {tower}"
@@ -192,7 +193,7 @@ def _vocabulary(path: Path) -> int:
     """Tokens of the sizes' own tokenizer where configs/NAME/pretrain.yaml tells; else LLaMA's, and MedPLIB's."""
     made = path.resolve().parents[1] / path.stem / "pretrain.yaml"
     if made.is_file():
-        tokenizer = yaml.safe_load(made.read_text(encoding="utf-8")).get("tokenizer") or {}
+        tokenizer = yaml.safe_load(made.read_bytes()).get("tokenizer") or {}
         return int(tokenizer.get("vocab_size", 32000)) + len(SPECIAL_TOKENS)
     return int(MedPLIBConfig().text_config.vocab_size)
 

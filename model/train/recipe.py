@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-MERGED = "merged"
-"""Folder inside a run that holds the merged native checkpoint the next stage starts from."""
+from model.checkpoint.directories import MERGED
 
 
 @dataclass(frozen=True)

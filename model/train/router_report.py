@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from model.checkpoint import load
+from model.checkpoint.directories import resolve
 from model.data.dataset import MedPLIBDataset, MixedDataset
 from model.data.schema import TASKS
 from model.drawing.pages import percent
@@ -26,7 +27,6 @@ from model.modeling.router_tally import RouterSummary, RouterTally
 from model.modeling.splice import POSITION_KINDS, image_token_rows, position_kinds
 from model.train.balance import UNKNOWN
 from model.train.handover import network_of_run
-from model.train.starting import merged_of
 
 _DIGITS = 5
 _FORMULA = "I(group; expert) / log(min(groups, experts)), groups equally likely"
@@ -102,7 +102,7 @@ def open_examined(path: Path) -> tuple[Any, Any, str]:
     Raises:
         MedPLIBError: there is none, or it has no routers.
     """
-    source = merged_of(path)
+    source = resolve(path)
     unfinished = (path / "recipe.yaml").is_file() or path.name.startswith("step_")
     if unfinished and not (source / "config.json").is_file():
         network, processor = network_of_run(path)

@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Run:
         notes.append(f"{RUN_FILE} is damaged")
     recipe: Any = {}
     try:
-        recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((folder / RECIPE_FILE).read_bytes())
     except FileNotFoundError:
         pass
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

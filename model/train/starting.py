@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from model.checkpoint import assemble, lay_over, load, upcycle
 from model.checkpoint.building import choose_attention
+from model.checkpoint.directories import read_settings, resolve
 from model.checkpoint.shards import find_weights
-from model.checkpoint.starting_points import read_settings
 from model.errors import MedPLIBError
 from model.modeling.configuration import LossConfig, MedPLIBConfig, MoEConfig, ProjectorConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 from model.train.quantised import missing_library, quantise_decoder
-from model.train.recipe import MERGED, Mixture, Recipe
+from model.train.recipe import Mixture, Recipe
 from model.train.trainable import add_lora, set_trainable
+from model.yaml_files import read_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def path_problems(recipe: Recipe, *, data: bool = True) -> list[str]:
         named |= _data_paths(recipe)
         problems += [] if recipe.data.images else ["data.images is empty; name the folder of the images"]
     missing = [
-        f"{key} is {path}, which does not exist" for key, path in named.items() if path and not Path(path).exists()
+        f"{key} is {path}, which does not exist" for key, path in named.items() if path and not resolve(path).exists()
     ]
     return problems + missing + _no_checkpoints(recipe) + ([] if missing else _mixtures_to_be_mixed(recipe))
 
@@ -75,9 +75,9 @@ def _no_checkpoints(recipe: Recipe) -> list[str]:
     """What a stage would start from although it is no checkpoint, a sentence each; weights are not read."""
     problems = []
     for key, path in (("base", recipe.model.base), ("grounding", recipe.model.grounding)):
-        if path and Path(path).exists():
+        if path and resolve(path).exists():
             try:
-                read_settings(merged_of(path))
+                read_settings(resolve(path))
             except MedPLIBError as error:
                 problems.append(f"model.{key} is no checkpoint: {error}")
     return problems
@@ -91,7 +91,7 @@ def _mixtures_to_be_mixed(recipe: Recipe) -> list[str]:
         f"model.{key} is {path}, a mixture already; stage 4 makes one of two dense checkpoints, or goes on with the "
         "one that model.base names, with model.grounding= left empty"
         for key, path in (("base", recipe.model.base), ("grounding", recipe.model.grounding))
-        if _is_mixture(merged_of(path))
+        if _is_mixture(resolve(path))
     ]
 
 
@@ -116,20 +116,20 @@ def _data_paths(recipe: Recipe) -> dict[str, str]:
 
 
 def _source(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
-    source, base = recipe.model, merged_of(recipe.model.base)
+    source, base = recipe.model, resolve(recipe.model.base)
     dtype = _dtype(recipe)
     towers: dict[str, Any] = {"vision_tower": source.vision_tower or None, "sam": source.sam or None}
     if recipe.stage == 4 and source.grounding:
         sizes = _config_of(base)
         return upcycle(
             base,
-            merged_of(source.grounding),
+            resolve(source.grounding),
             moe=mixture_config(recipe.mixture, sizes.text_config.num_hidden_layers),
             projector=projector_config(recipe.mixture, sizes.projector),
             dtype=dtype,
             **towers,
         )
-    projector = merged_of(source.projector) if source.projector else None
+    projector = resolve(source.projector) if source.projector else None
     if holds_whole_network(base):
         model, processor = load(base, dtype=dtype, **towers)
         if recipe.stage == 4 and not model.config.moe.enabled:
@@ -158,12 +158,6 @@ def _tell_unused(mixture: Mixture, config: MedPLIBConfig) -> None:
     unused = [f"{name} stays {held[name]}" for name in wanted if name in held and held[name] != wanted[name]]
     if unused:
         logger.info("model.base is a mixture already, whose settings are kept: mixture.%s", ", mixture.".join(unused))
-
-
-def merged_of(path: str | Path) -> Path:
-    """The checkpoint that a path means: of a run folder, the merged one inside it."""
-    merged = Path(path) / MERGED
-    return merged if merged.is_dir() else Path(path)
 
 
 def holds_whole_network(directory: Path) -> bool:
@@ -219,15 +213,7 @@ def _config_of(directory: Path) -> MedPLIBConfig:
 
 def read_sizes(path: str) -> dict[str, Any]:
     """The values of a YAML file of sizes; none without a file."""
-    if not path:
-        return {}
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MedPLIBError(f"model.sizes {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise MedPLIBError(f"model.sizes {path} holds {type(content).__name__}, expected MedPLIBConfig keys and values")
-    return content
+    return read_mapping(Path(path), "model.sizes") if path else {}
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

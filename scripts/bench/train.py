@@ -31,11 +31,12 @@ from mix import SAMPLE, count_padding, write_records
 from tables import number, table
 from training_arms import ARMS, Measured, run_arm
 
+from model.checkpoint.directories import resolve
 from model.errors import MedPLIBError
 from model.inference.loading import usable_device
 from model.processing.tokens import build_tokenizer
 from model.train import Recipe, load_recipe
-from model.train.starting import check_paths, merged_of
+from model.train.starting import check_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.01  # relative, of losses in fp32 a hundredth of that
@@ -89,7 +90,7 @@ def read_recipe(options: argparse.Namespace, folder: Path, device: torch.device)
     recipe = load_recipe(options.recipe, options.overrides, environment)
     data = replace(recipe.data, validation=(), validation_images="")
     if options.mix:
-        at = ROOT / "assets" / "medplib-nano" if options.random else merged_of(recipe.model.base)
+        at = ROOT / "assets" / "medplib-nano" if options.random else resolve(recipe.model.base)
         count = (options.steps + 1) * recipe.schedule.batch_size * recipe.schedule.accumulation
         train = write_records(folder, count, build_tokenizer(at))
         data = replace(data, train=(str(train),), images=str(SAMPLE), shares=(), task_shares={}, modality_shares={})

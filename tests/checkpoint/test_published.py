@@ -88,6 +88,36 @@ def test_named_clip_directory_is_found_where_it_lies(
     assert any(str(folder / "clip-tiny") in note for note in report.notes)
 
 
+def test_a_clip_named_by_its_hub_name_comes_from_the_local_cache(
+    published: Path, clip_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--openai--clip-tiny" / "snapshots" / "12ab"
+    shutil.copytree(clip_directory, snapshot)
+    without(published, CLIP)
+    edit(published, lambda settings: settings.update(mm_vision_tower="openai/clip-tiny"))
+    for given in (None, "openai/clip-tiny", Path("openai/clip-tiny@12ab")):
+        model, _, report = load_with_report(published, vision_tower=given)
+        assert model.config.vision_config.num_attention_heads == 2
+        assert f"CLIP's sizes come from {snapshot}" in report.notes
+
+
+@pytest.mark.parametrize(
+    "nulls",
+    [
+        {"mm_vision_select_layer": None, "mm_vision_select_feature": None, "vocab_size": None, "rope_scaling": None},
+        {"moe": {"top_k_experts": None, "capacity_factor": None, "num_experts": None, "moe_layers_idx": None}},
+        {"moe": None, "max_sample_point": None, "eos_token_id": None, "rms_norm_eps": None},
+    ],
+)
+def test_nulls_of_a_published_config_mean_defaults(published: Path, nulls: dict[str, Any]) -> None:
+    edit(published, lambda settings: [settings.pop(name, None) for name in nulls])
+    wanted = load(published)[0].config.to_dict()
+    edit(published, lambda settings: settings.update(nulls))
+    found = load(published)[0].config.to_dict()
+    assert found == wanted
+
+
 def test_another_clip_is_refused_when_given_and_left_when_found(published: Path, clip_directory: Path) -> None:
     edit(clip_directory, lambda settings: settings.update(num_hidden_layers=5))
     with pytest.raises(MedPLIBError, match="another CLIP: its num_hidden_layers is 5"):

@@ -13,13 +13,16 @@ from model.checkpoint.sam_names import (
     original_to_native,
     sam_config_from_state_dict,
     state_to_native,
-    state_to_original,
 )
 from model.errors import MedPLIBError
 from model.modeling.configuration import MaskConfig
 from model.modeling.sam_med2d import SamMed2D
 
 State = dict[str, torch.Tensor]
+
+
+def state_to_original(state: State) -> State:
+    return {str(native_to_original(name)): value for name, value in state.items()}
 
 
 def config_of(width: int = 24, depth: int = 3, heads: int = 2, prompt: int = 32, **vision: Any) -> SamConfig:
@@ -115,8 +118,6 @@ def test_names_of_another_kind_are_none(key: str) -> None:
 def test_an_unknown_key_is_named() -> None:
     with pytest.raises(MedPLIBError, match=r"1 of 2 keys are not SAM's original names \(pixel_mean\)"):
         state_to_native({"pixel_mean": 0, "image_encoder.pos_embed": 1})
-    with pytest.raises(MedPLIBError, match="our SamMed2D names"):
-        state_to_original({"image_encoder.blocks.0.norm1.weight": 0})
 
 
 @pytest.mark.parametrize(

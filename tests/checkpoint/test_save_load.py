@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.checkpoint import describe, export_published, load, load_with_report, save
 from model.checkpoint import saving as saving_module
+from model.checkpoint.names import native_to_published, published_to_native
+from model.checkpoint.published_config import NATIVE_SECTION
 from model.errors import MedPLIBError
 from model.inference.quantise import quantise
 from model.modeling.medplib import MedPLIBForCausalLM
@@ -90,6 +93,54 @@ def test_tied_embeddings_stay_tied_by_every_route(make, tmp_path: Path) -> None:
         assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
         assert_same_weights(loaded, model)
     assert "complete" in describe(tmp_path / "theirs")
+
+
+def test_a_stored_head_is_never_tied_over(make, tmp_path: Path) -> None:
+    model, processor = make()
+    for folder, write in (("native", save), ("published", export_published)):
+        write(model, processor, tmp_path / folder)
+        file = tmp_path / folder / "config.json"
+        settings = json.loads(file.read_text())
+        for section in (settings, settings.get("text_config", settings), settings.get(NATIVE_SECTION, {})):
+            section["tie_word_embeddings"] = True
+        settings.get(NATIVE_SECTION, {}).get("text_config", {})["tie_word_embeddings"] = True
+        file.write_text(json.dumps(settings))
+        loaded, _, report = load_with_report(tmp_path / folder)
+        assert_same_weights(loaded, model)
+        assert loaded.lm_head.weight is not loaded.get_input_embeddings().weight
+        assert any("lm_head is not the embedding; it was kept" in note for note in report.notes)
+        save(loaded, processor, tmp_path / "again")
+        assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+HEAD, MASK = "lm_head.weight", "model.mask_head.query.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "dtype", "named"),
+    [
+        (lambda state: state[HEAD][3].fill_(float("nan")), None, rf"in 1 tensors \({HEAD}\)"),
+        (lambda state: state[MASK][0, 0].fill_(float("-inf")), torch.bfloat16, rf"in 1 tensors \({MASK}\)"),
+        (lambda state: [value.fill_(float("inf")) for value in state.values()], None, r", …\)"),
+        (lambda state: state[HEAD].fill_(1e6), torch.float16, rf"{HEAD} \(beyond torch.float16\)"),
+        (lambda state: state.update({HEAD: state[HEAD].to(torch.int8)}), None, HEAD),
+    ],
+)
+@pytest.mark.parametrize("published", [False, True])
+def test_weights_that_are_no_numbers_are_named(
+    make, tmp_path: Path, spoil: Any, dtype: Any, named: str, published: bool
+) -> None:
+    (export_published if published else save)(*make(), tmp_path / "it")
+    state = load_file(tmp_path / "it" / "model.safetensors")
+    if published:
+        state = {published_to_native(name) or name: value for name, value in state.items()}
+    spoil(state)
+    if published:
+        state = {native_to_published(name) or name: value for name, value in state.items()}
+    save_file(state, tmp_path / "it" / "model.safetensors")
+    with pytest.raises(MedPLIBError, match=named) as raised:
+        load(tmp_path / "it", dtype=dtype)
+    assert "\n" not in str(raised.value)
 
 
 def test_loaded_network_computes_the_same(make, tmp_path: Path) -> None:

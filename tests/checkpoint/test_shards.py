@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,58 @@ def test_pointer_file_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(MedPLIBError, match="Git LFS"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("junk", ["._model.safetensors", "._pytorch_model.bin", ".DS_Store", "._x.index.json"])
+def test_what_a_mac_leaves_beside_weights_is_passed_over(tmp_path: Path, junk: str) -> None:
+    write_shards(STATE, tmp_path)
+    (tmp_path / junk).write_bytes(b"\0\5\26\7" + bytes(200))
+    assert_same(read(tmp_path))
+    assert not find_weights(tmp_path).notes
+
+
+def test_compressed_archives_are_refused_unread(tmp_path: Path) -> None:
+    """torch stores entries plainly; a deflated one of a few megabytes may inflate to any size."""
+    torch.save(STATE, tmp_path / "plain.bin")
+    with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(tmp_path / "model.bin", "w", 8) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, bytes(300_000_000) if entry.filename.endswith("pkl") else plain.read(entry))
+    (tmp_path / "plain.bin").unlink()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MedPLIBError, match="compressed archive"):
+        read(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_an_index_names_only_its_neighbours(tmp_path: Path, file: str) -> None:
+    write_shards(STATE, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(MedPLIBError, match="names weights elsewhere"):
+        find_weights(tmp_path)
+
+
+def header(**tensors: dict) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**62) + b"{}",
+        header(a={"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}),
+        header(a={"dtype": "F32", "shape": [4], "data_offsets": [0, 4]}) + bytes(4),
+        header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + bytes(2),
+        header(a={"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}) + bytes(4),
+        struct.pack("<Q", 2) + b"[]",
+        b"",
+    ],
+)
+def test_lying_headers_are_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(MedPLIBError, match="cannot be read as weights"):
+        find_weights(tmp_path).shapes()
 
 
 def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from model.checkpoint import export_published, lay_over, load, save, upcycle
 from model.checkpoint.assembling import resize_vocabulary
 from model.checkpoint.building import fresh_parts
-from model.checkpoint.starting_points import read_settings
+from model.checkpoint.directories import read_settings, resolve
 from model.errors import MedPLIBError
 from model.modeling.configuration import MoEConfig, ProjectorConfig
 
@@ -134,9 +134,12 @@ def test_a_run_folder_that_is_no_checkpoint_says_what_is(tmp_path: Path) -> None
     with pytest.raises(MedPLIBError, match="give the directory of a checkpoint"):
         read_settings(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(MedPLIBError, match="medplib export"):
+    with pytest.raises(MedPLIBError, match="no weights yet"):
+        read_settings(tmp_path)
+    (tmp_path / "checkpoints" / "step_0000006").mkdir()
+    (tmp_path / "checkpoints" / "step_0000009.partial").mkdir()
+    with pytest.raises(MedPLIBError, match=r"its last checkpoint step_0000006; .* medplib export"):
         read_settings(tmp_path)
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").write_text("{}")
-    with pytest.raises(MedPLIBError, match=r"run folder, so give .*merged"):
-        read_settings(tmp_path)
+    assert resolve(tmp_path) == tmp_path / "merged"

@@ -366,7 +366,6 @@ def test_in_context_records_are_refused(run: Any, tmp_path: Path):
         ({"data": Path("absent.json")}, "the data file absent.json does not exist"),
         ({"model": Path("absent")}, "the checkpoint absent is not a directory"),
         ({"images": Path("absent")}, "the image folder absent is not a directory"),
-        ({"sam": Path("absent.pth")}, "the SAM-Med2D file absent.pth does not exist"),
         ({"thresholds": (0.0,)}, "the mask threshold is 0.0"),
         ({"thresholds": (0.5, 0.5)}, "given twice"),
         ({"top_p": 0.9}, "greedy answers are not drawn"),
@@ -386,7 +385,6 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, A
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"vision_tower": SAMPLE}, "leave --vision_tower out"),
         ({"sam_size": 1024}, "--sam_img_size is 1024, but the SAM encoder of .* takes 256"),
         ({"max_length": 4096}, "knows 1024 positions"),
         ({"template": "v9"}, "no conversation template 'v9'"),
@@ -399,6 +397,18 @@ def test_options_that_do_not_fit_the_checkpoint_are_refused(
     with pytest.raises(MedPLIBError, match=told):
         run(options(tmp_path, MIXED, **changes))
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_parts_that_a_native_checkpoint_holds_are_noted_and_a_run_folder_is_taken(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "merged").symlink_to(NANO)
+    parts = {"vision_tower": Path("openai/clip-vit-large-patch14-336"), "sam": Path("absent.pth")}
+    with caplog.at_level("INFO"):
+        outcome = run(options(tmp_path, [VQA], model=tmp_path / "run", **parts))
+    assert (outcome.rows, outcome.errors) == (1, 0)
+    assert all(f"{part} was not read: a native checkpoint is whole" in caplog.text for part in parts.values())
 
 
 def test_what_a_network_lacks_is_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from model.errors import MedPLIBError
 from model.inference import decoding
 from model.inference.decoding import Decoding
 from model.inference.engine import Engine, EngineSettings
-from model.inference.runner import Rows
+from model.inference.runner import DecoderRunner, Rows
+from model.modeling.moe import MoEFeedForward
 from tests.inference.mixtures import assert_same, plain_answer, random_requests, talker
 
 Run = Callable[[], tuple[Tensor, Tensor]]
@@ -40,6 +42,47 @@ def engine_with_graphs(monkeypatch: pytest.MonkeyPatch, capture: Any = record, *
     engine = Engine(model, processor, EngineSettings(**{"slots": 5, "prefill_chunk": 30, "max_length": 300, **options}))
     engine._schedule.decoding.captures = True  # what a CUDA device does
     return engine
+
+
+class Kernels:
+    """A pass that is the plain one, but for the states of the rows that a fault picks."""
+
+    def __init__(self, runner: DecoderRunner, fault: Callable[[Any, int, int], slice] = lambda *_: slice(0)) -> None:
+        self.runner, self.fault, self.layers, self.calls = runner, fault, runner.layers, [0]
+
+    def __call__(self, tokens: Tensor, lengths: Tensor, bucket: int) -> Tensor:
+        runner = copy.copy(self.runner)
+        runner.layers, self.calls[0] = self.layers, self.calls[0] + 1
+        hidden = runner.decode(tokens, lengths, bucket).hidden
+        rows = self.fault(self.layers[0].mlp, len(tokens), self.calls[0])
+        hidden[rows] *= 1.5
+        return hidden
+
+
+def in_mixtures(mlp: Any, rows: int, call: int) -> slice:
+    return slice(None) if isinstance(mlp, MoEFeedForward) else slice(0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        (lambda *_: slice(0), False),
+        (lambda mlp, rows, call: slice(1) if call % 4 == 0 else slice(0), False),  # another expert, by rounding
+        (in_mixtures, True),
+        (lambda mlp, rows, call: slice(None) if 2 <= rows <= 4 else slice(0), True),
+        (lambda mlp, rows, call: slice(None) if rows == 1 else slice(0), True),
+    ],
+)
+def test_kernels_are_compared_in_every_kind_of_layer_and_at_few_rows(
+    monkeypatch: pytest.MonkeyPatch, fault: Any, seen: bool
+) -> None:
+    runner = engine_with_graphs(monkeypatch, slots=6)._schedule.decoding.runner
+    with torch.inference_mode():
+        runner.layers[0].mlp, mixture = runner.layers[0].mlp.experts[0], runner.layers[0].mlp
+        found = decoding._difference(runner, Kernels(runner, fault))
+        runner.layers[0].mlp = mixture
+    assert (found > decoding._AGREEMENT) == seen
+    assert not runner.cache.keys.any()
 
 
 @pytest.mark.parametrize("lookahead", [False, True])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from model.errors import MedPLIBError
 from model.inference.generation import Draw, GenerationSettings, choose_tokens, gumbel_noise, seed_of
@@ -72,6 +73,31 @@ def test_the_nucleus_shares_all_draws() -> None:
     kept = probabilities * (probabilities > 0.08)
     assert chi_square(draw(LOGITS, 20_000, top_p=0.9), kept / kept.sum()) < CHI_SQUARE[3]
     assert set(draw(LOGITS, 100, top_p=1e-6)) == {1}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(3, 0.7, 1.0), (8, 0.5, 2.0), (0, 0.9, 0.5), (40, 1.0, 1)])
+def test_what_may_be_drawn_is_what_transformers_keeps(seed: int, top_k: int, top_p: float, temperature: float) -> None:
+    """``top_k`` first, then the nucleus of what it leaves, renormalised."""
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(seed))
+    kept = TopKLogitsWarper(top_k or 40)(None, logits / temperature)
+    kept = TopPLogitsWarper(top_p)(None, kept).softmax(-1)[0]
+    tokens = draw(logits[0], 40_000, top_k=top_k, top_p=top_p, temperature=temperature)
+    assert set(tokens) == set(np.flatnonzero((kept > 2e-4).numpy())) | (set(tokens) & set(np.flatnonzero(kept.numpy())))
+    found = np.bincount(tokens, minlength=40) / len(tokens)
+    np.testing.assert_allclose(found, kept.numpy(), atol=0.012)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_choose_nothing(bad: float) -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 4] = bad
+    for temperature in (0.0, 1.0):
+        settings = GenerationSettings(temperature=temperature)
+        chosen = choose_tokens(logits, [Draw(settings, 1, 0)] * 3).tolist()
+        assert chosen[1] == -1
+        assert chosen[0] == chosen[2] >= 0
+    assert choose_tokens(torch.full((1, 4), -torch.inf), [Draw(GenerationSettings(), 1, 0)]).tolist() == [-1]
 
 
 def test_the_nucleus_and_the_most_likely_both_count() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -40,6 +41,29 @@ def test_dense_decoder_equals_transformers_llama() -> None:
     got = ours(embeds(), attention_mask=mask).last_hidden_state
     want = theirs(inputs_embeds=embeds(), attention_mask=mask).last_hidden_state
     assert_close(got[mask.bool()], want[mask.bool()])
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.half(),
+        lambda model: model.bfloat16().float(),
+        lambda model: model.to(device="cpu", dtype=torch.float16),
+        lambda model: nn.Sequential(model).to(torch.bfloat16)[0],
+    ],
+)
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_rotary_frequencies_stay_float32(cast: Any, rope: str) -> None:
+    parameters = {"rope_type": rope, "rope_theta": 1e4, **({"factor": 2.0} if rope == "dynamic" else {})}
+    model, exact = (decoder(max_position_embeddings=64, rope_parameters=parameters) for _ in range(2))
+    cast(model)
+    positions = torch.arange(96)[None]
+    for name, value in exact.rotary_emb.named_buffers():
+        assert model.rotary_emb.get_buffer(name).dtype == torch.float32
+        assert_close(model.rotary_emb.get_buffer(name), value, rtol=0, atol=0)
+    like = torch.empty(0)
+    assert_close(model.rotary_emb(like, positions)[0], exact.rotary_emb(like, positions)[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,6 @@ from model.processing.masks import (
     encode_rle,
     example_mask_input,
     largest_component,
-    mask_area,
-    mask_to_image_size,
     random_sub_region,
     region_grid,
     sampled_region_grid,
@@ -134,7 +132,6 @@ def test_bounding_box_excludes_right_and_bottom() -> None:
     mask = np.zeros((10, 20), dtype=bool)
     mask[2:5, 7:11] = True
     assert bounding_box(mask) == [7, 2, 11, 5]
-    assert mask_area(mask) == 12
     assert bounding_box(np.zeros((3, 3), dtype=bool)) == [0, 0, 0, 0]
 
 
@@ -144,12 +141,9 @@ def test_threshold_is_a_probability() -> None:
     np.testing.assert_array_equal(threshold_mask(logits, 0.5), [[False, False, False, True]])
 
 
-def test_mask_is_scaled_to_image_size_and_example_masks_to_clip_geometry() -> None:
+def test_example_masks_are_scaled_to_clip_geometry() -> None:
     mask = np.zeros((4, 8), dtype=bool)
     mask[:2, :4] = True
-    larger = mask_to_image_size(mask, (40, 80))
-    assert larger.shape == (40, 80)
-    assert larger.sum() == 20 * 40
     example = example_mask_input(mask, 32)
     assert example.shape == (1, 32, 32)
     assert example[0, 8:16, :16].all()

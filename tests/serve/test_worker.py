@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import itertools
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.processing.masks import decode_rle, encode_rle
 from model.serve.model_worker import WorkerSettings, make_worker_app
+from model.serve.protocol import ErrorCode
 from tests.conftest import ROOT
 from tests.serve.asking import CT, MASK, ask, in_base64, message, prompt, read_chunks, refused
 
@@ -66,6 +69,30 @@ def test_a_streamed_answer_is_the_engines_own(url: str, engine: Engine, question
         assert after.answer.startswith(before.answer)
         assert (before.error_code, before.masks, before.finish) == (0, [], None)
     assert all(chunk.text == body["prompt"] + chunk.answer for chunk in chunks)
+
+
+@pytest.mark.parametrize("method", ["decode_masks", "encode_images"])
+def test_nan_is_an_error_of_the_worker_and_never_json(
+    url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def spoiled(*arguments: Any) -> Any:
+        result = real(*arguments)
+        if method == "encode_images":
+            return result * math.nan
+        return dataclasses.replace(result, iou_predictions=result.iou_predictions * math.nan)
+
+    real, body = getattr(engine.model, method), message(OUTLINE)
+    wanted = ask(url, body)[-1].masks
+    engine.images._values.clear()
+    engine.prefixes._values.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, method, spoiled)
+        raw = httpx.post(f"{url}/worker_generate_stream", json=body, timeout=30)
+        last = [json.loads(chunk, parse_constant=pytest.fail) for chunk in raw.content.split(b"\0") if chunk][-1]
+    assert "NaN or infinite numbers" in (last["text"] if raw.status_code == 200 else last["error"])
+    assert last["error_code"] == ErrorCode.FAILED
+    assert raw.status_code in (200, 500)
+    assert ask(url, body)[-1].masks == wanted
 
 
 def test_there_are_masks_and_none(engine: Engine) -> None:

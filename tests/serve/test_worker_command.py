@@ -24,7 +24,7 @@ from model.inference.quantise import quantisation_of, weight_bytes
 from model.serve import worker_loading
 from model.serve.controller import make_app
 from model.serve.controller_settings import ControllerSettings
-from model.serve.model_worker import main, make_parser, model_name
+from model.serve.model_worker import main, make_parser
 from model.serve.protocol import ErrorCode
 from model.serve.running import parse_flags
 from model.serve.worker_loading import ModelChoice, describe_engine, load_engine, needed_bytes
@@ -156,7 +156,6 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(
             f"--model-path {whole}": "holds no weights",
             f"--model-base {NANO}": "is no LoRA",
             f"--model-path {tmp_path}/lora": "is a LoRA; give the checkpoint",
-            f"--vision-tower {tmp_path}/nothing": "there is no directory",
             "--device tpu": "the device 'tpu' cannot be used",
             "--device cpu --device_map cuda": "differ; give one",
             "--controller ftp://localhost": "--controller 'ftp://localhost' is no address",
@@ -169,7 +168,7 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(
             "--max-pixels 0": "max_pixels is 0",
             "--model-names ,": "printable",
             "--mask-gate": "has no mask_gate.json",
-            "--max-length 100000000": "slots, and cpu has",
+            "--max-length 100000000": "kept prompts, and cpu has",
         }
         for flags, expected in cases.items():
             port = () if "--port" in flags else ("--port", "0")
@@ -192,22 +191,25 @@ def test_a_checkpoint_without_regions_is_refused_where_they_are_wanted(
 def test_too_little_memory_is_told_with_figures(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_loading, "free_memory", lambda: 30_000_000)
     assert main(["--port", "0", "--no-register", "--device", "cpu", "--slots", "100"]) == 2
-    assert "needs 0.0 GiB for its weights and 0.9 GiB for 100 slots, and cpu has 0.0 GiB free" in _sentence(capsys)
+    assert (
+        "needs 0.0 GiB for its weights and 1.1 GiB for 100 slots and kept prompts, and cpu has 0.0 GiB free"
+        in _sentence(capsys)
+    )
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
 def test_memory_is_foretold() -> None:
-    opened, settings = open_checkpoint(NANO), EngineSettings(slots=3, max_length=500)
+    opened, settings = open_checkpoint(NANO), EngineSettings(slots=3, max_length=500, prefix_cache_mb=2)
     engine = load_engine(ModelChoice(NANO, device="cpu"), settings)
     weights, cache = needed_bytes(opened, torch.float32, None, settings)
-    assert cache == engine.cache_bytes
+    assert cache == engine.cache_bytes + engine.prefixes.max_bytes
     assert weights == pytest.approx(weight_bytes(engine.model), rel=0.01)
     half, half_cache = needed_bytes(opened, torch.bfloat16, None, settings)
-    assert (half, half_cache) == (weights // 2, cache // 2)
+    assert (half, half_cache) == (weights // 2, engine.cache_bytes // 2 + engine.prefixes.max_bytes)
     for scheme in ("int8", "int4"):
-        small, _ = needed_bytes(opened, torch.float32, scheme, EngineSettings(slots=1, max_length=1))
+        small, _ = needed_bytes(opened, torch.float32, scheme, EngineSettings(slots=1, max_length=1, prefix_cache_mb=0))
         assert weight_bytes(engine.model) * 0.3 < small <= weights
 
 
@@ -240,5 +242,3 @@ def test_spellings_and_names() -> None:
     for spelling in ("--worker", "--worker_address", "--worker-url"):
         assert parse_flags(make_parser(), [spelling, "http://a:1"]).worker == "http://a:1"
     assert parse_flags(make_parser(), ["--device_map=cuda"]).device_map == "cuda"
-    assert model_name(Path("/runs/stage4/checkpoint-700")) == "stage4_checkpoint-700"
-    assert model_name(NANO) == "medplib-nano"

@@ -135,7 +135,7 @@ def test_a_mixture_in_the_projector_is_drawn_apart_from_the_layers(
 def test_what_was_not_measured_is_not_told_as_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = tiny_checkpoint(tmp_path, projector={"type": "moe_mlp2x_gelu"})
     network, processor = load(checkpoint)
-    network.model.decoder.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
+    network.model.decoder.layers[1].self_attn.q_proj.weight.data.fill_(3e38)  # overflows
     save(network, processor, tmp_path / "broken")
     turns = [{"from": "human", "value": "Is the liver an organ?"}, {"from": "gpt", "value": "yes"}]
     (tmp_path / "text.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
