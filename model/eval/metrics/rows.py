@@ -10,11 +10,11 @@ import numpy as np
 
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import mark
-from model.eval.metrics.masks import CocoRle, Overlaps, best_matching, checked_rle, merged, overlaps
-from model.eval.metrics.surface import surface_scores
+from model.eval.metrics.masks import Overlaps, best_matching, merged, overlaps, surface_scores
 from model.eval.metrics.text import BLEU_ORDERS, closed_correct, ngram_matches, rouge_l, token_overlap, words
 from model.eval.predictions import Prediction
 from model.processing.answers import exact_match
+from model.processing.masks import CocoRle, checked_rle
 from model.processing.special_tokens import SEG_TOKEN
 
 CLOSED_TYPES = frozenset(("closed", "yes/no"))
