@@ -177,7 +177,8 @@ def row_lines(name: str, answers: Path, rows: RowScores) -> Iterator[list[object
 
 def predicted_iou(row: Prediction) -> float | None:
     """Mean of the scores that the model gave its masks; None without masks or scores."""
-    found = [mask["score"] for mask in row.masks if isinstance(mask.get("score"), int | float)]
+    scores = (mask.get("score") for mask in row.masks)
+    found = [score for score in scores if isinstance(score, int | float) and math.isfinite(score)]
     return float(np.mean(found)) if found else None
 
 
