@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from model.checkpoint.directories import checkpoint_name, resolve
 from model.checkpoint.opening import open_checkpoint
 from model.errors import MedPLIBError
+from model.eval.journal import read_journal
 from model.eval.options import InferenceOptions
 from model.inference.engine import Engine, EngineSettings
 from model.inference.loading import load_for_inference
@@ -99,10 +101,27 @@ def _with_options(processor: MedPLIBProcessor, options: InferenceOptions) -> Med
     return MedPLIBProcessor(processor.tokenizer, replace(processor.settings, **changes), processor.sentencepiece_model)
 
 
+def run_folder(kind: str, model: Path) -> Path:
+    """``runs/KIND/NAME`` of a checkpoint; ``NAME-DIGEST`` where that holds answers of another one of the same name.
+
+    Args:
+        kind: of the run, ``eval`` or ``infer``.
+        model: the checkpoint.
+    """
+    model = resolve(model)
+    folder = Path("runs") / kind / checkpoint_name(model)
+    digest = fingerprint(model) if model.is_dir() else ""
+    for path in sorted(folder.rglob("*.run.json")):
+        journal = read_journal(path.with_name(path.name.replace(".run.json", ".jsonl")))
+        if journal is not None and dict(journal.settings.get("model", {})).get("digest") != digest:
+            return folder.with_name(f"{folder.name}-{digest[:8]}")
+    return folder
+
+
 def fingerprint(path: Path) -> str:
     """Digest of a checkpoint directory or weight file: names and content of its files, of weights samples alone."""
     digest = hashlib.blake2b(digest_size=16)
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file() and f.name[0] != ".")
     for file in files:
         if file.suffix in (*_WEIGHTS, ".json", ".model"):
             digest.update(f"{file.name} {file.stat().st_size} ".encode())

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -32,6 +33,7 @@ FINISHES = ("end", "length", "stop", "error")
 """Why an answer ended: it said so, reached its longest length, met a stop string, or could not be given."""
 
 _NAMED = 5  # mismatches told in a refusal
+_LARGEST_SPACING = 1e6  # mm between pixels
 _TAIL = 1 << 16  # bytes read at a time when looking for the last whole line
 
 
@@ -46,7 +48,7 @@ class Prediction:
         gt: the reference answer, without paths.
         text: the model's answer; empty in an error row.
         answer_id: the same whenever the same model answers the same question.
-        model_id: name of the checkpoint's directory.
+        model_id: name of the checkpoint, that of its run where it has one.
         answer_type: ``open``, ``closed``, ``region`` …
         metadata: what is known of task, kind, modality, structure, dataset and turn (from 0).
         masks: predicted masks, each as ``Mask.to_dict`` gives it.
@@ -112,7 +114,7 @@ class Prediction:
         layers = values.get("router") or []
         if any(isinstance(layer, list) and None in layer for layer in layers):
             values["router"] = None  # shares that were not finite
-        elif not all(isinstance(layer, list) and all(map(_is_number, layer)) for layer in layers):
+        elif not all(isinstance(layer, list) and all(map(is_number, layer)) for layer in layers):
             raise MedPLIBError(f"router is {layers!r:.60}, expected a list of the experts' shares for each layer")
         for name in ("masks", "gt_masks"):
             if values.get(name):
@@ -358,13 +360,14 @@ def _tell(key: Key) -> str:
 def _spacing(value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
-    if len(value) != 2 or not all(_is_number(side) and side > 0 for side in value):
+    if len(value) != 2 or not all(is_number(side) and 0 < side < _LARGEST_SPACING for side in value):
         raise MedPLIBError(f"spacing_mm is {value!r:.60}, expected [row, column] in mm")
     return float(value[0]), float(value[1])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value of a row is a number that can be computed with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _mask_object(value: Any, name: str) -> dict[str, Any]:

@@ -81,6 +81,8 @@ def as_json_text(first: Run, second: Run, found: Sequence[SetComparison]) -> str
 def comparison_page(first: Run, second: Run, found: Sequence[SetComparison]) -> str:
     """The whole page."""
     names = [run.model or run.path.stem for run in (first, second)]
+    if names[0] == names[1]:
+        names = [str(run.path) for run in (first, second)]
     title = f"{names[0]} and {names[1]}"
     facts = {
         "First": f"{names[0]}, {first.path}",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from model.checkpoint.directories import checkpoint_name
 from model.data.records import Records, open_records
 from model.errors import MedPLIBError
 from model.eval.asking import Asker, Prepared
@@ -99,7 +100,7 @@ def run_settings(options: InferenceOptions, records: int, device: torch.device, 
     """Everything the answers depend on, JSON-ready; a run goes on only with the same."""
     precision = options.precision or ("fp32" if device.type == "cpu" else "as stored")
     return {
-        "model": {"name": _model_id(options), "digest": fingerprint(options.model)},
+        "model": {"name": checkpoint_name(options.model), "digest": fingerprint(options.model)},
         "vision_tower": fingerprint(options.vision_tower) if options.vision_tower else None,
         "sam": fingerprint(options.sam) if options.sam else None,
         "data": {"name": options.data.name, "sha256": file_digest(options.data), "records": records},
@@ -122,10 +123,6 @@ def run_settings(options: InferenceOptions, records: int, device: torch.device, 
         "chunk": {"index": options.chunk_index, "of": options.num_chunks},
         "processes": place.world_size,
     }
-
-
-def _model_id(options: InferenceOptions) -> str:
-    return options.model.resolve().name
 
 
 def _look_ahead(records: Records, numbers: range, options: InferenceOptions) -> None:
@@ -288,7 +285,7 @@ class _Part:
                     write_comparison(self.options.pictures, item.question.number, item.image.data.pixels, row)
                 progress((item.question.number - left[0]) // left.step + 1, len(left))
 
-            Asker(engine, self.options, _model_id(self.options)).answer(questions(), settle)
+            Asker(engine, self.options, checkpoint_name(self.options.model)).answer(questions(), settle)
 
 
 def _join(

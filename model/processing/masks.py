@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import cv2
@@ -227,7 +226,7 @@ def checked_rle(rle: Mapping[str, Any]) -> CocoRle:
 
 
 def _whole(number: Any) -> int:
-    if not isinstance(number, Real) or number != int(number):
+    if not isinstance(number, int | float | np.integer) or number != int(number):
         raise ValueError(f"{number!r:.20} is no whole number")
     return int(number)
 
