@@ -128,7 +128,7 @@ def with_modality(rows: Iterable[Prediction], modalities: dict[str, str]) -> Ite
     for row in rows:
         modality = _find(row.image_path, modalities)
         if modality is None:
-            unknown.append(row.image_path)
+            unknown.append(row.image_path or f"none for question {row.question_id}")
         else:
             yield replace(row, metadata={**row.metadata, "modality": modality})
     if unknown:

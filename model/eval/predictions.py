@@ -246,6 +246,13 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
         return encode_row({**finite, "metadata": {**finite.get("metadata", {}), "not_finite": names}})
 
 
+def json_text(content: Mapping[str, Any]) -> str:
+    """Indented JSON; numbers that are not finite are null, and their names stand under ``not_finite``."""
+    names: list[str] = []
+    finite = _finite(content, "", names)
+    return json.dumps({**finite, "not_finite": names} if names else finite, indent=1, ensure_ascii=False) + "\n"
+
+
 def _finite(value: Any, name: str, names: list[str]) -> Any:
     """The value with None for numbers that are not finite; their names (``masks.0.score``) are added to the list."""
     if isinstance(value, Mapping):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from model.eval.metrics.comparing import Difference
 from model.eval.metrics.definitions import Metric
 from model.eval.metrics.scores import UNNAMED
 from model.eval.metrics.tables import aligned
-from model.eval.predictions import Prediction
+from model.eval.predictions import Prediction, json_text
 from model.eval.report import plain_cell, write_csv, write_text
 from model.eval.report_pictures import MOST_PICTURES, Pictures
 from model.eval.versions import version
@@ -75,7 +74,7 @@ def as_json_text(first: Run, second: Run, found: Sequence[SetComparison]) -> str
         "second": {"path": str(second.path), "model": second.model},
         "sets": [_set_json(part) for part in found],
     }
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(content)
 
 
 def comparison_page(first: Run, second: Run, found: Sequence[SetComparison]) -> str:

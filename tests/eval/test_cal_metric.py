@@ -149,6 +149,7 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     for flags, said in [
         (["--pred", str(tmp_path / "none.jsonl")], "cannot read the predictions"),
+        (["--pred", str(written(tmp_path / "empty.jsonl", []))], "holds no predictions"),
         (["--pred", str(torn)], "torn.jsonl, line 2: the last line is torn"),
         (["--pred", str(damaged)], "question 1: the runs of a mask encoding"),
         (["--pred", str(pred), "--candidate_set", str(tmp_path / "none.json")], "cannot read the candidate set"),

@@ -10,7 +10,7 @@ import pytest
 
 from model.errors import MedPLIBError
 from model.eval.metrics import score_predictions
-from model.eval.predictions import Prediction, PredictionWriter, match_references, read_predictions
+from model.eval.predictions import Prediction, PredictionWriter, json_text, match_references, read_predictions
 
 PUBLISHED = {
     "question_id": 3,
@@ -110,6 +110,15 @@ def test_numbers_that_are_not_finite_are_null_with_their_names(tmp_path: Path):
     (read,) = read_predictions(tmp_path / "rows.jsonl")
     assert (read.masks[0]["score"], read.timing["total"], read.router) == (None, None, None)
     assert read.metadata["not_finite"] == ["masks.0.score", "timing.total", "router.0.0"]
+
+
+def test_json_has_no_numbers_that_are_not_finite():
+    text = json_text({"sets": [{"value": math.nan, "low": 0.5}], "high": -math.inf})
+    assert json.loads(text) == {
+        "sets": [{"value": None, "low": 0.5}],
+        "high": None,
+        "not_finite": ["sets.0.value", "high"],
+    }
 
 
 def test_run_lengths_may_lie_in_an_object_or_alone():
