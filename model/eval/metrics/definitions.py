@@ -31,8 +31,10 @@ CONVENTIONS = {
     "empty": "A reference mask without pixels scores 1 if its prediction is empty too, else 0; it has no surface. A "
     "row that has no reference pixel at all is an absent target: it counts in gIoU (1 without a mask, else 0), in cIoU "
     "(its painted pixels join the union) and in the false-mask rate, and nowhere else.",
-    "surface": "HD95 is the larger of the two directed 95th percentiles; where nothing is painted it is the diagonal "
-    "of the image and the surface Dice (NSD) 0. In mm where the spacing is known; all other masks apart, in pixels.",
+    "surface": "Distances between outline pixels. HD95 is the larger of the two directed 95th percentiles, the surface "
+    "Dice (NSD) the share of outline pixels within the tolerance, 2 mm or 2 pixels unless settings say otherwise; "
+    "where nothing is painted HD95 is the diagonal of the image and NSD 0. In mm where the spacing is known; all other "
+    "masks apart, in pixels.",
     "errors": "A row that could not be answered is wrong, and its masks are empty; for an absent target it scores 0 in "
     "gIoU and is left out of the false-mask rates.",
     "intervals": "95 % percentile intervals of a bootstrap that draws whole images, with all their questions.",
