@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import math
+import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +241,17 @@ def write_text(path: Path, text: str) -> Path:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8", errors="replace")
     return partial.replace(path)
+
+
+def version() -> str:
+    """Of this code: the package's, and the commit where it is run from a checkout."""
+    parts = []
+    with suppress(importlib.metadata.PackageNotFoundError):
+        parts.append(f"medplib {importlib.metadata.version('medplib')}")
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            parts.append(f"commit {found.stdout.strip()}")
+    return ", ".join(parts)

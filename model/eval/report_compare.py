@@ -18,9 +18,8 @@ from model.eval.metrics.definitions import Metric
 from model.eval.metrics.scores import UNNAMED
 from model.eval.metrics.tables import aligned
 from model.eval.predictions import Prediction, json_text
-from model.eval.report import plain_cell, write_csv, write_text
+from model.eval.report import plain_cell, version, write_csv, write_text
 from model.eval.report_pictures import MOST_PICTURES, Pictures
-from model.eval.versions import version
 
 HTML_FILE, JSON_FILE, CHANGES_FILE = "compare.html", "compare.json", "changes.csv"
 

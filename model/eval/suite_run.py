@@ -16,13 +16,12 @@ from model.eval.metrics.tables import aligned, number, span
 from model.eval.opening import open_engine
 from model.eval.options import InferenceOptions
 from model.eval.places import Place
-from model.eval.report import ROWS_FILE, write_csv, write_report
+from model.eval.report import ROWS_FILE, version, write_csv, write_report
 from model.eval.report_data import SetResult, SuiteResult, metric_title
 from model.eval.run import Opener, Outcome, run_inference
 from model.eval.suite import DataSet, Suite
 from model.eval.suite_questions import write_questions
 from model.eval.suite_results import ROW_COLUMNS, measure
-from model.eval.versions import version
 from model.inference.engine import Engine
 
 PREDICTIONS, QUESTIONS = "predictions", "questions"
