@@ -28,6 +28,7 @@ from model.errors import MedPLIBError
 from model.inference.answer import Answer
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
+from model.processing.answers import exact_match
 from model.processing.masks import decode_rle
 
 THRESHOLDS = (0.1, 0.5)
@@ -134,7 +135,7 @@ def score(record: Mapping[str, Any], answer: Answer, root: Path) -> list[tuple[s
     """(Score name, value) pairs of one answer."""
     reference = record["conversations"][1]["value"]
     if record["task"] != "grounding":
-        return [(record["kind"], float(plain(answer.text) == plain(reference)))]
+        return [(record["kind"], float(exact_match(answer.text, reference)))]
     wanted = [read_mask(root / path) for path in _MASK.findall(reference)]
     if not wanted:
         return [("false_masks", float(bool(answer.masks)))]
@@ -151,11 +152,6 @@ def dice(painted: np.ndarray, target: np.ndarray) -> float:
     """Dice of two masks, bool [H, W]; 1 where both are empty."""
     both = int(painted.sum()) + int(target.sum())
     return 2 * int((painted & target).sum()) / both if both else 1.0
-
-
-def plain(text: str) -> str:
-    """A text without case, punctuation and repeated spaces."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
 
 def table(report: Mapping[str, Any]) -> str:

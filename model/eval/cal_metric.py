@@ -25,7 +25,7 @@ from model.errors import MedPLIBError
 from model.eval.metrics import PublishedText, Scores, score_predictions
 from model.eval.metrics.published_text import format_table
 from model.eval.metrics.rows import masks_by_threshold
-from model.eval.predictions import Prediction, match_references, read_predictions
+from model.eval.predictions import Prediction, json_text, match_references, read_predictions
 
 STANDARD_HEADING = "Standard scores (fractions of 1; 95 % intervals over images)"
 
@@ -112,10 +112,13 @@ def count_rows(path: str | Path) -> int:
     """Rows of a predictions file, by its lines."""
     try:
         with Path(path).open("rb") as stream:
-            return sum(1 for line in stream if line.strip())
+            count = sum(1 for line in stream if line.strip())
     except OSError as error:
         reason = error.strerror or "it cannot be read"
         raise MedPLIBError(f"cannot read the predictions {path}: {reason}; give a file of vqa_infer") from error
+    if not count:
+        raise MedPLIBError(f"{path} holds no predictions; give a file with at least one")
+    return count
 
 
 def with_bar(rows: Iterable[Prediction], total: int) -> Iterator[Prediction]:
@@ -165,7 +168,7 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Write the numbers where asked."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(json_text(result), encoding="utf-8", errors="replace")
 
 
 def _check_candidates(path: Path) -> None:

@@ -22,7 +22,7 @@ if not __package__:  # run as a file: Python puts this folder on its path, not t
 from model.errors import MedPLIBError
 from model.eval.cal_metric import add_output_flags, count_rows, print_standard, with_bar, write_json
 from model.eval.metrics import score_predictions
-from model.eval.metrics.published_words import published_words
+from model.eval.metrics.published_text import published_words
 from model.eval.metrics.rows import is_closed
 from model.eval.predictions import Prediction, read_predictions
 
@@ -128,7 +128,7 @@ def with_modality(rows: Iterable[Prediction], modalities: dict[str, str]) -> Ite
     for row in rows:
         modality = _find(row.image_path, modalities)
         if modality is None:
-            unknown.append(row.image_path)
+            unknown.append(row.image_path or f"none for question {row.question_id}")
         else:
             yield replace(row, metadata={**row.metadata, "modality": modality})
     if unknown:

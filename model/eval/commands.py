@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from model.errors import MedPLIBError
 
 FAILED_QUESTIONS = 3
 """Exit code where some questions could not be asked."""
+BATCH_SIZE = 8
 
 
 def add_eval_command(commands: argparse._SubParsersAction) -> None:
@@ -26,7 +28,7 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--overwrite", action="store_true", help="start anew; a stopped run goes on otherwise")
     evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
     evaluate.add_argument("--precision", choices=("fp32", "bf16"), help="as stored when absent, fp32 on a CPU")
-    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions decoded together")
+    evaluate.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="questions decoded together")
     evaluate.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP, for published checkpoints")
     evaluate.add_argument("--sam", type=Path, metavar="FILE", help="SAM-Med2D, for published checkpoints without it")
     evaluate.set_defaults(run=run_eval)
@@ -34,9 +36,11 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
 
 def run_eval(options: argparse.Namespace) -> int:
     """``medplib eval``: exit 3 when questions could not be asked."""
+    from model.checkpoint.directories import resolve
+    from model.eval.opening import run_folder
     from model.eval.places import Place
     from model.eval.suite import load_suite
-    from model.eval.suite_run import SuiteOptions, default_out, run_suite, told
+    from model.eval.suite_run import SuiteOptions, run_suite, told
 
     environment = dict(os.environ)
     if options.data is not None:
@@ -47,14 +51,17 @@ def run_eval(options: argparse.Namespace) -> int:
     place = Place.from_environment()
     if place.is_first:  # progress lines go where a log is kept
         logging.getLogger("model.eval").setLevel(logging.INFO)
+    model = resolve(options.model)
+    out = options.out or run_folder("eval", model) / suite.name
     chosen = SuiteOptions(
-        model=options.model,
+        model=model,
         suite=suite,
         named=options.suite,
-        out=options.out or default_out(options.model, suite),
+        out=out,
+        command=_command(options, out),
         device=options.device,
         precision=options.precision,
-        vision_tower=options.vision_tower,
+        vision_tower=options.vision_tower and resolve(options.vision_tower),
         sam=options.sam,
         batch_size=options.batch_size,
         limit=options.limit,
@@ -72,6 +79,17 @@ def run_eval(options: argparse.Namespace) -> int:
         )
         return FAILED_QUESTIONS
     return 0
+
+
+def _command(options: argparse.Namespace, out: Path) -> str:
+    """The command line that repeats a run into the same folder."""
+    data = options.data or os.environ.get("MEDPLIB_DATA")
+    given = {"out": out, "data": data, **{name: getattr(options, name) for name in ("precision", "limit", "sam")}}
+    given |= {"device": options.device if options.device != "auto" else None, "vision-tower": options.vision_tower}
+    given |= {"batch-size": options.batch_size if options.batch_size != BATCH_SIZE else None}
+    words = ["medplib", "eval", str(options.model), options.suite]
+    words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join([*words, *(("--only", *options.only) if options.only else ())])
 
 
 def add_compare_command(commands: argparse._SubParsersAction) -> None:
@@ -101,9 +119,8 @@ def run_compare(options: argparse.Namespace) -> int:
 
 
 def _default_out(first: Path, second: Path) -> Path:
-    """``runs/compare/A-and-B``; with the folder's name before two that are the same."""
-    paths = [path.resolve() for path in (first, second)]
-    names = [path.stem if path.is_file() else path.name for path in paths]
-    if names[0] == names[1]:
-        names = [f"{path.parent.name}-{name}" for path, name in zip(paths, names, strict=True)]
-    return Path("runs") / "compare" / "-and-".join(names)
+    """``runs/compare/A-and-B``; with the names of the folders above, as far as A and B are the same without."""
+    parts = [path.resolve().with_suffix("" if path.is_file() else path.suffix).parts[1:] for path in (first, second)]
+    longest = min(map(len, parts))
+    least = next((count for count in range(1, longest) if parts[0][-count:] != parts[1][-count:]), longest)
+    return Path("runs") / "compare" / "-and-".join("-".join(part[-least:]) for part in parts)

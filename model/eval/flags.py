@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import MedPLIBError
-from model.eval.options import InferenceOptions, default_answers
+from model.eval.options import InferenceOptions
 
 _EXAMPLE = """examples:
   python model/eval/vqa_infer.py --version assets/medplib-nano --val_data_path data/sample/held_out.json \\
@@ -93,7 +93,9 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--no_mask_below", type=float, metavar="P", help="leave masks of a lower presence empty")
     group.add_argument("--vis_mask", action="store_true", help="write a picture of every row with masks")
-    group.add_argument("--vis_save_path", type=Path, metavar="DIR", help="where to (./vis_output)")
+    group.add_argument(
+        "--vis_save_path", type=Path, metavar="DIR", help="where to (ANSWERS.pictures, beside the answers)"
+    )
     group.add_argument("--return_gating_logit", action="store_true", help="write the share of tokens of each expert")
     group.add_argument("--overwrite", action="store_true", help="start anew where the answers file is there")
 
@@ -130,13 +132,16 @@ def parse_flags(arguments: Sequence[str] | None = None) -> tuple[InferenceOption
     """
     flags = build_parser().parse_args(arguments)
     _refuse(flags)
-    pictures = (flags.vis_save_path or Path("vis_output")) if flags.vis_mask else None
+    from model.checkpoint.directories import resolve
+
+    answers = flags.answers_file or _default_answers(flags)
+    beside = answers.with_name(f"{answers.stem}.pictures")
     options = InferenceOptions(
-        model=flags.version,
+        model=resolve(flags.version),
         data=flags.val_data_path,
         images=flags.image_folder,
-        answers=flags.answers_file or _default_answers(flags),
-        vision_tower=flags.vision_tower,
+        answers=answers,
+        vision_tower=flags.vision_tower and resolve(flags.vision_tower),
         sam=flags.vision_pretrained,
         answer_type=flags.answer_type,
         template=flags.conv_type,
@@ -155,7 +160,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> tuple[InferenceOption
         router=flags.return_gating_logit,
         answer_scores=flags.eval_vqa,
         segmentation_scores=flags.eval_seg,
-        pictures=pictures,
+        pictures=(flags.vis_save_path or beside) if flags.vis_mask else None,
         precision=flags.precision,
         device="cpu" if flags.cpu_only else flags.device,
         batch_size=flags.batch_size,
@@ -170,10 +175,10 @@ def parse_flags(arguments: Sequence[str] | None = None) -> tuple[InferenceOption
 
 def _default_answers(flags: argparse.Namespace) -> Path:
     """Chunks are runs of their own, so each has its own file."""
-    whole = default_answers(flags.version, flags.val_data_path)
-    if flags.num_chunks == 1:
-        return whole
-    return whole.with_name(f"{whole.stem}.chunk-{flags.chunk_idx}-of-{flags.num_chunks}{whole.suffix}")
+    from model.eval.opening import run_folder
+
+    part = f".chunk-{flags.chunk_idx}-of-{flags.num_chunks}" if flags.num_chunks > 1 else ""
+    return run_folder("infer", flags.version) / f"{flags.val_data_path.stem}{part}.jsonl"
 
 
 def _refuse(flags: argparse.Namespace) -> None:

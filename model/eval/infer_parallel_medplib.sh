@@ -33,7 +33,9 @@ refuse() {
 }
 
 stem=$(basename -- "$DATA")
-ANSWERS=${ANSWERS:-runs/infer/$(basename -- "$MODEL")/${stem%.*}.jsonl}
+name=$(basename -- "$(CDPATH='' cd -- "$MODEL" 2>/dev/null && pwd -P || printf '%s' "$MODEL")")
+if [ "$name" = merged ]; then name=$(basename -- "$(CDPATH='' cd -- "$MODEL/.." && pwd -P)"); fi
+ANSWERS=${ANSWERS:-runs/infer/$name/${stem%.*}.jsonl}
 overwrite=
 scores=
 for flag in "$@"; do

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from model.errors import MedPLIBError
-from model.eval.joining import write_lines
 from model.eval.journal import Journal, journal_path, read_journal, remove
-from model.eval.telling import answer_scores, segmentation_scores
+from model.eval.run import answer_scores, segmentation_scores, write_lines
 
 FAILED_QUESTIONS = 3
 

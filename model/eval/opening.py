@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.directories import regular_files, resolve
+from model.checkpoint.directories import checkpoint_name, regular_files, resolve
 from model.checkpoint.opening import open_checkpoint
 from model.errors import MedPLIBError
+from model.eval.journal import read_journal
 from model.eval.options import InferenceOptions
 from model.inference.engine import Engine, EngineSettings
 from model.inference.loading import load_for_inference
@@ -92,6 +93,23 @@ def _with_options(processor: MedPLIBProcessor, options: InferenceOptions) -> Med
     if not changes:
         return processor
     return MedPLIBProcessor(processor.tokenizer, replace(processor.settings, **changes), processor.sentencepiece_model)
+
+
+def run_folder(kind: str, model: Path) -> Path:
+    """``runs/KIND/NAME`` of a checkpoint; ``NAME-DIGEST`` where that holds answers of another one of the same name.
+
+    Args:
+        kind: of the run, ``eval`` or ``infer``.
+        model: the checkpoint.
+    """
+    model = resolve(model)
+    folder = Path("runs") / kind / checkpoint_name(model)
+    digest = fingerprint(model) if model.is_dir() else ""
+    for path in sorted(folder.rglob("*.run.json")):
+        journal = read_journal(path.with_name(path.name.replace(".run.json", ".jsonl")))
+        if journal is not None and dict(journal.settings.get("model", {})).get("digest") != digest:
+            return folder.with_name(f"{folder.name}-{digest[:8]}")
+    return folder
 
 
 def fingerprint(path: Path) -> str:

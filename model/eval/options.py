@@ -138,10 +138,5 @@ class InferenceOptions:
             raise MedPLIBError(f"the seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
 
 
-def default_answers(model: Path, data: Path) -> Path:
-    """Where the answers of a model to a data file go when nobody says."""
-    return Path("runs") / "infer" / model.resolve().name / f"{data.stem}.jsonl"
-
-
 def _listed(numbers: tuple[float, ...]) -> str:
     return ", ".join(f"{number:g}" for number in numbers)

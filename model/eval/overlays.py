@@ -52,4 +52,4 @@ def write_comparison(folder: Path, number: int, pixels: np.ndarray, prediction: 
 
 
 def _mask(found: Mapping[str, Any]) -> Mask:
-    return Mask.from_array(decode_rle(found["rle"]), str(found.get("label", "")), float(found.get("score", 0.0)))
+    return Mask.from_array(decode_rle(found["rle"]), str(found.get("label", "")), float(found.get("score") or 0.0))

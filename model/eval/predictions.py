@@ -1,14 +1,18 @@
 """Prediction rows: one answered question a line of JSON, written as answers come and read as a stream.
 
 The first nine keys are the published ones (reference §9), in their order; masks, scores and timing follow. Rows that
-lack ours, as the published evaluation writes them, are read too, and so are those without a prompt, as for OmniMedVQA.
+lack ours, as the published evaluation writes them, are read too, and so are those of other writers without a prompt or
+an image path.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
+import math
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +24,8 @@ from typing import Any, Literal
 from model.errors import MedPLIBError
 from model.eval.references import Reference, Turns, references_of
 
+logger = logging.getLogger(__name__)
+
 Key = tuple[str, int]
 Existing = Literal["refuse", "resume", "overwrite"]
 
@@ -27,6 +33,7 @@ FINISHES = ("end", "length", "stop", "error")
 """Why an answer ended: it said so, reached its longest length, met a stop string, or could not be given."""
 
 _NAMED = 5  # mismatches told in a refusal
+_LARGEST_SPACING = 1e6  # mm between pixels
 _TAIL = 1 << 16  # bytes read at a time when looking for the last whole line
 
 
@@ -36,12 +43,12 @@ class Prediction:
 
     Attributes:
         question_id: as in the data set; the record's number, from 0, where it has no id.
-        image_path: as in the data set.
+        image_path: as in the data set; empty in a row that does not say.
         prompt: the question as asked, without paths and image markers; empty in a row that does not say.
         gt: the reference answer, without paths.
         text: the model's answer; empty in an error row.
         answer_id: the same whenever the same model answers the same question.
-        model_id: name of the checkpoint's directory.
+        model_id: name of the checkpoint, that of its run where it has one.
         answer_type: ``open``, ``closed``, ``region`` …
         metadata: what is known of task, kind, modality, structure, dataset and turn (from 0).
         masks: predicted masks, each as ``Mask.to_dict`` gives it.
@@ -91,7 +98,7 @@ class Prediction:
         """
         if not isinstance(row, Mapping):
             raise MedPLIBError(f"a prediction is an object {{…}}, got {type(row).__name__}")
-        values = {"prompt": "", **{name: row[name] for name in _KINDS if name in row}}
+        values = {"prompt": "", "image_path": "", **{name: row[name] for name in _KINDS if name in row}}
         absent = [name for name in _REQUIRED if name not in values]
         if absent:
             raise MedPLIBError(f"the prediction has no {', '.join(absent)}; expected the rows of vqa_infer")
@@ -99,12 +106,19 @@ class Prediction:
             if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
                 raise MedPLIBError(f"{name} is {value!r:.60}, expected {_kind_names(_KINDS[name])}")
         if values.get("finish", "end") not in FINISHES:
-            raise MedPLIBError(f"finish is {values['finish']!r}; expected one of {', '.join(FINISHES)}")
-        if not isinstance(values.get("metadata", {}).get("turn", 0), int):
-            raise MedPLIBError(f"the turn is {values['metadata']['turn']!r}, expected a whole number")
+            raise MedPLIBError(f"finish is {values['finish']!r:.60}; expected one of {', '.join(FINISHES)}")
+        turn = values.get("metadata", {}).get("turn", 0)
+        if not isinstance(turn, int) or turn < 0:
+            raise MedPLIBError(f"the turn is {turn!r:.60}, expected a whole number from 0")
         values["spacing_mm"] = _spacing(values.get("spacing_mm"))
+        layers = values.get("router") or []
+        if any(isinstance(layer, list) and None in layer for layer in layers):
+            values["router"] = None  # shares that were not finite
+        elif not all(isinstance(layer, list) and all(map(is_number, layer)) for layer in layers):
+            raise MedPLIBError(f"router is {layers!r:.60}, expected a list of the experts' shares for each layer")
         for name in ("masks", "gt_masks"):
-            _check_objects(values.get(name), name)
+            if values.get(name):
+                values[name] = [_mask_object(value, name) for value in values[name]]
         return cls(**values)
 
     def to_row(self) -> dict[str, Any]:
@@ -162,7 +176,7 @@ def _parse_line(line: bytes, place: str) -> Prediction:
     except (ValueError, RecursionError) as error:
         if not line.endswith(b"\n"):
             raise MedPLIBError(f"{place}: the last line is torn; run vqa_infer again to finish the file") from error
-        raise MedPLIBError(f"{place}: not valid JSON; mend or remove the line") from error
+        raise MedPLIBError(f"{place}: not valid JSON; give one object a line, as vqa_infer writes them") from error
 
 
 class PredictionWriter:
@@ -221,11 +235,34 @@ class PredictionWriter:
 
 
 def encode_row(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON, UTF-8, with its newline."""
+    """One line of JSON, UTF-8, with its newline; numbers that are not finite are null, and their names are kept."""
     try:
         return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     except UnicodeEncodeError:  # half of a character pair, which JSON can name and UTF-8 cannot
         return (json.dumps(row, allow_nan=False) + "\n").encode("ascii")
+    except ValueError:
+        names: list[str] = []
+        finite = _finite(row, "", names)
+        return encode_row({**finite, "metadata": {**finite.get("metadata", {}), "not_finite": names}})
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Indented JSON; numbers that are not finite are null, and their names stand under ``not_finite``."""
+    names: list[str] = []
+    finite = _finite(content, "", names)
+    return json.dumps({**finite, "not_finite": names} if names else finite, indent=1, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any, name: str, names: list[str]) -> Any:
+    """The value with None for numbers that are not finite; their names (``masks.0.score``) are added to the list."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item, f"{name}.{key}".lstrip("."), names) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, f"{name}.{place}", names) for place, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        names.append(name)
+        return None
+    return value
 
 
 def cut_torn_line(path: str | Path) -> int:
@@ -265,7 +302,10 @@ def match_references(
     waiting_predictions: dict[Key, deque[Prediction]] = {}
     waiting_references: dict[Key, deque[Reference]] = {}
     differing: list[str] = []
+    moved: list[str] = []
     for prediction, reference in zip_longest(predictions, asked):
+        if prediction and reference and prediction.key != reference.key:
+            moved.append(_tell(prediction.key))
         for pair in _newly_matched(prediction, reference, waiting_predictions, waiting_references):
             if pair[0].gt != pair[1].gt:
                 differing.append(f"{_tell(pair[0].key)} has {pair[0].gt!r:.40}, the data file {pair[1].gt!r:.40}")
@@ -276,6 +316,12 @@ def match_references(
         raise MedPLIBError(
             f"the predictions do not match the data file one to one: {'; '.join(unmatched)}; "
             "give the file that the predictions were made from, and all of its predictions"
+        )
+    if moved:
+        logger.warning(
+            "%d predictions stand in another order than the data file, the first is %s; they are matched by id",
+            len(moved),
+            moved[0],
         )
 
 
@@ -321,15 +367,24 @@ def _tell(key: Key) -> str:
 def _spacing(value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
-    if len(value) != 2 or not all(isinstance(side, int | float) and side > 0 for side in value):
+    if len(value) != 2 or not all(is_number(side) and 0 < side < _LARGEST_SPACING for side in value):
         raise MedPLIBError(f"spacing_mm is {value!r:.60}, expected [row, column] in mm")
     return float(value[0]), float(value[1])
 
 
-def _check_objects(values: list[Any] | None, name: str) -> None:
-    for value in values or ():
-        if not isinstance(value, dict):
-            raise MedPLIBError(f"{name} holds {value!r:.60}, expected objects {{…}}")
+def is_number(value: Any) -> bool:
+    """Whether a value of a row is a number that can be computed with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _mask_object(value: Any, name: str) -> dict[str, Any]:
+    """A predicted mask with its ``rle``, a reference one as run lengths alone; either form is read for both."""
+    if not isinstance(value, dict) or not ("rle" in value or "counts" in value):
+        kind = "a polygon or another list" if isinstance(value, list) else f"{value!r:.60}"
+        raise MedPLIBError(f"{name} holds {kind}; expected COCO's run lengths {{'size': [h, w], 'counts': …}}")
+    if name == "masks":
+        return value if "rle" in value else {"rle": value}
+    return value.get("rle", value)
 
 
 def _kind_names(kinds: tuple[type, ...]) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
+import importlib.metadata
 import math
+import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from model.drawing.pages import Markup, count, element, joined, page
 from model.eval import report_sections as sections
 from model.eval.metrics.scores import Measures
+from model.eval.predictions import json_text
 from model.eval.report_data import SetResult, SuiteResult
 from model.eval.report_pictures import MOST_BYTES, MOST_PICTURES, Pictures
 
@@ -31,7 +34,7 @@ def write_report(result: SuiteResult, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     whole = {
         HTML_FILE: suite_page(result),
-        JSON_FILE: json.dumps(as_json(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        JSON_FILE: json_text(as_json(result)),
     }
     files = [write_text(folder / name, text) for name, text in whole.items()]
     return [*files, write_scores(result.sets, folder / SCORES_FILE)]
@@ -164,7 +167,7 @@ def as_json(result: SuiteResult) -> dict[str, Any]:
 def _set_json(part: SetResult) -> dict[str, Any]:
     item = part.item
     blind = [
-        {"by": by, "group": group, "metric": metric, "value": _finite(value)}
+        {"by": by, "group": group, "metric": metric, "value": round(value, 6)}
         for (by, group, metric), value in part.blind.items()
     ]
     return {
@@ -230,11 +233,7 @@ def plain_cell(text: str) -> str:
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.6f}"
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(float(value), 6)
+    return "" if value is None or not math.isfinite(value) else f"{value:.6f}"
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -242,3 +241,17 @@ def write_text(path: Path, text: str) -> Path:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8", errors="replace")
     return partial.replace(path)
+
+
+def version() -> str:
+    """Of this code: the package's, and the commit where it is run from a checkout."""
+    parts = []
+    with suppress(importlib.metadata.PackageNotFoundError):
+        parts.append(f"medplib {importlib.metadata.version('medplib')}")
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            parts.append(f"commit {found.stdout.strip()}")
+    return ", ".join(parts)

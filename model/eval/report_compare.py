@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,9 @@ from model.eval.metrics.comparing import Difference
 from model.eval.metrics.definitions import Metric
 from model.eval.metrics.scores import UNNAMED
 from model.eval.metrics.tables import aligned
-from model.eval.predictions import Prediction
-from model.eval.report import plain_cell, write_csv, write_text
+from model.eval.predictions import Prediction, json_text
+from model.eval.report import plain_cell, version, write_csv, write_text
 from model.eval.report_pictures import MOST_PICTURES, Pictures
-from model.eval.versions import version
 
 HTML_FILE, JSON_FILE, CHANGES_FILE = "compare.html", "compare.json", "changes.csv"
 
@@ -75,12 +73,14 @@ def as_json_text(first: Run, second: Run, found: Sequence[SetComparison]) -> str
         "second": {"path": str(second.path), "model": second.model},
         "sets": [_set_json(part) for part in found],
     }
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(content)
 
 
 def comparison_page(first: Run, second: Run, found: Sequence[SetComparison]) -> str:
     """The whole page."""
     names = [run.model or run.path.stem for run in (first, second)]
+    if names[0] == names[1]:
+        names = [str(run.path) for run in (first, second)]
     title = f"{names[0]} and {names[1]}"
     facts = {
         "First": f"{names[0]}, {first.path}",

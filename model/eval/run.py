@@ -1,10 +1,13 @@
-"""One run over a data file: begun or gone on with, alone or as one of several processes, and joined at the end."""
+"""One run over a data file: asked, resumed, joined from several processes, and reported."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,12 @@ from typing import Any
 import torch
 import transformers
 
+from model.checkpoint.directories import checkpoint_name
+from model.data.progress import record_bar
 from model.data.records import Records, open_records
+from model.data.validate import Progress
 from model.errors import MedPLIBError
 from model.eval.asking import Asker, Prepared
-from model.eval.bar import progress_shown
-from model.eval.joining import join_parts, rows_of
 from model.eval.journal import (
     Journal,
     journal_path,
@@ -26,16 +30,20 @@ from model.eval.journal import (
     remove,
     wait_for_parts,
 )
+from model.eval.metrics import PublishedText, score_predictions
+from model.eval.metrics.published_text import format_table
 from model.eval.opening import check_options, file_digest, fingerprint, open_engine
 from model.eval.options import InferenceOptions
 from model.eval.overlays import write_comparison
 from model.eval.places import Place, choose_device, chunk, shard, share_cores
-from model.eval.predictions import Prediction, PredictionWriter, read_predictions
+from model.eval.predictions import Key, Prediction, PredictionWriter, read_predictions
 from model.eval.questions import Question, questions_of, unreadable_question
+from model.eval.references import Turns, references_of
 from model.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+_EVERY = 30.0  # seconds between lines of a log
 _SEEN_FIRST = 8  # records looked at before anything is loaded
 
 Opener = Callable[[InferenceOptions, torch.device], Engine]
@@ -99,7 +107,7 @@ def run_settings(options: InferenceOptions, records: int, device: torch.device, 
     """Everything the answers depend on, JSON-ready; a run goes on only with the same."""
     precision = options.precision or ("fp32" if device.type == "cpu" else "as stored")
     return {
-        "model": {"name": _model_id(options), "digest": fingerprint(options.model)},
+        "model": {"name": checkpoint_name(options.model), "digest": fingerprint(options.model)},
         "vision_tower": fingerprint(options.vision_tower) if options.vision_tower else None,
         "sam": fingerprint(options.sam) if options.sam else None,
         "data": {"name": options.data.name, "sha256": file_digest(options.data), "records": records},
@@ -122,10 +130,6 @@ def run_settings(options: InferenceOptions, records: int, device: torch.device, 
         "chunk": {"index": options.chunk_index, "of": options.num_chunks},
         "processes": place.world_size,
     }
-
-
-def _model_id(options: InferenceOptions) -> str:
-    return options.model.resolve().name
 
 
 def _look_ahead(records: Records, numbers: range, options: InferenceOptions) -> None:
@@ -288,7 +292,7 @@ class _Part:
                     write_comparison(self.options.pictures, item.question.number, item.image.data.pixels, row)
                 progress((item.question.number - left[0]) // left.step + 1, len(left))
 
-            Asker(engine, self.options, _model_id(self.options)).answer(questions(), settle)
+            Asker(engine, self.options, checkpoint_name(self.options.model)).answer(questions(), settle)
 
 
 def _join(
@@ -311,3 +315,142 @@ def _join(
     failed = (row.error for row in read_predictions(options.answers) if row.failed)
     first_error = next(failed, None) if whole.errors else None
     return Outcome(options.answers, whole.rows, whole.errors, first_error, whole.seconds)
+
+
+# --- joining ----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(records: Records, number: int, turns: Turns) -> list[Key]:
+    """Keys of the rows of one record, in their order; one row stands for a record that cannot be parsed."""
+    try:
+        return [reference.key for reference in references_of(records[number], number, turns)]
+    except MedPLIBError:
+        return [(str(number), 0)]
+
+
+def join_parts(answers: Path, parts: Sequence[Path], records: Records, numbers: range, turns: Turns) -> None:
+    """Join the parts of processes that took every ``len(parts)``-th record each.
+
+    Args:
+        answers: written whole or not at all.
+        parts: by rank.
+        records: the data file.
+        numbers: records that were asked.
+        turns: which of their questions.
+
+    Raises:
+        MedPLIBError: a part holds more or fewer rows than its questions.
+    """
+
+    def lines() -> Iterator[bytes]:
+        with ExitStack() as stack:
+            streams = [stack.enter_context(part.open("rb")) for part in parts]
+            for at, number in enumerate(numbers):
+                stream = streams[at % len(parts)]
+                for _ in rows_of(records, number, turns):
+                    line = stream.readline()
+                    if not line.endswith(b"\n"):
+                        raise MedPLIBError(f"{stream.name} ends before its questions do; run the same command again")
+                    yield line
+            for stream in streams:
+                if stream.read(1):
+                    raise MedPLIBError(f"{stream.name} holds more answers than questions; start anew with --overwrite")
+
+    write_lines(answers, lines())
+
+
+def write_lines(target: Path, lines: Iterable[bytes]) -> int:
+    """Write a file that is there whole or not at all; returns the number of lines."""
+    written = 0
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as stream:
+            for line in lines:
+                stream.write(line)
+                written += 1
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return written
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def told(outcome: Outcome, options: InferenceOptions) -> Iterator[str]:
+    """Lines about a run: how much, how fast, the scores that were asked for, and what failed."""
+    if outcome.was_finished:
+        yield f"{outcome.answers} is finished already: {outcome.rows} answers; --overwrite starts anew"
+    else:
+        rate = f", {outcome.rows / outcome.seconds:.2f} a second" if outcome.seconds else ""
+        yield f"wrote {outcome.rows} answers to {outcome.answers} in {outcome.seconds:.1f} s{rate}"
+    if options.answer_scores:
+        yield from answer_scores(outcome.answers)
+    if options.segmentation_scores:
+        yield from segmentation_scores(outcome.answers, options.thresholds)
+    if outcome.errors:
+        yield f"{outcome.errors} of them could not be given, the first because {outcome.first_error}"
+
+
+def answer_scores(answers: Path) -> Iterator[str]:
+    """The published table of answer scores; ``cal_metric`` has the standard ones."""
+    text = PublishedText()
+    for prediction in read_predictions(answers):
+        if prediction.gt_masks is None:
+            text.add(prediction)
+    yield format_table(text.table()) if text.open + text.closed else "no question asks for more than masks"
+
+
+def segmentation_scores(answers: Path, thresholds: Sequence[float] = ()) -> Iterator[str]:
+    """The published mIoU and mDice, overall and per modality, at every threshold that the rows have masks at."""
+    scores = score_predictions(read_predictions(answers), thresholds=thresholds or None, samples=0)
+    for threshold, masks in scores.published_masks.items():
+        if not masks.count:
+            yield "no record has a reference mask, so there is no mIoU"
+            return
+        if threshold is not None:
+            yield f"masks at {threshold:g}:"
+        yield masks.format()
+    targets, silent = scores.total("target"), scores.total("target") - scores.total("seg")
+    if silent:
+        yield f"{silent:.0f} of {targets:.0f} answers say no <SEG>; without --always_mask their masks are empty"
+
+
+@contextmanager
+def progress_shown(what: str, *, shown: bool = True) -> Iterator[Progress]:
+    """Give a function that is called with (records done, records in all).
+
+    Args:
+        what: stands before the bar or in the line.
+        shown: False shows nothing.
+    """
+    if not shown:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        with record_bar(what) as progress:
+            yield progress
+    else:
+        yield _Lines(what)
+
+
+class _Lines:
+    """Writes a line every half minute, and one at the end."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.begun = what, time.monotonic()
+        self.told, self.done = self.begun, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == self.done or (now - self.told < _EVERY and done < total):
+            return
+        self.told, self.done = now, done
+        rate = done / max(now - self.begun, 1e-9)
+        left = _clock((total - done) / rate) if rate else "?"
+        logger.info("%s: %d of %d records, %.2f a second, %s left", self.what, done, total, rate, left)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -17,7 +17,7 @@ from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import mark
 from model.eval.metrics.scores import Scores, score_predictions
-from model.eval.predictions import Prediction, read_predictions
+from model.eval.predictions import Prediction, is_number, read_predictions
 from model.eval.report import plain_cell
 from model.eval.report_data import BlindScores, SetResult, Shown
 from model.eval.report_failures import FailureCounter, RowScore
@@ -177,7 +177,7 @@ def row_lines(name: str, answers: Path, rows: RowScores) -> Iterator[list[object
 
 def predicted_iou(row: Prediction) -> float | None:
     """Mean of the scores that the model gave its masks; None without masks or scores."""
-    found = [mask["score"] for mask in row.masks if isinstance(mask.get("score"), int | float)]
+    found = [mask["score"] for mask in row.masks if is_number(mask.get("score"))]
     return float(np.mean(found)) if found else None
 
 

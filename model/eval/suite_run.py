@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from model.checkpoint.directories import checkpoint_name
 from model.checkpoint.opening import open_checkpoint
 from model.drawing.pages import count
 from model.eval.journal import read_journal
@@ -17,13 +16,12 @@ from model.eval.metrics.tables import aligned, number, span
 from model.eval.opening import open_engine
 from model.eval.options import InferenceOptions
 from model.eval.places import Place
-from model.eval.report import ROWS_FILE, write_csv, write_report
+from model.eval.report import ROWS_FILE, version, write_csv, write_report
 from model.eval.report_data import SetResult, SuiteResult, metric_title
 from model.eval.run import Opener, Outcome, run_inference
 from model.eval.suite import DataSet, Suite
 from model.eval.suite_questions import write_questions
 from model.eval.suite_results import ROW_COLUMNS, measure
-from model.eval.versions import version
 from model.inference.engine import Engine
 
 PREDICTIONS, QUESTIONS = "predictions", "questions"
@@ -48,6 +46,7 @@ class SuiteOptions:
         batch_size: questions decoded together.
         limit: ask only so many records of each set, from the first on.
         overwrite: start anew where there are answers already.
+        command: that repeats the run, for the report; empty: not known.
     """
 
     model: Path
@@ -61,6 +60,7 @@ class SuiteOptions:
     batch_size: int = 8
     limit: int | None = None
     overwrite: bool = False
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,6 @@ class SuiteOutcome:
     result: SuiteResult | None = None
     errors: int = 0
     first_error: str | None = None
-
-
-def default_out(model: Path, suite: Suite) -> Path:
-    """Where a suite's run goes when nobody says."""
-    return Path("runs") / "eval" / model.resolve().name / suite.name
 
 
 def run_suite(options: SuiteOptions, place: Place | None = None, opener: Opener = open_engine) -> SuiteOutcome:
@@ -157,8 +152,8 @@ def _report(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, 
         results.append(replace(part, seconds=outcome.seconds))
         lines.append(rows)
     suite = options.suite
-    result = SuiteResult(suite.title, suite.about, options.model.resolve().name, _facts(options, asked), results)
-    result.command = shlex.join(_command(options))
+    result = SuiteResult(suite.title, suite.about, checkpoint_name(options.model), _facts(options, asked), results)
+    result.command = options.command
     files = write_report(result, options.out)
     files.append(write_csv(options.out / ROWS_FILE, list(ROW_COLUMNS), (line for rows in lines for line in rows)))
     errors = [outcome for _, _, outcome in asked if outcome.errors]
@@ -185,16 +180,6 @@ def _facts(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, O
     if options.limit is not None:
         facts["Limit"] = f"only the first {count(options.limit)} records of each set"
     return facts
-
-
-def _command(options: SuiteOptions) -> Iterator[str]:
-    yield from ("medplib", "eval", str(options.model), options.named)
-    given: dict[str, object] = {"--precision": options.precision, "--limit": options.limit}
-    given |= {"--device": options.device if options.device != "auto" else None}
-    given |= {"--vision-tower": options.vision_tower, "--sam": options.sam}
-    for name, value in given.items():
-        if value is not None:
-            yield from (name, str(value))
 
 
 def told(result: SuiteResult) -> str:

@@ -43,8 +43,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     options, local_rank = parse_flags(arguments)  # before anything that takes long to import
 
     from model.eval.places import Place
-    from model.eval.run import run_inference
-    from model.eval.telling import told
+    from model.eval.run import run_inference, told
 
     place = Place.from_environment(local_rank)
     _set_up_logging(place.is_first)

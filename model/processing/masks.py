@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from pycocotools import mask as coco
 
 from model.errors import MedPLIBError
 from model.processing.images import Size, centre_offset, resized_size
+
+CocoRle = dict[str, Any]
 
 SUB_REGION_AREA = (0.2, 1.0)
 """Share of its largest component that a training sub-region takes."""
@@ -169,52 +172,77 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
-    """Mask of a COCO run-length encoding, bool [H, W].
+    """Mask of a COCO run-length encoding, bool [H, W]; see ``checked_rle`` for its forms and errors."""
+    return np.ascontiguousarray(coco.decode(checked_rle(rle)), dtype=bool)
+
+
+def checked_rle(rle: Mapping[str, Any]) -> CocoRle:
+    """A mask as the COCO library takes it: ``{"size": [h, w], "counts": bytes}``, compressed.
+
+    The library trusts what it is given: runs that do not fill the size make it hang or leave its memory.
 
     Args:
-        rle: ``{"size": [h, w], "counts": …}``, counts compressed (str or bytes) or a list of run lengths.
+        rle: ``{"size": [h, w], "counts": …}``, counts compressed (str, bytes or the text of Python bytes) or a list of
+            run lengths down the columns.
 
     Raises:
-        MedPLIBError: it is malformed or its runs do not fill its size. (The COCO library would write past the mask.)
+        MedPLIBError: it is of another form (a polygon, a text …), malformed, or its runs do not fill its size.
     """
+    expected = "expected COCO's {'size': [h, w], 'counts': …}"
+    if not isinstance(rle, Mapping):
+        kind = {list: "a polygon or another list", str: "a text"}.get(type(rle), type(rle).__name__)
+        raise MedPLIBError(f"a mask encoding is {kind}; {expected}")
     try:
-        height, width = (int(side) for side in rle["size"])
+        height, width = map(_whole, rle["size"])
         counts = rle["counts"]
-        runs = [int(run) for run in counts] if isinstance(counts, list) else _run_lengths(counts)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MedPLIBError(
-            f"a mask encoding is malformed ({error}); expected COCO's {{'size': [h, w], 'counts': …}}"
-        ) from error
-    if height < 1 or width < 1 or any(run < 0 for run in runs) or sum(runs) != height * width:
-        raise MedPLIBError(
-            f"a mask encoding has runs of {sum(runs)} pixels for a mask of {height}×{width}; it is damaged"
+        if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):  # str() of bytes; no counts hold a quote
+            counts = ast.literal_eval(counts)
+        listed = isinstance(counts, list | tuple)
+        counts = counts.encode("ascii") if isinstance(counts, str) else counts
+        runs = (
+            np.array(list(map(_whole, counts)), dtype=np.int64) if listed else _run_lengths(bytes(memoryview(counts)))
         )
-    if height * width > MAX_MASK_PIXELS:
-        raise MedPLIBError(f"a mask encoding is of {height}×{width}; at most {MAX_MASK_PIXELS} pixels are read")
-    inside = np.arange(len(runs)) % 2 == 1
-    return np.repeat(inside, runs).reshape(width, height).T.copy()  # runs go down the columns
+    except (KeyError, TypeError, ValueError, OverflowError, SyntaxError) as error:
+        raise MedPLIBError(f"a mask encoding is malformed ({error}); {expected}") from error
+    if height < 1 or width < 1 or height * width > MAX_MASK_PIXELS:
+        raise MedPLIBError(f"a mask encoding is of {height}×{width}; expected 1 to {MAX_MASK_PIXELS} pixels")
+    if not runs.size or runs.min() < 0 or runs.sum() != height * width:
+        raise MedPLIBError(
+            f"the runs of a mask encoding hold {runs.sum()} pixels for a mask of {height}×{width}; it is damaged"
+        )
+    if listed:
+        return coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+    return {"size": [height, width], "counts": bytes(counts)}
 
 
-def _run_lengths(counts: str | bytes) -> list[int]:
-    """Run lengths of COCO's compressed string: 5 bits a character, bit 5 continues; from the 4th on, differences."""
-    data = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
-    runs: list[int] = []
-    value = shift = 0
-    for byte in data:
-        bits = byte - 48
-        if not 0 <= bits < 64 or shift > 30:
-            raise ValueError(f"no COCO counts character at run {len(runs)}")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise ValueError("the counts end in the middle of a run")
+def _whole(number: Any) -> int:
+    if not isinstance(number, int | float | np.integer) or number != int(number):
+        raise ValueError(f"{number!r:.20} is no whole number")
+    return int(number)
+
+
+def _run_lengths(data: bytes) -> np.ndarray:
+    """Run lengths of COCO's compressed counts, int64: 5 bits a character, bit 5 continues, then differences."""
+    if not data or data.translate(None, _LAST + _CONTINUED) or data[-1] not in _LAST:
+        raise ValueError("the counts are no COCO counts")
+    bits = np.frombuffer(data, dtype=np.uint8).astype(np.int64)
+    bits -= 48
+    ends = np.flatnonzero(bits < 32)
+    lengths = ends.copy()
+    lengths[1:] -= ends[:-1]
+    lengths[0] += 1
+    if lengths.max() > 7:
+        raise ValueError("the counts hold a run beyond every size")
+    starts = ends - lengths + 1
+    shifts = 5 * (np.arange(bits.size) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((bits & 31) << shifts, starts)
+    runs -= (bits[ends] & 16) << (5 * lengths - 4)  # the highest bit is the sign
+    for first in (1, 2):  # from the fourth on, each is the difference to the one before the last
+        runs[first::2].cumsum(out=runs[first::2])
     return runs
+
+
+_LAST, _CONTINUED = bytes(range(48, 80)), bytes(range(80, 112))
 
 
 def _nearest(mask: np.ndarray, size: Size) -> np.ndarray:

@@ -81,6 +81,46 @@ def test_masks_as_written_are_scored_where_there_are_no_thresholds(tmp_path: Pat
     assert json.loads(out.read_text())["standard"]["overall"]["mIoU"]["value"] == 0.5
 
 
+def test_rows_of_other_writers_have_no_image_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"question_id": n, "gt": "yes", "text": text, "answer_type": "closed"} for n, text in enumerate(("Yes.", "no"))
+    ]
+    out = tmp_path / "scores.json"
+    assert cal_metric.main(["--pred", str(written(tmp_path / "p.jsonl", rows)), "--json", str(out)]) == 0
+    closed = json.loads(out.read_text())["standard"]["overall"]["closed_accuracy"]
+    assert closed["value"] == 0.5 and closed["low"] == 0  # each row is an image of its own
+    assert "2 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"size": [4, 6], "counts": [4, 4, 16]}, ""),
+        ({"size": [4.0, 6.0], "counts": "44`0"}, ""),
+        ({"size": [4, 6], "counts": "b'44`0'"}, ""),
+        ({"size": [4, 6], "counts": [4.0, 4.0, 16.0]}, ""),
+        ({"size": [6, 4], "counts": "44`0"}, "is size given as [width, height]? COCO's is [height, width]"),
+        ({"size": [4.5, 6], "counts": "44`0"}, "4.5 is no whole number"),
+        ({"size": [4, 6], "counts": [4, 4.5, 15.5]}, "4.5 is no whole number"),
+        ({"size": ["4", "6"], "counts": "44`0"}, "'4' is no whole number"),
+        ({"size": [4, 6]}, "a mask encoding is malformed ('counts')"),
+        ({"size": [4, 6], "counts": None}, "a mask encoding is malformed"),
+        ([[1, 0, 2, 0, 2, 4, 1, 4]], "a mask encoding is a polygon or another list; expected COCO's"),
+        ("44`0", "a mask encoding is a text; expected COCO's"),
+        (None, "a mask encoding is NoneType; expected COCO's"),
+    ],
+)
+def test_forms_of_run_lengths_are_read_or_refused_by_name(
+    form: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"masks": [{"rle": form}], "gt_masks": [{"size": [4, 6], "counts": [4, 4, 16]}]}
+    pred = written(tmp_path / "p.jsonl", [text_row(0, "<SEG>", "<SEG>", **known)])
+    assert cal_metric.main(["--pred", str(pred), "--samples", "0"]) == (2 if said else 0)
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.count("\n") == bool(said)
+    assert said or "mDice              1.0000" in printed.out
+
+
 def test_predictions_must_match_the_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "liver"}]
     records = [{"id": number, "image": "i.png", "conversations": conversation} for number in range(3)]
@@ -109,6 +149,7 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     for flags, said in [
         (["--pred", str(tmp_path / "none.jsonl")], "cannot read the predictions"),
+        (["--pred", str(written(tmp_path / "empty.jsonl", []))], "holds no predictions"),
         (["--pred", str(torn)], "torn.jsonl, line 2: the last line is torn"),
         (["--pred", str(damaged)], "question 1: the runs of a mask encoding"),
         (["--pred", str(pred), "--candidate_set", str(tmp_path / "none.json")], "cannot read the candidate set"),

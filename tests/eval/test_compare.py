@@ -203,6 +203,11 @@ def test_the_command_prints_a_table_or_json(
     printed = capsys.readouterr().out
     assert "1 worse (1 closed), and 21 as before." in printed
     assert Path("runs/compare/nano-one-and-other-one", HTML_FILE).is_file()
+    save(Path("other/nano/one.jsonl"), rows())
+    assert main(["compare", "nano/one.jsonl", "other/nano/one.jsonl"]) == 0
+    page = Path(f"runs/compare/{tmp_path.name}-nano-one-and-other-nano-one", HTML_FILE).read_text()
+    assert "<h1>nano/one.jsonl and other/nano/one.jsonl</h1>" in page  # two runs of one name
+    capsys.readouterr()
     assert main(["compare", "nano/one.jsonl", "other/one.jsonl", "--json", "--out", "here"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(Path("here", JSON_FILE).read_text())
     assert main(["compare", "nano/one.jsonl", "nowhere.jsonl"]) == 2

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from model.errors import MedPLIBError
-from model.eval.metrics.masks import best_matching, checked_rle, merged, overlaps
-from model.eval.metrics.surface import outline, outline_distances, surface_scores
-from model.processing.masks import decode_rle, encode_rle
+from model.eval.metrics.masks import best_matching, merged, outline, outline_distances, overlaps, surface_scores
+from model.processing.masks import checked_rle, decode_rle, encode_rle
 
 
 def drawn(text: str) -> np.ndarray:

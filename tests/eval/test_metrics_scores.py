@@ -389,11 +389,29 @@ def test_no_rows() -> None:
 
 def test_a_question_given_twice_is_refused_but_numbers_may_repeat() -> None:
     row = asked(3, "yes", "yes")
-    with pytest.raises(MedPLIBError, match="question 3 is there twice"):
-        score_predictions([row, row])
+    with pytest.raises(MedPLIBError, match=r"2 predictions are of .* already: 3 \(row 2\), 3 \(row 3\); give each"):
+        score_predictions([row, row, replace(row, text="no")])
     other = replace(row, image_path="other.png")
     assert score_predictions([row, other]).keys == [("3", 0, 0), ("3", 0, 1)]
     assert score_predictions([row, replace(row, metadata={"turn": 1})]).keys[1] == ("3", 1, 0)
+
+
+def test_published_modality_is_the_records_own_before_the_file_names() -> None:
+    rows = [
+        replace(grounded(number, [rle(0)], [rle(0)]), image_path=name, metadata={"task": "grounding", **known})
+        for number, (name, known) in enumerate(
+            [
+                ("liver_001.png", {"modality": "ct"}),
+                ("x_ray_00--S--1.png", {"modality": "x_ray"}),  # as published: up to the first _
+                ("mr_00--S--2.png", {}),
+                ("ct_00--S--3.png", {"modality": "mr"}),
+                ("", {"modality": "pet"}),
+            ]
+        )
+    ]
+    found = score_predictions(rows, samples=0)
+    assert list(found.published_masks[None].by_modality()) == ["ct", "x", "mr", "pet"]
+    assert list(found.by("modality")) == ["ct", "mr", "pet", "x_ray"]
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------

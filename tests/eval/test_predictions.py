@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from model.errors import MedPLIBError
 from model.eval.metrics import score_predictions
-from model.eval.predictions import Prediction, PredictionWriter, match_references, read_predictions
+from model.eval.predictions import Prediction, PredictionWriter, json_text, match_references, read_predictions
 
 PUBLISHED = {
     "question_id": 3,
@@ -101,6 +102,31 @@ def test_a_file_of_nothing_but_a_torn_line_becomes_empty(tmp_path: Path):
     assert path.read_bytes() == b""
 
 
+def test_numbers_that_are_not_finite_are_null_with_their_names(tmp_path: Path):
+    rle = {"size": [2, 2], "counts": "04"}
+    lost = prediction(0, masks=[{"rle": rle, "score": math.nan}], timing={"total": math.inf}, router=[[math.nan, 1]])
+    write(tmp_path / "rows.jsonl", [lost])
+    assert "NaN" not in (tmp_path / "rows.jsonl").read_text()
+    (read,) = read_predictions(tmp_path / "rows.jsonl")
+    assert (read.masks[0]["score"], read.timing["total"], read.router) == (None, None, None)
+    assert read.metadata["not_finite"] == ["masks.0.score", "timing.total", "router.0.0"]
+
+
+def test_json_has_no_numbers_that_are_not_finite():
+    text = json_text({"sets": [{"value": math.nan, "low": 0.5}], "high": -math.inf})
+    assert json.loads(text) == {
+        "sets": [{"value": None, "low": 0.5}],
+        "high": None,
+        "not_finite": ["sets.0.value", "high"],
+    }
+
+
+def test_run_lengths_may_lie_in_an_object_or_alone():
+    rle = {"size": [2, 2], "counts": "04"}
+    read = Prediction.from_row({**PUBLISHED, "masks": [rle, {"rle": rle}], "gt_masks": [rle, {"rle": rle}]})
+    assert [mask["rle"] for mask in read.masks] == read.gt_masks == [rle, rle]
+
+
 def test_a_row_need_not_say_what_was_asked(tmp_path: Path):
     """As the published evaluation of OmniMedVQA writes them."""
     path = tmp_path / "rows.jsonl"
@@ -125,8 +151,15 @@ def test_a_row_need_not_say_what_was_asked(tmp_path: Path):
         (json.dumps({**PUBLISHED, "question_id": True}), "question_id is True"),
         (json.dumps({**PUBLISHED, "finish": "bored"}), "finish is 'bored'"),
         (json.dumps({**PUBLISHED, "spacing_mm": [0, 1]}), "spacing_mm is"),
+        (json.dumps({**PUBLISHED, "spacing_mm": [1, math.inf]}), "spacing_mm is"),
+        (json.dumps({**PUBLISHED, "spacing_mm": "11"}), "spacing_mm is"),
         (json.dumps({**PUBLISHED, "masks": ["x"]}), "masks holds 'x'"),
+        (json.dumps({**PUBLISHED, "masks": [{"label": "liver"}]}), "masks holds .*expected COCO's run lengths"),
+        (json.dumps({**PUBLISHED, "gt_masks": [[[1, 2, 3, 4, 5, 6]]]}), "gt_masks holds a polygon"),
+        (json.dumps({**PUBLISHED, "router": [1]}), "router is"),
+        (json.dumps({**PUBLISHED, "image_path": None}), "image_path is None, expected text"),
         (json.dumps({**PUBLISHED, "metadata": {"turn": "one"}}), "the turn is 'one'"),
+        (json.dumps({**PUBLISHED, "metadata": {"turn": -1}}), "the turn is -1"),
     ],
 )
 def test_a_malformed_row_is_named_with_its_line(tmp_path: Path, line: str, told: str):
@@ -156,10 +189,12 @@ ANSWERED = [
 ]
 
 
-def test_predictions_meet_their_questions_in_any_order():
-    for order in ([0, 1, 2], [2, 0, 1]):
+def test_predictions_meet_their_questions_in_any_order(caplog: pytest.LogCaptureFixture):
+    for order, told in (([0, 1, 2], ""), ([2, 0, 1], "3 predictions stand in another order than the data file")):
+        caplog.clear()
         pairs = list(match_references([ANSWERED[place] for place in order], RECORDS))
         assert {(p.key, r.key, p.gt) for p, r in pairs} == {(a.key, a.key, a.gt) for a in ANSWERED}
+        assert told in caplog.text and bool(told) == bool(caplog.text)
     assert next(match_references(ANSWERED, RECORDS))[1].prompt == "What?"
     assert len(list(match_references(ANSWERED[:2], RECORDS, turns="first"))) == 2
 

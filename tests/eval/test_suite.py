@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +18,16 @@ from model.data.builders.blind import blind_baseline
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval import suite_run
+from model.eval.journal import Journal
 from model.eval.metrics.definitions import metrics_for
 from model.eval.metrics.scores import score_predictions
-from model.eval.opening import open_engine
+from model.eval.opening import fingerprint, open_engine, run_folder
 from model.eval.options import InferenceOptions
 from model.eval.places import Place
 from model.eval.predictions import read_predictions
 from model.eval.suite import DataSet, Suite, available_suites, load_suite
 from model.eval.suite_questions import write_questions
-from model.eval.suite_run import SuiteOptions, SuiteOutcome, default_out, run_suite
+from model.eval.suite_run import SuiteOptions, SuiteOutcome, run_suite
 from model.inference.engine import Engine
 from tests.conftest import ROOT
 
@@ -385,12 +387,29 @@ def test_the_command_runs_a_suite(
     monkeypatch.chdir(tmp_path)
     arguments = ["eval", str(NANO), str(suite_file), "--device", "cpu", "--limit", "3"]
     assert main([*arguments, "--only", "first"]) == 0
-    out = default_out(NANO, load_suite(suite_file, environment={}))
+    out = Path("runs/eval/medplib-nano") / load_suite(suite_file, environment={}).name
     told = capsys.readouterr().out
     assert "Closed accuracy" in told
     assert f"wrote {out / 'report.html'}" in told
     assert "only the first 3 records of each set" in (out / "report.html").read_text()
+    again = shlex.split(json.loads((out / "report.json").read_text())["command"])
+    assert again[-6:] == ["--limit", "3", "--device", "cpu", "--only", "first"] and again[4:6] == ["--out", str(out)]
+    assert main(again[1:]) == 0 and len(opened) == 1  # finished already, so nothing is asked
+    capsys.readouterr()
     assert main([*arguments, "--out", "other"]) == 3
     assert "1 question could not be asked: " in capsys.readouterr().out
     assert main(["eval", str(NANO), str(suite_file), "--data", str(tmp_path / "no")]) == 2
     assert "is not a directory here" in capsys.readouterr().err
+
+
+def test_results_are_named_after_their_run_and_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a", "runs/b", "elsewhere/a"):
+        Path(name, "merged").mkdir(parents=True)
+        Path(name, "merged/config.json").write_text(json.dumps({"from": name}))
+    assert run_folder("eval", Path("runs/a/merged")) == run_folder("eval", Path("runs/a")) == Path("runs/eval/a")
+    assert run_folder("infer", Path("runs/b/merged")) == Path("runs/infer/b")
+    known = {"name": "a", "digest": fingerprint(Path("runs/a/merged"))}
+    Journal({"model": known}).write(Path("runs/eval/a/phantoms/predictions/s.chunk-1-of-2.jsonl"))
+    assert run_folder("eval", Path("runs/a")) == Path("runs/eval/a")
+    assert run_folder("eval", Path("elsewhere/a")).name == f"a-{fingerprint(Path('elsewhere/a/merged'))[:8]}"

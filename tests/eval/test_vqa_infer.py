@@ -457,7 +457,7 @@ def test_published_flags_mean_what_they_did(tmp_path: Path):
         segmentation_scores=True,
         moe=True,
         regions=True,
-        pictures=Path("vis_output"),
+        pictures=tmp_path / "answers.pictures",
         num_chunks=4,
         chunk_index=2,
         precision="bf16",

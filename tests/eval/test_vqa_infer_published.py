@@ -15,8 +15,7 @@ from model.eval.metrics import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.places import Place
 from model.eval.predictions import Prediction, read_predictions
-from model.eval.run import run_inference
-from model.eval.telling import segmentation_scores
+from model.eval.run import run_inference, segmentation_scores
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-_DRAWS_AT_ONCE = 1 << 22  # clusters drawn at a time: bounds memory whatever the number of rows
+_DRAWS_AT_ONCE = 1 << 22
 
 
 def cluster_sums(data: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -38,16 +38,13 @@ def bootstrap_sums(sums: np.ndarray, samples: int, seed: Sequence[int]) -> np.nd
     Returns:
         float64 [B, C].
     """
-    rng = np.random.default_rng(seed)
-    count = len(sums)
-    found = np.empty((samples, sums.shape[1]))
-    for block in _blocks(samples, count):
-        size = block.stop - block.start
-        drawn = rng.integers(0, count, size=(size, count))
-        drawn += np.arange(size)[:, None] * count
+    rng, count = np.random.default_rng(seed), len(sums)
+    found = [sums[:0]]
+    for size in _blocks(samples, count):
+        drawn = rng.integers(0, count, size=(size, count)) + np.arange(size)[:, None] * count
         times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
-        found[block] = times.astype(np.float64) @ sums
-    return found
+        found.append(times.astype(np.float64) @ sums)
+    return np.concatenate(found)
 
 
 def flipped_sums(
@@ -65,11 +62,9 @@ def flipped_sums(
         float64 [P, C] for each run.
     """
     rng = np.random.default_rng(seed)
-    moved = np.empty((samples, first.shape[1]))
-    difference = second - first
-    for block in _blocks(samples, len(first)):
-        coins = rng.integers(0, 2, size=(block.stop - block.start, len(first)), dtype=np.int8)
-        moved[block] = coins.astype(np.float64) @ difference
+    sizes = _blocks(samples, len(first))
+    coins = (rng.integers(0, 2, size=(size, len(first)), dtype=np.int8).astype(np.float64) for size in sizes)
+    moved = np.concatenate([first[:0], *(drawn @ (second - first) for drawn in coins)])
     return first.sum(axis=0) + moved, second.sum(axis=0) - moved
 
 
@@ -82,6 +77,7 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _blocks(samples: int, clusters: int) -> Iterator[slice]:
+def _blocks(samples: int, clusters: int) -> list[int]:
+    """Sizes of the blocks that are drawn at a time: they bound memory whatever the number of rows."""
     step = max(1, _DRAWS_AT_ONCE // max(1, clusters))
-    return (slice(start, min(start + step, samples)) for start in range(0, samples, step))
+    return [min(step, samples - start) for start in range(0, samples, step)]

@@ -17,10 +17,11 @@ Sums = Callable[[str], np.ndarray]
 
 CONVENTIONS = {
     "text": "Rows of every task but grounding. Texts are compared without case, punctuation and markup; exact match, "
-    "token recall and token F1 also without the articles a, an, the. An answer type of closed or yes/no is a closed "
-    "question, every other an open one.",
-    "closed": "Right if the answer begins with the yes or no that the reference begins with; if it names the option or "
-    "its text; else if it has the same words.",
+    "token recall and token F1 also without the articles a, an, the. Exact match and closed accuracy respect signs, "
+    "comparison operators, decimals, units and the plus, minus or star behind a name. Chinese, Japanese, Korean and "
+    "Thai are compared by characters. Rows of the answer type closed or yes/no are closed questions, all others open.",
+    "closed": "Right if the answer gives the yes or no that the reference begins with, at its start or after “the "
+    "answer is”, and not both; if it names the option, its text, or both in agreement; else if it has the same words.",
     "BLEU": "Corpus BLEU: n-gram counts are summed over rows, then combined with the brevity penalty; no smoothing, so "
     "it is 0 where no n-gram of some order matches. BLEU-n is taken over the open rows whose reference has n words or "
     "more; the others have nothing to match and do not count. Where there is none such it is undefined (–).",
@@ -30,8 +31,10 @@ CONVENTIONS = {
     "empty": "A reference mask without pixels scores 1 if its prediction is empty too, else 0; it has no surface. A "
     "row that has no reference pixel at all is an absent target: it counts in gIoU (1 without a mask, else 0), in cIoU "
     "(its painted pixels join the union) and in the false-mask rate, and nowhere else.",
-    "surface": "HD95 is the larger of the two directed 95th percentiles; where nothing is painted it is the diagonal "
-    "of the image and the surface Dice (NSD) 0. In mm where the spacing is known; all other masks apart, in pixels.",
+    "surface": "Distances between outline pixels. HD95 is the larger of the two directed 95th percentiles, the surface "
+    "Dice (NSD) the share of outline pixels within the tolerance, 2 mm or 2 pixels unless settings say otherwise; "
+    "where nothing is painted HD95 is the diagonal of the image and NSD 0. In mm where the spacing is known; all other "
+    "masks apart, in pixels.",
     "errors": "A row that could not be answered is wrong, and its masks are empty; for an absent target it scores 0 in "
     "gIoU and is left out of the false-mask rates.",
     "intervals": "95 % percentile intervals of a bootstrap that draws whole images, with all their questions.",
@@ -126,7 +129,13 @@ def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def _text_metrics() -> list[Metric]:
     return [
         _ratio("closed_accuracy", "closed questions answered right", "closed_hit", "closed", headline=True),
-        _ratio("open_exact_match", "open answers with exactly the reference's words", "exact", "open", headline=True),
+        _ratio(
+            "open_exact_match",
+            "open answers with exactly the reference's words, numbers and signs",
+            "exact",
+            "open",
+            headline=True,
+        ),
         _ratio("token_recall", "share of the reference's words that the answer has", "recall", "open"),
         _ratio("token_F1", "F1 of the words of answer and reference", "f1", "open", headline=True),
         *(_bleu(order) for order in BLEU_ORDERS),

@@ -1,75 +1,20 @@
-"""Overlaps of run-length encoded masks, computed on the runs by the COCO library without decoding a pixel."""
+"""Overlaps and outline distances of run-length encoded masks; overlaps are computed on the runs by the COCO library."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
+from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.optimize import linear_sum_assignment
 
 from model.errors import MedPLIBError
-from model.processing.masks import MAX_MASK_PIXELS
+from model.processing.masks import CocoRle
 
-Rle = Mapping[str, Any]
-CocoRle = dict[str, Any]
-
-
-def checked_rle(rle: Rle) -> CocoRle:
-    """A mask as the COCO library takes it: ``{"size": [h, w], "counts": bytes}``, compressed.
-
-    The library trusts what it is given: runs that do not fill the size make it hang or leave its memory.
-
-    Args:
-        rle: ``{"size": [h, w], "counts": …}``, counts compressed (str or bytes) or a list of run lengths.
-
-    Raises:
-        MedPLIBError: it is malformed, or its runs do not fill its size.
-    """
-    try:
-        height, width = (int(side) for side in rle["size"])
-        counts = rle["counts"]
-        runs = np.asarray(counts, dtype=np.int64) if isinstance(counts, list) else _runs(_as_bytes(counts))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MedPLIBError(
-            f"a mask encoding is malformed ({error}); expected COCO's {{'size': [h, w], 'counts': …}}"
-        ) from error
-    if height < 1 or width < 1 or height * width > MAX_MASK_PIXELS:
-        raise MedPLIBError(f"a mask encoding is of {height}×{width}; expected 1 to {MAX_MASK_PIXELS} pixels")
-    if runs.ndim != 1 or not runs.size or runs.min() < 0 or runs.sum() != height * width:
-        raise MedPLIBError(f"the runs of a mask encoding do not fill its {height}×{width} pixels; it is damaged")
-    if isinstance(counts, list):
-        return coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
-    return {"size": [height, width], "counts": _as_bytes(counts)}
-
-
-def _as_bytes(counts: str | bytes) -> bytes:
-    return counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
-
-
-def _runs(data: bytes) -> np.ndarray:
-    """Run lengths of COCO's compressed counts, int64: 5 bits a character, bit 5 continues, then differences."""
-    if not data or data.translate(None, _LAST + _CONTINUED) or data[-1] not in _LAST:
-        raise ValueError("the counts are no COCO counts")
-    bits = np.frombuffer(data, dtype=np.uint8).astype(np.int64)
-    bits -= 48
-    ends = np.flatnonzero(bits < 32)
-    lengths = ends.copy()
-    lengths[1:] -= ends[:-1]
-    lengths[0] += 1
-    if lengths.max() > 7:
-        raise ValueError("the counts hold a run beyond every size")
-    starts = ends - lengths + 1
-    shifts = 5 * (np.arange(bits.size) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((bits & 31) << shifts, starts)
-    runs -= (bits[ends] & 16) << (5 * lengths - 4)  # the highest bit is the sign
-    for first in (1, 2):  # from the fourth on, each is the difference to the one before the last
-        runs[first::2].cumsum(out=runs[first::2])
-    return runs
-
-
-_LAST, _CONTINUED = bytes(range(48, 80)), bytes(range(80, 112))
+Spacing = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -110,7 +55,9 @@ def overlaps(predicted: Sequence[CocoRle], wanted: Sequence[CocoRle]) -> Overlap
     sizes = {(mask["size"][0], mask["size"][1]) for mask in (*predicted, *wanted)}
     if len(sizes) > 1:
         told = " and ".join(f"{height}×{width}" for height, width in sorted(sizes))
-        raise MedPLIBError(f"masks of one question are {told}; predictions must have the size of the reference")
+        swapped = len({tuple(sorted(size)) for size in sizes}) == 1
+        hint = "is size given as [width, height]? COCO's is [height, width]" if swapped else "resize the predictions"
+        raise MedPLIBError(f"masks of one question are {told}, but must have the size of the reference; {hint}")
     areas = [int(coco.area(mask)) for mask in predicted], [int(coco.area(mask)) for mask in wanted]
     inter = [
         [
@@ -133,41 +80,54 @@ def best_matching(gains: np.ndarray) -> list[tuple[int, int]]:
     Args:
         gains: float [P, G], non-negative.
     """
-    if gains.shape[0] > gains.shape[1]:
-        return sorted(((row, column) for column, row in best_matching(gains.T)), key=lambda pair: pair[1])
-    if gains.shape[0] == 1:
-        return [(0, int(gains[0].argmax()))]
-    return sorted(_assign(-gains), key=lambda pair: pair[1])
+    rows, columns = linear_sum_assignment(gains, maximize=True)
+    return sorted(zip(rows.tolist(), columns.tolist(), strict=True), key=lambda pair: pair[1])
 
 
-def _assign(costs: np.ndarray) -> list[tuple[int, int]]:
-    """Cheapest assignment of rows to columns (the Hungarian method: potentials, shortest augmenting paths)."""
-    rows, columns = costs.shape
-    row_price = np.zeros(rows)
-    column_price = np.zeros(columns)
-    owner = np.full(columns, -1)
-    for start in range(rows):
-        distance = np.full(columns, np.inf)
-        previous = np.full(columns, -1)
-        done = np.zeros(columns, dtype=bool)
-        row, reached, column = start, 0.0, -1
-        while True:
-            offered = reached + costs[row] - row_price[row] - column_price
-            closer = ~done & (offered < distance)
-            distance[closer], previous[closer] = offered[closer], column
-            column = int(np.where(done, np.inf, distance).argmin())
-            reached = float(distance[column])
-            done[column] = True
-            if owner[column] < 0:
-                break
-            row = int(owner[column])
-        settled = np.flatnonzero(done)
-        owned = settled[owner[settled] >= 0]
-        row_price[owner[owned]] += reached - distance[owned]
-        row_price[start] += reached
-        column_price[settled] -= reached - distance[settled]
-        while column >= 0:
-            before = int(previous[column])
-            owner[column] = start if before < 0 else owner[before]
-            column = before
-    return [(int(owner[column]), int(column)) for column in np.flatnonzero(owner >= 0)]
+def surface_scores(
+    predicted: CocoRle | None, wanted: CocoRle, spacing: Spacing = (1.0, 1.0), tolerance: float = 2.0
+) -> tuple[float, float]:
+    """HD95 and normalised surface Dice of a predicted and a non-empty reference mask.
+
+    HD95 is the larger of the two directed 95th percentiles of outline distances. The surface Dice is the share of
+    outline pixels of both masks that lie within the tolerance of the other outline. Where nothing is predicted, HD95
+    is the diagonal of the image and the surface Dice 0, so that a missing mask is never better than a poor one.
+
+    Args:
+        predicted: checked run lengths of the reference's size; None or an empty mask where nothing is predicted.
+        wanted: checked run lengths with at least one pixel.
+        spacing: row and column distance of pixels, (1, 1) for distances in pixels.
+        tolerance: in the unit of the spacing.
+
+    Returns:
+        HD95 in the unit of the spacing, and the surface Dice in [0, 1].
+    """
+    if predicted is None or not int(coco.area(predicted)):
+        height, width = wanted["size"]
+        return math.hypot(height * spacing[0], width * spacing[1]), 0.0
+    boxes = np.asarray(coco.toBbox([predicted, wanted]))
+    x1, y1 = boxes[:, :2].min(axis=0).astype(int)
+    x2, y2 = (boxes[:, :2] + boxes[:, 2:]).max(axis=0).astype(int)
+    left, right = (coco.decode(mask)[y1:y2, x1:x2].astype(bool) for mask in (predicted, wanted))
+    to_right, to_left = outline_distances(left, right, spacing)
+    hd95 = max(float(np.percentile(distances, 95)) for distances in (to_right, to_left))
+    near = np.count_nonzero(to_right <= tolerance) + np.count_nonzero(to_left <= tolerance)
+    return hd95, near / (to_right.size + to_left.size)
+
+
+def outline_distances(left: np.ndarray, right: np.ndarray, spacing: Spacing) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of every outline pixel of each mask to the nearest outline pixel of the other, both in reading order.
+
+    Args:
+        left: bool [H, W], not empty.
+        right: bool [H, W], not empty.
+        spacing: row and column distance of pixels.
+    """
+    first, second = outline(left), outline(right)
+    to_second, to_first = (distance_transform_edt(~mask, sampling=spacing) for mask in (second, first))
+    return to_second[first], to_first[second]
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """Pixels of a mask with one of the four neighbours outside it, bool [H, W]; beyond the array is outside."""
+    return mask & ~binary_erosion(mask)

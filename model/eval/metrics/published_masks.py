@@ -25,16 +25,17 @@ class PublishedMasks:
     """Gathers pairs of masks into the published mIoU and mDice, overall and by modality.
 
     Attributes:
-        ious: IoU of each pair, by modality: the image's file name up to the first ``_`` (an X-ray's is ``x``).
+        ious: IoU of each pair, by modality. As published, that is the image's file name up to the first ``_`` (an
+            X-ray's is ``x``), unless the record itself names another.
     """
 
     ious: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     _all: list[float] = field(default_factory=list)
 
-    def add(self, image_path: str, intersection: int, union: int) -> None:
+    def add(self, image_path: str, intersection: int, union: int, modality: str = "") -> None:
         """Take in one pair of masks."""
         iou = published_iou(intersection, union)
-        self.ious[PurePath(image_path).name.split("_")[0]].append(iou)
+        self.ious[modality or PurePath(image_path).name.split("_")[0]].append(iou)
         self._all.append(iou)
 
     @property

@@ -10,18 +10,11 @@ import numpy as np
 
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import mark
-from model.eval.metrics.masks import CocoRle, Overlaps, best_matching, checked_rle, merged, overlaps
-from model.eval.metrics.surface import surface_scores
-from model.eval.metrics.text import (
-    BLEU_ORDERS,
-    closed_correct,
-    ngram_matches,
-    rouge_l,
-    same_words,
-    token_overlap,
-    words,
-)
+from model.eval.metrics.masks import Overlaps, best_matching, merged, overlaps, surface_scores
+from model.eval.metrics.text import BLEU_ORDERS, closed_correct, ngram_matches, rouge_l, token_overlap, words
 from model.eval.predictions import Prediction
+from model.processing.answers import exact_match
+from model.processing.masks import CocoRle, checked_rle
 from model.processing.special_tokens import SEG_TOKEN
 
 CLOSED_TYPES = frozenset(("closed", "yes/no"))
@@ -90,7 +83,8 @@ def score_row(prediction: Prediction, settings: RowSettings) -> RowScore:
 
 
 def _closed_row(prediction: Prediction) -> Row:
-    return {"closed": 1, "closed_hit": not prediction.failed and closed_correct(prediction.text, prediction.gt)}
+    right = not prediction.failed and closed_correct(prediction.text, prediction.gt, prediction.prompt)
+    return {"closed": 1, "closed_hit": right}
 
 
 def _open_row(prediction: Prediction) -> Row:
@@ -101,7 +95,7 @@ def _open_row(prediction: Prediction) -> Row:
     _, recall, f1 = token_overlap(prediction.text, prediction.gt)
     return {
         "open": 1,
-        "exact": same_words(prediction.text, prediction.gt),
+        "exact": exact_match(prediction.text, prediction.gt),
         "recall": recall,
         "f1": f1,
         "rouge_l": rouge_l(said, wanted),

@@ -30,6 +30,7 @@ UNNAMED = "(unnamed)"
 RowKey = tuple[str, int, int]
 """Question id as text, turn, and how many rows with both came before: published files may number from 0 twice."""
 
+_NAMED = 5  # repeated predictions named in a refusal
 _BLOCK = 4096  # rows of an array that grows by blocks
 
 
@@ -303,6 +304,7 @@ class _Builder:
         self.images: dict[str, int] = {}
         self.image_codes: list[int] = []
         self.references: list[int] = []
+        self.repeated: list[str] = []
         self.names: dict[str, dict[str, int]] = {name: {} for name in DIMENSIONS}
         self.group_codes: dict[str, list[int]] = {name: [] for name in DIMENSIONS}
         self.published = {threshold: PublishedMasks() for threshold in settings.thresholds}
@@ -317,7 +319,7 @@ class _Builder:
             target[self.places[name]] = value
         for threshold, pairs in found.pairs.items():
             for intersection, union in pairs:
-                self.published[threshold].add(prediction.image_path, intersection, union)
+                self.published[threshold].add(prediction.image_path, intersection, union, _own_modality(prediction))
         self.keys.append(self._key(prediction))
         image = prediction.image_path or f"\0{place}"  # rows without an image stand alone
         self.image_codes.append(self.images.setdefault(image, len(self.images)))
@@ -329,14 +331,17 @@ class _Builder:
         seen = self.asked.setdefault(prediction.key, set())
         asked = hash((prediction.image_path, prediction.prompt, prediction.gt))
         if asked in seen:
-            raise MedPLIBError(
-                f"question {prediction.question_id} is there twice (row {len(self.keys) + 1}): "
-                f"{prediction.prompt!r:.60}; give each question once, of one run"
-            )
+            self.repeated.append(f"{prediction.question_id} (row {len(self.keys) + 1})")
         seen.add(asked)
         return (*prediction.key, len(seen) - 1)
 
     def finish(self, samples: int, seed: int) -> Scores:
+        if self.repeated:
+            told = ", ".join(self.repeated[:_NAMED]) + (", …" if len(self.repeated) > _NAMED else "")
+            raise MedPLIBError(
+                f"{len(self.repeated)} predictions are of a question that stands above them already: {told}; "
+                "give each question once, of one run"
+            )
         count = len(self.keys)
         empty = np.zeros((0, len(self.columns)))
         return Scores(
@@ -360,6 +365,12 @@ def _groups_of(prediction: Prediction) -> dict[str, str]:
     modality = known.get("modality") or modality_of(PurePath(prediction.image_path).name)
     named = {**{name: known.get(name) for name in DIMENSIONS}, "task": task_of(prediction), "modality": modality}
     return {name: _group_name(value) for name, value in named.items()}
+
+
+def _own_modality(prediction: Prediction) -> str:
+    """What the record itself says; empty where that is no more than its file name says."""
+    own = prediction.metadata.get("modality")
+    return "" if not own or own == modality_of(PurePath(prediction.image_path).name) else _group_name(own)
 
 
 def _group_name(value: Any) -> str:

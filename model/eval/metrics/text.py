@@ -1,28 +1,33 @@
-"""Standard scores of one written answer: exact match, token overlap, counts for BLEU, ROUGE-L, closed questions.
+"""Standard scores of one written answer: token overlap, counts for BLEU, ROUGE-L, closed questions with options.
 
 METEOR is left out: its synonyms need WordNet, which no library carries without a download or a Java program.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import regex
+
+from model.processing.answers import LETTERS, SPACELESS, closed_match
+
 BLEU_ORDERS = (1, 2, 3, 4)
 
-_TAG = re.compile(r"</?(?:SEG|ref|region|sr|mask|image|im_start|im_end|gen_\d+)>")
-_WORD = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|[^\W\d_]+(?:'[^\W\d_]+)*")
-_OPTION = re.compile(r"\s*\(?([A-Ja-j])(?:[).:]+(?:\s+(.*))?|\s*)$", re.DOTALL)
+_TAG = regex.compile(r"</?(?:SEG|ref|region|sr|mask|image|im_start|im_end|gen_\d+)>")
+_WORD = regex.compile(
+    rf"\d{{1,3}}(?:,\d{{3}})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|{SPACELESS}\p{{M}}*|{LETTERS}(?:'{LETTERS})*"
+)
+_OPTION = regex.compile(r"(?:^|[\s;,])\(?([A-J])[).:]\s*(.+?)[\s;,]*(?=[\s;,]\(?[A-J][).:]|$)", regex.DOTALL)
 _ARTICLES = frozenset(("a", "an", "the"))
-_POLAR = frozenset(("yes", "no"))
 
 
 def words(text: str) -> list[str]:
     """Words and numbers of a text: Unicode NFKC, case folded, without markup and punctuation.
 
-    ``1,000`` is the number 1000, ``3.5cm`` is 3.5 and cm, ``x-ray`` is two words, ``can't`` is one.
+    ``1,000`` is the number 1000, ``3.5cm`` is 3.5 and cm, ``x-ray`` is two words, ``can't`` is one. Chinese, Japanese,
+    Korean and Thai give a word for each character.
     """
     plain = unicodedata.normalize("NFKC", _TAG.sub(" ", text)).casefold().replace("’", "'")
     return [word.replace(",", "") for word in _WORD.findall(plain)]
@@ -34,34 +39,11 @@ def content_words(text: str) -> list[str]:
     return [word for word in found if word not in _ARTICLES] or found
 
 
-def same_words(answer: str, reference: str) -> bool:
-    """Whether two texts have the same content words in the same order; without any word, the same characters."""
-    said, wanted = content_words(answer), content_words(reference)
-    return said == wanted if said or wanted else answer.split() == reference.split()
-
-
-def closed_correct(answer: str, reference: str) -> bool:
-    """Whether a closed question is answered right.
-
-    A reference that begins with yes or no is met by any answer that begins with the same word. A reference that is an
-    option (``B``, ``B. CT``, ``(B) CT``) is met by its letter, its text, or both if they agree. Any other must have the
-    same content words in the same order.
-    """
-    option = _OPTION.match(reference)
-    if option:
-        return _names_option(answer, option[1].casefold(), option[2] or "")
-    said, wanted = words(answer), words(reference)
-    if wanted and wanted[0] in _POLAR:
-        return said[:1] == wanted[:1]
-    return same_words(answer, reference)
-
-
-def _names_option(answer: str, letter: str, text: str) -> bool:
-    named = _OPTION.match(answer)
-    if not named:
-        return bool(text) and same_words(answer, text)
-    agreeing = not named[2] or not text or same_words(named[2], text)
-    return named[1].casefold() == letter and agreeing
+def closed_correct(answer: str, reference: str, question: str = "") -> bool:
+    """Whether a closed question is answered right: ``closed_match`` with the lettered options of the question."""
+    options = _OPTION.findall(question)
+    lettered = len(options) > 1 and [letter for letter, _ in options] == list("ABCDEFGHIJ"[: len(options)])
+    return closed_match(answer, reference, [text for _, text in options] if lettered else ())
 
 
 def token_overlap(answer: str, reference: str) -> tuple[float, float, float]:
@@ -71,7 +53,7 @@ def token_overlap(answer: str, reference: str) -> tuple[float, float, float]:
     """
     said, wanted = content_words(answer), content_words(reference)
     if not said or not wanted:
-        same = float(not said and not wanted and same_words(answer, reference))
+        same = float(not said and not wanted and answer.split() == reference.split())
         return same, same, same
     shared = (Counter(said) & Counter(wanted)).total()
     return shared / len(said), shared / len(wanted), 2 * shared / (len(said) + len(wanted))
