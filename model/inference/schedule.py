@@ -334,6 +334,8 @@ class Schedule:
                         result.masks_at,
                         row.router_shares(),
                         row.prompt.length,
+                        row.prompt.dropped_turns,
+                        row.notes(text),
                     )
                 )
         self._finished = []
