@@ -77,6 +77,12 @@ class Mask:
         return output
 
 
+def dropped_note(dropped_turns: int) -> list[str]:
+    """What to say of questions that were left out of a conversation; empty where none were."""
+    which = "the oldest question was" if dropped_turns == 1 else f"the {dropped_turns} oldest questions were"
+    return [f"{which} left out: the conversation is longer than the model reads"] if dropped_turns else []
+
+
 Finish = Literal["end", "length", "stop", "cancelled"]
 
 

@@ -25,7 +25,7 @@ class MaskJob:
     """The masks of one answer.
 
     Attributes:
-        image: the image they lie on; None only without any.
+        image: the image they lie on.
         states: decoder states [D], one for each mask.
         labels: their names.
         threshold: probability above which a pixel is in the mask, in (0, 1).
@@ -34,7 +34,7 @@ class MaskJob:
         spoken: whether the answer has a ``<SEG>`` for each.
     """
 
-    image: PreparedImage | None
+    image: PreparedImage
     states: Sequence[Tensor]
     labels: Sequence[str]
     threshold: float
@@ -63,7 +63,7 @@ def encode_segmented(model: MedPLIBForCausalLM, images: Sequence[PreparedImage])
 
 def paint_masks(model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], gate: MaskGate | None = None) -> list[PaintedMasks]:
     """Masks of every job, in the order of its states."""
-    encode_segmented(model, [job.image for job in jobs if job.states and job.image])
+    encode_segmented(model, [job.image for job in jobs if job.states])
     flat = [(number, place) for number, job in enumerate(jobs) for place in range(len(job.states))]
     painted = [PaintedMasks([], {f"{one:g}": [] for one in job.thresholds}) for job in jobs]
     for some in _portions(flat, jobs):

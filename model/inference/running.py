@@ -124,7 +124,7 @@ class Running:
         unspoken = () if self.seg_states or self.finish == "cancelled" else self.last_states[:1]
         states = (unspoken or self.seg_states) if self.prompt.image is not None else ()
         return MaskJob(
-            self.prompt.image,
+            self.prompt.image,  # type: ignore[arg-type]  # without one, there are no states
             states,
             mask_labels("" if unspoken else text, request.question, len(states)),
             default_threshold if request.threshold is None else request.threshold,

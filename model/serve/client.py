@@ -57,6 +57,12 @@ class ControllerClient:
             raise MedPLIBError(f"what answers at {self.address} is no controller: it lists no models")
         return sorted(str(name) for name in names)
 
+    def conversation_turns(self, model: str) -> int:
+        """Questions of a conversation that a model was trained on; 1 where nobody says."""
+        turns = self._ask("/list_models").get("conversation_turns")
+        known = turns.get(model) if isinstance(turns, dict) else None
+        return known if isinstance(known, int) else 1
+
     def refresh(self) -> None:
         """Have the controller ask all workers anew what they can do."""
         self._ask("/refresh_all_workers")
