@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ import numpy as np
 
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask, dropped_note
-from model.inference.engine import Engine, Request, Ticket
+from model.inference.engine import Engine, Request
 from model.inference.images import PreparedImage
 from model.inference.pictures import mask_line, write_pictures
 from model.inference.regions import Region, place_region, region_to_mask
@@ -38,7 +37,6 @@ Type a question, or one of these:
   /help              this list
   /quit              leave (so does Ctrl-D; Ctrl-C stops an answer)"""
 _PROMPT = "you> "
-_LISTENING_SECONDS = 0.05  # between looks at whether an answer is complete that says nothing more
 
 
 @dataclass(frozen=True)
@@ -139,38 +137,24 @@ class Chat:
         return self.image
 
     def _listen(self, request: Request) -> Answer:
-        """Wait for an answer and write its text as it grows, in the thread that was asked, not the engine's."""
-        heard: queue.SimpleQueue[str] = queue.SimpleQueue()
-        ticket = self.engine.submit(request, heard.put)
+        """Wait for an answer and write its text as it grows; Ctrl-C ends it with what was said by then."""
         said = ""
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                while not (ticket.done() and heard.empty()):
-                    said = self._say_more(said, heard)
-        finally:
-            ticket.cancel()  # whoever no longer reads needs no answer
-        answer = self._settled(ticket)
-        stopped = answer.finish == "cancelled"
-        end = " [stopped]" if stopped else "" if answer.text else "(empty answer)"
-        self.write(f"{_rest(answer.text, said)}{end}\n")
-        return answer
 
-    def _say_more(self, said: str, heard: queue.SimpleQueue[str]) -> str:
-        try:
-            text = heard.get(timeout=_LISTENING_SECONDS)
-        except queue.Empty:
-            return said
-        self.write(_rest(text, said))
-        return text
+        def show(text: str) -> None:
+            nonlocal said
+            self.write(_rest(text, said))
+            said = text
 
-    @staticmethod
-    def _settled(ticket: Ticket) -> Answer:
-        """The answer of a ticket that is done or cancelled, whoever is impatient meanwhile."""
+        ticket = self.engine.submit(request, show)
         while True:
             try:
-                return ticket.result()
+                answer = ticket.result()
+                break
             except KeyboardInterrupt:
-                continue
+                ticket.cancel()
+        end = " [stopped]" if answer.finish == "cancelled" else "" if answer.text else "(empty answer)"
+        self.write(f"{_rest(answer.text, said)}{end}\n")
+        return answer
 
     def _write_files(self, image: PreparedImage, question: str, answer: Answer, marked: np.ndarray | None) -> None:
         if not answer.masks and marked is None:
