@@ -178,13 +178,9 @@ class Controller:
             else:  # nothing else would tell that it is gone
                 self.registry.remove(name, str(error))
 
-    async def list_models(self) -> dict[str, Any]:
-        """Models that can be asked now, and questions of a conversation that each was trained on."""
-        models = self.registry.models()
-        return {
-            "models": models,
-            "conversation_turns": {name: self.registry.conversation_turns(name) for name in models},
-        }
+    async def list_models(self) -> dict[str, list[str]]:
+        """Models that can be asked now."""
+        return {"models": self.registry.models()}
 
     async def get_worker_address(self, body: ModelQuery) -> dict[str, str]:
         """A worker that has the model, for clients that ask it themselves; empty where there is none."""

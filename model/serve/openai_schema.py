@@ -208,7 +208,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def _absent(value: Any) -> bool:
-    return value is None or value == [] or value == ""
+    return value is None
+
+
+def _empty(value: Any) -> bool:
+    return not value
 
 
 class AnswerMask(_Model):
@@ -227,7 +231,7 @@ class AnswerMask(_Model):
         exclude_if=_absent,
     )
     warning: str = Field(
-        default="", description="where it bears the name of nothing that was asked for", exclude_if=_absent
+        default="", description="where it bears the name of nothing that was asked for", exclude_if=_empty
     )
 
 
@@ -237,8 +241,10 @@ class AnswerExtension(_Model):
     masks: list[AnswerMask] = Field(default_factory=list, description="in the order of their <SEG> in the text")
     height: int | None = Field(default=None, description="of the image, in pixels; null where there is no mask")
     width: int | None = None
-    dropped_turns: int = Field(default=0, description="oldest questions that were left out, as not all of them fit")
-    notes: list[str] = Field(default_factory=list, description="what else a reader should know", exclude_if=_absent)
+    dropped_turns: int = Field(
+        default=0, description="oldest questions that were left out, as not all of them fit", exclude_if=_empty
+    )
+    notes: list[str] = Field(default_factory=list, description="what else a reader should know", exclude_if=_empty)
 
 
 Finish = Literal["stop", "length"]

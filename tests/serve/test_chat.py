@@ -96,7 +96,7 @@ def test_a_later_question_knows_the_earlier_ones(
     submit = Engine.submit
     monkeypatch.setattr(Engine, "submit", lambda self, request, on: asked.append(request) or submit(self, request, on))
     lines = ["/box 1,1,9,9", "/point 20,30", "What is in the region?", "And next to it?", "/clear", "What is it?"]
-    code, *_ = chat([*lines], image=picture, model=checkpoint)
+    code, *_ = chat([*lines], "--history", image=picture, model=checkpoint)
     assert code == 0
     assert [len(one.history) for one in asked] == [0, 1, 0] and [len(one.regions) for one in asked] == [2, 2, 0]
     assert asked[1].history[0][0].count("<region></region>") == 2 and asked[1].question == "And next to it?"

@@ -88,8 +88,7 @@ def test_image_may_come_late_or_again_but_not_another_one() -> None:
     assert asked(user(IMAGE, "A?"), assistant("B."), user(IMAGE, "C?")).images == [PICTURE]
     with pytest.raises(RefusedField, match="hold 2; send one"):
         asked(user(IMAGE, {"type": "image_url", "image_url": {"url": MASK}}, "What?"))
-    with pytest.raises(RefusedField, match="hold none; send one"):
-        asked(user("What?"))
+    assert asked(user("What?")).images == [] and "<image>" not in asked(user("What?")).prompt
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_a_marker_in_an_answer_takes_no_region() -> None:
 def test_a_marker_without_region_is_told() -> None:
     with pytest.raises(RefusedField, match="no region was sent for it"):
         asked(user(IMAGE, "What is <region></region>?"))
-    with pytest.raises(MedPLIBError, match="3 region markers for 1 regions"):
+    with pytest.raises(MedPLIBError, match="3 times, and 1 region is marked"):
         asked(user(IMAGE, "What is <region></region>" * 3), medplib={"regions": [{"point": [1, 1]}]})
 
 
@@ -230,7 +229,7 @@ def test_values_that_ask_for_nothing_are_taken() -> None:
         ([user(IMAGE)], "the question is empty"),
         ([user(IMAGE, "  ")], "the question is empty"),
         ([user(IMAGE, "What?"), {"role": "assistant", "content": [IMAGE]}, user("So?")], "put it into the user's"),
-        ([user(IMAGE, "x" * 20_001)], "at most 20000 are read"),
+        ([user(IMAGE, "x" * 20_001)], "20,000 are read"),
     ],
 )
 def test_malformed_conversations_are_refused(messages: list[dict[str, Any]], sentence: str) -> None:

@@ -103,7 +103,7 @@ def test_regions_are_sent_as_run_lengths_and_stay_with_their_question(visit, con
     visit.box([10, 5], [30, 25])
     visit.desk.mark(visit.session, {"kind": "point", "points": [[50, 30]]})
     visit.ask("What is in the region?")
-    visit.ask("And now?")
+    visit.ask("And now?", Parameters(remember=True))
     first, second = controller.requests
     assert "What is in the region <region></region>, <region></region>?" in first.prompt
     assert decode_rle(first.region_masks[0]).sum() == 400 and decode_rle(first.region_masks[1])[30, 50]
@@ -276,12 +276,12 @@ def test_actions_without_sense_are_sentences(visit):
         (lambda: list(desk.ask_again(session, "nano", GREEDY)), "nothing was asked"),
         (lambda: visit.open(png()), ""),
         (lambda: visit.ask("   "), "question is empty"),
-        (lambda: visit.ask("x" * 6000), "6,000 characters"),
+        (lambda: visit.ask("x" * 16_000), "16,000 characters"),
         (lambda: visit.box([500, 1], [900, 9]), "outside the image"),
         (lambda: desk.download(session, "png"), "no mask is shown"),
         (lambda: desk.download(session, "../exe"), "no such kind"),
         (lambda: desk.turn_to(session, 5, 0, 1), "there is no slice 5"),
-        (lambda: visit.ask("What is <region></region>?"), "region markers"),
+        (lambda: visit.ask("What is <region></region>?"), "no region is marked"),
     ]:
         session.notice = ""
         act()
