@@ -118,7 +118,7 @@ def test_an_answer_ends_where_its_slot_does(lookahead: bool) -> None:
 def test_a_prompt_that_is_too_long_is_one_sentence() -> None:
     tight = engine(max_length=engine()._prompt(request()).length + 1)
     ticket = tight.submit(request())
-    with pytest.raises(MedPLIBError, match="question is too long.*fit"):
+    with pytest.raises(MedPLIBError, match=r"question is too long.*fit"):
         ticket.result(0)
     assert not tight.busy
 

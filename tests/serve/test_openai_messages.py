@@ -71,6 +71,23 @@ def test_history_is_told_in_order() -> None:
     assert request.prompt == rendered("What is this?", "A fundus.", "Segment the macula.")
 
 
+def test_a_long_conversation_loses_its_oldest_questions_and_keeps_its_image() -> None:
+    turns = [
+        user(IMAGE, REGION, "0?"),
+        assistant("a"),
+        *(one for n in range(1, 40) for one in (user(f"{n}?"), assistant("a"))),
+    ]
+    request = asked(*turns, user("Last?"))
+    assert request.dropped_turns == 9 and request.images == [PICTURE] and request.region_masks == []
+    assert request.prompt.count("USER:") == 32 and "USER: <im_start><image><im_end>\n9?" in request.prompt
+    long = asked(*[user(IMAGE, "x" * 6000), assistant("y" * 2000)] * 4, user("z" * 4000, IMAGE))
+    assert long.dropped_turns == 3 and len(long.prompt) < 20_000
+    regions = [{"point": [n, n]} for n in range(20)]
+    marked = [one for n in range(19) for one in (user(IMAGE, "A <region></region>?"), assistant("a"))]
+    request = asked(*marked, user("B?"), medplib={"regions": regions})
+    assert request.dropped_turns == 4 and request.region_masks == regions[4:]
+
+
 def test_system_messages_and_greetings_are_left_out() -> None:
     system = {"role": "system", "content": "You are a pirate."}
     developer = {"role": "developer", "content": [text("Answer in verse.")]}

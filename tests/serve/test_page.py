@@ -148,11 +148,32 @@ def test_no_model_chosen_takes_the_first_that_is_served(visit, controller):
     assert "no model is served" in visit.last.error
 
 
-def test_what_was_said_before_may_be_left_out(visit, controller):
+def test_a_long_conversation_loses_its_oldest_questions_and_says_so(visit, controller):
+    visit.open(png())
+    for number in range(40):
+        visit.ask(f"Question {number}?", Parameters(remember=True))
+    request = controller.requests[-1]
+    assert request.dropped_turns == 8 and request.prompt.count("USER:") == 32 and "Question 8?" in request.prompt
+    controller.script = fail(Chunk(text="", answer="", finish="end", dropped_turns=8))
+    visit.ask("And now?", Parameters(remember=True))
+    message = view.talk(visit.session)["messages"][-1]
+    assert message["parts"] == [{"text": "(empty answer)"}] and "8 oldest questions were left out" in message["note"]
+
+
+def test_a_warning_stands_beside_its_mask(visit, controller):
+    visit.open(png())
+    controller.script = say("The disc is <SEG>.", ({**disc(), "warning": "asked for dragon, the answer names disc"},))
+    visit.ask("Segment the dragon.")
+    assert controller.requests[-1].every_target
+    assert view.masks(visit.session)["rows"][0]["warning"] == "asked for dragon, the answer names disc"
+    assert view.talk(visit.session)["messages"][-1]["note"] == "Asked for dragon, the answer names disc."
+
+
+def test_each_question_stands_alone_unless_the_visitor_wants_otherwise(visit, controller):
     visit.open(png())
     visit.box([10, 5], [30, 25])
     visit.ask("What is it?")
-    visit.ask("And this?", Parameters(remember=False))
+    visit.ask("And this?")
     assert "What is it" not in controller.requests[1].prompt and controller.requests[1].region_masks == []
 
 

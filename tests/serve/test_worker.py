@@ -159,6 +159,20 @@ def test_spacing_of_a_dicom_becomes_an_area_and_its_tags_stay(url: str, caplog: 
     assert "Roe" not in last.model_dump_json() + caplog.text
 
 
+def test_words_alone_are_answered(url: str, engine: Engine) -> None:
+    body = message(prompt="What is a CT?", images=[], dropped_turns=2)
+    last = ask(url, body)[-1]
+    assert last.answer == engine.ask(Request(None, "What is a CT?")).text and last.dropped_turns == 2
+
+
+def test_every_target_is_answered_where_it_is_asked_for(url: str, engine: Engine) -> None:
+    question = "Segment the vertebra, the dragon, the kidney and the liver."
+    chunks = ask(url, message(question, every_target=True))
+    assert {"vertebra", "kidney", "liver"} <= {mask["label"] for mask in chunks[-1].masks}
+    assert chunks[-1].answer == direct(engine, question, every_target=True).text
+    assert len(direct(engine, question).masks) < len(chunks[-1].masks)
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
