@@ -16,7 +16,7 @@ import numpy as np
 from arguments import positive
 from tables import table
 
-from model import MedPLIBError, Predictor
+from model import Predictor
 from model.cli import default_model
 from model.data.builders.phantom import PhantomStream
 from model.data.builders.phantom_questions import Question
@@ -52,10 +52,7 @@ def main() -> int:
     parser.add_argument("--images", type=positive, default=30)
     parser.add_argument("--seed", type=int, default=4242)
     options = parser.parse_args()
-    try:
-        predictor = Predictor.from_pretrained(options.model or default_model())
-    except MedPLIBError as error:
-        parser.error(str(error))
+    predictor = Predictor.from_pretrained(options.model or default_model())
     stream, rng = PhantomStream(options.seed), np.random.default_rng(options.seed)
     results = defaultdict(list)  # by (remembered, turn)
     index = asked = 0
