@@ -24,7 +24,7 @@ from model.inference.prompts import Prompt, build_prompt
 from model.inference.requests import EngineFull, OnText, Request, Ticket
 from model.inference.schedule import EngineSettings, Schedule
 from model.inference.slots import slot_bytes
-from model.inference.targets import JoinedAnswer
+from model.inference.targets import JoinedAnswer, requested_targets
 from model.inference.threads import lone_thread, release_helpers
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
@@ -123,19 +123,20 @@ class Engine:
         self._check_open()
         self._check_room()
         ticket = Ticket(request)
+        single = request.always_mask or request.router_stats or request.thresholds or not request.every_target
+        joined = None if single or not requested_targets(request.question) else JoinedAnswer(request, on_text)
+        first = request if joined is None else joined.first()
         try:
-            prompt = self._prepared(request).result()
+            prompt = self._prepared(first).result()
         except MedPLIBError as error:
             ticket.settle(error)
             return ticket
         with self._news:
             self._check_room()  # again: others handed in meanwhile
-            single = request.always_mask or request.router_stats or request.thresholds or not request.every_target
-            joined = None if single else JoinedAnswer(request, on_text)
-            if joined is None or not joined.targets:
+            if joined is None:
                 self._enqueue(ticket, prompt, on_text)
             else:
-                self._enqueue_pass(ticket, joined, request, prompt)
+                self._enqueue_pass(ticket, joined, first, prompt)
         return ticket
 
     def _enqueue_pass(self, ticket: Ticket, joined: JoinedAnswer, request: Request, prompt: Prompt) -> None:

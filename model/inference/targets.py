@@ -15,6 +15,7 @@ from model.inference.requests import OnText, Request
 from model.processing.special_tokens import REGION_MARKER, SEG_TOKEN
 
 _MOST_PASSES = 8
+_ONE_PASS = 2  # targets; of longer lists, which no training data have, models mask things that are not there
 _SAME_MASK = 0.5  # IoU from which two masks of one name show one thing
 _LABEL_WORDS, _LABEL_CHARS = 8, 60
 
@@ -52,6 +53,7 @@ _SYNONYMS = dict.fromkeys(_LESIONS, "lesion") | {
     **dict.fromkeys(("bleeding", "bleed"), "hemorrhage"),
     **{"disk": "disc", "renal": "kidney", "hepatic": "liver", "cardiac": "heart", "pulmonary": "lung"},
 }
+_PLAIN = re.compile(r"\b(?:segment|outline|delineate|contour|masks?)\b", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:no|not|cannot|can't|without|absent|none|neither|nor|unable)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?;\n]\s")
 _LEAD_IN = re.compile(r"^(sure|yes|certainly|of course|okay|ok|and|here (is|are)|here)\b[,:]?\s*", re.IGNORECASE)
@@ -147,7 +149,8 @@ class JoinedAnswer:
     """One answer to a request, out of as many passes as it takes to answer every target that the question names.
 
     A mask whose name was given before is left out with its words, unless both show different things. A mask that bears
-    the name of nothing that was asked for has a ``warning``.
+    the name of nothing that was asked for has a ``warning``. Two targets are asked for at once and, where that leaves
+    one out or masks none, alone; more of them alone from the start.
 
     Args:
         request: with ``every_target``.
@@ -158,10 +161,17 @@ class JoinedAnswer:
         self.request, self._on_text = request, on_text
         self.targets = self._asked = requested_targets(request.question)  # ``_asked`` in the present pass
         self._question = request.question
+        marked = sum(asked.count(REGION_MARKER) for asked, _ in request.history)
+        self._several = len(self.targets) > 1 and len(request.regions) <= marked
         self._alone: set[str] = set()  # asked for alone
         self._passes: list[Answer] = []
         self._text = self._told = ""
         self._masks: list[Mask] = []
+
+    def first(self) -> Request:
+        """The request of the first pass."""
+        alone = self._several and len(self.targets) > _ONE_PASS and _PLAIN.search(self._question)
+        return self._alone_request(self.targets[0]) if alone else self.request
 
     def hear(self, text: str) -> None:
         """Take the text of the present pass as it grows."""
@@ -169,7 +179,7 @@ class JoinedAnswer:
         labels = mask_labels(text, self._question, len(pieces) - 1)
         known = [mask.label for mask in self._masks]
         kept = next((place for place, one in enumerate(labels) if one in known + labels[:place]), len(labels))
-        if labels or self._passes:
+        if labels or len(self.targets) > 1:
             text = "".join(piece + SEG_TOKEN for piece in pieces[:kept])
         self._tell(text)
 
@@ -194,22 +204,26 @@ class JoinedAnswer:
             self._masks.append(replace(mask, warning=warning))
             text += piece + SEG_TOKEN
         text += SEG_TOKEN.join(pieces[len(answer.masks) :])
+        if self._several and len(self._asked) > 1 and not self._masks and _NEGATION.search(text):
+            text = ""
         self._passes.append(answer)
         self._text = self._tell(re.sub(r"^[\s,;]+(?:and\s+)?", "", text) if text.strip(" .,;!") else "")
 
     def following(self) -> Request | None:
         """The request for the next target that no pass has masked or refused; None where the answer is complete."""
-        request, last = self.request, self._passes[-1]
-        budget = request.settings.max_new_tokens - sum(answer.new_tokens for answer in self._passes)
-        in_words = not self._masks and not _NEGATION.search(self._text)  # "Where are …?" may be answered so
-        marked = sum(asked.count(REGION_MARKER) for asked, _ in request.history)
+        in_words = len(self._asked) > 1 and not self._masks and self._text  # "Where are …?" may be answered so
         missing = [one for one in self._missing(in_doubt=False) if one.name not in self._alone]
-        ended = last.finish != "end" or budget < 1 or len(self._passes) == _MOST_PASSES
-        if ended or in_words or not missing or len(self.targets) < 2 or len(request.regions) > marked:
-            return None
-        self._asked, self._question = missing[:1], missing[0].question
-        self._alone.add(missing[0].name)
-        return replace(request, question=self._question, settings=replace(request.settings, max_new_tokens=budget))
+        ended = self._passes[-1].finish != "end" or self._budget() < 1 or len(self._passes) == _MOST_PASSES
+        return None if ended or in_words or not missing or not self._several else self._alone_request(missing[0])
+
+    def _budget(self) -> int:
+        return self.request.settings.max_new_tokens - sum(answer.new_tokens for answer in self._passes)
+
+    def _alone_request(self, target: Target) -> Request:
+        self._asked, self._question = [target], target.question
+        self._alone.add(target.name)
+        settings = replace(self.request.settings, max_new_tokens=self._budget())
+        return replace(self.request, question=target.question, settings=settings)
 
     def _missing(self, in_doubt: bool) -> list[Target]:
         """Targets that no mask bears the name of, and no sentence without a mask denies."""
@@ -219,9 +233,14 @@ class JoinedAnswer:
         return [
             target
             for target in self.targets
-            if not any(same_target(target.name, label, in_doubt) for label in masked)
+            if not any(self._belongs(label, target, in_doubt) for label in masked)
             and not any(_words(target.name) <= words for words in denied)
         ]
+
+    def _belongs(self, label: str, target: Target, in_doubt: bool) -> bool:
+        """Whether a mask of this label is the target's: "lung nodule" not that of "lungs" where both were asked for."""
+        exact = [other for other in self.targets if _words(other.name) == _words(label)]
+        return target in exact if exact else same_target(target.name, label, in_doubt)
 
     def answer(self) -> Answer:
         """The joined answer: counts and times are sums, and ``finish`` is the last pass's."""
