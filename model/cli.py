@@ -83,8 +83,15 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
 
 def _add_chat(commands: argparse._SubParsersAction) -> None:
     chat = commands.add_parser("chat", help="talk about an image in the terminal, or pipe questions in")
-    chat.add_argument("image", type=Path, help="PNG, JPEG, TIFF or single-frame DICOM")
+    chat.add_argument(
+        "image", type=Path, nargs="?", help="PNG, JPEG, TIFF or single-frame DICOM; words alone if absent"
+    )
     _add_asking(chat)
+    chat.add_argument(
+        "--history",
+        action=argparse.BooleanOptionalAction,
+        help="send earlier questions along; by default where the checkpoint was trained on conversations",
+    )
     where: dict[str, Any] = {"dest": "regions", "action": "append", "default": []}
     chat.add_argument(
         "--region", type=Path, metavar="MASK.png", help="a region of the first question; repeatable", **where
@@ -222,6 +229,8 @@ def run_ask(options: argparse.Namespace) -> int:
     print(answer.text)
     for mask in answer.masks:
         print(f"  {mask_line(mask)}")
+    for note in answer.notes:
+        print(f"  note: {note}")
     for file in files:
         print(f"  wrote {file}")
     return 0
@@ -244,7 +253,7 @@ def run_chat(options: argparse.Namespace) -> int:
         attention=options.attention,
         quantisation=options.quantisation,
     )
-    return run_chat(engine, options.image, ChatSettings(options.out, asked), options.regions)
+    return run_chat(engine, options.image, ChatSettings(options.out, asked, options.history), options.regions)
 
 
 def run_serve(options: argparse.Namespace) -> int:

@@ -63,6 +63,7 @@ def _parts(opened: OpenedCheckpoint) -> list[tuple[str, str]]:
             f"{config.mask.geometry} geometry, threshold {config.mask.threshold}",
         ),
         ("in-context", _in_context(config)),
+        ("conversation", _conversation(config.conversation_turns)),
     ]
 
 
@@ -86,6 +87,10 @@ def _in_context(config: MedPLIBConfig) -> str:
     if config.in_context.mask_encoder:
         parts.append(f"mask encoder of {config.in_context.mask_encoder_tokens} tokens")
     return ", ".join(parts) or "none"
+
+
+def _conversation(turns: int) -> str:
+    return "each question stands alone" if turns == 1 else f"up to {turns} questions"
 
 
 def _bytes(size: int) -> str:

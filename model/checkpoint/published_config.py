@@ -48,6 +48,10 @@ _TEXT_KEYS = (
     "bos_token_id",
     "eos_token_id",
 )
+_NATIVE_KEYS = (
+    *("text_config", "vision_config", "sam_config", "projector", "moe", "region", "mask", "in_context", "loss"),
+    *("vision_select_layer", "vision_select_feature", "seg_token_id", "conversation_turns"),
+)
 # Settings of the LLaVA family that published code looks for and that are the same in every MedPLIB.
 _PUBLISHED_CONSTANTS: dict[str, Any] = {
     "freeze_mm_mlp_adapter": True,
@@ -289,19 +293,7 @@ def published_settings(config: MedPLIBConfig, dtype: str, vision_tower: str) -> 
 def native_section(config: MedPLIBConfig) -> dict[str, Any]:
     """Everything that rebuilds the configuration, as plain values."""
     values = config.to_dict()
-    sections = (
-        "text_config",
-        "vision_config",
-        "sam_config",
-        "projector",
-        "moe",
-        "region",
-        "mask",
-        "in_context",
-        "loss",
-    )
-    names = (*sections, "vision_select_layer", "vision_select_feature", "seg_token_id")
-    return {name: values[name] for name in names}
+    return {name: values[name] for name in _NATIVE_KEYS}
 
 
 def _published_moe(config: MedPLIBConfig) -> dict[str, Any]:

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from model.processing.masks import bounding_box, decode_rle, encode_rle
-from model.processing.special_tokens import SEG_TOKEN
-
-_SENTENCE_END = re.compile(r"[.!?;\n]\s")
-_LEAD_IN = re.compile(r"^(sure|yes|certainly|of course|okay|ok|and|here (is|are)|here)\b[,:]?\s*", re.IGNORECASE)
-_ARTICLE = re.compile(r"^(the|a|an)\s+", re.IGNORECASE)
-_COPULA = re.compile(r"\s*(is|are|here|at|in|:|,|\(|shown|segmented|highlighted|located|as)*\s*$", re.IGNORECASE)
-_NO_NAME = re.compile(r"(segmentation|result|mask|it|this|that)\b", re.IGNORECASE)
-_ASKED = re.compile(
-    r"(?:segment|outline|delineate|find|locate|highlight|show|mark|where is|mask (?:of|for))"
-    r"\s+(?:me\s+)?(?:the\s+|a\s+|an\s+)?"
-    r"(?P<name>[\w\s-]{1,80}?)(?:\s+(?:in|on|from|of|within)\s+(?:the|this|that)\b|[?.,!]|$)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -38,6 +24,7 @@ class Mask:
         area_mm2: the same in mm² where the file knows its spacing.
         presence: calibrated probability that there is something to paint, where the checkpoint has a mask gate.
         spoken: False where the answer has no ``<SEG>`` for it and it was painted because it was asked for in any case.
+        warning: where the question asked for something else; see ``Request.every_target``.
     """
 
     label: str
@@ -48,6 +35,7 @@ class Mask:
     area_mm2: float | None = None
     presence: float | None = None
     spoken: bool = True
+    warning: str = ""
 
     @classmethod
     def from_array(
@@ -85,7 +73,15 @@ class Mask:
             output["presence"] = round(self.presence, 4)
         if not self.spoken:
             output["spoken"] = False
+        if self.warning:
+            output["warning"] = self.warning
         return output
+
+
+def dropped_note(dropped_turns: int) -> list[str]:
+    """What to say of questions that were left out of a conversation; empty where none were."""
+    which = "the oldest question was" if dropped_turns == 1 else f"the {dropped_turns} oldest questions were"
+    return [f"{which} left out: the conversation is longer than the model reads"] if dropped_turns else []
 
 
 Finish = Literal["end", "length", "stop", "cancelled"]
@@ -104,6 +100,8 @@ class Answer:
         masks_at: for each further threshold asked for, the masks' COCO run lengths.
         router_stats: for each mixture layer, the share of the tokens that each expert computed, if asked for.
         prompt_tokens: of the conversation before it, the image's included.
+        dropped_turns: oldest questions of the history that were left out because not all of it fits.
+        notes: what else a reader should know, a phrase each.
     """
 
     text: str
@@ -114,31 +112,20 @@ class Answer:
     masks_at: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     router_stats: list[list[float]] | None = None
     prompt_tokens: int = 0
+    dropped_turns: int = 0
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready mapping, as ``medplib ask --json`` prints it."""
-        return {
+        output = {
             "text": self.text,
             "masks": [mask.to_dict() for mask in self.masks],
             "finish": self.finish,
             "new_tokens": self.new_tokens,
             "timing": {name: round(seconds, 4) for name, seconds in self.timing.items()},
         }
-
-
-def mask_labels(text: str, question: str, count: int) -> list[str]:
-    """Names of the ``count`` masks of an answer.
-
-    The name stands before its ``<SEG>`` (“the liver is <SEG>”); where the answer gives none (“the segmentation
-    result is <SEG>”), the thing the question asked for is taken, if it can be told.
-    """
-    asked = _ASKED.search(" ".join(question.split()))  # in runs of blanks a search would be lost
-    fallback = asked["name"].strip().lower() if asked else ""
-    labels = []
-    for piece in text.split(SEG_TOKEN)[:count]:
-        clause = " ".join(_SENTENCE_END.split(piece)[-1].split()).strip(" ,.;:")
-        clause = _LEAD_IN.sub("", _LEAD_IN.sub("", clause))
-        clause = _ARTICLE.sub("", _COPULA.sub("", clause)).strip()
-        named = clause and not _NO_NAME.match(clause) and "segmentation" not in clause.lower()
-        labels.append(clause.lower() if named else fallback)
-    return labels
+        if self.dropped_turns:
+            output["dropped_turns"] = self.dropped_turns
+        if self.notes:
+            output["notes"] = list(self.notes)
+        return output

@@ -24,6 +24,7 @@ from model.inference.prompts import Prompt, build_prompt
 from model.inference.requests import EngineFull, NotFinite, OnText, Request, Ticket
 from model.inference.schedule import EngineSettings, Schedule
 from model.inference.slots import slot_bytes
+from model.inference.targets import JoinedAnswer, requested_targets
 from model.inference.threads import lone_thread, release_helpers
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
@@ -122,15 +123,49 @@ class Engine:
         self._check_open()
         self._check_room()
         ticket = Ticket(request)
+        single = request.always_mask or request.router_stats or request.thresholds or not request.every_target
+        joined = None if single or not requested_targets(request.question) else JoinedAnswer(request, on_text)
+        first = request if joined is None else joined.first()
         try:
-            prompt = self._prepared(request).result()
+            prompt = self._prepared(first).result()
         except MedPLIBError as error:
             ticket.settle(error)
             return ticket
         with self._news:
             self._check_room()  # again: others handed in meanwhile
-            self._enqueue(ticket, prompt, on_text)
+            if joined is None:
+                self._enqueue(ticket, prompt, on_text)
+            else:
+                self._enqueue_pass(ticket, joined, first, prompt)
         return ticket
+
+    def _enqueue_pass(self, ticket: Ticket, joined: JoinedAnswer, request: Request, prompt: Prompt) -> None:
+        part = Ticket(request, ticket)
+        self._enqueue(part, prompt, joined.hear)
+        part.when_done(lambda: self._pass_done(ticket, joined, part))
+
+    def _pass_done(self, ticket: Ticket, joined: JoinedAnswer, part: Ticket) -> None:
+        """Ask for the next target, or settle the whole; in the thread that steps."""
+        try:
+            joined.add(part.result(0))
+            request = None if ticket.cancelled or self._closed else joined.following()
+            if request is None:
+                ticket.settle(joined.answer())
+                return
+            prepared = self._prepared(request)
+        except BaseException as error:  # noqa: BLE001 - the machine's, or what a caller's on_text raises: its trouble alone
+            ticket.settle(error)
+            return
+
+        def go_on(prepared: Future[Prompt]) -> None:
+            try:
+                self._enqueue_pass(ticket, joined, request, prepared.result())
+            except MedPLIBError:  # closed meanwhile, or the request does not fit
+                ticket.settle(joined.answer())
+            except BaseException as error:  # noqa: BLE001 - nobody else would learn of it
+                ticket.settle(error)
+
+        prepared.add_done_callback(go_on)
 
     def ask(self, request: Request, on_text: OnText | None = None) -> Answer:
         """Ask and wait.
@@ -209,14 +244,8 @@ class Engine:
                 "no_mask_below needs a mask gate, and the checkpoint has no mask_gate.json; "
                 "make one with python -m model.inference.calibrate_gate"
             )
-        image = self.prepare(request.image)
-        prompt = build_prompt(self.model, self.processor, image, request)
-        if prompt.length > self.max_length - 2:
-            raise MedPLIBError(
-                f"the prompt has {prompt.length} tokens and a request may hold {self.max_length}; "
-                "ask shorter, or give the engine a larger max_length"
-            )
-        return prompt
+        image = None if request.image is None else self.prepare(request.image)
+        return build_prompt(self.model, self.processor, image, request, self.max_length)
 
     def _enqueue(self, ticket: Ticket, prompt: Prompt, on_text: OnText | None) -> None:
         with self._news:

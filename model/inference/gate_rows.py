@@ -19,9 +19,9 @@ from model.data.image_io import read_mask
 from model.data.schema import Sample, parse_record
 from model.data.validate import Progress
 from model.errors import MedPLIBError
-from model.inference.answer import mask_labels
 from model.inference.images import PreparedImage, prepare_image
 from model.inference.mask_gate import FEATURES, mask_features
+from model.inference.targets import mask_labels
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
 from model.processing.processor import MedPLIBProcessor

@@ -1,4 +1,4 @@
-"""Logistic regression with a quadratic penalty, by Newton's method: few features, exact, no further dependency."""
+"""Logistic regression with a quadratic penalty, exact for few features."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
 
 Array = NDArray[np.float64]
-
-_STEPS = 100
-_HALVINGS = 40
-_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +29,7 @@ class Logistic:
 
     def probability(self, rows: Array) -> Array:
         """Probabilities [n] of feature rows [n, F]."""
-        return sigmoid((rows - self.mean) / self.scale @ self.coefficients + self.intercept)
+        return expit((rows - self.mean) / self.scale @ self.coefficients + self.intercept)
 
 
 def fit_logistic(rows: Array, truth: NDArray[np.bool_], penalty: float = 1.0) -> Logistic:
@@ -49,43 +47,19 @@ def fit_logistic(rows: Array, truth: NDArray[np.bool_], penalty: float = 1.0) ->
     scale = np.where(scale > 1e-12 * np.maximum(1.0, np.abs(mean)), scale, 1.0)
     design = np.column_stack([(rows - mean) / scale, np.ones(len(rows))])  # [n, F + 1]
     target = truth.astype(np.float64)
-    ridge = np.full(design.shape[1], penalty)
-    ridge[-1] = 0.0
-    weights = np.zeros(design.shape[1])
-    weights[-1] = np.log(target.mean() / (1 - target.mean()))
-    loss = _loss(design, target, ridge, weights)
-    for _ in range(_STEPS):
-        predicted = sigmoid(design @ weights)
-        gradient = design.T @ (predicted - target) + ridge * weights
-        curvature = (design * (predicted * (1 - predicted))[:, None]).T @ design + np.diag(ridge)
-        curvature[-1, -1] += 1e-12  # the intercept alone is not penalised
-        step = np.linalg.solve(curvature, gradient)
-        weights, improved = _descend(design, target, ridge, weights, step, loss)
-        if loss - improved <= _TOLERANCE * max(1.0, abs(loss)):
-            break
-        loss = improved
-    return Logistic(weights[:-1], float(weights[-1]), mean, scale)
+    ridge = np.append(np.full(rows.shape[1], penalty), 0.0)  # the intercept is not penalised
 
+    def loss(weights: Array) -> tuple[float, Array]:
+        logits = design @ weights
+        value = (np.logaddexp(0.0, logits) - target * logits).sum() + 0.5 * (ridge * weights**2).sum()
+        return float(value), design.T @ (expit(logits) - target) + ridge * weights
 
-def sigmoid(values: Array) -> Array:
-    """1 / (1 + e^−x) without overflow."""
-    small = np.exp(-np.abs(values))
-    return np.where(values >= 0, 1.0, small) / (1.0 + small)
+    def curvature(weights: Array) -> Array:
+        spread = expit(design @ weights)
+        return (design * (spread * (1 - spread))[:, None]).T @ design + np.diag(ridge)
 
-
-def _descend(
-    design: Array, target: Array, ridge: Array, weights: Array, step: Array, loss: float
-) -> tuple[Array, float]:
-    """The weights after the longest of the halved steps that does not raise the loss, and their loss."""
-    for _ in range(_HALVINGS):
-        moved = weights - step
-        found = _loss(design, target, ridge, moved)
-        if found <= loss:
-            return moved, found
-        step = step / 2
-    return weights, loss
-
-
-def _loss(design: Array, target: Array, ridge: Array, weights: Array) -> float:
-    logits = design @ weights
-    return float((np.logaddexp(0.0, logits) - target * logits).sum() + 0.5 * (ridge * weights**2).sum())
+    start = np.append(np.zeros(rows.shape[1]), np.log(target.mean() / (1 - target.mean())))
+    found = minimize(
+        loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-9, "maxiter": 200}
+    )
+    return Logistic(found.x[:-1], float(found.x[-1]), mean, scale)

@@ -53,4 +53,5 @@ def write_pictures(
 def mask_line(mask: Mask) -> str:
     """A mask in one line for people."""
     area = f"{mask.area_px} px" if mask.area_mm2 is None else f"{mask.area_px} px ({mask.area_mm2:.1f} mm²)"
-    return f"{mask.label or 'mask'}: score {mask.score:.2f}, {area}, box {list(mask.bbox)}"
+    warning = f" (warning: {mask.warning})" if mask.warning else ""
+    return f"{mask.label or 'mask'}: score {mask.score:.2f}, {area}, box {list(mask.bbox)}{warning}"

@@ -71,19 +71,24 @@ class Predictor:
         settings: GenerationSettings | None = None,
         no_mask_below: float | None = None,
         on_text: OnText | None = None,
+        every_target: bool = True,
     ) -> Answer:
         """Ask one question.
 
         Args:
-            image: anything ``set_image`` takes, or what it gave.
+            image: anything ``set_image`` takes, or what it gave; None for a question in words alone.
             question: plain text; ``<region></region>`` marks where a region is meant, if it is given.
             region: mask path, H×W array, ``("box", (x1, y1, x2, y2))`` or ``("point", (x, y))`` in image pixels, or a
                 list of these.
             threshold: probability above which a pixel is in the mask, in (0, 1); the checkpoint's own when absent.
-            history: earlier (question, answer) pairs about the same image.
+            history: earlier (question, answer) pairs about the same image. A model that was not trained on
+                conversations (``config.conversation_turns`` is 1) answers worse with them. The oldest are left out
+                where not all fit.
             settings: how the answer is drawn; greedy when absent.
             no_mask_below: leave a mask empty whose calibrated probability of presence is lower; needs a mask gate.
             on_text: called with the answer so far as it grows.
+            every_target: answer each target of "segment the liver and the spleen", in further passes where the first
+                leaves some out; False gives the published single pass.
 
         Returns:
             The answer; its masks are in the order of the ``<SEG>`` in its text.
@@ -99,6 +104,7 @@ class Predictor:
             settings or GenerationSettings(),
             threshold,
             no_mask_below=no_mask_below,
+            every_target=every_target,
         )
         return self.engine.ask(request, on_text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from model.inference.requests import Request
 from model.modeling.configuration import IMAGE_PLACEHOLDER
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
+from model.processing.encoding import encode_prompt
 from model.processing.processor import MedPLIBProcessor
 from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER
+from model.processing.tokens import tokenize
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,54 +26,100 @@ class Prompt:
     """A request's prompt, not yet embedded.
 
     Attributes:
-        image: the image it asks about.
+        image: the image it asks about; None for words alone.
         input_ids: long [1, T] with placeholders.
         region_masks: float [R, g, g]; ``region_image`` long [R], all zero.
         length: tokens L once the image has taken its places.
         prefix_length: leading tokens, the image's included, that any question with the same opening shares.
         prefix_key: names that opening.
+        dropped_turns: oldest questions of the history that were left out.
     """
 
-    image: PreparedImage
+    image: PreparedImage | None
     input_ids: Tensor
     region_masks: Tensor
     region_image: Tensor
     length: int
     prefix_length: int
     prefix_key: object
+    dropped_turns: int = 0
 
 
 def build_prompt(
-    model: MedPLIBForCausalLM, processor: MedPLIBProcessor, image: PreparedImage, request: Request
+    model: MedPLIBForCausalLM,
+    processor: MedPLIBProcessor,
+    image: PreparedImage | None,
+    request: Request,
+    max_length: int | None = None,
 ) -> Prompt:
     """Word and tokenise a request.
 
+    The oldest turns of a history that does not fit are left out with their regions: of tokens, as many fit as the
+    processor and ``max_length`` allow with room for an answer; of turns, as many as the model was trained on, where
+    that is more than one.
+
+    Args:
+        model, processor: of the checkpoint.
+        image: what is asked about; None for words alone.
+        request: its ``image`` is not looked at.
+        max_length: tokens of prompt and answer together; None for no limit.
+
     Raises:
-        MedPLIBError: a region is malformed, or the checkpoint cannot look at regions.
+        MedPLIBError: the question alone is too long, a region is malformed or has no image, or the checkpoint cannot
+            look at regions.
     """
-    regions = [region_to_mask(region, image.size) for region in request.regions]
+    if image is None and request.regions:
+        raise MedPLIBError("a region is marked, and there is no image; give the image it is in")
+    regions = [region_to_mask(region, image.size) for region in request.regions] if image is not None else []
     if regions and not model.config.region.enabled:
         raise MedPLIBError("this checkpoint has no region adapter; ask it about the whole image")
-    told = sum(earlier.count(REGION_MARKER) for earlier, _ in request.history)  # their regions come first
-    asked = place_region(request.question, len(regions) - told) if len(regions) > told else request.question
-    turns = []
-    for earlier, answer in request.history:
-        turns += [Turn("human", earlier), Turn("gpt", answer)]
-    turns.append(Turn("human", asked))
-    turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
-    encoded = processor.encode_prompt(turns, [image.data.pixels], regions=regions, pixels=False)
-    ids = encoded.input_ids
-    opening = int((ids == IMAGE_PLACEHOLDER).nonzero()[0])
-    patches = visual_tokens(model)
+    history, trained = list(request.history), model.config.conversation_turns
+    told = [earlier.count(REGION_MARKER) for earlier, _ in history]  # their regions come first
+    asked = place_region(request.question, max(0, len(regions) - sum(told)))
+    dropped = max(0, len(history) + 1 - trained) if trained > 1 else 0
+    patches = visual_tokens(model) if image is not None else 0
+    room = inf if max_length is None else max_length - 2 - patches + (image is not None)
+    answer = min(request.settings.max_new_tokens, (max_length or 0) // 4)
+    while True:
+        turns = _turns(history[dropped:], asked, image is not None)
+        ids = encode_prompt(processor.tokenizer, turns, processor.settings.template)
+        last = dropped == len(history)
+        most = min(processor.settings.max_length or inf, room if last else room - answer)
+        if len(ids) <= most:
+            break
+        if last:
+            raise _too_long(processor, request.question, len(ids), most)
+        dropped += 1
+    kept = regions[sum(told[:dropped]) :]
+    pictures = [image.data.pixels] if image is not None else []
+    encoded = processor.encode_prompt(turns, pictures, regions=kept, pixels=False)
+    opening = ids.index(IMAGE_PLACEHOLDER) if image is not None else 0
     return Prompt(
         image,
-        ids[None],
+        encoded.input_ids[None],
         encoded.region_masks,
         encoded.region_image,
-        length=len(ids) - 1 + patches,
+        length=len(ids) + patches - (image is not None),
         prefix_length=opening + patches,
-        prefix_key=(image.key, tuple(ids[:opening].tolist())),
+        prefix_key=(image.key if image is not None else None, tuple(ids[:opening])),
+        dropped_turns=dropped,
     )
+
+
+def _turns(history: list[tuple[str, str]], question: str, with_image: bool) -> list[Turn]:
+    turns = [turn for earlier, answer in history for turn in (Turn("human", earlier), Turn("gpt", answer))]
+    turns.append(Turn("human", question))
+    if with_image:
+        turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
+    return turns
+
+
+def _too_long(processor: MedPLIBProcessor, question: str, tokens: int, most: float) -> MedPLIBError:
+    """The limit in tokens, and about where it lies in characters of this question."""
+    own = len(tokenize(processor.tokenizer, question, add_bos=False).ids)
+    fit = int(len(question) * (1 - (tokens - most) / max(1, own)) * 0.95)
+    remedy = f"shorten it to about {fit:,} characters" if fit > 0 else "give the engine a larger max_length"
+    return MedPLIBError(f"the question is too long: it makes a prompt of {tokens} tokens, and {most} fit; {remedy}")
 
 
 def visual_tokens(model: MedPLIBForCausalLM) -> int:
@@ -80,17 +129,19 @@ def visual_tokens(model: MedPLIBForCausalLM) -> int:
 
 def embed_prompt(model: MedPLIBForCausalLM, prompt: Prompt, opened: bool = False) -> Tensor:
     """Embeddings [1, L, D] of a prompt, or of what follows its opening; encodes its image if nobody has."""
-    image = prompt.image
-    if image.image_features is None:
-        image.image_features = model.encode_images(image.clip_input.to(model.device, model.dtype))
+    image, features = prompt.image, None
+    if image is not None:
+        if image.image_features is None:
+            image.image_features = model.encode_images(image.clip_input.to(model.device, model.dtype))
+        features = image.image_features
     ids, tokens = prompt.input_ids, None
-    if opened:
+    if opened and features is not None:
         ids = ids[:, ids.shape[1] - (prompt.length - prompt.prefix_length) :]
-        tokens = image.image_features.new_zeros(0, 1, model.config.text_config.hidden_size)
+        tokens = features.new_zeros(0, 1, model.config.text_config.hidden_size)
     return model.splice(
         ids.to(model.device),
         None,
-        image.image_features,
+        features,
         prompt.region_masks.to(model.device, model.dtype),
         prompt.region_image.to(model.device),
         image_tokens=tokens,

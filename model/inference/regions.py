@@ -57,7 +57,11 @@ def place_region(question: str, count: int = 1) -> str:
     if present == count:
         return question
     if present:
-        raise MedPLIBError(f"the question has {present} region markers for {count} regions; give one marker per region")
+        held = "once" if present == 1 else f"{present} times"
+        marked = f"{count} regions are" if count > 1 else "1 region is" if count else "no region is"
+        raise MedPLIBError(
+            f"the question holds {REGION_MARKER} {held}, and {marked} marked; write it once for each region, or never"
+        )
     markers = ", ".join([REGION_MARKER] * count)
     word = re.search(r"\bregions?\b", question, re.IGNORECASE)
     if word:

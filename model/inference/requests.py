@@ -34,15 +34,15 @@ class NotFinite(MedPLIBError):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One question about one image.
+    """One question about one image, or about none.
 
     Attributes:
         image: a path (PNG, JPEG, TIFF, single-frame DICOM), bytes, a PIL image, an array H×W(×3), what ``read_image``
-            gave, or what ``Engine.prepare`` gave.
+            gave, or what ``Engine.prepare`` gave; None for a question in words alone.
         question: plain text; ``<region></region>`` marks where a region is meant.
         regions: mask paths, H×W arrays, ``("box", (x1, y1, x2, y2))`` or ``("point", (x, y))`` in image pixels;
             those that ``history`` marks come first.
-        history: earlier (question, answer) pairs about the same image.
+        history: earlier (question, answer) pairs about the same image; the oldest are left out where not all fit.
         settings: how the answer is drawn.
         threshold: probability above which a pixel is in a mask, in (0, 1); the checkpoint's own when absent.
         thresholds: further thresholds, whose masks come as ``Answer.masks_at``.
@@ -50,6 +50,8 @@ class Request:
         router_stats: tell which share of the tokens each expert computed (``Answer.router_stats``).
         always_mask: where the answer has no ``<SEG>``, paint one mask all the same, from the state that the published
             evaluation takes then; its ``Mask.spoken`` is False.
+        every_target: ask again for each target of a segmentation request that the answer neither masks nor refuses, and
+            join the answers (``targets.JoinedAnswer``); not with ``router_stats``, ``always_mask`` or ``thresholds``.
     """
 
     image: ImageSource
@@ -62,6 +64,7 @@ class Request:
     no_mask_below: float | None = None
     router_stats: bool = False
     always_mask: bool = False
+    every_target: bool = False
 
     def __post_init__(self) -> None:
         for threshold in (*self.thresholds, *([] if self.threshold is None else [self.threshold])):
@@ -79,18 +82,24 @@ class Request:
 class Ticket:
     """A request on its way. Its answer, or what went wrong, is set once; any thread may wait for it or cancel it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, whole: Ticket | None = None) -> None:
         self.request = request
-        self.cancelled = False
+        self._whole = whole
+        self._cancelled = False
         self._ready = threading.Event()
         self._settling = threading.Lock()
         self._listeners: list[Callable[[], None]] = []
         self._answer: Answer | None = None
         self._error: BaseException | None = None
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether the request was given up, or the one that it is a part of."""
+        return self._cancelled or (self._whole is not None and self._whole.cancelled)
+
     def cancel(self) -> None:
         """Give the request up: its slot is free before the next step; the answer is what had been said by then."""
-        self.cancelled = True
+        self._cancelled = True
 
     def done(self) -> bool:
         """Whether the answer, or an error, is there."""

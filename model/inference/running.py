@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.inference.answer import Finish, mask_labels
+from model.inference.answer import Finish
 from model.inference.generation import Draw, seed_of
 from model.inference.mask_stage import MaskJob
 from model.inference.prompts import Prompt
 from model.inference.requests import OnText, Ticket
+from model.inference.targets import mask_labels
 from model.processing.processor import MedPLIBProcessor
 from model.processing.special_tokens import SEG_TOKEN
 
@@ -121,9 +122,9 @@ class Running:
         """What is to be painted."""
         request = self.ticket.request
         unspoken = () if self.seg_states or self.finish == "cancelled" else self.last_states[:1]
-        states = unspoken or self.seg_states
+        states = (unspoken or self.seg_states) if self.prompt.image is not None else ()
         return MaskJob(
-            self.prompt.image,
+            self.prompt.image,  # type: ignore[arg-type]  # without one, there are no states
             states,
             mask_labels("" if unspoken else text, request.question, len(states)),
             default_threshold if request.threshold is None else request.threshold,
@@ -131,6 +132,11 @@ class Running:
             request.no_mask_below,
             spoken=not unspoken,
         )
+
+    def notes(self, text: str) -> tuple[str, ...]:
+        """What a reader of the answer should know besides."""
+        pointless = self.prompt.image is None and SEG_TOKEN in text
+        return ("the answer points at something, but there is no image: no mask",) if pointless else ()
 
     def router_shares(self) -> list[list[float]] | None:
         """Per mixture layer, the share of this request's tokens that each expert computed."""

@@ -308,7 +308,8 @@ class Schedule:
         row.finish = row.finish or "cancelled"
         row.seg_states.clear()
         self.prefixes.discard(row.prompt.prefix_key)
-        row.prompt.image.image_features = row.prompt.image.sam_embedding = None
+        if row.prompt.image is not None:
+            row.prompt.image.image_features = row.prompt.image.sam_embedding = None
 
     def _compact(self) -> None:
         """Free the slots of complete answers: the last running request moves into the gap."""
@@ -358,6 +359,8 @@ class Schedule:
                         result.masks_at,
                         row.router_shares(),
                         row.prompt.length,
+                        row.prompt.dropped_turns,
+                        row.notes(text),
                     )
                 )
         self._finished = []

@@ -171,6 +171,10 @@ class MedPLIBConfig(PreTrainedConfig):
         vision_select_layer: CLIP hidden state to read, −2 in the published model.
         vision_select_feature: ``patch`` drops the class token, ``cls_patch`` keeps it.
         seg_token_id: id of ``<SEG>``.
+        conversation_turns: questions of one conversation that the network was trained to answer; 1: each stands alone.
+
+    Raises:
+        ValueError: a section or value is malformed.
     """
 
     model_type = "medplib"
@@ -191,6 +195,7 @@ class MedPLIBConfig(PreTrainedConfig):
         vision_select_layer: int = -2,
         vision_select_feature: Literal["patch", "cls_patch"] = "patch",
         seg_token_id: int = 32000,
+        conversation_turns: int = 1,
         **kwargs: Any,
     ) -> None:
         self.text_config = _sub_config(LlamaConfig, text_config, {"vocab_size": 32267, "pad_token_id": 0})
@@ -205,6 +210,9 @@ class MedPLIBConfig(PreTrainedConfig):
         self.vision_select_layer = vision_select_layer
         self.vision_select_feature = vision_select_feature
         self.seg_token_id = seg_token_id
+        if type(conversation_turns) is not int or conversation_turns < 1:
+            raise ValueError(f"conversation_turns is {conversation_turns!r}; give a whole number from 1 on")
+        self.conversation_turns = conversation_turns
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name))

@@ -1,4 +1,4 @@
-"""``medplib chat``: a conversation about one image in a terminal, with the engine in the same process.
+"""``medplib chat``: questions about one image, or none, in a terminal, with the engine in the same process.
 
 Questions come from a person at a terminal or from a pipe, line by line; a line that starts with ``/`` is a command.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,25 +18,25 @@ from typing import Any
 import numpy as np
 
 from model.errors import MedPLIBError
-from model.inference.answer import Answer, Mask
-from model.inference.engine import Engine, Request, Ticket
+from model.inference.answer import Answer, Mask, dropped_note
+from model.inference.engine import Engine, Request
 from model.inference.images import PreparedImage
 from model.inference.pictures import mask_line, write_pictures
 from model.inference.regions import Region, place_region, region_to_mask
-from model.processing.special_tokens import as_typed
+from model.processing.special_tokens import REGION_MARKER, as_typed
 
 HELP = """\
 Type a question, or one of these:
   /box X1,Y1,X2,Y2   the next question is about this box, in image pixels; several regions add up
   /point X,Y         the same for a point
   /region FILE       the same for a mask of the image's size
+  /history on|off    send earlier questions along, or let each stand alone
   /clear             forget the conversation and the regions
   /image FILE        go on with another image; forgets the conversation too
   /masks             the masks so far, and their files
   /help              this list
   /quit              leave (so does Ctrl-D; Ctrl-C stops an answer)"""
 _PROMPT = "you> "
-_LISTENING_SECONDS = 0.05  # between looks at whether an answer is complete that says nothing more
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,12 @@ class ChatSettings:
     Attributes:
         out: folder of the pictures.
         request: a request whose settings and thresholds all others take.
+        remember: whether earlier questions are sent along; where the model was trained on conversations when absent.
     """
 
     out: Path
     request: Request = field(default_factory=lambda: Request(None, "-"))
+    remember: bool | None = None
 
 
 class Chat:
@@ -64,6 +65,8 @@ class Chat:
 
     def __init__(self, engine: Engine, settings: ChatSettings, write: Callable[[str], object]) -> None:
         self.engine, self.settings, self.write = engine, settings, write
+        trained = engine.model.config.conversation_turns > 1
+        self.remember = trained if settings.remember is None else settings.remember
         self.image: PreparedImage | None = None
         self.stem = "image"
         self.history: list[tuple[str, str]] = []
@@ -97,26 +100,36 @@ class Chat:
         """Ask, stream the answer, write its pictures; Ctrl-C ends the answer with what was said by then.
 
         Raises:
-            MedPLIBError: there is something wrong with the question, or it no longer fits; nothing is forgotten.
+            MedPLIBError: there is something wrong with the question, or it does not fit; nothing is forgotten.
         """
         asked = as_typed(question)
         asked = place_region(asked, len(self.regions)) if self.regions else asked
-        image = self._open_image()
+        history = self.history if self.remember else []
         request = replace(
             self.settings.request,
-            image=image,
+            image=self.image,
             question=asked,
-            regions=[*self.told_regions, *self.regions],
-            history=tuple(self.history),
+            regions=[*(self.told_regions if self.remember else []), *self.regions],
+            history=tuple(history),
+            every_target=True,
         )
         answer = self._listen(request)
+        self._forget_oldest(answer.dropped_turns)
         marked = np.logical_or.reduce(self.regions) if self.regions else None
         if answer.text:  # an answer that was stopped before its first word is no turn
             self.history.append((asked, answer.text))
             self.told_regions += self.regions
             self.regions = []
-        self._write_files(image, question, answer, marked)
+        if self.image is not None:
+            self._write_files(self.image, question, answer, marked)
+        for note in (*dropped_note(answer.dropped_turns), *answer.notes):
+            self.write(f"  note: {note}\n")
         return answer
+
+    def _forget_oldest(self, turns: int) -> None:
+        """Forget turns that did not fit, and their regions."""
+        marked = sum(asked.count(REGION_MARKER) for asked, _ in self.history[:turns])
+        del self.history[:turns], self.told_regions[:marked]
 
     def _open_image(self) -> PreparedImage:
         if self.image is None:
@@ -124,36 +137,24 @@ class Chat:
         return self.image
 
     def _listen(self, request: Request) -> Answer:
-        """Wait for an answer and write its text as it grows, in the thread that was asked, not the engine's."""
-        heard: queue.SimpleQueue[str] = queue.SimpleQueue()
-        ticket = self.engine.submit(request, heard.put)
+        """Wait for an answer and write its text as it grows; Ctrl-C ends it with what was said by then."""
         said = ""
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                while not (ticket.done() and heard.empty()):
-                    said = self._say_more(said, heard)
-        finally:
-            ticket.cancel()  # whoever no longer reads needs no answer
-        answer = self._settled(ticket)
-        self.write(f"{_rest(answer.text, said)}{' [stopped]' if answer.finish == 'cancelled' else ''}\n")
-        return answer
 
-    def _say_more(self, said: str, heard: queue.SimpleQueue[str]) -> str:
-        try:
-            text = heard.get(timeout=_LISTENING_SECONDS)
-        except queue.Empty:
-            return said
-        self.write(_rest(text, said))
-        return text
+        def show(text: str) -> None:
+            nonlocal said
+            self.write(_rest(text, said))
+            said = text
 
-    @staticmethod
-    def _settled(ticket: Ticket) -> Answer:
-        """The answer of a ticket that is done or cancelled, whoever is impatient meanwhile."""
+        ticket = self.engine.submit(request, show)
         while True:
             try:
-                return ticket.result()
+                answer = ticket.result()
+                break
             except KeyboardInterrupt:
-                continue
+                ticket.cancel()
+        end = " [stopped]" if answer.finish == "cancelled" else "" if answer.text else "(empty answer)"
+        self.write(f"{_rest(answer.text, said)}{end}\n")
+        return answer
 
     def _write_files(self, image: PreparedImage, question: str, answer: Answer, marked: np.ndarray | None) -> None:
         if not answer.masks and marked is None:
@@ -205,6 +206,11 @@ class Chat:
             case "/image":
                 self.open_image(_path(rest, line))
                 self.write(f"{self.introduction()}\n")
+            case "/history":
+                if rest not in ("on", "off"):
+                    raise MedPLIBError(f"{line.strip()} says neither on nor off; type /history on or /history off")
+                self.remember = rest == "on"
+                self.write(f"{self._memory()}\n")
             case "/clear":
                 self.forget()
                 self.write("The conversation and its regions are forgotten.\n")
@@ -218,10 +224,18 @@ class Chat:
         several = f"{len(self.regions)} regions" if len(self.regions) > 1 else "1 region"
         self.write(f"The next question is about {several}.\n")
 
+    def _memory(self) -> str:
+        trained = self.engine.model.config.conversation_turns
+        knows = "single questions" if trained == 1 else f"conversations of up to {trained} questions"
+        says = "Earlier questions are sent along" if self.remember else "Each question stands alone"
+        return f"{says}; the model was trained on {knows}."
+
     def introduction(self) -> str:
-        """Which image it is about."""
-        height, width = self._open_image().size
-        return f"{self.stem}: {width}×{height} (width×height)"
+        """Which image it is about, and whether earlier questions are sent along."""
+        if self.image is None:
+            return f"No image is open. {self._memory()}"
+        height, width = self.image.size
+        return f"{self.stem}: {width}×{height} (width×height). {self._memory()}"
 
 
 def _path(text: str, line: str) -> Path:
@@ -237,13 +251,13 @@ def _rest(text: str, said: str) -> str:
 
 
 def run_chat(
-    engine: Engine, image: Path, settings: ChatSettings, regions: Sequence[Region] = (), lines: Any = None
+    engine: Engine, image: Path | None, settings: ChatSettings, regions: Sequence[Region] = (), lines: Any = None
 ) -> int:
     """Talk until the questions end.
 
     Args:
         engine: not yet started.
-        image: what it is about.
+        image: what it is about; None for a conversation in words alone.
         settings: of every question.
         regions: of the first question.
         lines: where questions come from; standard input when absent.
@@ -258,11 +272,12 @@ def run_chat(
     person = source.isatty()
     with engine:
         chat = Chat(engine, settings, _write)
-        chat.open_image(image)
+        if image is not None:
+            chat.open_image(image)
         for region in regions:
             chat.mark(region)
         if person:
-            _write(f"{chat.introduction()}. Ask about it; /help lists the commands. For research only.\n")
+            _write(f"{chat.introduction()} Ask; /help lists the commands. For research only.\n")
         failures = sum(not _turn(chat, line, person) for line in _lines(source, person, chat))
     return 2 if failures and not person else 0
 

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Generator, Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -57,6 +58,12 @@ class ControllerClient:
             raise MedPLIBError(f"what answers at {self.address} is no controller: it lists no models")
         return sorted(str(name) for name in names)
 
+    def conversation_turns(self, model: str) -> int:
+        """Questions of a conversation that a model was trained on; 1 where nobody says."""
+        card = self._ask(f"/v1/models/{quote(model)}", "GET").get("medplib")
+        turns = card.get("conversation_turns") if isinstance(card, dict) else None
+        return turns if isinstance(turns, int) else 1
+
     def refresh(self) -> None:
         """Have the controller ask all workers anew what they can do."""
         self._ask("/refresh_all_workers")
@@ -65,9 +72,9 @@ class ControllerClient:
         """Ask; the answer comes chunk by chunk. Nothing is sent before the first chunk is drawn."""
         return AnswerStream(f"{self.address}/worker_generate_stream", self._headers, request, self.silence)
 
-    def _ask(self, route: str) -> dict[str, Any]:
+    def _ask(self, route: str, method: str = "POST") -> dict[str, Any]:
         with told_errors(self.address), _connection(self._headers, ASK_SECONDS) as client:
-            response = client.post(self.address + route, json={})
+            response = client.request(method, self.address + route, json={} if method == "POST" else None)
             check_status(response, self.address)
             content = response.json() if response.content else {}
         return content if isinstance(content, dict) else {}

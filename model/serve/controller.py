@@ -208,6 +208,7 @@ class Controller:
             queue_length=sum(max(worker.status.queue_length, worker.running) for worker in fit),
             capacity=None if None in capacities else sum(filter(None, capacities)),
             draining=self._stopping,
+            conversation_turns=min((worker.status.conversation_turns for worker in fit), default=1),
             details={"workers": len(fit)},
         )
 

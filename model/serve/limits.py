@@ -12,7 +12,7 @@ import base64
 import binascii
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -91,6 +91,26 @@ def limits_from(options: argparse.Namespace) -> ServeLimits:
         if value is not None:
             given[name.replace("_mib", "_bytes")] = value * _MIB if flag.endswith("mib") else value
     return ServeLimits(**given)
+
+
+def turns_to_drop(lengths: Sequence[int], regions: Sequence[int], limits: ServeLimits) -> int:
+    """Oldest questions of a conversation to leave out, so that the rest keeps the limits; never the last one.
+
+    Args:
+        lengths: characters of each question with its answer.
+        regions: marked in each.
+        limits: of turns, characters (of the prompt, which has words of its own) and regions.
+    """
+    for dropped in range(len(lengths)):
+        whole = 300 + sum(length + 30 for length in lengths[dropped:])
+        marked = sum(regions[dropped:])
+        if (
+            len(lengths) - dropped <= limits.max_turns
+            and whole <= limits.max_prompt_chars
+            and marked <= limits.max_regions
+        ):
+            return dropped
+    return len(lengths) - 1
 
 
 def decode_base64(text: str, limits: ServeLimits) -> bytes:

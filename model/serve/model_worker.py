@@ -162,7 +162,8 @@ def _run(options: argparse.Namespace) -> int:
     bounds = EngineSettings(slots=options.slots, max_length=options.max_length, waiting=options.max_waiting)
     engine = load_engine(choice, bounds)
     gate = engine.gate.threshold if options.mask_gate and engine.gate else None
-    settings = replace(settings, no_mask_below=gate, details=describe_engine(engine, choice))
+    turns = engine.model.config.conversation_turns
+    settings = replace(settings, no_mask_below=gate, conversation_turns=turns, details=describe_engine(engine, choice))
     app = make_worker_app(engine, settings, _Stopper().install)
     with engine:
         run_app(app, options.host, options.port, grace=_SERVER_GRACE)

@@ -31,7 +31,7 @@ from model.serve.limits import ServeLimits
 from model.serve.openai_examples import ASKING, ERRORS, STREAMED
 from model.serve.openai_messages import RefusedField, generate_request
 from model.serve.openai_replies import DONE, Listener, Reply
-from model.serve.openai_schema import ChatCompletion, ChatRequest, ModelCard, ModelList
+from model.serve.openai_schema import ChatCompletion, ChatRequest, ModelCard, ModelExtension, ModelList
 from model.serve.protocol import Chunk, ErrorCode, GenerateRequest
 from model.serve.refusals import Refusal, error_body
 
@@ -55,6 +55,9 @@ class Models(Protocol):
 
     def models(self) -> list[str]:
         """Their names."""
+
+    def conversation_turns(self, model: str) -> int:
+        """Questions of a conversation that one was trained on."""
 
 
 class Settings(Protocol):
@@ -158,13 +161,17 @@ class _Api:
 
     async def models(self) -> ModelList:
         """Models that can be asked now."""
-        return ModelList(data=[ModelCard(id=name, created=self.started) for name in self.registry.models()])
+        return ModelList(data=[self._card(name) for name in self.registry.models()])
 
     async def model(self, model_id: str) -> ModelCard:
         """One model, if it can be asked now."""
         if model_id not in (known := self.registry.models()):
             raise UnknownModel(model_id, known)
-        return ModelCard(id=model_id, created=self.started)
+        return self._card(model_id)
+
+    def _card(self, name: str) -> ModelCard:
+        turns = self.registry.conversation_turns(name)
+        return ModelCard(id=name, created=self.started, medplib=ModelExtension(conversation_turns=turns))
 
     async def chat(self, body: Annotated[ChatRequest, Body(openapi_examples=ASKING)], request: Request) -> Response:
         """Answer a question about an image, with masks where the answer points at something.

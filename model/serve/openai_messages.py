@@ -11,7 +11,7 @@ from model.errors import MedPLIBError
 from model.inference.regions import place_region
 from model.processing.conversation import Turn, render
 from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, as_typed
-from model.serve.limits import ServeLimits
+from model.serve.limits import ServeLimits, turns_to_drop
 from model.serve.openai_schema import (
     REFUSED,
     AskExtension,
@@ -58,19 +58,25 @@ def generate_request(body: ChatRequest, limits: ServeLimits) -> GenerateRequest:
     """What a worker is to answer.
 
     Raises:
-        MedPLIBError: a field is not supported, the conversation is malformed or too long, has not one image, or does
-            not say which region is where.
+        MedPLIBError: a field is not supported, the conversation is malformed, its question is too long, it has several
+            images, or does not say which region is where.
     """
     check_fields(body)
     said = _conversation(body.messages, limits)
     extension = body.medplib or AskExtension()
-    texts, regions = _place_regions(said, [region_value(region) for region in extension.regions], limits)
+    texts, regions = _place_regions(said, [region_value(region) for region in extension.regions])
+    lengths = [sum(map(len, texts[place : place + 2])) for place in range(0, len(texts), 2)]
+    dropped = turns_to_drop(lengths, [len(own) for own in regions[::2]], limits)
+    marked = [region for own in regions[2 * dropped :] for region in own]
+    if len(marked) > limits.max_regions:
+        raise RefusedField("medplib.regions", f"{len(marked)} regions are marked, at most {limits.max_regions} may be")
+    images = _images(said)
     wanted = body.max_completion_tokens or body.max_tokens
     return GenerateRequest(
         model=body.model,
-        prompt=_prompt(said, texts),
-        images=[_image(said)],
-        region_masks=regions,
+        prompt=_prompt(texts[2 * dropped :], bool(images)),
+        images=images,
+        region_masks=marked,
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,
         max_new_tokens=wanted or min(_DEFAULT_MAX_TOKENS, limits.max_new_tokens),
@@ -81,6 +87,8 @@ def generate_request(body: ChatRequest, limits: ServeLimits) -> GenerateRequest:
         no_mask_below=extension.no_mask_below,
         top_k=0,
         timeout=None,
+        every_target=True,
+        dropped_turns=dropped,
     )
 
 
@@ -110,7 +118,7 @@ def region_value(region: Region) -> Any:
 def _conversation(messages: Sequence[AskMessage], limits: ServeLimits) -> list[_Said]:
     """Both sides by turns, from the first question on; messages in a row of one side are one."""
     spoken = [message for message in messages if message.role in ("user", "assistant")]
-    _check_length(messages, spoken, limits)
+    _check_images(messages)
     said = [_merge(role == "user", list(several)) for role, several in groupby(spoken, lambda message: message.role)]
     if said and not said[0].asked:  # a greeting
         del said[0]
@@ -118,16 +126,15 @@ def _conversation(messages: Sequence[AskMessage], limits: ServeLimits) -> list[_
         raise RefusedField("messages", "the last message is not the user's; end the messages with a question")
     if not said[-1].text.strip():
         raise RefusedField("messages", "the question is empty; put a text part into the last message")
+    if (length := len(said[-1].text)) > limits.max_prompt_chars:
+        raise RefusedField(
+            "messages",
+            f"the question has {length:,} characters, {limits.max_prompt_chars:,} are read; ask something shorter",
+        )
     return said
 
 
-def _check_length(messages: Sequence[AskMessage], spoken: Sequence[AskMessage], limits: ServeLimits) -> None:
-    length = sum(len(text) for message in spoken for text in _texts(message))
-    if length > limits.max_prompt_chars:
-        raise RefusedField(
-            "messages",
-            f"the messages have {length} characters, at most {limits.max_prompt_chars} are read; send fewer of them",
-        )
+def _check_images(messages: Sequence[AskMessage]) -> None:
     for message in messages:
         if message.role != "user" and any(isinstance(part, ImagePart) for part in _parts(message)):
             raise RefusedField("messages", f"a message of the {message.role} holds an image; put it into the user's")
@@ -144,14 +151,14 @@ def _texts(message: AskMessage) -> Iterator[str]:
 
 
 def _merge(asked: bool, messages: Sequence[AskMessage]) -> _Said:
-    """One turn of several messages, with what could pose as an image or end a turn taken apart."""
+    """One turn of several messages."""
     text = "\n".join(text for message in messages for text in _texts(message) if text)
     images: list[str] = []
     regions: list[str] = []
     for part in (part for message in messages for part in _parts(message) if isinstance(part, ImagePart)):
         is_region = part.medplib is not None and part.medplib.role == "region"
         (regions if is_region else images).append(_data_uri(part.image_url.url, "messages"))
-    return _Said(asked, as_typed(text), tuple(images), tuple(regions))
+    return _Said(asked, text, tuple(images), tuple(regions))
 
 
 def _data_uri(url: str, param: str) -> str:
@@ -162,18 +169,18 @@ def _data_uri(url: str, param: str) -> str:
     return url
 
 
-def _image(said: Sequence[_Said]) -> str:
-    """The conversation's image; clients may send the same one with every question."""
+def _images(said: Sequence[_Said]) -> list[str]:
+    """The conversation's image, if there is one; clients may send the same one with every question."""
     images = list(dict.fromkeys(image for one in said for image in one.images))
-    if len(images) != 1:
+    if len(images) > 1:
         raise RefusedField(
-            "messages", f"a conversation is about one image, these messages hold {len(images) or 'none'}; send one"
+            "messages", f"a conversation is about one image, these messages hold {len(images)}; send one"
         )
-    return images[0]
+    return images
 
 
-def _place_regions(said: Sequence[_Said], listed: list[Any], limits: ServeLimits) -> tuple[list[str], list[Any]]:
-    """Texts with a marker for each region, and the regions in the order of their markers."""
+def _place_regions(said: Sequence[_Said], listed: list[Any]) -> tuple[list[str], list[list[Any]]]:
+    """Texts with a marker for each region, and the regions of each in the order of their markers."""
     texts, regions = [], []
     for one in said:
         own: list[Any] = list(one.regions)
@@ -183,9 +190,7 @@ def _place_regions(said: Sequence[_Said], listed: list[Any], limits: ServeLimits
             marked = one.text.count(REGION_MARKER)
             own, listed = listed[:marked], listed[marked:]
         texts.append(_with_markers(one, len(own)))
-        regions += own
-    if len(regions) > limits.max_regions:
-        raise RefusedField("medplib.regions", f"{len(regions)} regions are marked, at most {limits.max_regions} may be")
+        regions.append(own)
     return texts, regions
 
 
@@ -201,7 +206,9 @@ def _with_markers(one: _Said, count: int) -> str:
     return one.text
 
 
-def _prompt(said: Sequence[_Said], texts: Sequence[str]) -> str:
-    turns = [Turn("human" if one.asked else "gpt", text) for one, text in zip(said, texts, strict=True)]
-    turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
+def _prompt(texts: Sequence[str], with_image: bool) -> str:
+    """The conversation, with what could pose as an image or end a turn taken apart."""
+    turns = [Turn("gpt" if place % 2 else "human", as_typed(text)) for place, text in enumerate(texts)]
+    if with_image:
+        turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
     return render(turns)

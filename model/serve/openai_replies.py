@@ -178,4 +178,5 @@ def _usage(last: Chunk) -> Usage:
 def _extension(last: Chunk) -> AnswerExtension:
     masks: list[dict[str, Any]] = last.masks
     size = {name: int(side) for name, side in (("height", last.height), ("width", last.width)) if side.isdigit()}
-    return AnswerExtension.model_validate({"masks": masks, **size})
+    known = {"dropped_turns": last.dropped_turns, "notes": last.notes}
+    return AnswerExtension.model_validate({"masks": masks, **size, **known})

@@ -138,14 +138,14 @@ class StreamOptions(_Model):
 
 
 class ChatRequest(_Model):
-    """A conversation about one image, ending in a question."""
+    """A conversation about one image or none, ending in a question."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=(), use_attribute_docstrings=True)
 
     model: Text
     """One of ``/v1/models``."""
     messages: list[AskMessage] = Field(min_length=1, max_length=1024)
-    """The conversation so far; the last message is the user's."""
+    """The conversation so far, as the model is to know it; the last message is the user's."""
     temperature: Number | None = Field(default=None, ge=0, le=2)
     """0, the default, is greedy."""
     top_p: Number | None = Field(default=None, gt=0, le=1)
@@ -211,6 +211,10 @@ def _absent(value: Any) -> bool:
     return value is None
 
 
+def _empty(value: Any) -> bool:
+    return not value
+
+
 class AnswerMask(_Model):
     """One mask at image size."""
 
@@ -226,6 +230,9 @@ class AnswerMask(_Model):
         description="calibrated probability that there is something to paint, where the checkpoint has a mask gate",
         exclude_if=_absent,
     )
+    warning: str = Field(
+        default="", description="where it bears the name of nothing that was asked for", exclude_if=_empty
+    )
 
 
 class AnswerExtension(_Model):
@@ -234,6 +241,10 @@ class AnswerExtension(_Model):
     masks: list[AnswerMask] = Field(default_factory=list, description="in the order of their <SEG> in the text")
     height: int | None = Field(default=None, description="of the image, in pixels; null where there is no mask")
     width: int | None = None
+    dropped_turns: int = Field(
+        default=0, description="oldest questions that were left out, as not all of them fit", exclude_if=_empty
+    )
+    notes: list[str] = Field(default_factory=list, description="what else a reader should know", exclude_if=_empty)
 
 
 Finish = Literal["stop", "length"]
@@ -304,6 +315,14 @@ class ChatChunk(_Model):
     usage: Usage | None = None
 
 
+class ModelExtension(_Model):
+    """``medplib`` of a model."""
+
+    conversation_turns: int = Field(
+        description="questions of one conversation that the model was trained to answer; 1: send each alone"
+    )
+
+
 class ModelCard(_Model):
     """A model that can be asked."""
 
@@ -311,6 +330,7 @@ class ModelCard(_Model):
     object: Literal["model"] = "model"
     created: int = Field(description="when this server started, in seconds since 1970")
     owned_by: Literal["medplib"] = "medplib"
+    medplib: ModelExtension
 
 
 class ModelList(_Model):

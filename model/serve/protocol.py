@@ -51,6 +51,7 @@ class WorkerStatus(Message):
         queue_length: requests waiting and running.
         capacity: requests it takes at most, waiting and running; None where it does not say.
         draining: it finishes what it has and takes nothing new.
+        conversation_turns: questions of a conversation that its models were trained on; 1: each stands alone.
         details: device, dtype, version … for people.
     """
 
@@ -59,6 +60,7 @@ class WorkerStatus(Message):
     queue_length: int = Field(0, ge=0)
     capacity: int | None = None
     draining: bool = False
+    conversation_turns: int = Field(1, ge=1)
     details: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -90,13 +92,15 @@ class GenerateRequest(Message):
         model: whose answer.
         prompt: the whole conversation as ``processing.conversation.render`` writes it, ending in an opened answer.
         temperature, top_p, max_new_tokens, stop: how it is drawn; temperature 0 is greedy.
-        images: encoded files in base64 or as data URIs; one.
+        images: encoded files in base64 or as data URIs; one, or none for words alone.
         region_masks: one for each region marker of the prompt: base64 PNG, COCO RLE, or rows of 0 and 1.
         mask_format: ``rle``, or ``pixels`` for the published list of (row, column) pairs.
         mask_png: send each mask as a PNG data URI too.
         threshold: probability above which a pixel is in a mask, in (0, 1); the checkpoint's own when absent.
         no_mask_below: leave a mask empty whose calibrated probability of presence is lower.
         seed, top_k: of sampling.
+        every_target: answer each target of a segmentation request, in further passes where the first leaves some out.
+        dropped_turns: oldest questions that the client has left out of the prompt already.
         timeout: seconds the answer may take; the worker's own limit when absent or larger.
     """
 
@@ -115,6 +119,8 @@ class GenerateRequest(Message):
     seed: int | None = Field(None, ge=0)
     top_k: int = Field(0, ge=0)
     timeout: float | None = Field(None, gt=0)
+    every_target: bool = False
+    dropped_turns: int = Field(0, ge=0)
 
 
 class Chunk(Message):
@@ -130,6 +136,7 @@ class Chunk(Message):
         finish: in the last chunk, what ended the answer: ``end``, ``length``, ``stop``, ``cancelled``.
         usage: in the last chunk, ``prompt_tokens`` and ``completion_tokens``.
         timing: in the last chunk, seconds by part.
+        dropped_turns, notes: in the last chunk, see ``inference.answer.Answer``; what the client left out is counted.
     """
 
     text: str
@@ -142,6 +149,8 @@ class Chunk(Message):
     finish: str | None = None
     usage: dict[str, int] | None = None
     timing: dict[str, float] | None = None
+    dropped_turns: int = 0
+    notes: list[str] = Field(default_factory=list)
 
     def encode(self) -> bytes:
         """The chunk as it goes over the wire, with its NUL."""

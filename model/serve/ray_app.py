@@ -177,6 +177,7 @@ def make_replica_app(engine: Engine, settings: RaySettings) -> FastAPI:
         capacity=settings.slots + settings.waiting,
         request_timeout=settings.request_timeout,
         key=key,
+        conversation_turns=engine.model.config.conversation_turns,
     )
     app = make_worker_app(engine, worker_settings)
     own = OwnAnswers(app.state.worker)
@@ -195,6 +196,10 @@ class OwnAnswers:
     def models(self) -> list[str]:
         """What is answered for."""
         return list(self.worker.settings.model_names)
+
+    def conversation_turns(self, _: str) -> int:
+        """Questions of a conversation that the model was trained on."""
+        return self.worker.settings.conversation_turns
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
         """The answer as it grows.

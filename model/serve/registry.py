@@ -176,6 +176,11 @@ class Registry:
         """Models that some worker answers for, by name."""
         return sorted({model for w in self._workers.values() if not w.draining for model in w.status.model_names})
 
+    def conversation_turns(self, model: str) -> int:
+        """Questions of a conversation that a model was trained on, as all of its workers say; 1 where none says."""
+        statuses = (worker.status for worker in self._workers.values())
+        return min((status.conversation_turns for status in statuses if model in status.model_names), default=1)
+
     def choose(self, model: str, excluded: Collection[str] = ()) -> str | None:
         """A worker for a request, by its name; None where none is fit.
 

@@ -57,6 +57,7 @@ class WorkerSettings:
         grace: seconds that answers under way may take once it is told to stop.
         stall_seconds: without a step of the engine, after which it is taken to be stuck.
         log_conversations: whether questions and answers are logged.
+        conversation_turns: questions of a conversation that the model was trained on.
         details: about the model, for people.
     """
 
@@ -72,6 +73,7 @@ class WorkerSettings:
     grace: float = 30.0
     stall_seconds: float = 120.0
     log_conversations: bool = False
+    conversation_turns: int = 1
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -165,6 +167,7 @@ class Worker:
             queue_length=self.active,
             capacity=self.settings.capacity,
             draining=self.draining,
+            conversation_turns=self.settings.conversation_turns,
             details=details,
         )
 

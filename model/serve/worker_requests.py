@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from pydantic import ValidationError
 
-from model.data.image_io import ImageData
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask
 from model.inference.generation import GenerationSettings
@@ -44,6 +43,7 @@ class Asked:
         png: masks are wanted as PNG too.
         timeout: seconds the answer may take; None where the client does not say.
         num_bytes: that its picture and regions hold.
+        dropped_turns: that the client left out already.
     """
 
     request: Request
@@ -52,6 +52,7 @@ class Asked:
     png: bool
     timeout: float | None
     num_bytes: int
+    dropped_turns: int = 0
 
 
 def read_message(body: bytes) -> GenerateRequest:
@@ -85,8 +86,9 @@ def read_request(
         raise MedPLIBError(f"there is no model {message.model!a:.60} here; there is {', '.join(model_names)}")
     turns = _read_turns(message, limits)
     settings = _read_settings(message, limits)
-    image = open_image(_only_image(message, limits), limits)
-    regions = [open_region(region, image.size, limits) for region in message.region_masks]
+    content = _only_image(message, limits)
+    image = open_image(content, limits) if content is not None else None
+    regions = [open_region(region, image.size, limits) for region in message.region_masks] if image is not None else []
     chosen = message.no_mask_below if message.no_mask_below is not None else no_mask_below
     texts = [turn.text for turn in turns]
     request = Request(
@@ -97,21 +99,19 @@ def read_request(
         settings,
         message.threshold,
         no_mask_below=chosen,
+        every_target=message.every_target,
     )
     listed = message.mask_format == "pixels"
-    return Asked(request, message.prompt, listed, message.mask_png, message.timeout, _num_bytes(image, regions))
-
-
-def _num_bytes(image: ImageData, regions: Sequence[np.ndarray]) -> int:
-    return image.pixels.nbytes + sum(region.nbytes for region in regions)
+    num_bytes = sum(array.nbytes for array in (*regions, *([] if image is None else [image.pixels])))
+    return Asked(request, message.prompt, listed, message.mask_png, message.timeout, num_bytes, message.dropped_turns)
 
 
 def _read_turns(message: GenerateRequest, limits: ServeLimits) -> list[Turn]:
     """The conversation without its image, which the engine puts to the front."""
     if len(message.prompt) > limits.max_prompt_chars:
         raise MedPLIBError(
-            f"the conversation has {len(message.prompt)} characters, and {limits.max_prompt_chars} are taken; "
-            "start a new one"
+            f"the prompt has {len(message.prompt):,} characters, and {limits.max_prompt_chars:,} are read; "
+            "leave earlier questions out, or ask something shorter"
         )
     turns = parse_prompt(message.prompt)
     asked = len(turns) // 2 + 1
@@ -141,14 +141,16 @@ def _read_settings(message: GenerateRequest, limits: ServeLimits) -> GenerationS
     )
 
 
-def _only_image(message: GenerateRequest, limits: ServeLimits) -> bytes:
-    if len(message.images) != 1:
-        raise MedPLIBError(f"the request holds {len(message.images)} images; send exactly one, in base64")
+def _only_image(message: GenerateRequest, limits: ServeLimits) -> bytes | None:
+    if len(message.images) > 1:
+        raise MedPLIBError(f"the request holds {len(message.images)} images; send one, in base64")
+    if not message.images and (message.region_masks or IMAGE_TOKEN in message.prompt):
+        raise MedPLIBError("the request is about an image and holds none; send it in base64")
     if len(message.region_masks) > limits.max_regions:
         raise MedPLIBError(
             f"the request holds {len(message.region_masks)} regions, and {limits.max_regions} are taken; mark fewer"
         )
-    return decode_base64(message.images[0], limits)
+    return decode_base64(message.images[0], limits) if message.images else None
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -181,6 +183,8 @@ def last_chunk(asked: Asked, answer: Answer) -> bytes:
         finish=answer.finish,
         usage={"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens},
         timing={part: round(seconds, 4) for part, seconds in answer.timing.items()},
+        dropped_turns=asked.dropped_turns + answer.dropped_turns,
+        notes=list(answer.notes),
     ).encode()
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from model.data.image_io import read_image, read_mask
-from model.inference.answer import Mask, mask_labels
+from model.inference.answer import Mask
 from model.inference.requests import Request
+from model.inference.targets import mask_labels
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.batching import EncodedSample
 from model.processing.conversation import Turn

@@ -43,8 +43,9 @@ def test_sizes_come_from_tensors() -> None:
 
 
 def test_own_section_restores_the_configuration_whole() -> None:
-    original = tiny_model().config
+    original = tiny_model(conversation_turns=4).config
     values = published_settings(original, "float32", "nowhere/clip")
+    assert infer_config(settings(), published_shapes(), None, 0).config.conversation_turns == 1
     config = infer_config(values, published_shapes(), None, 0).config
     assert config.to_dict() == original.to_dict()
 

@@ -325,6 +325,9 @@ def test_damaged_directories_are_one_sentence(make, tmp_path: Path, damage, mess
         {"mask": {"geometry": "exakt"}},
         {"mask": {"threshold": 1.5}},
         {"vision_select_layer": "last"},
+        {"conversation_turns": 0},
+        {"conversation_turns": "many"},
+        {"conversation_turns": True},
         {"moe": {"layers": [0], "num_experts": [1], "top_k": 2}},
     ],
 )
@@ -350,3 +353,10 @@ def test_description_names_every_part(make, tmp_path: Path) -> None:
     text = describe(tmp_path / "native")
     for expected in ("native layout", "complete", "2 of 2 layers, 2 experts, top-1", "CLIP 28 px", "SAM 64 px"):
         assert expected in text
+    assert "each question stands alone" in text
+    file = tmp_path / "native" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"conversation_turns": 4}))
+    assert "up to 4 questions" in describe(tmp_path / "native")
+    model, processor = load(tmp_path / "native")
+    save(model, processor, tmp_path / "again")
+    assert load(tmp_path / "again")[0].config.conversation_turns == 4

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.inference.answer import Answer, Finish, Mask, mask_labels
+from model.inference.answer import Answer, Finish, Mask
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import Draw, GenerationSettings, choose_tokens, seed_of
 from model.inference.images import PreparedImage
 from model.inference.regions import place_region, region_to_mask
+from model.inference.targets import mask_labels
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
 from model.processing.masks import decode_rle, encode_rle

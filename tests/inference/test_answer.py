@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from model.inference.answer import Answer, Mask, mask_labels
+from model.inference.answer import Answer, Mask
+from model.inference.targets import mask_labels
 
 
 @pytest.mark.parametrize(

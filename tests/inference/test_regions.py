@@ -55,5 +55,5 @@ def test_marker_finds_its_place(question: str, placed: str) -> None:
 
 
 def test_wrong_number_of_markers_is_refused() -> None:
-    with pytest.raises(MedPLIBError, match="markers"):
+    with pytest.raises(MedPLIBError, match="2 times, and 1 region is marked"):
         place_region("<region></region> or <region></region>?", 1)

@@ -133,6 +133,8 @@ def test_a_question_a_region_and_a_mask(arrive: Arrive, real_page: str, votes: P
     visitor.tab.wait_for_selector(".vote[aria-pressed=true]", state="detached")
     visitor.answer()
     assert visitor.tab.locator(".message.model").count() == 3
+    memory = visitor.tab.locator("#remember input")  # in sight, and off for a model of single questions
+    assert memory.is_visible() and not memory.is_checked()
     visitor.tab.click("#forget")
     visitor.tab.wait_for_selector(".message", state="detached")
     assert not visitor.tab.locator(".masks li").count()

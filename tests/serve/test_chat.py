@@ -96,10 +96,44 @@ def test_a_later_question_knows_the_earlier_ones(
     submit = Engine.submit
     monkeypatch.setattr(Engine, "submit", lambda self, request, on: asked.append(request) or submit(self, request, on))
     lines = ["/box 1,1,9,9", "/point 20,30", "What is in the region?", "And next to it?", "/clear", "What is it?"]
-    code, *_ = chat([*lines], image=picture, model=checkpoint)
+    code, *_ = chat([*lines], "--history", image=picture, model=checkpoint)
     assert code == 0
     assert [len(one.history) for one in asked] == [0, 1, 0] and [len(one.regions) for one in asked] == [2, 2, 0]
     assert asked[1].history[0][0].count("<region></region>") == 2 and asked[1].question == "And next to it?"
+
+
+def test_each_question_stands_alone_unless_told_otherwise(
+    chat, checkpoint: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model.inference.engine import Engine
+
+    asked = []
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda self, request, on: asked.append(request) or submit(self, request, on))
+    lines = ["/box 1,1,9,9", "What is this?", "And?", "/history on", "And?", "/history off", "And?"]
+    code, said, _ = chat(lines, image=picture, model=checkpoint)
+    assert code == 0 and "Each question stands alone; the model was trained on single questions." in said
+    assert [len(one.history) for one in asked] == [0, 0, 2, 0] and [len(one.regions) for one in asked] == [1, 0, 1, 0]
+    file = checkpoint / "config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"conversation_turns": 4}))
+    try:
+        for flags, told in (([], [0, 1]), (["--no-history"], [0, 0])):
+            asked.clear()
+            assert chat(["What is it?", "And?"], *flags, image=picture, model=checkpoint)[0] == 0
+            assert [len(one.history) for one in asked] == told
+    finally:
+        file.write_text(before)
+
+
+def test_a_long_chat_goes_on_without_its_oldest_questions(chat) -> None:
+    code, said, complaints = chat(["Is there a macula in this picture of an eye, or an exudate? " * 8] * 9, "--history")
+    assert (code, complaints) == (0, "") and "left out: the conversation is longer than the model reads" in said
+
+
+def test_words_alone_need_no_image(chat, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is a CT?\n/box 1,1,2,2\n"))
+    assert main(["chat", "--max-new-tokens", "8"]) == 2  # the box alone goes wrong
 
 
 @pytest.mark.usefixtures("speaks_seg")
@@ -123,6 +157,7 @@ def test_another_image_begins_another_conversation(chat, checkpoint: Path, pictu
     "line",
     [
         "/nonsense",
+        "/history maybe",
         "/box",
         "/box 1,2,3",
         "/box a b c d",

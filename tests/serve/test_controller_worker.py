@@ -10,6 +10,7 @@ import pytest
 
 from model.inference.answer import Answer
 from model.serve.access import bearer
+from model.serve.client import ControllerClient
 from model.serve.controller import make_app
 from model.serve.controller_settings import ControllerSettings
 from model.serve.protocol import ErrorCode
@@ -37,6 +38,16 @@ def asking(address):
     """An answer that is under way."""
     with httpx.stream("POST", f"{address}/worker_generate_stream", json=message(), timeout=30) as response:
         yield response
+
+
+def test_clients_learn_how_many_questions_a_model_was_trained_on(serving):
+    with stack(serving, ScriptedEngine(), conversation_turns=4) as (address, _, _):
+        client = ControllerClient(address)
+        assert client.conversation_turns("nano") == 1  # as far as the worker said when it registered
+        client.refresh()
+        assert client.conversation_turns("nano") == 4
+        listed = httpx.get(f"{address}/v1/models").json()["data"]
+    assert [model["medplib"] for model in listed] == [{"conversation_turns": 4}]
 
 
 def test_chunks_are_the_workers_own_byte_by_byte(serving):

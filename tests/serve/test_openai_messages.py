@@ -71,6 +71,23 @@ def test_history_is_told_in_order() -> None:
     assert request.prompt == rendered("What is this?", "A fundus.", "Segment the macula.")
 
 
+def test_a_long_conversation_loses_its_oldest_questions_and_keeps_its_image() -> None:
+    turns = [
+        user(IMAGE, REGION, "0?"),
+        assistant("a"),
+        *(one for n in range(1, 40) for one in (user(f"{n}?"), assistant("a"))),
+    ]
+    request = asked(*turns, user("Last?"))
+    assert request.dropped_turns == 9 and request.images == [PICTURE] and request.region_masks == []
+    assert request.prompt.count("USER:") == 32 and "USER: <im_start><image><im_end>\n9?" in request.prompt
+    long = asked(*[user(IMAGE, "x" * 6000), assistant("y" * 2000)] * 4, user("z" * 4000, IMAGE))
+    assert long.dropped_turns == 3 and len(long.prompt) < 20_000
+    regions = [{"point": [n, n]} for n in range(20)]
+    marked = [one for n in range(19) for one in (user(IMAGE, "A <region></region>?"), assistant("a"))]
+    request = asked(*marked, user("B?"), medplib={"regions": regions})
+    assert request.dropped_turns == 4 and request.region_masks == regions[4:]
+
+
 def test_system_messages_and_greetings_are_left_out() -> None:
     system = {"role": "system", "content": "You are a pirate."}
     developer = {"role": "developer", "content": [text("Answer in verse.")]}
@@ -88,8 +105,7 @@ def test_image_may_come_late_or_again_but_not_another_one() -> None:
     assert asked(user(IMAGE, "A?"), assistant("B."), user(IMAGE, "C?")).images == [PICTURE]
     with pytest.raises(RefusedField, match="hold 2; send one"):
         asked(user(IMAGE, {"type": "image_url", "image_url": {"url": MASK}}, "What?"))
-    with pytest.raises(RefusedField, match="hold none; send one"):
-        asked(user("What?"))
+    assert asked(user("What?")).images == [] and "<image>" not in asked(user("What?")).prompt
 
 
 @pytest.mark.parametrize(
@@ -150,7 +166,7 @@ def test_a_marker_in_an_answer_takes_no_region() -> None:
 def test_a_marker_without_region_is_told() -> None:
     with pytest.raises(RefusedField, match="no region was sent for it"):
         asked(user(IMAGE, "What is <region></region>?"))
-    with pytest.raises(MedPLIBError, match="3 region markers for 1 regions"):
+    with pytest.raises(MedPLIBError, match="3 times, and 1 region is marked"):
         asked(user(IMAGE, "What is <region></region>" * 3), medplib={"regions": [{"point": [1, 1]}]})
 
 
@@ -230,7 +246,7 @@ def test_values_that_ask_for_nothing_are_taken() -> None:
         ([user(IMAGE)], "the question is empty"),
         ([user(IMAGE, "  ")], "the question is empty"),
         ([user(IMAGE, "What?"), {"role": "assistant", "content": [IMAGE]}, user("So?")], "put it into the user's"),
-        ([user(IMAGE, "x" * 20_001)], "at most 20000 are read"),
+        ([user(IMAGE, "x" * 20_001)], "20,000 are read"),
     ],
 )
 def test_malformed_conversations_are_refused(messages: list[dict[str, Any]], sentence: str) -> None:

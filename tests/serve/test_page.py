@@ -103,7 +103,7 @@ def test_regions_are_sent_as_run_lengths_and_stay_with_their_question(visit, con
     visit.box([10, 5], [30, 25])
     visit.desk.mark(visit.session, {"kind": "point", "points": [[50, 30]]})
     visit.ask("What is in the region?")
-    visit.ask("And now?")
+    visit.ask("And now?", Parameters(remember=True))
     first, second = controller.requests
     assert "What is in the region <region></region>, <region></region>?" in first.prompt
     assert decode_rle(first.region_masks[0]).sum() == 400 and decode_rle(first.region_masks[1])[30, 50]
@@ -148,11 +148,32 @@ def test_no_model_chosen_takes_the_first_that_is_served(visit, controller):
     assert "no model is served" in visit.last.error
 
 
-def test_what_was_said_before_may_be_left_out(visit, controller):
+def test_a_long_conversation_loses_its_oldest_questions_and_says_so(visit, controller):
+    visit.open(png())
+    for number in range(40):
+        visit.ask(f"Question {number}?", Parameters(remember=True))
+    request = controller.requests[-1]
+    assert request.dropped_turns == 8 and request.prompt.count("USER:") == 32 and "Question 8?" in request.prompt
+    controller.script = fail(Chunk(text="", answer="", finish="end", dropped_turns=8))
+    visit.ask("And now?", Parameters(remember=True))
+    message = view.talk(visit.session)["messages"][-1]
+    assert message["parts"] == [{"text": "(empty answer)"}] and "8 oldest questions were left out" in message["note"]
+
+
+def test_a_warning_stands_beside_its_mask(visit, controller):
+    visit.open(png())
+    controller.script = say("The disc is <SEG>.", ({**disc(), "warning": "asked for dragon, the answer names disc"},))
+    visit.ask("Segment the dragon.")
+    assert controller.requests[-1].every_target
+    assert view.masks(visit.session)["rows"][0]["warning"] == "asked for dragon, the answer names disc"
+    assert view.talk(visit.session)["messages"][-1]["note"] == "Asked for dragon, the answer names disc."
+
+
+def test_each_question_stands_alone_unless_the_visitor_wants_otherwise(visit, controller):
     visit.open(png())
     visit.box([10, 5], [30, 25])
     visit.ask("What is it?")
-    visit.ask("And this?", Parameters(remember=False))
+    visit.ask("And this?")
     assert "What is it" not in controller.requests[1].prompt and controller.requests[1].region_masks == []
 
 
@@ -276,12 +297,12 @@ def test_actions_without_sense_are_sentences(visit):
         (lambda: list(desk.ask_again(session, "nano", GREEDY)), "nothing was asked"),
         (lambda: visit.open(png()), ""),
         (lambda: visit.ask("   "), "question is empty"),
-        (lambda: visit.ask("x" * 6000), "6,000 characters"),
+        (lambda: visit.ask("x" * 16_000), "16,000 characters"),
         (lambda: visit.box([500, 1], [900, 9]), "outside the image"),
         (lambda: desk.download(session, "png"), "no mask is shown"),
         (lambda: desk.download(session, "../exe"), "no such kind"),
         (lambda: desk.turn_to(session, 5, 0, 1), "there is no slice 5"),
-        (lambda: visit.ask("What is <region></region>?"), "region markers"),
+        (lambda: visit.ask("What is <region></region>?"), "no region is marked"),
     ]:
         session.notice = ""
         act()

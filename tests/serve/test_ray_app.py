@@ -106,7 +106,7 @@ def test_the_openai_api_answers_and_refuses(served: str) -> None:
         assert answer["choices"][0]["message"]["content"] == "Fundus"
         refused = client.post("/v1/chat/completions", json=body, headers=headers("wrong"))
         assert refused.status_code == 401 and "key" in json.dumps(refused.json())
-        nothing = client.post("/worker_generate_stream", json={"prompt": "x"}, headers=headers())
+        nothing = client.post("/worker_generate_stream", json={"prompt": "<image> x"}, headers=headers())
         assert nothing.status_code == 400 and "image" in nothing.json()["error"]
 
 

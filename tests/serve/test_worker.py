@@ -186,6 +186,19 @@ def test_spacing_of_a_dicom_becomes_an_area_and_its_tags_stay(url: str, caplog: 
     assert "Roe" not in last.model_dump_json() + caplog.text
 
 
+def test_words_alone_are_answered(url: str, engine: Engine) -> None:
+    body = message(prompt="What is a CT?", images=[], dropped_turns=2)
+    last = ask(url, body)[-1]
+    assert last.answer == engine.ask(Request(None, "What is a CT?")).text and last.dropped_turns == 2
+
+
+def test_every_target_is_answered_where_it_is_asked_for(url: str, engine: Engine) -> None:
+    question = "Segment the vertebra, the dragon, the kidney and the liver."
+    chunks = ask(url, message(question, every_target=True))
+    assert {"vertebra", "kidney"} <= {mask["label"] for mask in chunks[-1].masks if "warning" not in mask}
+    assert chunks[-1].answer == direct(engine, question, every_target=True).text
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -193,8 +206,8 @@ def malformed() -> dict[str, tuple[dict[str, Any], str]]:
     square = encode_rle(np.ones((4, 4), dtype=bool))
     good = in_base64(CT)
     return {
-        "no image": ({"images": []}, "0 images; send exactly one"),
-        "two images": ({"images": [good, good]}, "2 images; send exactly one"),
+        "no image": ({"images": []}, "about an image and holds none"),
+        "two images": ({"images": [good, good]}, "2 images; send one"),
         "an address": ({"images": ["http://127.0.0.1/a.png"]}, "not opened"),
         "a path": ({"images": [str(CT)]}, "base64"),
         "no picture": ({"images": [in_base64(b"hello there")]}, "not a readable image"),
@@ -203,7 +216,7 @@ def malformed() -> dict[str, tuple[dict[str, Any], str]]:
         "too many regions": ({"region_masks": [square] * 17}, "17 regions, and 16 are taken"),
         "markers without regions": ({"prompt": prompt("What is <region></region>?")}, "region"),
         "another model": ({"model": "gpt-7"}, "there is no model 'gpt-7' here; there is nano, medplib"),
-        "a long prompt": ({"prompt": "a" * 20_001}, "20001 characters"),
+        "a long prompt": ({"prompt": "a" * 20_001}, "20,001 characters"),
         "a very long prompt": ({"prompt": "a b " * 4000}, "tokens"),
         "many turns": ({"prompt": prompt("a", *[("b", "c")] * 32)}, "33 turns, and 32 are taken"),
         "two markers of images": ({"prompt": prompt("<image> and this?")}, "more than once"),

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.errors import MedPLIBError
+from model.inference.answer import dropped_note
 from model.inference.regions import place_region
 from model.processing.conversation import Turn, render
 from model.processing.masks import encode_rle
 from model.processing.special_tokens import IMAGE_TOKEN, SEG_TOKEN, as_typed
 from model.serve.client import AnswerStream, ControllerClient
-from model.serve.limits import ServeLimits
+from model.serve.limits import ServeLimits, turns_to_drop
 from model.serve.protocol import Chunk, GenerateRequest
 from model.serve.web.pictures import colour, read_masks
 from model.serve.web.state import Exchange, Picture, Session
@@ -28,6 +29,8 @@ _MACHINE_FAULT = "something went wrong in the page itself; ask again, and tell w
 SHOW_SECONDS = 0.08
 """A growing answer is shown no oftener: readers cannot tell, and many of them share one process."""
 _OPENINGS = frozenset({"a", "all", "an", "masks", "no", "nothing", "something", "that", "the", "there", "what"})
+_EMPTY = "(empty answer)"
+_MOST_EXCHANGES = 256
 _NOTES = {"length": "Cut off: it reached the longest length allowed.", "cancelled": "Stopped."}
 
 
@@ -46,7 +49,7 @@ class Parameters:
     max_new_tokens: int = 256
     threshold: float = 0.0
     seed: str = ""
-    remember: bool = True
+    remember: bool = False
 
 
 def begin(session: Session, question: str, limits: ServeLimits) -> Exchange:
@@ -61,16 +64,11 @@ def begin(session: Session, question: str, limits: ServeLimits) -> Exchange:
         raise MedPLIBError("there is no image yet, or it was forgotten since; open one or pick an example, then ask")
     if not question:
         raise MedPLIBError("the question is empty; ask something")
-    if len(question) > limits.max_prompt_chars // 4:
-        raise MedPLIBError(f"the question has {len(question):,} characters; ask with {limits.max_prompt_chars // 4:,}")
+    if len(question) > limits.max_prompt_chars // 2:  # long before, the model says how much it reads
+        raise MedPLIBError(f"the question is too long: it has {len(question):,} characters; ask in a few sentences")
     marks = tuple(session.marks)
-    told = sum(len(earlier.marks) for earlier in session.history())
-    if told + len(marks) > limits.max_regions:
-        raise MedPLIBError(
-            f"the conversation has more than {limits.max_regions} regions; clear it, or mark fewer at a time"
-        )
-    if len(session.exchanges) >= limits.max_turns:
-        raise MedPLIBError(f"the conversation has {limits.max_turns} questions, as many as it may; clear it to go on")
+    if len(session.exchanges) >= _MOST_EXCHANGES:
+        raise MedPLIBError(f"the conversation has {_MOST_EXCHANGES} questions, as many as are kept; clear it to go on")
     asked = place_region(as_typed(question), len(marks))
     exchange = Exchange(session.next_number(), session.picture, question, asked, marks)
     session.marks, session.spent = [], list(marks)
@@ -100,9 +98,14 @@ def _check_free(session: Session) -> None:
         raise MedPLIBError("an answer is still on its way; wait for it or press Stop")
 
 
-def build_request(session: Session, exchange: Exchange, model: str, parameters: Parameters) -> GenerateRequest:
-    """The question, with what was said before about the same view, as the controller takes it."""
+def build_request(
+    session: Session, exchange: Exchange, model: str, parameters: Parameters, limits: ServeLimits
+) -> GenerateRequest:
+    """The question as the controller takes it; where that is wanted, behind as much about the same view as it takes."""
     earlier = [other for other in session.history() if parameters.remember and other.number < exchange.number]
+    lengths = [len(other.asked) + len(other.answer) for other in (*earlier, exchange)]
+    dropped = turns_to_drop(lengths, [len(other.marks) for other in (*earlier, exchange)], limits)
+    earlier = earlier[dropped:]
     turns: list[Turn] = []
     for other in earlier:
         turns += [Turn("human", other.asked), Turn("gpt", other.answer)]
@@ -122,6 +125,8 @@ def build_request(session: Session, exchange: Exchange, model: str, parameters: 
         timeout=None,
         images=[_sent(exchange.picture)],
         region_masks=[encode_rle(mark.region) for mark in marks],
+        every_target=True,
+        dropped_turns=dropped,
     )
 
 
@@ -138,7 +143,12 @@ def _sent(picture: Picture) -> str:
 
 
 def listen(
-    session: Session, exchange: Exchange, client: ControllerClient, model: str, parameters: Parameters
+    session: Session,
+    exchange: Exchange,
+    client: ControllerClient,
+    model: str,
+    parameters: Parameters,
+    limits: ServeLimits,
 ) -> Iterator[None]:
     """Ask and fill the exchange as the answer comes; yields whenever there is more of it.
 
@@ -150,7 +160,7 @@ def listen(
         exchange.model = model = model or next(iter(client.models()), "")
         if not model:
             raise MedPLIBError("no model is served at the moment; start a worker, then press Reload")
-        with client.stream(build_request(session, exchange, model, parameters)) as stream:
+        with client.stream(build_request(session, exchange, model, parameters, limits)) as stream:
             session.stream = stream
             yield
             shown = 0.0
@@ -179,6 +189,7 @@ def listen(
 def _take(exchange: Exchange, chunk: Chunk) -> None:
     exchange.answer = chunk.answer or _without_prompt(chunk.text)
     exchange.finish = chunk.finish or exchange.finish
+    exchange.dropped_turns, exchange.notes = chunk.dropped_turns, tuple(chunk.notes)
     if chunk.masks:
         masks = read_masks(chunk.masks, exchange.picture.volume.spacing_mm)
         if any(tuple(mask.rle["size"]) != exchange.picture.size for mask in masks):
@@ -240,7 +251,7 @@ def _parts(exchange: Exchange, first: int) -> list[dict[str, Any]]:
             parts.append({"mask": first + place if there else 0, "colour": f"rgb({red},{green},{blue})"})
         if text:
             parts.append({"text": text})
-    return parts
+    return parts or ([{"text": _EMPTY}] if exchange.state == "done" else [])
 
 
 def _note(exchange: Exchange) -> str:
@@ -248,8 +259,10 @@ def _note(exchange: Exchange) -> str:
         return ""
     if exchange.state == "stopped":
         return "Stopped."
-    known = _NOTES.get(exchange.finish, "")
+    known = [_NOTES[exchange.finish]] if exchange.finish in _NOTES else []
     empty = [mask for mask in exchange.masks if not mask.area_px]
     if empty and len(empty) == len(exchange.masks):
-        known = f"{known} The mask is empty: the model found nothing to paint.".strip()
-    return known
+        known.append("The mask is empty: the model found nothing to paint.")
+    remarks = [*dropped_note(exchange.dropped_turns), *dict.fromkeys(mask.warning for mask in exchange.masks)]
+    known += [as_sentence(note[:1].upper() + note[1:]) for note in (*remarks, *exchange.notes) if note]
+    return " ".join(known)

@@ -164,7 +164,7 @@ class Desk:
             yield _after_failing(session)
             return
         yield _ANSWERED | {"question"}
-        for _ in chat.listen(session, exchange, self.client, model, parameters):
+        for _ in chat.listen(session, exchange, self.client, model, parameters, self.limits):
             yield _ANSWER
         yield _ANSWERED
 
@@ -252,6 +252,13 @@ class Desk:
         if not self.models:
             raise MedPLIBError("no model is served at the moment; start a worker, then press Reload")
         return Parts({"models"})
+
+    def conversation_turns(self, model: str) -> int:
+        """Questions of a conversation that a model was trained on; 1 where the controller cannot be asked."""
+        try:
+            return self.client.conversation_turns(model)
+        except MedPLIBError:
+            return 1
 
 
 def _after_failing(session: Session) -> Parts:

@@ -46,6 +46,7 @@ _SOURCE = """<section class="source" aria-label="Choose an image" data-limit="LI
 <input type="file" hidden tabindex="-1" aria-label="Image file">
 <button type="button" class="open">Open image…</button><div class="strip"></div></section>"""
 _NOTICE = """<section class="notice" role="alert" hidden><p></p></section>"""
+_ALONE = "This model was trained on single questions; it answers best when each stands alone."
 _SMALL = (
     "<p id=\"small\">Answers may be wrong while sounding sure; a mask's score is the model's own guess. "
     "Uploads are kept in memory only, until you leave.</p>"
@@ -127,7 +128,11 @@ class Page:
             )
             self.send = gr.Button("Ask", variant="primary", elem_id="send")
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
-        self.forget = gr.Button("Clear conversation", size="sm", elem_id="forget")
+        with gr.Row(elem_id="conversation"):
+            self.remember = gr.Checkbox(
+                False, label="Remember earlier questions", info=_ALONE, elem_id="remember", min_width=220
+            )
+            self.forget = gr.Button("Clear conversation", size="sm", elem_id="forget")
         most = self.desk.limits.max_new_tokens
         with gr.Accordion("Parameters", open=False, elem_id="parameters"):
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 gives the likeliest answer.")
@@ -139,9 +144,6 @@ class Page:
             self.seed = gr.Textbox(
                 label="Seed", info="A whole number; left empty, every answer has a new one.", max_length=20
             )
-            self.remember = gr.Checkbox(
-                True, label="Remember earlier questions", info="Small models answer better when each stands alone."
-            )
         gr.HTML(_SMALL, js_on_load=None, apply_default_css=False, elem_classes=["plain"])
 
     # --- what calls what ----------------------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ class Page:
         desk = self.desk
         self.blocks.load(self._arrive, None, self._outputs, show_progress="hidden", api_visibility="private")
         self.blocks.unload(self._leave)
+        self.model.change(self._set_memory, self.model, self.remember, show_progress="hidden", api_visibility="private")
         self._on(self.reload.click, desk.look_for_models)
         self._on_data(self.source.upload, desk.open_upload)
         self._on_data(self.source.select, lambda session, data: desk.open_example(session, data.get("index")))
@@ -233,6 +236,12 @@ class Page:
         if self.settings.reload or not self.desk.models:
             parts |= self.desk.look_for_models(session, refresh=False)
         return self._shown(parts, session)
+
+    def _set_memory(self, model: str | None) -> Any:
+        """Whether earlier questions are sent along, as the chosen model was trained; visitors may choose otherwise."""
+        turns = self.desk.conversation_turns(model or "")
+        info = _ALONE if turns == 1 else f"This model was trained on conversations of up to {turns} questions."
+        return gr.update(value=turns > 1, info=info)
 
     def _leave(self, request: gr.Request) -> None:
         if request.session_hash:

@@ -86,7 +86,7 @@ class Exchange:
         shown: whether each mask is.
         state: how far it is.
         error: why there is no answer, or why it broke off.
-        finish: what ended it, as the model's server says.
+        finish: what ended it, as the model's server says; ``dropped_turns`` and ``notes`` likewise.
         model: who answered.
         seconds: it took.
         vote: 1 for, -1 against.
@@ -103,6 +103,8 @@ class Exchange:
     state: Literal["running", "done", "stopped", "failed"] = "running"
     error: str = ""
     finish: str = ""
+    dropped_turns: int = 0
+    notes: tuple[str, ...] = ()
     model: str = ""
     seconds: float = 0.0
     vote: int = 0

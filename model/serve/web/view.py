@@ -73,6 +73,7 @@ def masks(session: Session, download: dict[str, Any] | None = None) -> dict[str,
                 "label": mask.label or f"mask {number + 1}",
                 "score": f"{mask.score:.2f}",
                 "area": _area(mask.area_px, mask.area_mm2),
+                "warning": mask.warning,
                 "shown": exchange.shown[place],
             }
         )

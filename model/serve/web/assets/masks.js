@@ -22,6 +22,7 @@ function row(mask) {
   swatch.style.setProperty('--chip', mask.colour);
   label.append(box, swatch, make('span', 'name', mask.label));
   item.append(label, make('span', 'facts', `score ${mask.score} · ${mask.area}`));
+  if (mask.warning) item.append(make('span', 'warning', `⚠ ${mask.warning}`));
   return item;
 }
 
