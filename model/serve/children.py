@@ -201,6 +201,4 @@ def _signal_name(number: int) -> str:
 def _log_file(folder: Path, name: str) -> RotatingFileHandler:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.replace(' ', '-')}.log"
-    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    return handler
+    return RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")

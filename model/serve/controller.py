@@ -321,7 +321,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "clients need the client key" if settings.client_key else "everyone who reaches it may ask",
             )
         app = make_app(settings)
-        run_app(app, options.host, options.port, grace=settings.grace, on_stop=app.state.controller.stop)
+        app.root_path = options.root_path  # its schema names it
+        run_app(
+            app,
+            options.host,
+            options.port,
+            grace=settings.grace,
+            allow_hosts=options.allow_host,
+            root_path=options.root_path,
+            on_stop=app.state.controller.stop,
+        )
     except MedPLIBError as error:
         sys.stderr.write(f"controller: {error}\n")
         return 2

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.data.readers import ImageData, ReadLimits, read_image, read_mask
 from model.errors import MedPLIBError
+from model.serve.commands import LIMITS, PAGE_LIMITS, REQUEST_LIMITS
 from model.serve.protocol import ErrorCode
 from model.serve.refusals import Refusal, error_body
 
@@ -39,6 +40,7 @@ class ServeLimits:
 
     Attributes:
         max_image_bytes: of an encoded image or region.
+        max_volume_bytes: of an encoded DICOM or NIfTI file, which the page alone takes apart slice by slice.
         max_pixels: of an image.
         max_frames: of a volume.
         max_regions: marked in a conversation.
@@ -49,6 +51,7 @@ class ServeLimits:
     """
 
     max_image_bytes: int = 64 * _MIB
+    max_volume_bytes: int = 512 * _MIB
     max_pixels: int = 40_000_000
     max_frames: int = 2000
     max_regions: int = 16
@@ -63,19 +66,14 @@ class ServeLimits:
                 raise MedPLIBError(f"{field.name} is {getattr(self, field.name)}; give at least 1")
 
     @property
+    def max_upload_bytes(self) -> int:
+        """Of a file that is opened on the page."""
+        return max(self.max_image_bytes, self.max_volume_bytes)
+
+    @property
     def reading(self) -> ReadLimits:
         """The same for the readers of image files."""
         return ReadLimits(self.max_image_bytes, self.max_pixels)
-
-
-_FLAGS = ("body-mib", "image-mib", "pixels", "regions", "turns", "prompt-chars", "new-tokens")
-
-
-def add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    """``--max-pixels N`` and its like, for ``limits_from``."""
-    group = parser.add_argument_group("limits of one request (defaults: docs/security.md)")
-    for flag in _FLAGS:
-        group.add_argument(f"--max-{flag}", type=int, metavar="N")
 
 
 def limits_from(options: argparse.Namespace) -> ServeLimits:
@@ -85,9 +83,9 @@ def limits_from(options: argparse.Namespace) -> ServeLimits:
         MedPLIBError: one is not positive.
     """
     given = {}
-    for flag in _FLAGS:
+    for flag in (*LIMITS, *REQUEST_LIMITS, *PAGE_LIMITS):
         name = f"max_{flag.replace('-', '_')}"
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None:
             given[name.replace("_mib", "_bytes")] = value * _MIB if flag.endswith("mib") else value
     return ServeLimits(**given)

@@ -24,7 +24,8 @@ from model.serve.web.pictures import colour, read_masks
 from model.serve.web.state import Exchange, Picture, Session
 
 _log = logging.getLogger(__name__)
-_MACHINE_FAULT = "something went wrong in the page itself; ask again, and tell whoever runs it to look at its log"
+_MACHINE_FAULT = "something went wrong in the page itself; ask again"
+NO_MODEL = "no model is available at the moment; try again in a minute, or press Reload"
 SHOW_SECONDS = 0.08
 """A growing answer is shown no oftener: readers cannot tell, and many of them share one process."""
 _OPENINGS = frozenset({"a", "all", "an", "masks", "no", "nothing", "something", "that", "the", "there", "what"})
@@ -70,7 +71,7 @@ def begin(session: Session, question: str, limits: ServeLimits) -> Exchange:
             f"the conversation has more than {limits.max_regions} regions; clear it, or mark fewer at a time"
         )
     if len(session.exchanges) >= limits.max_turns:
-        raise MedPLIBError(f"the conversation has {limits.max_turns} questions, as many as it may; clear it to go on")
+        raise MedPLIBError(f"a conversation has at most {limits.max_turns} questions; clear it to go on")
     asked = place_region(as_typed(question), len(marks))
     exchange = Exchange(session.next_number(), session.picture, question, asked, marks)
     session.marks, session.spent = [], list(marks)
@@ -149,7 +150,7 @@ def listen(
     try:
         exchange.model = model = model or next(iter(client.models()), "")
         if not model:
-            raise MedPLIBError("no model is served at the moment; start a worker, then press Reload")
+            raise MedPLIBError(NO_MODEL)
         with client.stream(build_request(session, exchange, model, parameters)) as stream:
             session.stream = stream
             yield
@@ -213,7 +214,7 @@ def messages(session: Session) -> list[dict[str, Any]]:
         if exchange.marks:
             about.append("1 region" if len(exchange.marks) == 1 else f"{len(exchange.marks)} regions")
         if exchange.picture.volume.num_slices > 1:
-            about.append(f"slice {exchange.picture.index + 1}")
+            about.append(f"{exchange.picture.volume.plane or 'slice'} {exchange.picture.index + 1}")
         told.append({"id": exchange.number, "role": "you", "parts": [{"text": exchange.question}], "about": about})
         told.append(
             {

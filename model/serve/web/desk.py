@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 _OPENED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons", "volume"})
 _ANSWER: Parts = frozenset({"talk", "buttons"})
 _ANSWERED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons"})
-_MACHINE_FAULT = "Something went wrong in the page; try again, and tell whoever runs it to look at its log."
+_MACHINE_FAULT = "Something went wrong in the page; try again."
 
 
 def told(
@@ -83,9 +83,10 @@ class Desk:
         """Look at a file whose bytes wait in the tray."""
         name = safe_file_name(str(upload.get("name", "")), "the file")
         size = upload.get("size")
-        if isinstance(size, int) and size > self.limits.max_image_bytes:
-            most = self.limits.max_image_bytes / 2**20
-            raise MedPLIBError(f"{name} is larger than the limit of {most:.3g} MiB; give a smaller file")
+        most = self.limits.max_upload_bytes
+        if isinstance(size, int) and size > most:
+            _log.info("an upload was refused as larger than --max-image-mib and --max-volume-mib allow")
+            raise MedPLIBError(f"{name} is larger than the limit of {most / 2**20:.3g} MiB; give a smaller file")
         content = self.tray.take(upload.get("token"))
         if content is None:
             raise MedPLIBError(f"{name} did not arrive; open it again")
@@ -131,7 +132,7 @@ class Desk:
         """Add what was drawn to the regions of the next question."""
         picture = _picture(session)
         if len(session.marks) >= self.limits.max_regions:
-            raise MedPLIBError(f"{self.limits.max_regions} regions are marked, as many as may be; ask about them first")
+            raise MedPLIBError(f"at most {self.limits.max_regions} regions can be marked; ask about them first")
         session.marks.append(drawing.read_mark(drawn, picture.size))
         return Parts({"viewer", "talk"})
 
@@ -155,7 +156,7 @@ class Desk:
     ) -> Iterator[Parts]:
         exchange = None
         with session.lock:
-            session.notice = ""
+            session.notice, session.model = "", model
             try:
                 exchange = begin()
             except MedPLIBError as error:
@@ -240,8 +241,9 @@ class Desk:
         return Parts({"masks"})
 
     @told
-    def look_for_models(self, session: Session, refresh: bool = True) -> Parts:
-        """List the models anew; ``refresh`` has the controller ask its workers first."""
+    def look_for_models(self, session: Session, chosen: str | None = None, refresh: bool = True) -> Parts:
+        """List the models anew and keep the one that is chosen; ``refresh`` has the controller ask its workers first."""
+        session.model = chosen or ""
         try:
             if refresh:
                 self.client.refresh()
@@ -250,7 +252,7 @@ class Desk:
             self.models = []
             raise
         if not self.models:
-            raise MedPLIBError("no model is served at the moment; start a worker, then press Reload")
+            raise MedPLIBError(chat.NO_MODEL)
         return Parts({"models"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from model.serve.web import view
 from model.serve.web.chat import Parameters
 from model.serve.web.desk import Desk, Parts
 from model.serve.web.examples import Example
-from model.serve.web.state import Session, Sessions
+from model.serve.web.state import AWAY_SECONDS, IDLE_SECONDS, Session, Sessions
 from model.serve.web.style import asset, theme
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -22,14 +23,14 @@ import gradio as gr
 TITLE = "MedPLIB"
 MAX_EVENTS = 200
 """Answers and other events under way at once; the rest wait. Each takes a thread, most of which wait themselves."""
-_EVERYTHING = Parts({"viewer", "talk", "masks", "notice", "buttons", "volume", "models"})
+_EVERYTHING = Parts({"viewer", "talk", "masks", "notice", "buttons", "volume", "models", "shading"})
 _HEAD = (
     '<div class="title"><h1>MedPLIB</h1><p><strong>Research use only.</strong> '
     "Not a medical device; not for diagnosis or treatment.</p></div>"
 )
 _VIEWER = """<section class="viewer" aria-label="Image">
 <div class="tools" role="toolbar" aria-label="Mark a region" hidden>
-<button type="button" data-tool="look">Look</button><button type="button" data-tool="point">Point</button>
+<button type="button" data-tool="look">View</button><button type="button" data-tool="point">Point</button>
 <button type="button" data-tool="box">Box</button><button type="button" data-tool="free">Free-hand</button>
 <span class="gap"></span>
 <button type="button" data-act="undo">Undo</button><button type="button" data-act="clear">Clear marks</button></div>
@@ -48,8 +49,25 @@ _SOURCE = """<section class="source" aria-label="Choose an image" data-limit="LI
 _NOTICE = """<section class="notice" role="alert" hidden><p></p></section>"""
 _SMALL = (
     "<p id=\"small\">Answers may be wrong while sounding sure; a mask's score is the model's own guess. "
-    "Uploads are kept in memory only, until you leave.</p>"
+    f"Images and answers stay in this server's memory, up to {AWAY_SECONDS / 60:.0f} minutes after you leave and "
+    f"{IDLE_SECONDS / 60:.0f} minutes without use; the image you ask about is sent to the model's server.</p>"
 )
+_LOST = "The image and the conversation from before are gone: the page was started again, or you were away too long."
+_TAB = re.compile(r"[0-9a-f]{32}")
+_ARRIVE_JS = """() => {
+  try {  // a copy of a tab has its storage, but its page was never left
+    const kept = sessionStorage, before = kept.getItem('medplib-left') && kept.getItem('medplib-tab');
+    const tab = before || Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
+      byte.toString(16).padStart(2, '0')).join('');
+    const held = before && kept.getItem('medplib-open') ? '+' : '';
+    kept.setItem('medplib-tab', tab);
+    ['medplib-left', 'medplib-open'].forEach((name) => kept.removeItem(name));
+    addEventListener('pagehide', () => kept.setItem('medplib-left', '1'));
+    addEventListener('pageshow', () => kept.removeItem('medplib-left'));
+    return tab + held;
+  } catch { return ''; }  // no storage: a page that is loaded again begins anew
+}"""
+_FOCUS_JS = "() => { document.querySelector('#question textarea')?.focus({ preventScroll: true }); }"
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,7 @@ class Page:
     # --- where everything is ------------------------------------------------------------------------------------------
 
     def _lay_out(self) -> None:
+        self.tab = gr.Textbox(visible=False)
         with gr.Row(elem_id="head"):
             gr.HTML(_HEAD, js_on_load=None, apply_default_css=False, elem_classes=["plain"])
             with gr.Row(elem_id="picker"):
@@ -99,7 +118,7 @@ class Page:
                 self._lay_out_talk()
 
     def _lay_out_picture(self) -> None:
-        template = _SOURCE.replace("LIMIT", str(self.desk.limits.max_image_bytes))
+        template = _SOURCE.replace("LIMIT", str(self.desk.limits.max_upload_bytes))
         shown = [{"label": example.label, "thumbnail": example.thumbnail} for example in self.desk.examples]
         self.source = _own("source", template, shown)
         self.notice = _own("notice", _NOTICE, "")
@@ -148,9 +167,10 @@ class Page:
 
     def _wire(self) -> None:
         desk = self.desk
-        self.blocks.load(self._arrive, None, self._outputs, show_progress="hidden", api_visibility="private")
+        arriving = {"js": _ARRIVE_JS, "show_progress": "hidden", "api_visibility": "private"}
+        self.blocks.load(self._arrive, self.tab, self._outputs, **arriving)
         self.blocks.unload(self._leave)
-        self._on(self.reload.click, desk.look_for_models)
+        self._on(self.reload.click, desk.look_for_models, self.model)
         self._on_data(self.source.upload, desk.open_upload)
         self._on_data(self.source.select, lambda session, data: desk.open_example(session, data.get("index")))
         self._on_data(self.viewer.select, desk.mark)
@@ -196,6 +216,8 @@ class Page:
 
         for asked in (self.question.submit, self.send.click):
             self._listen(asked, ask, [self.question, *drawn])
+        for pressed in (self.send.click, self.stop.click, self.talk.retry):  # a button that is hidden loses the focus
+            pressed(None, js=_FOCUS_JS, show_progress="hidden", api_visibility="private")
         self._listen(self.talk.retry, again, drawn)
         self._listen(self.talk.example_select, suggest, [])
 
@@ -227,11 +249,16 @@ class Page:
             api_visibility="private",
         )
 
-    def _arrive(self, request: gr.Request) -> dict[Any, Any]:
-        session = self._session(request)
+    def _arrive(self, tab: str, request: gr.Request) -> dict[Any, Any]:
+        known = tab.removesuffix("+") if _TAB.fullmatch((tab or "").removesuffix("+")) else ""
+        session, found = (
+            self.sessions.arrive(request.session_hash, known) if request.session_hash else (Session(), False)
+        )
         parts = _EVERYTHING
         if self.settings.reload or not self.desk.models:
-            parts |= self.desk.look_for_models(session, refresh=False)
+            parts |= self.desk.look_for_models(session, session.model, refresh=False)
+        if known != tab and known and not found:
+            session.notice = f"{_LOST} {session.notice}".strip()
         return self._shown(parts, session)
 
     def _leave(self, request: gr.Request) -> None:
@@ -239,7 +266,7 @@ class Page:
             self.sessions.leave(request.session_hash)
 
     def _session(self, request: gr.Request) -> Session:
-        """The visitor's; whoever does not say who it is has none that lasts."""
+        """The visitor's; one that lasts only where the request names its page."""
         return self.sessions.of(request.session_hash) if request.session_hash else Session()
 
     # --- what is shown anew -------------------------------------------------------------------------------------------
@@ -248,7 +275,8 @@ class Page:
     def _outputs(self) -> list[Any]:
         volume = [self.volume, self.plane, self.slice, self.centre, self.width]
         own = [self.viewer, self.talk, self.masks, self.notice]
-        return [*own, *volume, self.shading, self.question, self.send, self.stop, self.model]
+        shading = [self.shading, self.opacity, self.contour]
+        return [*own, *volume, *shading, self.question, self.send, self.stop, self.model]
 
     def _shown(self, parts: Parts, session: Session, file: dict[str, Any] | None = None) -> dict[Any, Any]:
         """New values of the parts' components."""
@@ -269,14 +297,14 @@ class Page:
             if "question" in parts:
                 shown[self.question] = ""
             if "models" in parts:
-                shown[self.model] = self._models()
+                models = self.desk.models
+                chosen = session.model if session.model in models else models[0] if models else None
+                shown[self.model] = gr.update(choices=models, value=chosen)
+            if "shading" in parts:
+                shown |= {self.opacity: session.opacity, self.contour: session.contour}
             if "volume" in parts:
                 shown |= self._volume(session)
             return shown or {self.notice: session.notice}  # gradio wants something
-
-    def _models(self) -> Any:
-        models = self.desk.models
-        return gr.update(choices=models, value=models[0] if models else None)
 
     def _questions(self, session: Session) -> tuple[str, ...]:
         name = session.picture.volume.name if session.picture is not None else ""
@@ -342,12 +370,13 @@ def _tidy(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def mounted(page: Page, app: Any) -> Any:
-    """The page at the root of an ASGI application, without what gradio would add of its own."""
+def mounted(page: Page, app: Any, root_path: str = "") -> Any:
+    """The page at the root of an ASGI application, which a proxy may show at a sub-path, without gradio's extras."""
     return gr.mount_gradio_app(
         app,
         page.blocks,
         path="",
+        root_path=root_path or None,
         footer_links=[],
         run_history=False,
         show_error=False,
