@@ -141,7 +141,11 @@ class Entrance:
         match = _HOST.fullmatch(header.strip().lower())
         host = (match["v6"] or match["name"] or "").rstrip(".") if match else ""
         address = ip_address(host)
-        return self.names is None or host in self.names or (address is not None and (self.addresses or address.is_loopback))
+        return (
+            self.names is None
+            or host in self.names
+            or (address is not None and (self.addresses or address.is_loopback))
+        )
 
     def _log_refused(self, header: str) -> None:
         if header not in self._logged and len(self._logged) < _MAX_LOGGED_HOSTS:

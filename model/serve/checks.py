@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -109,6 +111,30 @@ def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None =
                 f"{workers} about {needed / _GIB:.1f} GiB of memory and {device} has {free / _GIB:.1f} GiB free; "
                 "stop other programs, start fewer workers, or take a smaller checkpoint"
             )
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Whether the CUDA driver shows the devices that are asked for; where it cannot be asked, the workers tell.
+
+    Raises:
+        MedPLIBError: a name is none, or there is no such GPU.
+    """
+    for device in devices:
+        kind, _, number = device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+            raise MedPLIBError(f"--device {device} is no device; give auto, cpu, cuda, cuda:1 …")
+        if kind == "cuda" and sys.platform == "linux" and int(number or 0) >= (count := _gpus()):
+            raise MedPLIBError(f"--device {device} is not there: this machine has {count} GPUs; give another, or cpu")
+
+
+def _gpus() -> int:
+    """GPUs that the CUDA driver shows; 0 where there is no driver."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
 def free_memory() -> int | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from model.errors import MedPLIBError
 
-
 LIMITS = ("image-mib", "pixels", "regions", "turns", "prompt-chars", "new-tokens")
 REQUEST_LIMITS, PAGE_LIMITS = ("body-mib",), ("volume-mib", "frames")
 """``--max-…`` of every server, of controller and workers, and of the page; see ``limits.ServeLimits``."""
@@ -93,7 +92,9 @@ def add_serve_command(commands: argparse._SubParsersAction) -> argparse.Argument
         "--sam", "--vision_pretrained", metavar="FILE", help="SAM-Med2D, for published checkpoints without it"
     )
     serve.add_argument("--slots", type=whole, metavar="N", help="answers that a worker writes at once")
-    serve.add_argument("--max-waiting", type=whole, metavar="N", help="requests that wait at a worker; then it says 429")
+    serve.add_argument(
+        "--max-waiting", type=whole, metavar="N", help="requests that wait at a worker; then it says 429"
+    )
     serve.add_argument("--request-timeout", type=seconds, metavar="S", help="seconds an answer may take")
     serve.add_argument("--dispatch-method", choices=("lottery", "shortest_queue"), default="shortest_queue")
     serve.add_argument("--votes-file", type=Path, metavar="FILE", help="where the page's votes are appended")

@@ -142,7 +142,7 @@ class Controller:
     async def drain_worker(self, body: DrainWorker) -> dict[str, Any]:
         """Send a worker nothing new, or requests again; what it has it ends."""
         name = normal_name(body.worker_name)
-        if not (self.registry.drain(name) if body.drain else self.registry.undrain(name)):
+        if not self.registry.drain(name, body.drain):
             raise Refusal(ErrorCode.BAD_INPUT, f"there is no worker {name}; GET /workers lists them", status=404)
         return {"worker_name": name, "draining": body.drain}
 

@@ -108,7 +108,9 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
         ("client-timeout", 60.0, "until a client takes the next piece of its answer"),
         ("grace", GRACE_SECONDS, "how long answers may go on once the controller is stopped"),
     ):
-        times.add_argument(f"--{name}", type=seconds, default=default, metavar="S", help=f"{what} (default: {default:g})")
+        times.add_argument(
+            f"--{name}", type=seconds, default=default, metavar="S", help=f"{what} (default: {default:g})"
+        )
     for name, number, what in (
         ("max-failures", registry.max_failures, "failures in a row after which a worker is left alone"),
         ("tries", forwarding.tries, "workers that a request is sent to, one after another"),

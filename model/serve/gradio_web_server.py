@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise MedPLIBError("the page opens no tunnels to other hosts; leave --share out, and use --host 0.0.0.0")
         check_port(options.host, options.port)
         if not is_loopback(options.host):
-            _log.warning("everyone who reaches this port can use the page; put a proxy that asks for a password before it")
+            _log.warning("everyone who reaches this port can use the page; put a proxy with passwords before it")
         run_app(
             make_app(options),
             options.host,
@@ -56,46 +56,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gradio_web_server", description="A page to ask about medical images. Research use only."
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
-    parser.add_argument("--port", type=int, default=64001)
-    parser.add_argument(
-        "--controller",
-        "--controller-url",
-        "--controller-address",
-        dest="controller",
-        default="http://localhost:64000",
-        help="address of the controller",
-    )
-    parser.add_argument(
-        "--model-list-mode",
-        choices=("once", "reload"),
-        default="once",
-        help="look for models when the page is opened, or only at the start and when asked",
-    )
-    parser.add_argument(
-        "--add-region-feature",
-        action="store_true",
-        help="let visitors mark regions; for models with a region adapter",
-    )
-    parser.add_argument(
-        "--client-key",
-        default=os.environ.get("MEDPLIB_CLIENT_KEY") or None,
-        help="the controller's client key; better set MEDPLIB_CLIENT_KEY",
-    )
-    parser.add_argument(
-        "--votes-file",
-        type=Path,
-        default=Path("medplib_votes.jsonl"),
-        help="where votes are appended to, without images and texts",
-    )
-    parser.add_argument(
-        "--log-conversations",
-        action="store_true",
-        help="write questions and answers beside the votes",
-    )
+    add, key = parser.add_argument, os.environ.get("MEDPLIB_CLIENT_KEY") or None
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
+    add("--port", type=int, default=64001)
+    addresses = ("--controller", "--controller-url", "--controller-address")
+    add(*addresses, dest="controller", default="http://localhost:64000", help="address of the controller")
+    modes = "look for models when the page is opened, or only at the start and when asked"
+    add("--model-list-mode", choices=("once", "reload"), default="once", help=modes)
+    regions = "let visitors mark regions; for models with a region adapter"
+    add("--add-region-feature", action="store_true", help=regions)
+    add("--client-key", default=key, help="the controller's client key; better set MEDPLIB_CLIENT_KEY")
+    votes = "where votes are appended to, without images and texts"
+    add("--votes-file", type=Path, default=Path("medplib_votes.jsonl"), help=votes)
+    add("--log-conversations", action="store_true", help="write questions and answers beside the votes")
     add_network_flags(parser)
     add_limit_flags(parser, *PAGE_LIMITS)
-    parser.add_argument("--share", action="store_true", help=argparse.SUPPRESS)
+    add("--share", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 

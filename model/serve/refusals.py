@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +18,21 @@ from starlette.exceptions import HTTPException
 
 from model.errors import MedPLIBError
 from model.serve.protocol import ErrorCode
+
+_log = logging.getLogger(__name__)
+_FOR_OPERATORS = re.compile(r"(?<!\w)--[a-z]|pip install|MEDPLIB_[A-Z]")
+_OPERATORS_ROUTES = ("/register_worker", "/receive_heart_beat", "/drain_worker")
+_OTHER_APIS = ("/completions", "/responses", "/messages", "/embeddings", "/models")
+MACHINE_FAULT = "this server failed on the request; ask again"
+
+
+def client_sentence(error: object) -> str:
+    """An error for those who ask: without the clauses that name flags, packages or variables, which are logged."""
+    sentence = str(error)
+    if not _FOR_OPERATORS.search(sentence):
+        return sentence
+    _log.warning("%s", sentence)
+    return "; ".join(part for part in sentence.split("; ") if not _FOR_OPERATORS.search(part)) or MACHINE_FAULT
 
 
 class Refusal(Exception):
@@ -85,7 +102,8 @@ def answer_errors(app: FastAPI) -> None:
         return tell(request, error)
 
     async def wrong_input(request: Request, error: Exception) -> JSONResponse:
-        return tell(request, Refusal(ErrorCode.BAD_INPUT, str(error)))
+        sentence = str(error) if request.url.path in _OPERATORS_ROUTES else client_sentence(error)
+        return tell(request, Refusal(ErrorCode.BAD_INPUT, sentence))
 
     async def malformed(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -93,13 +111,16 @@ def answer_errors(app: FastAPI) -> None:
 
     async def no_route(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        sentence = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        path = request.url.path[:100]
+        sentence = f"{request.method} {path}: {error.detail}"
+        if error.status_code == 404 and path.endswith(_OTHER_APIS):
+            sentence = f"there is no {path} here; questions go to POST /v1/chat/completions of the controller"
         answer = tell(request, Refusal(ErrorCode.BAD_INPUT, sentence, status=error.status_code))
         answer.headers.update(error.headers or {})
         return answer
 
     async def broken(request: Request, _: Exception) -> JSONResponse:
-        return tell(request, Refusal(ErrorCode.FAILED, "this server made a mistake; its log tells which"))
+        return tell(request, Refusal(ErrorCode.FAILED, MACHINE_FAULT))
 
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(MedPLIBError, wrong_input)

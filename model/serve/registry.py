@@ -114,6 +114,10 @@ class Registry:
             MedPLIBError: it names no model or malformed ones, or there are too many workers.
         """
         check_models(status.model_names)
+        for other in [name for name, w in self._workers.items() if set(w.address.endpoints) & set(address.endpoints)]:
+            if other != address.name:  # the same worker under another name; what it answers goes on
+                del self._workers[other]
+                _log.info("worker %s is named %s from now on", other, address.name)
         known = self._workers.get(address.name)
         if known is None and len(self._workers) >= self.settings.max_workers:
             raise MedPLIBError(f"there are {len(self._workers)} workers already, and no more are taken")
@@ -155,15 +159,8 @@ class Registry:
             self.remove(name, f"no heartbeat for {self.settings.expiry:g} s")
         return silent
 
-    def drain(self, name: str) -> bool:
-        """Send a worker nothing new; False where it is not known."""
-        return self._set_drained(name, True)
-
-    def undrain(self, name: str) -> bool:
-        """Send a worker requests again; False where it is not known."""
-        return self._set_drained(name, False)
-
-    def _set_drained(self, name: str, drained: bool) -> bool:
+    def drain(self, name: str, drained: bool = True) -> bool:
+        """Send a worker nothing new, or requests again; False where it is not known."""
         worker = self._workers.get(name)
         if worker is not None:
             worker.drained = drained

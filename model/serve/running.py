@@ -237,11 +237,7 @@ def set_up_logging() -> None:
 def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse flags whose names may be spelled with underscores or hyphens; the parser names them with hyphens."""
     given = sys.argv[1:] if arguments is None else arguments
-    return parser.parse_args([_hyphened(argument) for argument in given])
-
-
-def _hyphened(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    named = (argument.partition("=") for argument in given)
+    return parser.parse_args(
+        [(name.replace("_", "-") if name.startswith("--") else name) + equals + value for name, equals, value in named]
+    )

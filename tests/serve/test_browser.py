@@ -18,6 +18,7 @@ import pytest
 
 from model.processing.masks import decode_rle
 from model.serve import gradio_web_server
+from model.serve.running import parse_flags
 from model.serve.stack import Stack, StackSettings
 from tests.conftest import ROOT
 from tests.serve.browsing import CHROMIUM, Visitor, artefacts
@@ -47,7 +48,9 @@ def stack() -> Iterator[Stack]:
 
 def make_page(controller: str, votes: Path) -> Any:
     flags = ["--controller", controller, "--model-list-mode", "reload", "--add_region_feature"]
-    return gradio_web_server.make_app(gradio_web_server.build_parser().parse_args([*flags, "--votes-file", str(votes)]))
+    return gradio_web_server.make_app(
+        parse_flags(gradio_web_server.build_parser(), [*flags, "--votes-file", str(votes)])
+    )
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from model.serve import gradio_web_server
+from model.serve.running import parse_flags
 from model.serve.web.gate import Tray
 from tests.conftest import ROOT
 from tests.serve.scripted import ScriptedController, say_for_ever
@@ -47,7 +48,7 @@ def site(serving: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
     controller = ScriptedController()
     with serving(controller.app) as address:
         flags = ["--controller", address, "--votes-file", str(tmp_path_factory.mktemp("votes") / "votes.jsonl")]
-        app = gradio_web_server.make_app(gradio_web_server.build_parser().parse_args(flags))
+        app = gradio_web_server.make_app(parse_flags(gradio_web_server.build_parser(), flags))
         with serving(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
             yield client
 
@@ -116,7 +117,7 @@ def test_many_answers_at_once_hold_up_nobody(serving, wait_until, tmp_path):
     controller = ScriptedController(say_for_ever)
     with serving(controller.app) as address:
         flags = ["--controller", address, "--votes-file", str(tmp_path / "votes.jsonl")]
-        app = gradio_web_server.make_app(gradio_web_server.build_parser().parse_args(flags))
+        app = gradio_web_server.make_app(parse_flags(gradio_web_server.build_parser(), flags))
         with serving(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
             events = {event["targets"][0][1]: event["id"] for event in client.get("/config").json()["dependencies"]}
 

@@ -20,7 +20,8 @@ from model.processing.special_tokens import IMAGE_TOKEN, SEG_TOKEN, as_typed
 from model.serve.client import AnswerStream, ControllerClient
 from model.serve.limits import ServeLimits
 from model.serve.protocol import Chunk, GenerateRequest
-from model.serve.web.pictures import colour, read_masks
+from model.serve.refusals import client_sentence
+from model.serve.web.pictures import colour, plain, read_masks
 from model.serve.web.state import Exchange, Picture, Session
 
 _log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def listen(
         with session.lock:
             exchange.state = "stopped" if stopped or exchange.finish == "cancelled" else "done"
     except MedPLIBError as error:
-        exchange.state, exchange.error = "failed", str(error)
+        exchange.state, exchange.error = "failed", client_sentence(error)
     except Exception:  # noqa: BLE001 - whatever it is, the visitor is told and the page lives on
         _log.exception("an answer failed in the page")
         exchange.state, exchange.error = "failed", _MACHINE_FAULT
@@ -178,7 +179,7 @@ def listen(
 
 
 def _take(exchange: Exchange, chunk: Chunk) -> None:
-    exchange.answer = chunk.answer or _without_prompt(chunk.text)
+    exchange.answer = plain(chunk.answer or _without_prompt(chunk.text))
     exchange.finish = chunk.finish or exchange.finish
     if chunk.masks:
         masks = read_masks(chunk.masks, exchange.picture.volume.spacing_mm)
@@ -195,7 +196,7 @@ def _without_prompt(text: str) -> str:
 
 def as_sentence(error: object) -> str:
     """What went wrong as it is shown: with a full stop, and a capital unless it begins with a file's name."""
-    text = str(error).strip()
+    text = plain(client_sentence(error)).strip()
     capital = text.split(" ", 1)[0] in _OPENINGS
     return (text[:1].upper() + text[1:] if capital else text) + ("" if text.endswith((".", "!", "?")) else ".")
 

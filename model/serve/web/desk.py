@@ -220,8 +220,6 @@ class Desk:
             (exchange.masks[place], number in here and exchange.shown[place])
             for number, exchange, place in session.masks()
         ]
-        if kind != "overlay":  # there, a mask's place in the list is its colour
-            every = [(mask, shown) for mask, shown in every if shown]
         if not any(shown for _, shown in every):
             raise MedPLIBError("no mask is shown to be saved; tick one in the list, or ask for one")
         with tempfile.TemporaryDirectory(prefix="medplib-") as folder:
@@ -242,7 +240,7 @@ class Desk:
 
     @told
     def look_for_models(self, session: Session, chosen: str | None = None, refresh: bool = True) -> Parts:
-        """List the models anew and keep the one that is chosen; ``refresh`` has the controller ask its workers first."""
+        """List the models anew, keeping the choice; ``refresh`` has the controller ask its workers first."""
         session.model = chosen or ""
         try:
             if refresh:

@@ -63,7 +63,9 @@ class Tray:
     def sweep(self) -> None:
         """Drop uploads that nobody took in time, and the oldest where too many wait."""
         with self._lock:
-            while self._waiting and (self._is_stale(next(iter(self._waiting.values()))) or self._held() > self.max_held):
+            while self._waiting and (
+                self._is_stale(next(iter(self._waiting.values()))) or self._held() > self.max_held
+            ):
                 self._waiting.popitem(last=False)
 
     def take(self, token: Any) -> bytes | None:

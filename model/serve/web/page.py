@@ -54,19 +54,6 @@ _SMALL = (
 )
 _LOST = "The image and the conversation from before are gone: the page was started again, or you were away too long."
 _TAB = re.compile(r"[0-9a-f]{32}")
-_ARRIVE_JS = """() => {
-  try {  // a copy of a tab has its storage, but its page was never left
-    const kept = sessionStorage, before = kept.getItem('medplib-left') && kept.getItem('medplib-tab');
-    const tab = before || Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
-      byte.toString(16).padStart(2, '0')).join('');
-    const held = before && kept.getItem('medplib-open') ? '+' : '';
-    kept.setItem('medplib-tab', tab);
-    ['medplib-left', 'medplib-open'].forEach((name) => kept.removeItem(name));
-    addEventListener('pagehide', () => kept.setItem('medplib-left', '1'));
-    addEventListener('pageshow', () => kept.removeItem('medplib-left'));
-    return tab + held;
-  } catch { return ''; }  // no storage: a page that is loaded again begins anew
-}"""
 _FOCUS_JS = "() => { document.querySelector('#question textarea')?.focus({ preventScroll: true }); }"
 
 
@@ -167,7 +154,7 @@ class Page:
 
     def _wire(self) -> None:
         desk = self.desk
-        arriving = {"js": _ARRIVE_JS, "show_progress": "hidden", "api_visibility": "private"}
+        arriving = {"js": asset("arrive.js"), "show_progress": "hidden", "api_visibility": "private"}
         self.blocks.load(self._arrive, self.tab, self._outputs, **arriving)
         self.blocks.unload(self._leave)
         self._on(self.reload.click, desk.look_for_models, self.model)

@@ -262,7 +262,7 @@ class Sessions:
             old.stop()
 
     def _forget(self, now: float) -> list[Session]:
-        """Drop who was silent for too long, and for longest until the others keep the bounds; one alone may be large."""
+        """Drop who was silent for too long, and for longest until the bounds are kept; one alone may be large."""
         forgotten = []
         held = sum(session.weight for session, _ in self._known.values())
         while self._known:
