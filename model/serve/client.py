@@ -52,11 +52,15 @@ class ControllerClient:
     def __init__(self, address: str, api_key: str | None = None, silence: float = SILENCE_SECONDS) -> None:
         self.address = _checked(address)
         self.silence = silence
+        self.mask_thresholds: dict[str, float] = {}  # of models, where they were listed with one
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def models(self) -> list[str]:
         """Names of the models that workers answer for, sorted."""
-        names = self._ask("/list_models").get("models")
+        listed = self._ask("/list_models")
+        names, thresholds = listed.get("models"), listed.get("mask_thresholds")
+        if isinstance(thresholds, dict):
+            self.mask_thresholds = {name: own for name, own in thresholds.items() if isinstance(own, float)}
         if not isinstance(names, list):
             raise _unavailable(f"what answers at {self.address} is no controller: it lists no models")
         return sorted(str(name) for name in names)

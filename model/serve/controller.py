@@ -178,9 +178,15 @@ class Controller:
             else:  # nothing else would tell that it is gone
                 self.registry.remove(name, str(error))
 
-    async def list_models(self) -> dict[str, list[str]]:
-        """Models that can be asked now."""
-        return {"models": self.registry.models()}
+    async def list_models(self) -> dict[str, Any]:
+        """Models that can be asked now, and each one's own threshold of masks where its worker says it."""
+        own = {
+            model: threshold
+            for worker in self.registry.workers()
+            for model in worker.status.model_names
+            if isinstance(threshold := worker.status.details.get("mask_threshold"), float)
+        }
+        return {"models": self.registry.models(), "mask_thresholds": own}
 
     async def get_worker_address(self, body: ModelQuery) -> dict[str, str]:
         """A worker that has the model, for clients that ask it themselves; empty where there is none."""

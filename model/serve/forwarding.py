@@ -59,8 +59,8 @@ class ForwardSettings:
 
     Attributes:
         tries: workers that one request is sent to at most.
-        restart_wait: seconds that a request waits for a worker that is known and cannot be reached, as one that crashed
-            and is being started again; for a worker that was never there nobody waits.
+        restart_wait: seconds that a request waits for a worker that lost its connections, as one that crashed and is
+            being started again; for a worker that fails otherwise, or was never there, nobody waits.
         max_chunk_bytes: of one object of an answer.
     """
 
@@ -159,7 +159,7 @@ class Forwarder:
         end = asyncio.get_running_loop().time() + self.settings.restart_wait
         while len(tried) < self.settings.tries:
             if (name := self.registry.choose(model, [*tried, *away])) is None:
-                waits = model in self.registry.models() and (last is None or last.code == ErrorCode.NO_WORKER)
+                waits = self.registry.may_come_back(model) and (last is None or last.code == ErrorCode.NO_WORKER)
                 if not waits or self._stopped or asyncio.get_running_loop().time() >= end:
                     break
                 away.clear()
@@ -186,7 +186,7 @@ class Forwarder:
     def _note(self, name: str, fault: _Fault) -> ForwardError:
         if fault.counts:
             _log.warning("worker %s failed: %s", name, fault.reason)
-            self.registry.report_failure(name)
+            self.registry.report_failure(name, away=isinstance(fault.__cause__, httpx.TransportError))
             self.metrics.worker_failures.inc()
         elif fault.error.code == ErrorCode.DRAINING:
             self.registry.rest(name)

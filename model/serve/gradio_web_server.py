@@ -97,7 +97,7 @@ def make_app(options: argparse.Namespace) -> Any:
     limits = limits_from(options)
     client = ControllerClient(options.controller, options.client_key)
     votes = VoteLog(options.votes_file, options.log_conversations)
-    tray = Tray(limits.max_upload_bytes)
+    tray = Tray(limits.max_upload_bytes, max(limits.max_upload_bytes, 3 * limits.max_image_bytes))
     desk = Desk(client, votes, tray, limits, find_examples())
     with contextlib.suppress(MedPLIBError):  # the page shows it
         desk.models = client.models()

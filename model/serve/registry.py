@@ -62,7 +62,7 @@ class Worker:
         drained: somebody asked to send it nothing new.
         running: requests of ours that it has now.
         sent, ended: requests of ours since its last heartbeat.
-        failures: in a row.
+        failures: in a row; ``away`` where the last was of its connection, as of one that crashed.
         closed_until: before this moment it gets nothing, and after it one request at a time, until one succeeds.
         gone: called when it is given up, to end what waits for it.
     """
@@ -76,6 +76,7 @@ class Worker:
     sent: int = 0
     ended: int = 0
     failures: int = 0
+    away: bool = False
     closed_until: float = 0.0
     gone: set[Callable[[], None]] = field(default_factory=set)
 
@@ -124,7 +125,7 @@ class Registry:
         worker = known or Worker(address, status)
         worker.address, worker.status, worker.check_heart_beat = address, status, check_heart_beat
         worker.seen, worker.drained = self._clock(), False
-        worker.failures, worker.closed_until, worker.sent, worker.ended = 0, 0.0, 0, 0
+        worker.failures, worker.closed_until, worker.sent, worker.ended, worker.away = 0, 0.0, 0, 0, False
         self._workers[address.name] = worker
         _log.info("worker %s registered for %s", address.name, ", ".join(status.model_names))
 
@@ -212,6 +213,10 @@ class Registry:
         """All workers, in the order they came."""
         return list(self._workers.values())
 
+    def may_come_back(self, model: str) -> bool:
+        """Whether a worker of the model lost its connections, as one that is being started again."""
+        return any(w.away and model in w.status.model_names and not w.draining for w in self._workers.values())
+
     def retry_after(self, model: str) -> float:
         """Seconds after which a worker may be fit that is not now."""
         waits = [w.closed_until - self._clock() for w in self._workers.values() if model in w.status.model_names]
@@ -230,12 +235,12 @@ class Registry:
         if worker := self._workers.get(name):
             if worker.closed_until:
                 _log.info("worker %s answers again", name)
-            worker.failures, worker.closed_until = 0, 0.0
+            worker.failures, worker.closed_until, worker.away = 0, 0.0, False
 
-    def report_failure(self, name: str) -> None:
+    def report_failure(self, name: str, away: bool = False) -> None:
         """A worker failed by its own fault; after some failures in a row it is left alone for a while."""
         if worker := self._workers.get(name):
-            worker.failures += 1
+            worker.failures, worker.away = worker.failures + 1, away
             if worker.failures >= self.settings.max_failures:
                 worker.closed_until = self._clock() + self.settings.cool_down
                 _log.warning("worker %s failed %d times in a row; it rests", name, worker.failures)

@@ -10,7 +10,7 @@ import functools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, get_args
 
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _OPENED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons", "volume"})
 _ANSWER: Parts = frozenset({"talk", "buttons"})
 _ANSWERED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons"})
+_VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz")
 _MACHINE_FAULT = "Something went wrong in the page; try again."
 
 
@@ -101,7 +102,9 @@ class Desk:
         return self._look_at(session, path.read_bytes(), path.name)
 
     def _look_at(self, session: Session, content: bytes, name: str) -> Parts:
-        volume = open_volume(content, name, self.limits)
+        volumes = content[128:132] == b"DICM" or content[:2] == b"\x1f\x8b" or name.lower().endswith(_VOLUMES)
+        most = self.limits.max_volume_bytes if volumes else self.limits.max_image_bytes
+        volume = open_volume(content, name, replace(self.limits, max_image_bytes=most))
         middle = volume.num_slices // 2
         session.show(Picture(volume, volume.slice(middle), middle, file=session.next_number()))
         return _OPENED
@@ -237,6 +240,12 @@ class Desk:
             data = base64.b64encode(path.read_bytes()).decode("ascii")
             made |= {"name": path.name, "data": data, "key": session.next_number()}
         return Parts({"masks"})
+
+    @told
+    def choose_model(self, session: Session, model: Any) -> Parts:
+        """Ask this model from now on."""
+        session.model = str(model or "")
+        return Parts({"models"})
 
     @told
     def look_for_models(self, session: Session, chosen: str | None = None, refresh: bool = True) -> Parts:

@@ -19,7 +19,6 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TRAY_SECONDS = 60.0
-_HELD_BYTES = 256 * 2**20  # of uploads that wait, unless a single one may be larger
 _GET = (
     *("/", "/livez", "/readyz", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json"),
     *("/gradio_api/info", "/gradio_api/startup-events", "/gradio_api/queue/data", "/gradio_api/app_id"),
@@ -42,12 +41,15 @@ class Tray:
     """Uploads between their arrival and the visitor's next word, in memory, for a minute at most.
 
     Args:
-        max_bytes: of one upload; ``max_held`` of all that wait.
+        max_bytes: of one upload.
+        max_held: bytes of all that wait; three of the largest when 0.
         clock: seconds that only grow.
     """
 
-    def __init__(self, max_bytes: int = 64 * 2**20, clock: Callable[[], float] = time.monotonic) -> None:
-        self.max_bytes, self.max_held = max_bytes, max(max_bytes, _HELD_BYTES)
+    def __init__(
+        self, max_bytes: int = 64 * 2**20, max_held: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.max_bytes, self.max_held = max_bytes, max_held or 3 * max_bytes
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: OrderedDict[str, tuple[bytes, float]] = OrderedDict()

@@ -139,9 +139,7 @@ class Page:
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 gives the likeliest answer.")
             self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Only with a temperature above 0.")
             self.max_tokens = gr.Slider(1, most, min(256, most), step=1, label="Longest answer, in tokens")
-            self.threshold = gr.Slider(
-                0, 0.95, 0, step=0.05, label="Mask threshold", info="0 is the model's own; higher paints less."
-            )
+            self.threshold = gr.Slider(0, 0.95, 0, step=0.05, label="Mask threshold", info=_threshold_info(None))
             self.seed = gr.Textbox(
                 label="Seed", info="A whole number; left empty, every answer has a new one.", max_length=20
             )
@@ -158,6 +156,7 @@ class Page:
         self.blocks.load(self._arrive, self.tab, self._outputs, **arriving)
         self.blocks.unload(self._leave)
         self._on(self.reload.click, desk.look_for_models, self.model)
+        self._on(self.model.input, desk.choose_model, self.model)
         self._on_data(self.source.upload, desk.open_upload)
         self._on_data(self.source.select, lambda session, data: desk.open_example(session, data.get("index")))
         self._on_data(self.viewer.select, desk.mark)
@@ -263,7 +262,7 @@ class Page:
         volume = [self.volume, self.plane, self.slice, self.centre, self.width]
         own = [self.viewer, self.talk, self.masks, self.notice]
         shading = [self.shading, self.opacity, self.contour]
-        return [*own, *volume, *shading, self.question, self.send, self.stop, self.model]
+        return [*own, *volume, *shading, self.question, self.send, self.stop, self.model, self.threshold]
 
     def _shown(self, parts: Parts, session: Session, file: dict[str, Any] | None = None) -> dict[Any, Any]:
         """New values of the parts' components."""
@@ -287,6 +286,8 @@ class Page:
                 models = self.desk.models
                 chosen = session.model if session.model in models else models[0] if models else None
                 shown[self.model] = gr.update(choices=models, value=chosen)
+                own = self.desk.client.mask_thresholds.get(chosen or "")
+                shown[self.threshold] = gr.update(info=_threshold_info(own))
             if "shading" in parts:
                 shown |= {self.opacity: session.opacity, self.contour: session.contour}
             if "volume" in parts:
@@ -342,6 +343,10 @@ def _parameters(
     temperature: float, top_p: float, max_tokens: float, threshold: float, seed: str | None, remember: bool
 ) -> Parameters:
     return Parameters(temperature, top_p, int(max_tokens), threshold, seed or "", remember)
+
+
+def _threshold_info(own: float | None) -> str:
+    return f"0 is the model's own{f' ({own:g})' if own else ''}; a higher one makes masks smaller."
 
 
 def _step(width: float) -> float:

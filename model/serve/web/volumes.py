@@ -41,11 +41,7 @@ class Limits(Protocol):
 
     @property
     def max_image_bytes(self) -> int:
-        """Of an encoded picture."""
-
-    @property
-    def max_volume_bytes(self) -> int:
-        """Of an encoded DICOM or NIfTI file."""
+        """Of the encoded file."""
 
     @property
     def max_pixels(self) -> int:
@@ -228,17 +224,16 @@ def open_volume(data: bytes, name: str, limits: Limits) -> Volume:
     data, told = bytes(data), _told(name)
     if not data:
         raise MedPLIBError(f"{told} is empty; give an image")
+    if len(data) > limits.max_image_bytes:
+        raise MedPLIBError(
+            f"{told} is larger than the limit of {limits.max_image_bytes / 2**20:.3g} MiB; give a smaller file"
+        )
     marked = data[128:132] == b"DICM"
     if marked and data.startswith(_OTHER_BEGINNINGS):
         raise MedPLIBError(f"{told} is a DICOM file and something else at once; export it as plain DICOM")
-    dicom = marked or (name.lower().endswith((".dcm", ".dicom")) and not data.startswith(_OTHER_BEGINNINGS + _TIFF))
-    nifti = data.startswith(b"\x1f\x8b") or looks_like_nifti(data) or name.lower().endswith(".nii")
-    most = limits.max_volume_bytes if dicom or nifti else limits.max_image_bytes
-    if len(data) > most:
-        raise MedPLIBError(f"{told} is larger than the limit of {most / 2**20:.3g} MiB; give a smaller file")
-    if dicom:
+    if marked or (name.lower().endswith((".dcm", ".dicom")) and not data.startswith(_OTHER_BEGINNINGS + _TIFF)):
         return DicomVolume(dicom_frames(data, told, limits.max_pixels, limits.max_frames), told)
-    if nifti:
+    if data.startswith(b"\x1f\x8b") or looks_like_nifti(data) or name.lower().endswith(".nii"):
         return NiftiVolume(read_nifti(data, told, MAX_VOLUME_BYTES), told, limits)
     return Picture(_read_picture(data, told, limits), told)
 
