@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model.errors import MedPLIBError
 from model.serve.protocol import ErrorCode
-from model.serve.refusals import Refusal, error_body
+from model.serve.refusals import Refusal, send_refusal
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -130,8 +129,7 @@ class Entrance:
             if header and not self._serves(header):
                 self._log_refused(header)
                 sentence = f"this server is not reached under the name {header[:100]!r}"
-                body = error_body(scope["path"], sentence, ErrorCode.BAD_INPUT, 403)
-                await JSONResponse(body, 403, {"Connection": "close"})(scope, receive, send)
+                await send_refusal(Refusal(ErrorCode.BAD_INPUT, sentence, status=403), scope, send)
                 return
             if self.root_path and scope["path"].startswith(f"{self.root_path}/"):
                 scope = {**scope, "path": scope["path"].removeprefix(self.root_path)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -114,7 +115,7 @@ def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None =
 
 
 def check_devices(devices: Sequence[str]) -> None:
-    """Whether the CUDA driver shows the devices that are asked for; where it cannot be asked, the workers tell.
+    """Whether the CUDA driver shows the GPUs that are asked for; on other systems than Linux the workers find out.
 
     Raises:
         MedPLIBError: a name is none, or there is no such GPU.
@@ -123,18 +124,13 @@ def check_devices(devices: Sequence[str]) -> None:
         kind, _, number = device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
             raise MedPLIBError(f"--device {device} is no device; give auto, cpu, cuda, cuda:1 …")
-        if kind == "cuda" and sys.platform == "linux" and int(number or 0) >= (count := _gpus()):
-            raise MedPLIBError(f"--device {device} is not there: this machine has {count} GPUs; give another, or cpu")
-
-
-def _gpus() -> int:
-    """GPUs that the CUDA driver shows; 0 where there is no driver."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+        if kind == "cuda" and sys.platform == "linux":
+            count = ctypes.c_int(0)
+            with contextlib.suppress(OSError):  # no driver
+                driver = ctypes.CDLL("libcuda.so.1")
+                driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+            if int(number or 0) >= count.value:
+                raise MedPLIBError(f"--device {device} is not there; the CUDA driver shows {count.value} GPUs")
 
 
 def free_memory() -> int | None:

@@ -186,7 +186,7 @@ class Controller:
             for model in worker.status.model_names
             if isinstance(threshold := worker.status.details.get("mask_threshold"), float)
         }
-        return {"models": self.registry.models(), "mask_thresholds": own}
+        return {"models": self.registry.models(), **({"mask_thresholds": own} if own else {})}
 
     async def get_worker_address(self, body: ModelQuery) -> dict[str, str]:
         """A worker that has the model, for clients that ask it themselves; empty where there is none."""

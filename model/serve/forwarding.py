@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -21,7 +20,7 @@ import httpx
 from model.serve.calling import WorkerCaller, read_some
 from model.serve.measuring import ControllerMetrics
 from model.serve.protocol import END_OF_CHUNK, Chunk, ErrorCode, GenerateRequest, Message
-from model.serve.refusals import Refusal
+from model.serve.refusals import Refusal, sentence_of
 from model.serve.registry import Registry, Worker
 
 _log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class ForwardSettings:
     """
 
     tries: int = 3
-    restart_wait: float = 20.0
+    restart_wait: float = 30.0
     max_chunk_bytes: int = 64 * 2**20
 
 
@@ -156,11 +155,13 @@ class Forwarder:
         tried: list[str] = []
         away: list[str] = []  # took no connection
         last: ForwardError | None = None
+        waits = False
         end = asyncio.get_running_loop().time() + self.settings.restart_wait
         while len(tried) < self.settings.tries:
             if (name := self.registry.choose(model, [*tried, *away])) is None:
-                waits = self.registry.may_come_back(model) and (last is None or last.code == ErrorCode.NO_WORKER)
-                if not waits or self._stopped or asyncio.get_running_loop().time() >= end:
+                waits = waits or self.registry.may_come_back(model)  # on, should the worker be forgotten meanwhile
+                known = last is not None and last.code != ErrorCode.NO_WORKER
+                if not waits or known or self._stopped or asyncio.get_running_loop().time() >= end:
                     break
                 away.clear()
                 await asyncio.sleep(_LOOK_SECONDS)
@@ -344,7 +345,7 @@ def _unreadable() -> _Fault:
 async def _status_fault(response: httpx.Response) -> _Fault:
     """What a status other than 200 means."""
     status = response.status_code
-    said = _sentence(await read_some(response))
+    said = sentence_of(await read_some(response))
     wait = response.headers.get("Retry-After", "")
     retry_after = float(wait) if wait.isdigit() and len(wait) < 6 else None
     if status == 429:
@@ -361,16 +362,6 @@ async def _status_fault(response: httpx.Response) -> _Fault:
         unread = ForwardError(ErrorCode.BAD_INPUT, said or "the worker cannot read the request", status=status)
         return _Fault(unread, counts=False)
     return _failed(said if said and status >= 500 else f"the worker answered with status {status}; ask again")
-
-
-def _sentence(body: bytes) -> str:
-    """The sentence of an error's JSON body; empty where there is none."""
-    try:
-        said = json.loads(body)
-    except ValueError:
-        return ""
-    error = said.get("error") if isinstance(said, dict) else None
-    return error[:2000] if isinstance(error, str) else ""
 
 
 def error_bytes(error: Refusal) -> bytes:

@@ -17,14 +17,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.data.readers import ImageData, ReadLimits, read_image, read_mask
 from model.errors import MedPLIBError
 from model.serve.commands import LIMITS, PAGE_LIMITS, REQUEST_LIMITS
 from model.serve.protocol import ErrorCode
-from model.serve.refusals import Refusal, error_body
+from model.serve.refusals import Refusal, send_refusal
 
 _MIB = 2**20
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
@@ -250,7 +249,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         if _told_length(scope) > self.max_bytes:
-            await _answer(self._too_long(), scope, send)
+            await send_refusal(self._too_long(), scope, send)
             return
         await self._pass_on(scope, receive, send)
 
@@ -289,7 +288,7 @@ class BodyLimit:
         finally:
             self._held -= length
         if refusal is not None and not begun:
-            await _answer(refusal, scope, send)
+            await send_refusal(refusal, scope, send)
 
     async def _next_piece(self, receive: Receive, length: int) -> Message:
         """The next piece of a body of which ``length`` bytes are here."""
@@ -308,15 +307,6 @@ class BodyLimit:
     def _too_long(self) -> Refusal:
         sentence = f"the request is longer than {self.max_bytes / _MIB:.3g} MiB; send a smaller image"
         return Refusal(ErrorCode.BAD_INPUT, sentence, status=413)
-
-
-async def _answer(refusal: Refusal, scope: Scope, send: Send) -> None:
-    """Tell the client. What it still sends is thrown away by the server, so that it comes to read this."""
-    body = error_body(scope.get("path", ""), refusal.sentence, refusal.code, refusal.status)
-    close = {"Connection": "close"} if refusal.code == ErrorCode.TIMEOUT else {}
-    response = JSONResponse(body, refusal.status, {**refusal.headers, **close})
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body})
 
 
 def _told_length(scope: Scope) -> int:

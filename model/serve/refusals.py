@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -15,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Scope, Send
 
 from model.errors import MedPLIBError
 from model.serve.protocol import ErrorCode
@@ -77,6 +79,25 @@ def error_body(path: str, sentence: str, code: ErrorCode, status: int) -> dict[s
     kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     other = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": sentence, "type": kind.get(status, other), "param": None, "code": code.name.lower()}}
+
+
+def sentence_of(body: bytes) -> str:
+    """The sentence of another server's error; empty where there is none."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return ""
+    error = said.get("error") if isinstance(said, dict) else None
+    return error[:2000] if isinstance(error, str) else ""
+
+
+async def send_refusal(refusal: Refusal, scope: Scope, send: Send) -> None:
+    """Answer a request; what its client still sends is thrown away by the server, so that it comes to read this."""
+    body = error_body(scope["path"], refusal.sentence, refusal.code, refusal.status)
+    close = {"Connection": "close"} if refusal.code == ErrorCode.TIMEOUT else {}
+    response = JSONResponse(body, refusal.status, {**refusal.headers, **close})
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})
 
 
 def validation_sentence(error: RequestValidationError) -> str:

@@ -183,7 +183,9 @@ class Registry:
             model: whose answer is wanted.
             excluded: workers that were tried.
         """
-        fit = [w for w in self._fit(model) if w.address.name not in excluded]
+        now = self._clock()
+        candidates = [w for w in self._workers.values() if model in w.status.model_names and w.closed_until <= now]
+        fit = [w for w in candidates if not w.draining and w.address.name not in excluded]
         if not fit:
             return None
         if self.settings.dispatch_method == "lottery":
@@ -196,14 +198,6 @@ class Registry:
         if worker.closed_until:  # the one trial; the next one after another while, should nothing be heard of it
             worker.closed_until = self._clock() + self.settings.cool_down
         return worker.address.name
-
-    def _fit(self, model: str) -> list[Worker]:
-        now = self._clock()
-        return [
-            worker
-            for worker in self._workers.values()
-            if model in worker.status.model_names and not worker.draining and worker.closed_until <= now
-        ]
 
     def get(self, name: str) -> Worker | None:
         """The worker of this name."""

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -81,14 +82,13 @@ class Stack:
     def __init__(self, settings: StackSettings, say: Callable[[str], None]) -> None:
         self.settings, self.say = settings, say
         programs = make_programs(settings, check_start(settings).regions)
-        self.children = [Child(program, settings.logs, self._hearing(program.name)) for program in programs]
+        self.children = [
+            Child(program, settings.logs, partial(_log.info, "%s: %s", program.name)) for program in programs
+        ]
         self.stopping, self.hurry = threading.Event(), threading.Event()
         self._unready: set[str] = set()
         self._next_visit = 0.0
         self._client = httpx.Client(trust_env=False, timeout=2.0)
-
-    def _hearing(self, name: str) -> Callable[[str], None]:
-        return lambda line: _log.info("%s: %s", name, line)
 
     def run(self) -> None:
         """Start, tell the addresses, keep everything running, and stop everything when asked to.

@@ -99,7 +99,7 @@ class Worker:
         self.settings, self._on_start = settings, on_start
         self.loop = EngineLoop(engine, settings.stall_seconds)
         self.metrics = WorkerMetrics()
-        self.metrics.watch(lambda: self._engine_count("waiting"), lambda: self._engine_count("running"))
+        self.metrics.watch(lambda: self.loop.count("waiting"), lambda: self.loop.count("running"))
         self.draining = False
         self.active = self.requests = self.answered = 0
         self._held = 0
@@ -149,9 +149,6 @@ class Worker:
                 async with asyncio.timeout(5):  # to tell the clients
                     await self._idle.wait()
         await draining
-
-    def _engine_count(self, name: str) -> int:
-        return self.loop.engine.status().get(name, 0)
 
     def status(self) -> WorkerStatus:
         """How it is now."""

@@ -90,7 +90,7 @@ class EngineLoop:
         """
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        if not self._count("waiting", "running"):
+        if not self.count("waiting", "running"):
             self._last_end = begun  # no work until now
         stream = _Stream(loop)
         handing_in = self._submitting.submit(self._submit, request, stream)
@@ -123,10 +123,11 @@ class EngineLoop:
 
     def retry_after(self) -> float:
         """Seconds until the requests that the engine has now are answered, at the pace of the last answers."""
-        pace = sum(self._pauses) / len(self._pauses) if self._pauses else _FIRST_SECONDS / max(1, self._count("slots"))
-        return max(1.0, pace * self._count("waiting", "running"))
+        pace = sum(self._pauses) / len(self._pauses) if self._pauses else _FIRST_SECONDS / max(1, self.count("slots"))
+        return max(1.0, pace * self.count("waiting", "running"))
 
-    def _count(self, *names: str) -> int:
+    def count(self, *names: str) -> int:
+        """Sum of these counts of the engine's status."""
         status = self.engine.status()
         return sum(status.get(name, 0) for name in names)
 

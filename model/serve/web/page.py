@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from model.serve.web import view
@@ -13,13 +16,15 @@ from model.serve.web.chat import Parameters
 from model.serve.web.desk import Desk, Parts
 from model.serve.web.examples import Example
 from model.serve.web.state import AWAY_SECONDS, IDLE_SECONDS, Session, Sessions
-from model.serve.web.style import asset, theme
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
 
+_ASSETS = Path(__file__).parent / "assets"
+_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+_MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 TITLE = "MedPLIB"
 MAX_EVENTS = 200
 """Answers and other events under way at once; the rest wait. Each takes a thread, most of which wait themselves."""
@@ -322,6 +327,12 @@ class Page:
         return shown
 
 
+@cache
+def asset(name: str) -> str:
+    """Text of a file of ``assets``."""
+    return (_ASSETS / name).read_text(encoding="utf-8")
+
+
 def _own(name: str, template: str, value: Any) -> gr.HTML:
     """One of our own parts: fixed markup, and a script that shows its value."""
     return gr.HTML(
@@ -364,6 +375,15 @@ def _tidy(value: float) -> float:
 
 def mounted(page: Page, app: Any, root_path: str = "") -> Any:
     """The page at the root of an ASGI application, which a proxy may show at a sub-path, without gradio's extras."""
+    sizes, colors = gr.themes.sizes, gr.themes.colors
+    theme = gr.themes.Base(  # nothing of it is fetched from anywhere
+        primary_hue=colors.teal,
+        neutral_hue=colors.slate,
+        spacing_size=sizes.spacing_md,
+        radius_size=sizes.radius_md,
+        font=_FONTS,
+        font_mono=_MONO,
+    )
     return gr.mount_gradio_app(
         app,
         page.blocks,
@@ -376,6 +396,6 @@ def mounted(page: Page, app: Any, root_path: str = "") -> Any:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=theme(),
+        theme=theme.set(**json.loads(asset("theme.json"))),
         css=asset("style.css"),
     )
