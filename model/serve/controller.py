@@ -328,15 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         app = make_app(settings)
         app.root_path = options.root_path  # its schema names it
-        run_app(
-            app,
-            options.host,
-            options.port,
-            grace=settings.grace,
-            allow_hosts=options.allow_host,
-            root_path=options.root_path,
-            on_stop=app.state.controller.stop,
-        )
+        front: dict[str, Any] = {"allow_hosts": options.allow_host, "root_path": options.root_path}
+        stop = app.state.controller.stop
+        run_app(app, options.host, options.port, grace=settings.grace, on_stop=stop, **front)
     except MedPLIBError as error:
         sys.stderr.write(f"controller: {error}\n")
         return 2

@@ -37,14 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_port(options.host, options.port)
         if not is_loopback(options.host):
             _log.warning("everyone who reaches this port can use the page; put a proxy with passwords before it")
-        run_app(
-            make_app(options),
-            options.host,
-            options.port,
-            grace=_GRACE_SECONDS,
-            allow_hosts=options.allow_host,
-            root_path=options.root_path,
-        )
+        front: dict[str, Any] = {"allow_hosts": options.allow_host, "root_path": options.root_path}
+        run_app(make_app(options), options.host, options.port, grace=_GRACE_SECONDS, **front)
     except MedPLIBError as error:
         sys.stderr.write(f"gradio_web_server: {error}\n")
         return 2

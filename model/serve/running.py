@@ -231,6 +231,7 @@ def _allow_many_connections() -> None:
 def set_up_logging() -> None:
     """One log format for all servers, on standard error; libraries log warnings alone."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
     logging.getLogger("model.serve").setLevel(logging.INFO)
 
 

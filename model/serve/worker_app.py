@@ -187,7 +187,7 @@ class Worker:
 
     def retry_after(self) -> float:
         """Seconds until what waits and runs now is answered, about; by then all of it has had its time."""
-        return min(self.settings.request_timeout, self.loop.retry_after())
+        return min(self.settings.request_timeout, self.loop.retry_after(self.active))
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:

@@ -121,10 +121,10 @@ class EngineLoop:
         finally:
             self._cancel(ticket)
 
-    def retry_after(self) -> float:
-        """Seconds until the requests that the engine has now are answered, at the pace of the last answers."""
+    def retry_after(self, count: int) -> float:
+        """Seconds until so many requests are answered, at the pace of the last answers."""
         pace = sum(self._pauses) / len(self._pauses) if self._pauses else _FIRST_SECONDS / max(1, self.count("slots"))
-        return max(1.0, pace * self.count("waiting", "running"))
+        return max(1.0, pace * count)
 
     def count(self, *names: str) -> int:
         """Sum of these counts of the engine's status."""
@@ -135,7 +135,7 @@ class EngineLoop:
         try:
             ticket = self.engine.submit(request, stream.hear)
         except EngineFull as error:
-            raise Refusal(ErrorCode.BUSY, str(error), self.retry_after()) from error
+            raise Refusal(ErrorCode.BUSY, str(error), self.retry_after(self.count("waiting", "running"))) from error
         except MedPLIBError:
             raise
         except Exception as error:

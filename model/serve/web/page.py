@@ -59,7 +59,8 @@ _SMALL = (
 )
 _LOST = "The image and the conversation from before are gone: the page was started again, or you were away too long."
 _TAB = re.compile(r"[0-9a-f]{32}")
-_FOCUS_JS = "() => { document.querySelector('#question textarea')?.focus({ preventScroll: true }); }"
+_FOCUS_JS = """() => { if (!matchMedia('(pointer: coarse)').matches)  // where it would open a keyboard
+    document.querySelector('#question textarea')?.focus({ preventScroll: true }); }"""
 
 
 @dataclass(frozen=True)
@@ -242,9 +243,8 @@ class Page:
 
     def _arrive(self, tab: str, request: gr.Request) -> dict[Any, Any]:
         known = tab.removesuffix("+") if _TAB.fullmatch((tab or "").removesuffix("+")) else ""
-        session, found = (
-            self.sessions.arrive(request.session_hash, known) if request.session_hash else (Session(), False)
-        )
+        name = request.session_hash
+        session, found = self.sessions.arrive(name, known) if name else (Session(), False)
         parts = _EVERYTHING
         if self.settings.reload or not self.desk.models:
             parts |= self.desk.look_for_models(session, session.model, refresh=False)
