@@ -26,7 +26,9 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    options, unknown = build_parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         return options.run(options)
@@ -65,7 +67,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_serve_command(commands).set_defaults(run=run_serve)
     _add_export(commands)
     _add_describe(commands)
+    _name_parsers(parser)
     return parser
+
+
+def _name_parsers(parser: argparse.ArgumentParser) -> None:
+    """Let the options say which command they are of, whose usage an unknown flag shows."""
+    parser.set_defaults(parser=parser)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _name_parsers(command)
 
 
 def _add_ask(commands: argparse._SubParsersAction) -> None:

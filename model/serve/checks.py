@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -97,6 +100,25 @@ def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None =
                 f"{workers} about {needed / _GIB:.1f} GiB of memory and {device} has {free / _GIB:.1f} GiB free; "
                 "stop other programs, start fewer workers, or take a smaller checkpoint"
             )
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Whether the CUDA driver shows the GPUs that are asked for; on other systems than Linux the workers find out.
+
+    Raises:
+        MedPLIBError: a name is none, or there is no such GPU.
+    """
+    for device in devices:
+        kind, _, number = device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+            raise MedPLIBError(f"--device {device} is no device; give auto, cpu, cuda, cuda:1 …")
+        if kind == "cuda" and sys.platform == "linux":
+            count = ctypes.c_int(0)
+            with contextlib.suppress(OSError):  # no driver
+                driver = ctypes.CDLL("libcuda.so.1")
+                driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+            if int(number or 0) >= count.value:
+                raise MedPLIBError(f"--device {device} is not there; the CUDA driver shows {count.value} GPUs")
 
 
 def free_memory() -> int | None:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import httpx
 
+from model.serve.refusals import sentence_of
+
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
 """Seconds before a crashed child is started again: doubled each time, up to the longest."""
 UNWELL_SECONDS, SILENT_SECONDS = 10.0, 180.0
@@ -133,7 +135,8 @@ class Child:
         """Why it should be started anew; empty while it lives, and until it has been unwell for a while."""
         try:
             answer = client.get(self.program.address + "/livez")
-            unwell, patience = (_sentence(answer), UNWELL_SECONDS) if answer.status_code == 503 else ("", 0.0)
+            said = sentence_of(answer.content)[:500] or "it answers with status 503"
+            unwell, patience = (said, UNWELL_SECONDS) if answer.status_code == 503 else ("", 0.0)
         except httpx.HTTPError:
             unwell, patience = "it does not answer", self.silence_seconds
         now = time.monotonic()
@@ -182,15 +185,6 @@ class Child:
             self._log.close()
 
 
-def _sentence(answer: httpx.Response) -> str:
-    """What an answer with an error says."""
-    try:
-        told = answer.json()["error"]
-    except (ValueError, KeyError, TypeError):
-        told = None
-    return str(told or f"it answers with status {answer.status_code}")[:500]
-
-
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -201,6 +195,4 @@ def _signal_name(number: int) -> str:
 def _log_file(folder: Path, name: str) -> RotatingFileHandler:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.replace(' ', '-')}.log"
-    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    return handler
+    return RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")

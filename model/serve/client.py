@@ -1,4 +1,6 @@
-"""A controller as its clients see it: models, and an answer as it streams in. Whatever goes wrong is one sentence.
+"""A controller as its clients see it: models, and an answer as it streams in.
+
+Whatever goes wrong is one sentence for the visitor of a page; addresses and what the operator has to do are logged.
 
 >>> client = ControllerClient("http://localhost:64000")
 >>> with client.stream(GenerateRequest(model=client.models()[0], prompt=prompt, images=[picture])) as answer:
@@ -9,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 from collections.abc import Generator, Iterator
@@ -20,6 +23,7 @@ import httpx
 from model.errors import MedPLIBError
 from model.serve.protocol import Chunk, ChunkReader, ErrorCode, GenerateRequest
 
+_log = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
 ASK_SECONDS = 20.0
 SILENCE_SECONDS = 300.0
@@ -49,13 +53,17 @@ class ControllerClient:
     def __init__(self, address: str, api_key: str | None = None, silence: float = SILENCE_SECONDS) -> None:
         self.address = _checked(address)
         self.silence = silence
+        self.mask_thresholds: dict[str, float] = {}  # of models, where they were listed with one
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def models(self) -> list[str]:
         """Names of the models that workers answer for, sorted."""
-        names = self._ask("/list_models").get("models")
+        listed = self._ask("/list_models")
+        names, thresholds = listed.get("models"), listed.get("mask_thresholds")
+        if isinstance(thresholds, dict):
+            self.mask_thresholds = {name: own for name, own in thresholds.items() if isinstance(own, float)}
         if not isinstance(names, list):
-            raise MedPLIBError(f"what answers at {self.address} is no controller: it lists no models")
+            raise _unavailable(f"what answers at {self.address} is no controller: it lists no models")
         return sorted(str(name) for name in names)
 
     def conversation_turns(self, model: str) -> int:
@@ -163,12 +171,17 @@ def check_status(response: httpx.Response, address: str) -> None:
         sentence = sentence.get("message")
     if response.status_code == httpx.codes.UNAUTHORIZED:
         wrong = "does not take this program's key" if "Authorization" in response.request.headers else "asks for a key"
-        sentence = f"{address} {wrong}; give --client-key or set MEDPLIB_CLIENT_KEY"
+        raise _unavailable(f"{address} {wrong}; give --client-key or set MEDPLIB_CLIENT_KEY")
+    if not sentence or response.status_code == httpx.codes.FORBIDDEN:
+        raise _unavailable(f"{address} answered with status {response.status_code} ({sentence or 'no sentence'})")
     code = {400: ErrorCode.BAD_INPUT, 413: ErrorCode.BAD_INPUT, 429: ErrorCode.BUSY, 504: ErrorCode.TIMEOUT}
-    raise AnswerFailed(
-        str(sentence or f"{address} answered with status {response.status_code}; is a controller there?"),
-        code.get(response.status_code, ErrorCode.FAILED),
-    )
+    raise AnswerFailed(str(sentence), code.get(response.status_code, ErrorCode.FAILED))
+
+
+def _unavailable(detail: str) -> AnswerFailed:
+    """What a visitor is told where the operator has to act; the detail is logged."""
+    _log.warning("%s", detail)
+    return AnswerFailed("the service is not available at the moment; try again in a minute")
 
 
 @contextlib.contextmanager
@@ -181,15 +194,17 @@ def told_errors(address: str) -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise AnswerFailed(f"nothing answers at {address}; start the controller, or check the address") from error
+        raise _unavailable(f"nothing answers at {address}; start the controller, or check the address") from error
     except httpx.TimeoutException as error:
-        raise AnswerFailed(f"{address} was silent for too long; ask again", ErrorCode.TIMEOUT) from error
+        _log.warning("%s was silent for too long", address)
+        raise AnswerFailed("the answer took too long; ask again", ErrorCode.TIMEOUT) from error
     except httpx.HTTPError as error:
-        raise AnswerFailed(f"the connection to {address} broke; ask again") from error
+        _log.warning("the connection to %s broke (%s)", address, type(error).__name__)
+        raise AnswerFailed("the connection to the service broke; ask again") from error
     except MedPLIBError:
         raise
     except ValueError as error:  # no JSON, or a chunk that is none
-        raise AnswerFailed(f"what {address} sent cannot be read; is a controller there?") from error
+        raise _unavailable(f"what {address} sent cannot be read; is a controller there?") from error
 
 
 def _connection(headers: dict[str, str], silence: float) -> httpx.Client:

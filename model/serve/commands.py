@@ -3,13 +3,71 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from model.errors import MedPLIBError
 
+LIMITS = ("image-mib", "pixels", "regions", "turns", "prompt-chars", "new-tokens")
+REQUEST_LIMITS, PAGE_LIMITS = ("body-mib",), ("volume-mib", "frames")
+"""``--max-…`` of every server, of controller and workers, and of the page; see ``limits.ServeLimits``."""
+
+
+def whole(text: str) -> int:
+    """A flag's whole number from 1 on, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A flag's time above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
+def _host_name(text: str) -> str:
+    if not text.isascii() or not text or set(text) & set("/:@*?#[] "):
+        raise argparse.ArgumentTypeError(f"{text!r} is no host name; give one without scheme, port and path")
+    return text
+
+
+def _root_path(text: str) -> str:
+    path = "/" + text.strip("/") if text.strip("/") else ""
+    if not text.isascii() or not text.isprintable() or set(text) & set(":?#\\ ") or "//" in path:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path such as /medplib")
+    return path
+
+
+def add_network_flags(parser: argparse.ArgumentParser, root_path: bool = True) -> None:
+    """``--allow-host`` and ``--root-path``, for ``running.run_app``."""
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        type=_host_name,
+        metavar="NAME",
+        help="serve requests for this host name; may be given again (docs/security.md#host-names)",
+    )
+    if root_path:
+        help_text = "sub-path at which a reverse proxy shows it, such as /medplib"
+        parser.add_argument("--root-path", type=_root_path, default="", metavar="PATH", help=help_text)
+
+
+def add_limit_flags(parser: argparse.ArgumentParser, *more: str) -> None:
+    """``--max-pixels N`` and its like, for ``limits.limits_from``."""
+    group = parser.add_argument_group("limits of one request (defaults: docs/security.md#limits)")
+    for flag in (*LIMITS, *more):
+        group.add_argument(f"--max-{flag}", type=whole, metavar="N")
+
 
 def add_serve_command(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """``medplib serve``; whoever adds it says what runs it."""
+    """``medplib serve``; the caller sets what runs it."""
     serve = commands.add_parser("serve", help="start controller, workers and web page, until Ctrl-C")
     serve.add_argument("--model", type=Path, metavar="DIR", help="checkpoint; the nano when absent")
     serve.add_argument("--model-base", "--model_base", type=Path, metavar="DIR", help="what a LoRA was trained on")
@@ -19,7 +77,7 @@ def add_serve_command(commands: argparse._SubParsersAction) -> argparse.Argument
         "--api-port", type=int, default=0, metavar="N", help="of the API; 64000 or a free one when absent"
     )
     serve.add_argument("--no-web", action="store_true", help="the API alone")
-    serve.add_argument("--workers", type=int, metavar="N", help="as many as there are devices when absent")
+    serve.add_argument("--workers", type=whole, metavar="N", help="as many as there are devices when absent")
     serve.add_argument(
         "--device",
         default="auto",
@@ -33,15 +91,19 @@ def add_serve_command(commands: argparse._SubParsersAction) -> argparse.Argument
     serve.add_argument(
         "--sam", "--vision_pretrained", metavar="FILE", help="SAM-Med2D, for published checkpoints without it"
     )
-    serve.add_argument("--slots", type=int, metavar="N", help="answers that a worker writes at once")
-    serve.add_argument("--max-waiting", type=int, metavar="N", help="requests that wait at a worker; then it says 429")
-    serve.add_argument("--request-timeout", type=float, metavar="S", help="seconds an answer may take")
+    serve.add_argument("--slots", type=whole, metavar="N", help="answers that a worker writes at once")
+    serve.add_argument(
+        "--max-waiting", type=whole, metavar="N", help="requests that wait at a worker; then it says 429"
+    )
+    serve.add_argument("--request-timeout", type=seconds, metavar="S", help="seconds an answer may take")
     serve.add_argument("--dispatch-method", choices=("lottery", "shortest_queue"), default="shortest_queue")
     serve.add_argument("--votes-file", type=Path, metavar="FILE", help="where the page's votes are appended")
     serve.add_argument("--log-conversations", action="store_true", help="log questions and answers")
     serve.add_argument("--logs", type=Path, metavar="DIR", help="log files of the programs, 20 MB each at most")
-    serve.add_argument("--start-timeout", type=float, default=900.0, metavar="S", help="seconds a start may take")
-    serve.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds answers may take at a stop")
+    serve.add_argument("--start-timeout", type=seconds, default=900.0, metavar="S", help="seconds a start may take")
+    serve.add_argument("--grace", type=seconds, default=30.0, metavar="S", help="seconds answers may take at a stop")
+    add_network_flags(serve)
+    add_limit_flags(serve, *REQUEST_LIMITS, *PAGE_LIMITS)
     return serve
 
 
@@ -55,7 +117,13 @@ def run_serve(options: argparse.Namespace, model: Path) -> int:
 
     if options.load_8bit and options.load_4bit:
         raise MedPLIBError("--load-8bit and --load-4bit exclude each other; give one")
-    common = ["--log-conversations"] if options.log_conversations else []
+    hosts = [word for name in options.allow_host for word in ("--allow-host", name)]
+    workers_limits, pages_limits = (_given_limits(options, *LIMITS, *more) for more in (REQUEST_LIMITS, PAGE_LIMITS))
+    conversations = ["--log-conversations"] if options.log_conversations else []
+    root_path = ["--root-path", options.root_path] if options.root_path else []
+    votes = ["--votes-file", str(options.votes_file)] if options.votes_file else []
+    dispatch = ["--dispatch-method", options.dispatch_method]
+    grace = ["--grace", f"{options.grace:g}"]
     return run_stack(
         StackSettings(
             model=model,
@@ -65,9 +133,9 @@ def run_serve(options: argparse.Namespace, model: Path) -> int:
             api_port=options.api_port,
             devices=worker_devices(options.device, options.workers),
             web=not options.no_web,
-            worker_flags=[*worker_flags(options), "--grace", f"{options.grace:g}", *common],
-            web_flags=[*(["--votes-file", str(options.votes_file)] if options.votes_file else []), *common],
-            controller_flags=["--dispatch-method", options.dispatch_method, "--grace", f"{options.grace:g}"],
+            worker_flags=[*worker_flags(options), *grace, *workers_limits, *conversations],
+            web_flags=[*hosts, *root_path, *pages_limits, *votes, *conversations],
+            controller_flags=[*hosts, *root_path, *workers_limits, *dispatch, *grace],
             dtype=options.dtype,
             bits=4 if options.load_4bit else 8 if options.load_8bit else 16,
             logs=options.logs,
@@ -75,6 +143,11 @@ def run_serve(options: argparse.Namespace, model: Path) -> int:
             grace=options.grace,
         )
     )
+
+
+def _given_limits(options: argparse.Namespace, *flags: str) -> list[str]:
+    values = {f"--max-{flag}": getattr(options, f"max_{flag.replace('-', '_')}") for flag in flags}
+    return [word for name, value in values.items() if value is not None for word in (name, str(value))]
 
 
 def worker_devices(names: str, workers: int | None) -> list[str]:

@@ -142,7 +142,7 @@ class Controller:
     async def drain_worker(self, body: DrainWorker) -> dict[str, Any]:
         """Send a worker nothing new, or requests again; what it has it ends."""
         name = normal_name(body.worker_name)
-        if not (self.registry.drain(name) if body.drain else self.registry.undrain(name)):
+        if not self.registry.drain(name, body.drain):
             raise Refusal(ErrorCode.BAD_INPUT, f"there is no worker {name}; GET /workers lists them", status=404)
         return {"worker_name": name, "draining": body.drain}
 
@@ -178,9 +178,15 @@ class Controller:
             else:  # nothing else would tell that it is gone
                 self.registry.remove(name, str(error))
 
-    async def list_models(self) -> dict[str, list[str]]:
-        """Models that can be asked now."""
-        return {"models": self.registry.models()}
+    async def list_models(self) -> dict[str, Any]:
+        """Models that can be asked now, and each one's own threshold of masks where its worker says it."""
+        own = {
+            model: threshold
+            for worker in self.registry.workers()
+            for model in worker.status.model_names
+            if isinstance(threshold := worker.status.details.get("mask_threshold"), float)
+        }
+        return {"models": self.registry.models(), **({"mask_thresholds": own} if own else {})}
 
     async def get_worker_address(self, body: ModelQuery) -> dict[str, str]:
         """A worker that has the model, for clients that ask it themselves; empty where there is none."""
@@ -322,7 +328,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "clients need the client key" if settings.client_key else "everyone who reaches it may ask",
             )
         app = make_app(settings)
-        run_app(app, options.host, options.port, grace=settings.grace, on_stop=app.state.controller.stop)
+        app.root_path = options.root_path  # its schema names it
+        front: dict[str, Any] = {"allow_hosts": options.allow_host, "root_path": options.root_path}
+        stop = app.state.controller.stop
+        run_app(app, options.host, options.port, grace=settings.grace, on_stop=stop, **front)
     except MedPLIBError as error:
         sys.stderr.write(f"controller: {error}\n")
         return 2

@@ -1,4 +1,4 @@
-"""What a controller can be told, and its flags."""
+"""The controller's settings and flags."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from model.errors import MedPLIBError
 from model.serve.access import checked_key
 from model.serve.calling import CallSettings
+from model.serve.commands import REQUEST_LIMITS, add_limit_flags, add_network_flags, seconds, whole
 from model.serve.forwarding import ForwardSettings
-from model.serve.limits import ServeLimits, add_limit_flags, limits_from
+from model.serve.limits import ServeLimits, limits_from
 from model.serve.registry import DISPATCH_METHODS, RegistrySettings
 from model.serve.running import GRACE_SECONDS
 
@@ -47,8 +48,8 @@ class ControllerSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_key", checked_key(self.api_key, "--api-key"))
         object.__setattr__(self, "client_key", checked_key(self.client_key, "--client-key"))
-        seconds = (self.client_timeout, self.grace, self.calls.silence_timeout, self.calls.connect_timeout)
-        if min(*seconds, self.registry.expiry, self.registry.cool_down) <= 0:
+        times = (self.client_timeout, self.grace, self.calls.silence_timeout, self.calls.connect_timeout)
+        if min(*times, self.registry.expiry, self.registry.cool_down) <= 0:
             raise MedPLIBError("a time is zero or negative; give seconds above zero")
         if min(self.forwarding.tries, self.registry.max_failures) < 1:
             raise MedPLIBError("--tries and --max-failures are at least 1")
@@ -103,17 +104,21 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
         ("cool-down", registry.cool_down, "how long a worker is left alone that failed"),
         ("connect-timeout", calls.connect_timeout, "until a worker takes a connection"),
         ("silence-timeout", calls.silence_timeout, "how long a worker may say nothing"),
+        ("restart-wait", forwarding.restart_wait, "how long a request waits for a worker that is being restarted"),
         ("client-timeout", 60.0, "until a client takes the next piece of its answer"),
         ("grace", GRACE_SECONDS, "how long answers may go on once the controller is stopped"),
     ):
-        times.add_argument(f"--{name}", type=float, default=default, metavar="S", help=f"{what} (default: {default:g})")
+        times.add_argument(
+            f"--{name}", type=seconds, default=default, metavar="S", help=f"{what} (default: {default:g})"
+        )
     for name, number, what in (
         ("max-failures", registry.max_failures, "failures in a row after which a worker is left alone"),
         ("tries", forwarding.tries, "workers that a request is sent to, one after another"),
         ("max-running", calls.max_connections, "answers under way at once"),
     ):
-        times.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"{what} (default: {number})")
-    add_limit_flags(parser)
+        times.add_argument(f"--{name}", type=whole, default=number, metavar="N", help=f"{what} (default: {number})")
+    add_network_flags(parser)
+    add_limit_flags(parser, *REQUEST_LIMITS)
 
 
 def settings_from(options: argparse.Namespace) -> ControllerSettings:
@@ -130,7 +135,7 @@ def settings_from(options: argparse.Namespace) -> ControllerSettings:
             options.dispatch_method, options.expiry, options.max_failures, cool_down=options.cool_down
         ),
         calls=CallSettings(options.connect_timeout, options.silence_timeout, max_connections=options.max_running),
-        forwarding=ForwardSettings(options.tries),
+        forwarding=ForwardSettings(options.tries, options.restart_wait),
         limits=limits_from(options),
         client_timeout=options.client_timeout,
         grace=options.grace,

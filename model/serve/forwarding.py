@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -21,12 +20,13 @@ import httpx
 from model.serve.calling import WorkerCaller, read_some
 from model.serve.measuring import ControllerMetrics
 from model.serve.protocol import END_OF_CHUNK, Chunk, ErrorCode, GenerateRequest, Message
-from model.serve.refusals import Refusal
+from model.serve.refusals import Refusal, sentence_of
 from model.serve.registry import Registry, Worker
 
 _log = logging.getLogger(__name__)
 
-_RETRIED = (ErrorCode.FAILED, ErrorCode.BUSY, ErrorCode.DRAINING)
+_RETRIED = (ErrorCode.FAILED, ErrorCode.BUSY, ErrorCode.DRAINING, ErrorCode.NO_WORKER)
+_LOOK_SECONDS = 0.1  # between looks at whether a worker is back
 
 
 class ForwardError(Refusal):
@@ -58,10 +58,13 @@ class ForwardSettings:
 
     Attributes:
         tries: workers that one request is sent to at most.
+        restart_wait: seconds that a request waits for a worker that lost its connections, as one that crashed and is
+            being started again; for a worker that fails otherwise, or was never there, nobody waits.
         max_chunk_bytes: of one object of an answer.
     """
 
     tries: int = 3
+    restart_wait: float = 30.0
     max_chunk_bytes: int = 64 * 2**20
 
 
@@ -145,12 +148,25 @@ class Forwarder:
         return models[0] if not asked and len(models) == 1 else asked
 
     async def _attempts(self, body: bytes, model: str) -> AsyncGenerator[bytes]:
-        """An answer from one worker after another, until one has begun to answer."""
+        """An answer from one worker after another, until one has begun to answer.
+
+        One that takes no connection was not sent the request, so the same one may be tried again once it is back.
+        """
         tried: list[str] = []
+        away: list[str] = []  # took no connection
         last: ForwardError | None = None
-        while len(tried) < self.settings.tries and (name := self.registry.choose(model, tried)) is not None:
-            self.metrics.tries.labels(retry="true" if tried else "false").inc()
-            tried.append(name)
+        waits = False
+        end = asyncio.get_running_loop().time() + self.settings.restart_wait
+        while len(tried) < self.settings.tries:
+            if (name := self.registry.choose(model, [*tried, *away])) is None:
+                waits = waits or self.registry.may_come_back(model)  # on, should the worker be forgotten meanwhile
+                known = last is not None and last.code != ErrorCode.NO_WORKER
+                if not waits or known or self._stopped or asyncio.get_running_loop().time() >= end:
+                    break
+                away.clear()
+                await asyncio.sleep(_LOOK_SECONDS)
+                continue
+            self.metrics.tries.labels(retry="true" if last else "false").inc()
             begun = False
             try:
                 async with contextlib.aclosing(self._from_worker(name, body)) as pieces:
@@ -163,6 +179,7 @@ class Forwarder:
                 last = self._note(name, fault)
                 if begun or last.code not in _RETRIED or self._stopped:
                     break
+                (away if last.code == ErrorCode.NO_WORKER else tried).append(name)
             finally:
                 self.registry.release(name)
         raise last or self._no_worker(model)
@@ -170,7 +187,7 @@ class Forwarder:
     def _note(self, name: str, fault: _Fault) -> ForwardError:
         if fault.counts:
             _log.warning("worker %s failed: %s", name, fault.reason)
-            self.registry.report_failure(name)
+            self.registry.report_failure(name, away=isinstance(fault.__cause__, httpx.TransportError))
             self.metrics.worker_failures.inc()
         elif fault.error.code == ErrorCode.DRAINING:
             self.registry.rest(name)
@@ -182,9 +199,9 @@ class Forwarder:
         models = self.registry.models()
         if model in models:
             wait = self.registry.retry_after(model)
-            return ForwardError(ErrorCode.NO_WORKER, f"no worker of {model} is fit to answer now; ask again", wait)
+            return ForwardError(ErrorCode.NO_WORKER, f"{model} is not available at the moment; ask again", wait)
         if not models:
-            return ForwardError(ErrorCode.NO_WORKER, "no worker is there; start one, or wait until it has loaded", 5)
+            return ForwardError(ErrorCode.NO_WORKER, "no model is available at the moment; ask again later", 5)
         there = ", ".join(models)
         return ForwardError(ErrorCode.BAD_INPUT, f"there is no model {model[:100]!r}; there is {there}", status=404)
 
@@ -241,7 +258,8 @@ class Forwarder:
             busy = ForwardError(ErrorCode.BUSY, "too many answers are under way; ask again later", 1)
             raise _Fault(busy, counts=False) from error
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _failed("the worker cannot be reached; ask again") from error
+            away = ForwardError(ErrorCode.NO_WORKER, "the model's worker cannot be reached; ask again", 5)
+            raise _Fault(away, counts=True) from error
         except httpx.TimeoutException as error:
             sentence = f"the worker said nothing for {self.caller.settings.silence_timeout:g} s; ask again, or for less"
             raise _Fault(ForwardError(ErrorCode.TIMEOUT, sentence), counts=True) from error
@@ -327,7 +345,7 @@ def _unreadable() -> _Fault:
 async def _status_fault(response: httpx.Response) -> _Fault:
     """What a status other than 200 means."""
     status = response.status_code
-    said = _sentence(await read_some(response))
+    said = sentence_of(await read_some(response))
     wait = response.headers.get("Retry-After", "")
     retry_after = float(wait) if wait.isdigit() and len(wait) < 6 else None
     if status == 429:
@@ -338,21 +356,12 @@ async def _status_fault(response: httpx.Response) -> _Fault:
     if status == 504:
         return _Fault(ForwardError(ErrorCode.TIMEOUT, said or "the worker took too long; ask for less"), False)
     if status in (401, 403):
-        return _failed("the worker does not accept the controller's key; start both with the same --api-key")
+        _log.error("a worker does not accept the controller's key; start both with the same --api-key")
+        return _failed("the model's worker takes no requests at the moment; ask again later")
     if status in (400, 413, 422):
         unread = ForwardError(ErrorCode.BAD_INPUT, said or "the worker cannot read the request", status=status)
         return _Fault(unread, counts=False)
     return _failed(said if said and status >= 500 else f"the worker answered with status {status}; ask again")
-
-
-def _sentence(body: bytes) -> str:
-    """The sentence of an error's JSON body; empty where there is none."""
-    try:
-        said = json.loads(body)
-    except ValueError:
-        return ""
-    error = said.get("error") if isinstance(said, dict) else None
-    return error[:2000] if isinstance(error, str) else ""
 
 
 def error_bytes(error: Refusal) -> bytes:

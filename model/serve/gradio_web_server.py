@@ -7,39 +7,38 @@ Uploads stay in memory and what a visitor saves is sent as data, so no file is w
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from model.errors import MedPLIBError
 from model.serve.client import ControllerClient
-from model.serve.limits import BodyLimit, ServeLimits
-from model.serve.running import check_port, is_loopback, run_app
+from model.serve.commands import PAGE_LIMITS, add_limit_flags, add_network_flags
+from model.serve.limits import BodyLimit, limits_from
+from model.serve.running import check_port, is_loopback, parse_flags, run_app, set_up_logging
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("model.serve.gradio_web_server")  # also where it is run as a program
 _GRACE_SECONDS = 5.0
+_SWEEP_SECONDS = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the page until it is stopped; returns the exit code."""
-    options = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for talkative in ("httpx", "highdicom"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
+    options = parse_flags(build_parser(), arguments)
+    set_up_logging()
     try:
         if options.share:
             raise MedPLIBError("the page opens no tunnels to other hosts; leave --share out, and use --host 0.0.0.0")
         check_port(options.host, options.port)
         if not is_loopback(options.host):
-            _log.warning("whoever reaches this port can use the page; put a proxy that asks for a password before it")
-        app = make_app(options)
-        sys.stdout.write(f"The page is at http://{_reachable(options.host)}:{options.port}\n")
-        sys.stdout.flush()
-        run_app(app, options.host, options.port, grace=_GRACE_SECONDS)
+            _log.warning("everyone who reaches this port can use the page; put a proxy with passwords before it")
+        front: dict[str, Any] = {"allow_hosts": options.allow_host, "root_path": options.root_path}
+        run_app(make_app(options), options.host, options.port, grace=_GRACE_SECONDS, **front)
     except MedPLIBError as error:
         sys.stderr.write(f"gradio_web_server: {error}\n")
         return 2
@@ -51,55 +50,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gradio_web_server", description="A page to ask about medical images. Research use only."
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
-    parser.add_argument("--port", type=int, default=64001)
-    parser.add_argument(
-        "--controller",
-        "--controller-url",
-        "--controller_url",
-        "--controller-address",
-        "--controller_address",
-        dest="controller",
-        default="http://localhost:64000",
-        help="address of the controller",
-    )
-    parser.add_argument(
-        "--model-list-mode",
-        "--model_list_mode",
-        choices=("once", "reload"),
-        default="once",
-        help="look for models when the page is opened, or only at the start and when asked",
-    )
-    parser.add_argument(
-        "--add_region_feature",
-        "--add-region-feature",
-        action="store_true",
-        help="let visitors mark regions; for models with a region adapter",
-    )
-    parser.add_argument(
-        "--client-key",
-        "--client_key",
-        default=os.environ.get("MEDPLIB_CLIENT_KEY") or None,
-        help="the controller's client key; better set MEDPLIB_CLIENT_KEY",
-    )
-    parser.add_argument(
-        "--votes-file",
-        "--votes_file",
-        type=Path,
-        default=Path("medplib_votes.jsonl"),
-        help="where votes are appended to, without images and texts",
-    )
-    parser.add_argument(
-        "--log-conversations",
-        "--log_conversations",
-        action="store_true",
-        help="write questions and answers beside the votes",
-    )
-    parser.add_argument("--share", action="store_true", help=argparse.SUPPRESS)
+    add, key = parser.add_argument, os.environ.get("MEDPLIB_CLIENT_KEY") or None
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
+    add("--port", type=int, default=64001)
+    addresses = ("--controller", "--controller-url", "--controller-address")
+    add(*addresses, dest="controller", default="http://localhost:64000", help="address of the controller")
+    modes = "look for models when the page is opened, or only at the start and when asked"
+    add("--model-list-mode", choices=("once", "reload"), default="once", help=modes)
+    regions = "let visitors mark regions; for models with a region adapter"
+    add("--add-region-feature", action="store_true", help=regions)
+    add("--client-key", default=key, help="the controller's client key; better set MEDPLIB_CLIENT_KEY")
+    votes = "where votes are appended to, without images and texts"
+    add("--votes-file", type=Path, default=Path("medplib_votes.jsonl"), help=votes)
+    add("--log-conversations", action="store_true", help="write questions and answers beside the votes")
+    add_network_flags(parser)
+    add_limit_flags(parser, *PAGE_LIMITS)
+    add("--share", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def make_app(options: argparse.Namespace, limits: ServeLimits | None = None) -> Any:
+def make_app(options: argparse.Namespace) -> Any:
     """The page as an ASGI application.
 
     Raises:
@@ -111,26 +81,40 @@ def make_app(options: argparse.Namespace, limits: ServeLimits | None = None) -> 
     from model.serve.web.desk import Desk
     from model.serve.web.examples import find_examples
     from model.serve.web.gate import Gate, Tray
-    from model.serve.web.page import Page, PageSettings, mounted
     from model.serve.web.votes import VoteLog
 
-    limits = limits or ServeLimits()
+    for name in ("all_proxy", "http_proxy", "https_proxy"):  # gradio's clients would use them, or fail on SOCKS ones
+        for spelling in (name, name.upper()):
+            os.environ.pop(spelling, None)
+    from model.serve.web.page import Page, PageSettings, mounted
+
+    limits = limits_from(options)
     client = ControllerClient(options.controller, options.client_key)
     votes = VoteLog(options.votes_file, options.log_conversations)
-    desk = Desk(client, votes, Tray(limits.max_image_bytes), limits, find_examples())
-    with contextlib.suppress(MedPLIBError):  # the page tells it
+    tray = Tray(limits.max_upload_bytes, max(limits.max_upload_bytes, 3 * limits.max_image_bytes))
+    desk = Desk(client, votes, tray, limits, find_examples())
+    with contextlib.suppress(MedPLIBError):  # the page shows it
         desk.models = client.models()
     page = Page(desk, PageSettings(options.add_region_feature, options.model_list_mode == "reload"))
-    app = FastAPI(openapi_url=None)
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            tray.sweep()
+            page.sessions.sweep()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(sweep())
+        yield
+        sweeping.cancel()
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan)
     for route in ("/livez", "/readyz"):
         app.get(route)(lambda: PlainTextResponse("ok\n"))
     app.post("/open")(desk.tray.receive)
-    mounted(page, app)
-    return BodyLimit(Gate(app), limits.max_image_bytes)
-
-
-def _reachable(host: str) -> str:
-    return "localhost" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    mounted(page, app, options.root_path)
+    return BodyLimit(Gate(app), limits.max_upload_bytes, max_total_bytes=tray.max_held)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import httpx
 
 from model.serve.access import bearer
 from model.serve.protocol import HEARTBEAT_SECONDS, HeartBeat, RegisterWorker, WorkerStatus
+from model.serve.refusals import sentence_of
 
 _MAX_SENTENCE = 300
 
@@ -133,15 +134,6 @@ class Heart:
         """
         response = await self._client.post(path, json=message)
         if response.status_code != 200:
-            raise _Refused(_sentence(response))
+            sentence = sentence_of(response.content)[:_MAX_SENTENCE]
+            raise _Refused(sentence or f"it answered with status {response.status_code}")
         return response.json() if response.content.strip() else None
-
-
-def _sentence(response: httpx.Response) -> str:
-    """What an answer other than 200 says."""
-    try:
-        said = response.json()
-    except ValueError:
-        said = None
-    error = said.get("error") if isinstance(said, dict) else None
-    return error[:_MAX_SENTENCE] if isinstance(error, str) else f"it answered with status {response.status_code}"

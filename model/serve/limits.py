@@ -17,13 +17,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.data.image_io import ImageData, ReadLimits, read_image, read_mask
 from model.errors import MedPLIBError
+from model.serve.commands import LIMITS, PAGE_LIMITS, REQUEST_LIMITS
 from model.serve.protocol import ErrorCode
-from model.serve.refusals import Refusal, error_body
+from model.serve.refusals import Refusal, send_refusal
 
 _MIB = 2**20
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
@@ -39,6 +39,7 @@ class ServeLimits:
 
     Attributes:
         max_image_bytes: of an encoded image or region.
+        max_volume_bytes: of an encoded DICOM or NIfTI file, which the page alone takes apart slice by slice.
         max_pixels: of an image.
         max_frames: of a volume.
         max_regions: marked in a conversation.
@@ -49,6 +50,7 @@ class ServeLimits:
     """
 
     max_image_bytes: int = 64 * _MIB
+    max_volume_bytes: int = 512 * _MIB
     max_pixels: int = 40_000_000
     max_frames: int = 2000
     max_regions: int = 16
@@ -63,19 +65,14 @@ class ServeLimits:
                 raise MedPLIBError(f"{field.name} is {getattr(self, field.name)}; give at least 1")
 
     @property
+    def max_upload_bytes(self) -> int:
+        """Of a file that is opened on the page."""
+        return max(self.max_image_bytes, self.max_volume_bytes)
+
+    @property
     def reading(self) -> ReadLimits:
         """The same for the readers of image files."""
         return ReadLimits(self.max_image_bytes, self.max_pixels)
-
-
-_FLAGS = ("body-mib", "image-mib", "pixels", "regions", "turns", "prompt-chars", "new-tokens")
-
-
-def add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    """``--max-pixels N`` and its like, for ``limits_from``."""
-    group = parser.add_argument_group("limits of one request (defaults: docs/security.md)")
-    for flag in _FLAGS:
-        group.add_argument(f"--max-{flag}", type=int, metavar="N")
 
 
 def limits_from(options: argparse.Namespace) -> ServeLimits:
@@ -85,9 +82,9 @@ def limits_from(options: argparse.Namespace) -> ServeLimits:
         MedPLIBError: one is not positive.
     """
     given = {}
-    for flag in _FLAGS:
+    for flag in (*LIMITS, *REQUEST_LIMITS, *PAGE_LIMITS):
         name = f"max_{flag.replace('-', '_')}"
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None:
             given[name.replace("_mib", "_bytes")] = value * _MIB if flag.endswith("mib") else value
     return ServeLimits(**given)
@@ -272,7 +269,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         if _told_length(scope) > self.max_bytes:
-            await _answer(self._too_long(), scope, send)
+            await send_refusal(self._too_long(), scope, send)
             return
         await self._pass_on(scope, receive, send)
 
@@ -311,7 +308,7 @@ class BodyLimit:
         finally:
             self._held -= length
         if refusal is not None and not begun:
-            await _answer(refusal, scope, send)
+            await send_refusal(refusal, scope, send)
 
     async def _next_piece(self, receive: Receive, length: int) -> Message:
         """The next piece of a body of which ``length`` bytes are here."""
@@ -330,15 +327,6 @@ class BodyLimit:
     def _too_long(self) -> Refusal:
         sentence = f"the request is longer than {self.max_bytes / _MIB:.3g} MiB; send a smaller image"
         return Refusal(ErrorCode.BAD_INPUT, sentence, status=413)
-
-
-async def _answer(refusal: Refusal, scope: Scope, send: Send) -> None:
-    """Tell the client. What it still sends is thrown away by the server, so that it comes to read this."""
-    body = error_body(scope.get("path", ""), refusal.sentence, refusal.code, refusal.status)
-    close = {"Connection": "close"} if refusal.code == ErrorCode.TIMEOUT else {}
-    response = JSONResponse(body, refusal.status, {**refusal.headers, **close})
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body})
 
 
 def _told_length(scope: Scope) -> int:

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 from model.checkpoint.directories import checkpoint_name, resolve
 from model.errors import MedPLIBError
 from model.serve.access import checked_key, normal_name
-from model.serve.limits import add_limit_flags, limits_from
+from model.serve.commands import REQUEST_LIMITS, add_limit_flags, add_network_flags, seconds, whole
+from model.serve.limits import limits_from
 from model.serve.protocol import HEARTBEAT_SECONDS
 from model.serve.running import GRACE_SECONDS, check_port, is_loopback, listen, parse_flags, run_app, set_up_logging
 
@@ -59,7 +60,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_addresses(parser)
     _add_model(parser)
     _add_service(parser)
-    add_limit_flags(parser)
+    add_network_flags(parser, root_path=False)
+    add_limit_flags(parser, *REQUEST_LIMITS)
     return parser
 
 
@@ -77,9 +79,9 @@ def _add_addresses(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="address at which the controller reaches this worker (default: http://HOST:PORT)",
     )
-    parser.add_argument("--no-register", action="store_true", help="answer whoever asks, without a controller")
+    parser.add_argument("--no-register", action="store_true", help="answer without a controller")
     parser.add_argument(
-        "--heartbeat", type=float, default=HEARTBEAT_SECONDS, metavar="S", help="seconds between two (default: 15)"
+        "--heartbeat", type=seconds, default=HEARTBEAT_SECONDS, metavar="S", help="seconds between two (default: 15)"
     )
     parser.add_argument(
         "--api-key",
@@ -115,10 +117,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_service(parser: argparse.ArgumentParser) -> None:
     service = parser.add_argument_group("service")
-    service.add_argument("--slots", type=int, default=8, metavar="N", help="answers written at once (default: 8)")
-    service.add_argument("--max-length", type=int, metavar="N", help="tokens of a conversation with its image")
+    service.add_argument("--slots", type=whole, default=8, metavar="N", help="answers written at once (default: 8)")
+    service.add_argument("--max-length", type=whole, metavar="N", help="tokens of a conversation with its image")
     service.add_argument(
-        "--max-waiting", type=int, default=64, metavar="N", help="requests that wait; then it says 429 (default: 64)"
+        "--max-waiting", type=whole, default=64, metavar="N", help="requests that wait; then it says 429 (default: 64)"
     )
     for name, default, what in (
         ("request-timeout", 240.0, "an answer may take"),
@@ -126,7 +128,7 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
         ("grace", GRACE_SECONDS, "answers under way may take once the worker is stopped"),
     ):
         service.add_argument(
-            f"--{name}", type=float, default=default, metavar="S", help=f"seconds {what} (default: {default:g})"
+            f"--{name}", type=seconds, default=default, metavar="S", help=f"seconds {what} (default: {default:g})"
         )
     service.add_argument("--log-conversations", action="store_true", help="log questions and answers")
 
@@ -165,8 +167,11 @@ def _run(options: argparse.Namespace) -> int:
     turns = engine.model.config.conversation_turns
     settings = replace(settings, no_mask_below=gate, conversation_turns=turns, details=describe_engine(engine, choice))
     app = make_worker_app(engine, settings, _Stopper().install)
+    hosts = options.allow_host
+    if registration and (hosts or is_loopback(options.host)):  # else any name is served
+        hosts = [*hosts, urlsplit(registration.worker).hostname or ""]
     with engine:
-        run_app(app, options.host, options.port, grace=_SERVER_GRACE)
+        run_app(app, options.host, options.port, grace=_SERVER_GRACE, allow_hosts=hosts)
     return 0
 
 
@@ -189,8 +194,6 @@ def _registration(options: argparse.Namespace) -> Registration | None:
         return None
     from model.serve.heartbeat import Registration
 
-    if not options.heartbeat > 0:
-        raise MedPLIBError(f"--heartbeat is {options.heartbeat:g}; give seconds above 0")
     try:
         controller = normal_name(options.controller)
     except MedPLIBError as error:

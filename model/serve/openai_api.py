@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import anyio
 from fastapi import APIRouter, Body, Depends, Request, Response
@@ -27,13 +27,18 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Send
 
 from model.errors import MedPLIBError
-from model.serve.limits import ServeLimits
 from model.serve.openai_examples import ASKING, ERRORS, STREAMED
 from model.serve.openai_messages import RefusedField, generate_request
 from model.serve.openai_replies import DONE, Listener, Reply
 from model.serve.openai_schema import ChatCompletion, ChatRequest, ModelCard, ModelExtension, ModelList
-from model.serve.protocol import Chunk, ErrorCode, GenerateRequest
-from model.serve.refusals import Refusal, error_body
+from model.serve.protocol import Chunk, ErrorCode
+from model.serve.refusals import MACHINE_FAULT, Refusal, client_sentence, error_body
+
+if TYPE_CHECKING:
+    from model.serve.controller_settings import ControllerSettings
+    from model.serve.forwarding import Forwarder
+    from model.serve.ray_app import OwnAnswers
+    from model.serve.registry import Registry
 
 Result = TypeVar("Result")
 _CLIENT_LEFT = 499  # nobody reads it; it is what logs call it
@@ -43,40 +48,9 @@ _TAGS = ("text", "image_url")
 _log = logging.getLogger(__name__)
 
 
-class Answers(Protocol):
-    """Gives requests to workers: ``forwarding.Forwarder``."""
-
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        """The answer as it grows; raises ``Refusal`` where there is none."""
-
-
-class Models(Protocol):
-    """Knows which models can be asked: ``registry.Registry``."""
-
-    def models(self) -> list[str]:
-        """Their names."""
-
-    def conversation_turns(self, model: str) -> int:
-        """Questions of a conversation that one was trained on."""
-
-
-class Settings(Protocol):
-    """What the routes need to know of the controller's settings."""
-
-    @property
-    def limits(self) -> ServeLimits:
-        """What a request may cost."""
-
-    @property
-    def client_key(self) -> str | None:
-        """Secret of those who ask; None where anyone may."""
-
-    @property
-    def client_timeout(self) -> float:
-        """Seconds a client may take to accept the next event."""
-
-
-def openai_router(forwarder: Answers, registry: Models, settings: Settings) -> APIRouter:
+def openai_router(
+    forwarder: Forwarder | OwnAnswers, registry: Registry | OwnAnswers, settings: ControllerSettings
+) -> APIRouter:
     """The routes under ``/v1``.
 
     Args:
@@ -119,7 +93,7 @@ class _Route(APIRoute):
                 return _tell(Refusal(ErrorCode.BAD_INPUT, sentence), param)
             except MedPLIBError as error:
                 param = error.param if isinstance(error, RefusedField) else None
-                return _tell(Refusal(ErrorCode.BAD_INPUT, str(error)), param)
+                return _tell(Refusal(ErrorCode.BAD_INPUT, client_sentence(error)), param)
             except UnknownModel as refusal:
                 return _tell(refusal, "model", "model_not_found")
             except Refusal as refusal:
@@ -155,7 +129,9 @@ class _Api:
         settings: of the controller.
     """
 
-    def __init__(self, forwarder: Answers, registry: Models, settings: Settings) -> None:
+    def __init__(
+        self, forwarder: Forwarder | OwnAnswers, registry: Registry | OwnAnswers, settings: ControllerSettings
+    ) -> None:
         self.forwarder, self.registry, self.settings = forwarder, registry, settings
         self.started = int(time.time())
 
@@ -228,7 +204,7 @@ async def _events(listener: Listener, reply: Reply, first: Chunk, with_usage: bo
         yield _error_event(refusal)
     except Exception:  # noqa: BLE001 - whatever it is, the client must not wait for a word that never comes
         _log.exception("an answer's stream broke")
-        yield _error_event(Refusal(ErrorCode.FAILED, "this server made a mistake; its log tells which"))
+        yield _error_event(Refusal(ErrorCode.FAILED, MACHINE_FAULT))
 
 
 def _error_event(refusal: Refusal) -> bytes:
@@ -302,7 +278,7 @@ def _tell(refusal: Refusal, param: str | None = None, code: str | None = None) -
 
 def _malformed(error: RequestValidationError) -> tuple[str | None, str]:
     """Field and sentence of what is wrong with a request; of a choice of forms, those of the one that fits best."""
-    found = max(error.errors(), key=lambda one: len(one["loc"]))
+    found = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     if found["type"] == "json_invalid":
         return None, "the request is no valid JSON; send an object with Content-Type application/json"
     param = _field(found["loc"])

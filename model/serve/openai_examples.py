@@ -111,7 +111,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         "504 out of time, 500 and 502 a fault of this machine",
         _BROKEN,
         "no_worker",
-        "no worker is there; start one, or wait until it has loaded",
+        "no model is available at the moment; ask again later",
         **_RETRY_AFTER,
     ),
 }

@@ -76,7 +76,15 @@ class Replica:
     """
 
     def __init__(self, settings: RaySettings) -> None:
-        self.engine = load_engine(settings)
+        import torch
+
+        from model.inference.engine import EngineSettings
+        from model.serve.worker_loading import ModelChoice, load_engine
+
+        device = settings.device if settings.device != "auto" else "cuda" if settings.num_gpus else "cpu"
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.dtype]
+        bounds = EngineSettings(slots=settings.slots, waiting=settings.waiting)
+        self.engine = load_engine(ModelChoice(settings.model, device=device, dtype=dtype), bounds)
         self.engine.start()
         self.routes = make_replica_app(self.engine, settings)
 
@@ -141,23 +149,6 @@ def read_settings(arguments: Mapping[str, Any]) -> RaySettings:
     if not (resolve(settings.model) / "config.json").is_file():
         raise MedPLIBError(f"no checkpoint at {settings.model}; give model=DIR, which every node has")
     return settings
-
-
-def load_engine(settings: RaySettings) -> Engine:
-    """The engine of a replica.
-
-    Raises:
-        MedPLIBError: the checkpoint does not load.
-    """
-    import torch
-
-    from model.inference.engine import Engine, EngineSettings
-
-    device = settings.device if settings.device != "auto" else "cuda" if settings.num_gpus else "cpu"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.dtype]
-    return Engine.from_pretrained(
-        settings.model, EngineSettings(slots=settings.slots, waiting=settings.waiting), device=device, dtype=dtype
-    )
 
 
 def make_replica_app(engine: Engine, settings: RaySettings) -> FastAPI:

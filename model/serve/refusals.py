@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,9 +16,25 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Scope, Send
 
 from model.errors import MedPLIBError
 from model.serve.protocol import ErrorCode
+
+_log = logging.getLogger(__name__)
+_FOR_OPERATORS = re.compile(r"(?<!\w)--[a-z]|pip install|MEDPLIB_[A-Z]")
+_OPERATORS_ROUTES = ("/register_worker", "/receive_heart_beat", "/drain_worker")
+_OTHER_APIS = ("/completions", "/responses", "/messages", "/embeddings", "/models")
+MACHINE_FAULT = "this server failed on the request; ask again"
+
+
+def client_sentence(error: object) -> str:
+    """An error for those who ask: without the clauses that name flags, packages or variables, which are logged."""
+    sentence = str(error)
+    if not _FOR_OPERATORS.search(sentence):
+        return sentence
+    _log.warning("%s", sentence)
+    return "; ".join(part for part in sentence.split("; ") if not _FOR_OPERATORS.search(part)) or MACHINE_FAULT
 
 
 class Refusal(Exception):
@@ -62,6 +81,25 @@ def error_body(path: str, sentence: str, code: ErrorCode, status: int) -> dict[s
     return {"error": {"message": sentence, "type": kind.get(status, other), "param": None, "code": code.name.lower()}}
 
 
+def sentence_of(body: bytes) -> str:
+    """The sentence of another server's error; empty where there is none."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return ""
+    error = said.get("error") if isinstance(said, dict) else None
+    return error[:2000] if isinstance(error, str) else ""
+
+
+async def send_refusal(refusal: Refusal, scope: Scope, send: Send) -> None:
+    """Answer a request; what its client still sends is thrown away by the server, so that it comes to read this."""
+    body = error_body(scope["path"], refusal.sentence, refusal.code, refusal.status)
+    close = {"Connection": "close"} if refusal.code == ErrorCode.TIMEOUT else {}
+    response = JSONResponse(body, refusal.status, {**refusal.headers, **close})
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
 def validation_sentence(error: RequestValidationError) -> str:
     """What is wrong with a request's first malformed field; never what was in it."""
     first = error.errors()[0]
@@ -85,7 +123,8 @@ def answer_errors(app: FastAPI) -> None:
         return tell(request, error)
 
     async def wrong_input(request: Request, error: Exception) -> JSONResponse:
-        return tell(request, Refusal(ErrorCode.BAD_INPUT, str(error)))
+        sentence = str(error) if request.url.path in _OPERATORS_ROUTES else client_sentence(error)
+        return tell(request, Refusal(ErrorCode.BAD_INPUT, sentence))
 
     async def malformed(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -93,13 +132,16 @@ def answer_errors(app: FastAPI) -> None:
 
     async def no_route(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        sentence = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        path = request.url.path[:100]
+        sentence = f"{request.method} {path}: {error.detail}"
+        if error.status_code == 404 and path.endswith(_OTHER_APIS):
+            sentence = f"there is no {path} here; questions go to POST /v1/chat/completions of the controller"
         answer = tell(request, Refusal(ErrorCode.BAD_INPUT, sentence, status=error.status_code))
         answer.headers.update(error.headers or {})
         return answer
 
     async def broken(request: Request, _: Exception) -> JSONResponse:
-        return tell(request, Refusal(ErrorCode.FAILED, "this server made a mistake; its log tells which"))
+        return tell(request, Refusal(ErrorCode.FAILED, MACHINE_FAULT))
 
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(MedPLIBError, wrong_input)

@@ -62,7 +62,7 @@ class Worker:
         drained: somebody asked to send it nothing new.
         running: requests of ours that it has now.
         sent, ended: requests of ours since its last heartbeat.
-        failures: in a row.
+        failures: in a row; ``away`` where the last was of its connection, as of one that crashed.
         closed_until: before this moment it gets nothing, and after it one request at a time, until one succeeds.
         gone: called when it is given up, to end what waits for it.
     """
@@ -76,6 +76,7 @@ class Worker:
     sent: int = 0
     ended: int = 0
     failures: int = 0
+    away: bool = False
     closed_until: float = 0.0
     gone: set[Callable[[], None]] = field(default_factory=set)
 
@@ -114,13 +115,17 @@ class Registry:
             MedPLIBError: it names no model or malformed ones, or there are too many workers.
         """
         check_models(status.model_names)
+        for other in [name for name, w in self._workers.items() if set(w.address.endpoints) & set(address.endpoints)]:
+            if other != address.name:  # the same worker under another name; what it answers goes on
+                del self._workers[other]
+                _log.info("worker %s is named %s from now on", other, address.name)
         known = self._workers.get(address.name)
         if known is None and len(self._workers) >= self.settings.max_workers:
             raise MedPLIBError(f"there are {len(self._workers)} workers already, and no more are taken")
         worker = known or Worker(address, status)
         worker.address, worker.status, worker.check_heart_beat = address, status, check_heart_beat
         worker.seen, worker.drained = self._clock(), False
-        worker.failures, worker.closed_until, worker.sent, worker.ended = 0, 0.0, 0, 0
+        worker.failures, worker.closed_until, worker.sent, worker.ended, worker.away = 0, 0.0, 0, 0, False
         self._workers[address.name] = worker
         _log.info("worker %s registered for %s", address.name, ", ".join(status.model_names))
 
@@ -155,15 +160,8 @@ class Registry:
             self.remove(name, f"no heartbeat for {self.settings.expiry:g} s")
         return silent
 
-    def drain(self, name: str) -> bool:
-        """Send a worker nothing new; False where it is not known."""
-        return self._set_drained(name, True)
-
-    def undrain(self, name: str) -> bool:
-        """Send a worker requests again; False where it is not known."""
-        return self._set_drained(name, False)
-
-    def _set_drained(self, name: str, drained: bool) -> bool:
+    def drain(self, name: str, drained: bool = True) -> bool:
+        """Send a worker nothing new, or requests again; False where it is not known."""
         worker = self._workers.get(name)
         if worker is not None:
             worker.drained = drained
@@ -190,7 +188,9 @@ class Registry:
             model: whose answer is wanted.
             excluded: workers that were tried.
         """
-        fit = [w for w in self._fit(model) if w.address.name not in excluded]
+        now = self._clock()
+        candidates = [w for w in self._workers.values() if model in w.status.model_names and w.closed_until <= now]
+        fit = [w for w in candidates if not w.draining and w.address.name not in excluded]
         if not fit:
             return None
         if self.settings.dispatch_method == "lottery":
@@ -204,14 +204,6 @@ class Registry:
             worker.closed_until = self._clock() + self.settings.cool_down
         return worker.address.name
 
-    def _fit(self, model: str) -> list[Worker]:
-        now = self._clock()
-        return [
-            worker
-            for worker in self._workers.values()
-            if model in worker.status.model_names and not worker.draining and worker.closed_until <= now
-        ]
-
     def get(self, name: str) -> Worker | None:
         """The worker of this name."""
         return self._workers.get(name)
@@ -219,6 +211,10 @@ class Registry:
     def workers(self) -> list[Worker]:
         """All workers, in the order they came."""
         return list(self._workers.values())
+
+    def may_come_back(self, model: str) -> bool:
+        """Whether a worker of the model lost its connections, as one that is being started again."""
+        return any(w.away and model in w.status.model_names and not w.draining for w in self._workers.values())
 
     def retry_after(self, model: str) -> float:
         """Seconds after which a worker may be fit that is not now."""
@@ -238,12 +234,12 @@ class Registry:
         if worker := self._workers.get(name):
             if worker.closed_until:
                 _log.info("worker %s answers again", name)
-            worker.failures, worker.closed_until = 0, 0.0
+            worker.failures, worker.closed_until, worker.away = 0, 0.0, False
 
-    def report_failure(self, name: str) -> None:
+    def report_failure(self, name: str, away: bool = False) -> None:
         """A worker failed by its own fault; after some failures in a row it is left alone for a while."""
         if worker := self._workers.get(name):
-            worker.failures += 1
+            worker.failures, worker.away = worker.failures + 1, away
             if worker.failures >= self.settings.max_failures:
                 worker.closed_until = self._clock() + self.settings.cool_down
                 _log.warning("worker %s failed %d times in a row; it rests", name, worker.failures)

@@ -20,6 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from model.errors import MedPLIBError
+from model.serve.access import Entrance
 
 try:
     import resource
@@ -178,6 +179,8 @@ def run_app(
     port: int,
     *,
     grace: float = GRACE_SECONDS,
+    allow_hosts: Sequence[str] = (),
+    root_path: str = "",
     on_stop: Callable[[], None] | None = None,
     head_timeout: float = HEAD_SECONDS,
     log_level: int = logging.WARNING,
@@ -189,6 +192,9 @@ def run_app(
         host: name or address to listen on.
         port: port to listen on; 0 takes any free one.
         grace: seconds that requests under way may take after the first signal, > 0; then they are cancelled.
+        allow_hosts: names that requests may be for besides loopback's; where there are none and the host is not
+            loopback, any.
+        root_path: sub-path under which a proxy shows the application; ``/sub/path`` or empty.
         on_stop: called on the event loop after the first signal, before requests under way are waited for.
         head_timeout: seconds that the head of a request may take, so that silent connections do not pile up.
         log_level: of uvicorn's own messages; requests are not logged one by one.
@@ -196,10 +202,12 @@ def run_app(
     Raises:
         MedPLIBError: the port cannot be listened on.
     """
+    anywhere = not is_loopback(host)
+    names = None if anywhere and not allow_hosts else [*allow_hosts, host]
     listeners = listen(host, port)
     _allow_many_connections()
     config = uvicorn.Config(
-        app,
+        Entrance(app, names, anywhere, root_path),
         http=_protocol(head_timeout),
         access_log=False,
         log_config=None,
@@ -221,19 +229,16 @@ def _allow_many_connections() -> None:
 
 
 def set_up_logging() -> None:
-    """Servers tell what they do on standard error; the libraries only warn."""
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    """One log format for all servers, on standard error; libraries log warnings alone."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
     logging.getLogger("model.serve").setLevel(logging.INFO)
 
 
 def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse flags whose names may be spelled with underscores or hyphens; the parser names them with hyphens."""
     given = sys.argv[1:] if arguments is None else arguments
-    return parser.parse_args([_hyphened(argument) for argument in given])
-
-
-def _hyphened(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    named = (argument.partition("=") for argument in given)
+    return parser.parse_args(
+        [(name.replace("_", "-") if name.startswith("--") else name) + equals + value for name, equals, value in named]
+    )

@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
 
 from model.errors import MedPLIBError
-from model.serve.checks import Stored, check_checkpoint, check_memory, check_packages
+from model.serve.checks import Stored, check_checkpoint, check_devices, check_memory, check_packages
 from model.serve.children import Child, Program
 from model.serve.running import check_port, is_loopback
 
@@ -81,14 +82,13 @@ class Stack:
     def __init__(self, settings: StackSettings, say: Callable[[str], None]) -> None:
         self.settings, self.say = settings, say
         programs = make_programs(settings, check_start(settings).regions)
-        self.children = [Child(program, settings.logs, self._hearing(program.name)) for program in programs]
+        self.children = [
+            Child(program, settings.logs, partial(_log.info, "%s: %s", program.name)) for program in programs
+        ]
         self.stopping, self.hurry = threading.Event(), threading.Event()
         self._unready: set[str] = set()
         self._next_visit = 0.0
         self._client = httpx.Client(trust_env=False, timeout=2.0)
-
-    def _hearing(self, name: str) -> Callable[[str], None]:
-        return lambda line: _log.info("%s: %s", name, line)
 
     def run(self) -> None:
         """Start, tell the addresses, keep everything running, and stop everything when asked to.
@@ -209,8 +209,7 @@ def check_start(settings: StackSettings) -> Stored:
         MedPLIBError: packages, ports, checkpoint or memory are not as they have to be.
     """
     check_packages([*PACKAGES, "gradio"] if settings.web else PACKAGES)
-    if not settings.devices:
-        raise MedPLIBError("there are 0 workers; start at least 1 with --workers")
+    check_devices(settings.devices)
     check_port(settings.host, settings.api_port, "--api-port")
     if settings.web:
         check_port(settings.host, settings.port)
@@ -312,7 +311,7 @@ def run_stack(settings: StackSettings) -> int:
 
     if not is_loopback(settings.host) and not os.environ.get(CLIENT_KEY):
         sys.stderr.write(
-            f"medplib: whoever reaches {settings.host} may ask, as {CLIENT_KEY} is not set; "
+            f"medplib: everyone who reaches {settings.host} may ask, as {CLIENT_KEY} is not set; "
             "set it, or let a proxy with passwords stand before page and API\n"
         )
     Stack(settings, say).run()

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -30,9 +30,12 @@ from model.serve.heartbeat import Heart, Registration
 from model.serve.limits import BodyLimit, ServeLimits
 from model.serve.measuring import WorkerMetrics
 from model.serve.protocol import ErrorCode, WorkerStatus, error_chunk
-from model.serve.refusals import Refusal, answer_errors
-from model.serve.worker_loop import EngineLoop, SharedEngine
+from model.serve.refusals import Refusal, answer_errors, client_sentence
+from model.serve.worker_loop import EngineLoop
 from model.serve.worker_requests import Asked, last_chunk, read_request, text_chunk
+
+if TYPE_CHECKING:
+    from model.inference.engine import Engine
 
 Result = TypeVar("Result")
 _CROWDED = ("busy", "draining")  # a crowd must not fill the log
@@ -93,12 +96,12 @@ class Worker:
     """
 
     def __init__(
-        self, engine: SharedEngine, settings: WorkerSettings, on_start: Callable[[Worker], None] | None = None
+        self, engine: Engine, settings: WorkerSettings, on_start: Callable[[Worker], None] | None = None
     ) -> None:
         self.settings, self._on_start = settings, on_start
         self.loop = EngineLoop(engine, settings.stall_seconds)
         self.metrics = WorkerMetrics()
-        self.metrics.watch(lambda: self._engine_count("waiting"), lambda: self._engine_count("running"))
+        self.metrics.watch(lambda: self.loop.count("waiting"), lambda: self.loop.count("running"))
         self.draining = False
         self.active = self.requests = self.answered = 0
         self._held = 0
@@ -149,9 +152,6 @@ class Worker:
                     await self._idle.wait()
         await draining
 
-    def _engine_count(self, name: str) -> int:
-        return self.loop.engine.status().get(name, 0)
-
     def status(self) -> WorkerStatus:
         """How it is now."""
         details = {
@@ -182,10 +182,15 @@ class Worker:
         if self.draining:
             raise Refusal(ErrorCode.DRAINING, "this worker takes nothing new; ask again", retry_after=1)
         if stuck := self.loop.stuck():
-            raise Refusal(ErrorCode.FAILED, stuck)
+            _log.error("%s", stuck)
+            raise Refusal(ErrorCode.FAILED, "this worker cannot answer at the moment; ask again")
         if self.active >= self.settings.capacity:
             sentence = f"{self.active} requests are waiting and running already; ask again later"
-            raise Refusal(ErrorCode.BUSY, sentence, self.loop.retry_after())
+            raise Refusal(ErrorCode.BUSY, sentence, self.retry_after())
+
+    def retry_after(self) -> float:
+        """Seconds until what waits and runs now is answered, about; by then all of it has had its time."""
+        return min(self.settings.request_timeout, self.loop.retry_after(self.active))
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
@@ -312,7 +317,7 @@ class _Exchange:
         except Refusal as refusal:
             await self._fail(refusal)
         except MedPLIBError as error:
-            await self._fail(Refusal(ErrorCode.BAD_INPUT, str(error)))
+            await self._fail(Refusal(ErrorCode.BAD_INPUT, client_sentence(error)))
         except _TakesNothing:
             self.outcome = "left"
         except Exception as error:  # noqa: BLE001 - whatever it is, the client hears of it
@@ -385,7 +390,7 @@ class _TakesNothing(Exception):
 
 
 def make_worker_app(
-    engine: SharedEngine, settings: WorkerSettings | None = None, on_start: Callable[[Worker], None] | None = None
+    engine: Engine, settings: WorkerSettings | None = None, on_start: Callable[[Worker], None] | None = None
 ) -> FastAPI:
     """The worker as an ASGI application; ``app.state.worker`` is what its routes work on.
 

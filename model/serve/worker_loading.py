@@ -191,5 +191,6 @@ def describe_engine(engine: Engine, choice: ModelChoice) -> dict[str, Any]:
         "prefix_cache_bytes": engine.prefixes.max_bytes,
         "max_length": engine.max_length,
         "regions": engine.model.config.region.enabled,
+        "mask_threshold": engine.model.config.mask.threshold,
         "mask_gate": engine.gate is not None,
     }

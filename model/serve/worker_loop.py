@@ -1,6 +1,6 @@
 """The engine's thread on one side, the event loop on the other: answers stream across, and neither waits for the other.
 
-The engine leaves its newest text behind and goes on; whoever streams it takes the newest when he comes to it. A slow
+The engine leaves its newest text behind and goes on; whoever streams it takes the newest. A slow
 client therefore gets fewer, longer pieces, and costs the engine and the memory nothing.
 """
 
@@ -10,36 +10,25 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
-from model.inference.requests import EngineFull, NotFinite, OnText, Request, Ticket
+from model.inference.requests import EngineFull, NotFinite, Request, Ticket
 from model.serve.protocol import ErrorCode
 from model.serve.refusals import Refusal
 
 _BROKEN_AFTER = 3  # failures in a row
-_SHARE = 0.1  # of the newest answer in the mean time of one
+if TYPE_CHECKING:
+    from model.inference.engine import Engine
+
+_PAUSES = 64  # between answers' ends, whose mean is the pace of a queue
+_FIRST_SECONDS = 1.0  # of an answer, before one was measured
 
 _log = logging.getLogger(__name__)
-
-
-class SharedEngine(Protocol):
-    """What a worker needs of ``inference.engine.Engine``."""
-
-    def submit(self, request: Request, on_text: OnText | None = None) -> Ticket:
-        """Hand in a request."""
-        ...
-
-    def status(self) -> dict[str, int]:
-        """Requests waiting and running, slots, caches."""
-        ...
-
-    def close(self) -> None:
-        """Answer nothing more."""
-        ...
 
 
 class EngineLoop:
@@ -50,9 +39,10 @@ class EngineLoop:
         stall_seconds: within which it takes notice of a request that was given up; one that does not is stuck.
     """
 
-    def __init__(self, engine: SharedEngine, stall_seconds: float = 120.0) -> None:
+    def __init__(self, engine: Engine, stall_seconds: float = 120.0) -> None:
         self.engine, self.stall_seconds = engine, stall_seconds
-        self.mean_seconds = 1.0
+        self._pauses: deque[float] = deque(maxlen=_PAUSES)  # seconds between answers' ends while there is work
+        self._last_end = 0.0
         self._submitting = ThreadPoolExecutor(1, thread_name_prefix="medplib-submit")
         self._given_up: dict[Ticket, float] = {}
         self._failures = 0
@@ -100,6 +90,8 @@ class EngineLoop:
         """
         loop = asyncio.get_running_loop()
         begun = loop.time()
+        if not self.count("waiting", "running"):
+            self._last_end = begun  # no work until now
         stream = _Stream(loop)
         handing_in = self._submitting.submit(self._submit, request, stream)
         try:
@@ -123,22 +115,27 @@ class EngineLoop:
                     told = text
                     yield text
             answer = self._outcome(ticket)
-            self.mean_seconds += _SHARE * (loop.time() - begun - self.mean_seconds)
+            self._pauses.append(loop.time() - self._last_end)
+            self._last_end = loop.time()
             yield answer
         finally:
             self._cancel(ticket)
 
-    def retry_after(self) -> float:
-        """Seconds after which there may be room."""
+    def retry_after(self, count: int) -> float:
+        """Seconds until so many requests are answered, at the pace of the last answers."""
+        pace = sum(self._pauses) / len(self._pauses) if self._pauses else _FIRST_SECONDS / max(1, self.count("slots"))
+        return max(1.0, pace * count)
+
+    def count(self, *names: str) -> int:
+        """Sum of these counts of the engine's status."""
         status = self.engine.status()
-        rounds = (status.get("waiting", 0) + 1) / max(1, status.get("slots", 1))
-        return min(60.0, max(1.0, self.mean_seconds * rounds))
+        return sum(status.get(name, 0) for name in names)
 
     def _submit(self, request: Request, stream: _Stream) -> Ticket:
         try:
             ticket = self.engine.submit(request, stream.hear)
         except EngineFull as error:
-            raise Refusal(ErrorCode.BUSY, str(error), self.retry_after()) from error
+            raise Refusal(ErrorCode.BUSY, str(error), self.retry_after(self.count("waiting", "running"))) from error
         except MedPLIBError:
             raise
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections.abc import Iterator
@@ -59,6 +60,25 @@ class Visitor:
             self.tab.click(".source .open")
         chooser.value.set_files(path)
         self._wait_for_picture(path.name)
+
+    def drop(self, path: Path, onto: str) -> None:
+        """Drop a file on some part of the page."""
+        content = base64.b64encode(path.read_bytes()).decode()
+        self.tab.evaluate(
+            """([onto, content, name]) => {
+                const bytes = Uint8Array.from(atob(content), (sign) => sign.charCodeAt(0)), held = new DataTransfer();
+                held.items.add(new File([bytes], name));
+                const kept = ['dragenter', 'dragover', 'drop'].map((kind) => document.querySelector(onto).dispatchEvent(
+                    new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: held })));
+                if (kept.some(Boolean)) throw new Error('the browser would open the file in place of the page'); }""",
+            [onto, content, path.name],
+        )
+        self._wait_for_picture(path.name)
+
+    def choose_model(self, name: str) -> None:
+        """Choose a model."""
+        self.tab.click("#picker input")
+        self.tab.click(f"[role=option]:has-text('{name}')")
 
     def _wait_for_picture(self, name: str = "") -> None:
         self.tab.wait_for_function(

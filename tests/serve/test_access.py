@@ -5,10 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import httpx
 import pytest
+from starlette.responses import JSONResponse
 
 from model.errors import MedPLIBError
-from model.serve.access import CheckedAddress, WorkerAllowList, checked_key, from_loopback, normal_name, shows_key
+from model.serve.access import (
+    CheckedAddress,
+    Entrance,
+    WorkerAllowList,
+    checked_key,
+    from_loopback,
+    normal_name,
+    shows_key,
+)
 from model.serve.calling import WorkerCaller
 from tests.serve.fake_workers import ScriptedWorker
 
@@ -209,3 +219,52 @@ def test_a_key_that_no_header_carries_is_refused(key):
     with pytest.raises(MedPLIBError, match="--api-key"):
         checked_key(key, "--api-key")
     assert checked_key("", "--api-key") is None and checked_key("a-key", "--api-key") == "a-key"
+
+
+# --- host names and sub-paths ---------------------------------------------------------------------------------------
+
+
+async def path_of(scope, receive, send):
+    await JSONResponse(scope["path"])(scope, receive, send)
+
+
+def visit(host, path="/v1/models", **entrance):
+    async def get():
+        transport = httpx.ASGITransport(Entrance(path_of, **entrance))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.get(path, headers={"Host": host})
+
+    return asyncio.run(get())
+
+
+@pytest.mark.parametrize(
+    ("host", "local", "elsewhere"),  # served by a loopback server, by one on all addresses that has --allow-host
+    [
+        ("localhost:65101", True, True),
+        ("LOCALHOST.", True, True),
+        ("127.0.0.1:1", True, True),
+        ("[::1]:64000", True, True),
+        ("lab.example.org:443", True, True),  # named by --allow-host
+        ("evil.example:65101", False, False),
+        ("localhost.evil.example", False, False),
+        ("127.0.0.1.evil.example", False, False),
+        ("evil.example:80@localhost", False, False),
+        ("[::1]evil.example", False, False),
+        ("10.0.0.7:64000", False, True),
+        ("", True, True),
+    ],
+)
+def test_only_names_of_this_server_are_served(host, local, elsewhere, caplog):
+    for served, addresses in ((local, False), (elsewhere, True)):
+        answer = visit(host, names=["lab.example.org"], addresses=addresses)
+        assert answer.status_code == (200 if served else 403)
+        if not served:
+            assert "not reached under the name" in answer.json()["error"]["message"] and "--" not in answer.text
+            assert "--allow-host NAME" in caplog.text  # for the operator
+
+
+def test_a_sub_path_is_taken_off_where_a_proxy_leaves_it():
+    seen = [
+        visit("x", path, names=None, root_path="/lab/medplib").json() for path in ("/lab/medplib/v1", "/v1", "/lab")
+    ]
+    assert seen == ["/v1", "/v1", "/lab"]

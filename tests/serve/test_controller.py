@@ -129,9 +129,9 @@ def test_the_only_model_answers_a_request_that_names_none(serving):
 def test_without_workers_it_says_so(serving):
     with controller(serving) as client:
         (chunk,) = ask(client)
-        assert chunk.error_code == ErrorCode.NO_WORKER and "no worker" in chunk.text
+        assert chunk.error_code == ErrorCode.NO_WORKER and "no model is available" in chunk.text
         answer = client.get("/readyz")
-        assert answer.status_code == 503 and "no worker" in answer.json()["error"]
+        assert answer.status_code == 503 and "no worker is there" in answer.json()["error"]
         assert client.get("/livez").status_code == 200
 
 

@@ -228,7 +228,9 @@ def test_a_worker_that_fails_later_is_told_in_the_last_chunk(serving, fault):
 def test_a_worker_that_always_dies_on_the_way_is_left_alone(serving):
     with (
         raw_worker(*AFTER["resets"]) as (bad, seen),
-        controller(serving, registry=RegistrySettings(max_failures=2)) as running,
+        controller(
+            serving, registry=RegistrySettings(max_failures=2), forwarding=ForwardSettings(restart_wait=0.1)
+        ) as running,
     ):
         running.register(bad)
         assert [running.ask()[-1].error_code for _ in range(3)][-1] == ErrorCode.NO_WORKER
@@ -386,3 +388,26 @@ def test_a_stopping_controller_ends_answers_with_a_sentence(serving):
         assert running.http.get("/readyz").status_code == 503
         assert running.worker(url)["failures"] == 0
         running.http.close()
+
+
+# --- a worker that is started again -----------------------------------------------------------------------------------
+
+
+def test_a_request_waits_for_a_worker_that_is_started_again(serving, port):
+    with controller(serving, registry=RegistrySettings(cool_down=60)) as running, ThreadPoolExecutor(4) as pool:
+        with serving(ScriptedWorker(say("Before.")).app, port) as url:
+            running.register(url)
+        asking = [pool.submit(running.ask) for _ in range(4)]  # it was killed, and takes no connections
+        time.sleep(0.5)
+        assert not any(one.done() for one in asking) and running.counted("medplib_controller_workers_fit") == 0
+        with serving(ScriptedWorker(say("After.")).app, port) as url:
+            running.register(url)
+            assert [one.result(10)[-1].answer for one in asking] == ["After."] * 4
+
+
+def test_nobody_waits_for_ever_or_for_a_model_that_was_never_there(serving, port):
+    with controller(serving, forwarding=ForwardSettings(restart_wait=0.3)) as running:
+        begun = time.monotonic()
+        assert "no model is available" in running.ask()[-1].text and time.monotonic() - begun < 0.3
+        running.register(f"http://127.0.0.1:{port}")
+        assert running.ask()[-1].error_code == ErrorCode.NO_WORKER and time.monotonic() - begun > 0.3

@@ -37,7 +37,7 @@ def _readers() -> dict[str, Reader]:
     return {
         "model.serve.controller": partial(parse_flags, controller_settings.make_parser()),
         "model.serve.model_worker": partial(parse_flags, model_worker.make_parser()),
-        "model.serve.gradio_web_server": gradio_web_server.build_parser().parse_args,
+        "model.serve.gradio_web_server": partial(parse_flags, gradio_web_server.build_parser()),
     }
 
 

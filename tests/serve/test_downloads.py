@@ -124,6 +124,17 @@ def test_one_mask_is_a_png_and_several_are_a_zip(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(Image.open(archive.open(name))) == 255, mask.to_array())
 
 
+def test_masks_keep_the_numbers_of_the_page(tmp_path: Path) -> None:
+    volume = shipped("CT_small.dcm")
+    masks, shown = masks_in(volume), [False, True]
+    assert write("png", masks, volume, 0, tmp_path, shown=shown).name == "CT_small_mask_2.png"
+    (told,) = json.loads(write("rle", masks, volume, 0, tmp_path, shown=shown).read_text(encoding="utf-8"))["masks"]
+    labels = np.asarray(nibabel.load(write("nifti", masks, volume, 0, tmp_path, shown=shown)).dataobj)
+    assert told["number"] == 2 and set(np.unique(labels)) == {0, 2} and (labels > 0).sum() == masks[1].area_px
+    (segment,) = pydicom.dcmread(write("dicom-seg", masks, volume, 0, tmp_path, shown=shown)).SegmentSequence
+    assert (segment.SegmentNumber, segment.SegmentLabel) == (1, "mask 2")
+
+
 def test_the_overlay_is_what_the_page_shows(tmp_path: Path) -> None:
     volume = shipped("MR_small.dcm")
     masks, shown, window = masks_in(volume), [True, False], (600.0, 200.0)

@@ -25,10 +25,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from model.errors import MedPLIBError
 from model.processing.masks import encode_rle
+from model.serve.commands import add_limit_flags
 from model.serve.limits import (
     BodyLimit,
     ServeLimits,
-    add_limit_flags,
     decode_base64,
     limits_from,
     open_image,

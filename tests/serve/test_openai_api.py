@@ -292,7 +292,7 @@ def test_a_programmer_error_ends_the_stream_too(client: openai.OpenAI, workers: 
     chunks = iter(ask(client, stream=True))
     next(chunks)
     more.set()
-    with pytest.raises(openai.APIError, match="its log tells which"):
+    with pytest.raises(openai.APIError, match="failed on the request; ask again"):
         list(chunks)
 
 
@@ -320,6 +320,7 @@ def test_unknown_models_are_told_from_absent_workers(client: openai.OpenAI, work
         ({"n": 2}, "n", "one answer is given"),
         ({"response_format": {"type": "json_object"}}, "response_format", "plain text and masks"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "required"),
@@ -338,6 +339,12 @@ def test_malformed_requests_name_their_field(
         ask(client, **fields)
     assert (error.value.param, error.value.type) == (param, "invalid_request_error")
     assert not workers.asked
+
+
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/completions", "/v1/messages", "/v1/embeddings"])
+def test_apis_that_are_not_here_point_to_the_one_that_is(url: str, route: str) -> None:
+    answer = httpx.post(f"{url}{route}", json={}, trust_env=False)
+    assert answer.status_code == 404 and "POST /v1/chat/completions" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_no_model_chosen_takes_the_first_that_is_served(visit, controller):
     assert controller.requests[0].model == "nano"
     controller.models = []
     list(visit.desk.ask(visit.session, "What is it?", "", GREEDY))
-    assert "no model is served" in visit.last.error
+    assert "no model is available" in visit.last.error
 
 
 def test_a_long_conversation_loses_its_oldest_questions_and_says_so(visit, controller):
@@ -257,9 +257,9 @@ def test_no_controller_is_a_sentence():
     visit = Visit(address)
     visit.open(png())
     visit.ask("What is it?")
-    assert "nothing answers at" in visit.last.error
     visit.desk.look_for_models(visit.session)
-    assert "Nothing answers at" in visit.session.notice
+    for told in (visit.last.error, visit.session.notice):
+        assert "service is not available" in told and address not in told
 
 
 @pytest.mark.parametrize(
@@ -434,6 +434,51 @@ def test_visitors_are_apart_and_forgotten_in_time():
     now[0] = 700
     sessions.of("c")
     assert sessions.of("a") is not first
+
+
+def test_a_tab_that_is_loaded_again_has_its_session(visit):
+    now = [0.0]
+    sessions = Sessions(idle_seconds=1000, clock=lambda: now[0])
+    visit.session, found = sessions.arrive("page 1", "tab")
+    assert not found and sessions.arrive("page 2", "")[1] is False
+    visit.open(png())
+    visit.ask("What is it?")
+    visit.last.state = "running"  # and left so
+    sessions.leave("page 1")
+    now[0] = 299
+    assert sessions.arrive("page 3", "tab") == (visit.session, True) and visit.last.state == "stopped"
+    sessions.leave("page 1")  # heard of late
+    now[0] = 1200
+    assert sessions.of("page 3") is visit.session
+    sessions.leave("page 3")
+    now[0] += 301
+    sessions.sweep()
+    assert len(sessions) == 0 and sessions.arrive("page 4", "tab")[1] is False
+
+
+def test_the_chosen_model_stays(visit, controller):
+    controller.models = ["alpha", "nano"]
+    visit.desk.look_for_models(visit.session, "nano")
+    assert visit.session.model == "nano" and visit.desk.models == ["alpha", "nano"]
+    visit.open(png())
+    list(visit.desk.ask(visit.session, "What is it?", "alpha", GREEDY))
+    assert visit.session.model == "alpha"
+
+
+def test_text_that_reorders_or_hides_is_shown_without_it(visit, controller):
+    mask = {**disc(), "label": "\u202edisc\x1b"}
+    controller.script = say("The \u202elive\u2066 \x07disc\u200f is <SEG>.\n", (mask,))
+    visit.open(png())
+    visit.ask("Where?")
+    assert visit.last.answer == "The live disc is <SEG>.\n" and view.masks(visit.session)["rows"][0]["label"] == "disc"
+
+
+def test_visitors_do_not_read_what_operators_do(visit, controller, caplog):
+    sentence = "a.dcm is compressed with JPEG-LS; install with pip install -e '.[dicom]'; set MEDPLIB_X or give --x"
+    controller.script = fail(error_chunk(ErrorCode.BAD_INPUT, sentence))
+    visit.open(png())
+    visit.ask("What is it?")
+    assert visit.last.error == "a.dcm is compressed with JPEG-LS" and sentence in caplog.text
 
 
 def test_heavy_pictures_are_forgotten_first(visit):

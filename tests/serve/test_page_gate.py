@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from model.serve import gradio_web_server
+from model.serve.running import parse_flags
 from model.serve.web.gate import Tray
 from tests.conftest import ROOT
 from tests.serve.scripted import ScriptedController, say_for_ever
@@ -47,7 +49,8 @@ def site(serving: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
     controller = ScriptedController()
     with serving(controller.app) as address:
         flags = ["--controller", address, "--votes-file", str(tmp_path_factory.mktemp("votes") / "votes.jsonl")]
-        app = gradio_web_server.make_app(gradio_web_server.build_parser().parse_args(flags))
+        flags += ["--max-image-mib", "1", "--max-volume-mib", "3"]
+        app = gradio_web_server.make_app(parse_flags(gradio_web_server.build_parser(), flags))
         with serving(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
             yield client
 
@@ -104,7 +107,7 @@ def test_gradio_takes_no_files(site, tmp_path):
 def test_uploads_need_the_pages_own_header_and_keep_the_limit(site):
     assert site.post("/open", content=png()).status_code == 403
     assert site.post("/open", content=png(), headers={"X-MedPLIB": "open"}).json()["token"]
-    assert site.post("/open", content=b"\0" * (64 * 2**20 + 1), headers={"X-MedPLIB": "open"}).status_code == 413
+    assert site.post("/open", content=b"\0" * (3 * 2**20 + 1), headers={"X-MedPLIB": "open"}).status_code == 413
 
 
 def test_long_or_broken_words_are_refused(site):
@@ -116,7 +119,7 @@ def test_many_answers_at_once_hold_up_nobody(serving, wait_until, tmp_path):
     controller = ScriptedController(say_for_ever)
     with serving(controller.app) as address:
         flags = ["--controller", address, "--votes-file", str(tmp_path / "votes.jsonl")]
-        app = gradio_web_server.make_app(gradio_web_server.build_parser().parse_args(flags))
+        app = gradio_web_server.make_app(parse_flags(gradio_web_server.build_parser(), flags))
         with serving(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
             events = {event["targets"][0][1]: event["id"] for event in client.get("/config").json()["dependencies"]}
 
@@ -156,8 +159,10 @@ def test_the_command_serves_until_it_is_told_to_stop(port, wait_until, tmp_path)
     flags = ["--controller", "http://127.0.0.1:9", "--model-list-mode", "reload", "--add_region_feature"]
     command = [sys.executable, "-m", "model.serve.gradio_web_server", *flags, "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         address = f"http://127.0.0.1:{port}"
         wait_until(lambda: httpx.get(f"{address}/readyz", trust_env=False).status_code == 200, seconds=60)
         process.terminate()
-        assert process.stdout.read() == f"The page is at {address}\n" and process.wait(30) == 0
+        lines = process.stderr.read().splitlines()
+        assert process.wait(30) == 0 and lines[-1].endswith(f" INFO model.serve.running: listening on {address}")
+        assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ (INFO|WARNING) model\.serve", line) for line in lines)

@@ -131,9 +131,9 @@ def test_a_drained_worker_gets_nothing_new(make):
     registry = make()
     add(registry, "a")
     add(registry, "b", models=["seven"])
-    assert registry.drain("b") and not registry.drain("c") and not registry.undrain("c")
+    assert registry.drain("b") and not registry.drain("c") and not registry.drain("c", False)
     assert registry.models() == ["nano"] and registry.choose("seven") is None and registry.fit_workers() == 1
-    assert registry.undrain("b")
+    assert registry.drain("b", False)
     assert registry.models() == ["nano", "seven"] and registry.choose("seven") == "b"
 
 
@@ -237,3 +237,11 @@ def test_each_worker_is_told_of(make, clock):
 def test_an_unknown_way_of_choosing_is_refused():
     with pytest.raises(MedPLIBError, match="lottery or shortest_queue"):
         RegistrySettings(dispatch_method="round_robin")
+
+
+def test_a_worker_under_another_name_takes_its_own_place(make):
+    registry = make()
+    for name in ("http://localhost:1", "http://2130706433:1", "http://[::ffff:127.0.0.1]:1", "http://other:1"):
+        place = "http://10.0.0.2:1" if "other" in name else "http://127.0.0.1:1"
+        registry.register(CheckedAddress(name, (place,)), WorkerStatus(model_names=["nano"]))
+    assert [one["worker_name"] for one in registry.status()] == ["http://[::ffff:127.0.0.1]:1", "http://other:1"]

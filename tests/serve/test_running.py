@@ -95,7 +95,7 @@ def test_a_connection_without_a_request_is_closed(port, wait_until):
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: httpx.get(f"{url}/nowhere", trust_env=False), 60, "the server")
-        whole = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
+        whole = b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n"
         for sent in ([], [whole[:20]], [whole, b"GET"]):
             with socket.create_connection(("127.0.0.1", port), timeout=15) as silent:
                 for part in sent:

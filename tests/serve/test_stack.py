@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -237,8 +239,9 @@ def test_free_memory_is_that_of_the_machine_or_of_its_container(
         ["--port", "BUSY"],
         ["--host", "no.such.host.invalid"],
         ["--host", "192.0.2.1"],
-        ["--workers", "0"],
         ["--device", ","],
+        ["--device", "cuda:99"],
+        ["--device", "gpu"],
         ["--workers", "100000"],
         ["--load-8bit", "--load-4bit"],
     ],
@@ -251,9 +254,22 @@ def test_what_cannot_start_is_one_sentence_and_exit_2(
     with serving(FastAPI()) as busy:
         names = {"EMPTY": str(tmp_path), "BUSY": busy.rpartition(":")[2]}
         assert main(["serve", *(names.get(flag, flag) for flag in flags)]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if "whoever reaches" not in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "everyone who reaches" not in line]
     assert len(said) == 1 and said[0].startswith("medplib: ")
     assert flags[0] not in ("--port", "--api-port") or said[0].endswith(f"with {flags[0]}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--workers", "0"), ("--slots", "0"), ("--max-waiting", "x"), ("--grace", "0"), ("--bogus", "1")],
+)
+def test_wrong_flags_are_named_with_the_usage_of_serve(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", flag, value])
+    said = capsys.readouterr().err
+    assert said.startswith("usage: medplib serve") and flag in said.splitlines()[-1]
 
 
 # --- what is started --------------------------------------------------------------------------------------------------
@@ -308,6 +324,7 @@ class Serving:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
+            env={**os.environ, "ALL_PROXY": "socks://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
             start_new_session=True,
         )
         self.said: list[str] = []
@@ -398,7 +415,10 @@ def test_page_and_api_come_up_outlive_a_crash_and_go(serve: Any, wait_until: Wai
         assert all(one.wait(60) for one in begun)
         assert stack.stop(signal.SIGINT) == 0
         assert [answer.result() for answer in answers] == ["end"] * 6  # what had begun was ended first
-    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"controller.log", "worker-1.log", "web-page.log"}
+    logs = {path.name: path.read_text().splitlines() for path in (tmp_path / "logs").iterdir()}
+    assert set(logs) == {"controller.log", "worker-1.log", "web-page.log"}
+    one_format = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [\w.]+: .*")
+    assert not [line for lines in logs.values() for line in lines if not one_format.fullmatch(line)]
 
 
 def test_a_program_that_cannot_start_is_told_and_all_end(serve: Any, wait_until: Wait, tmp_path: Path) -> None:

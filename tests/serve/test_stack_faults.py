@@ -168,7 +168,7 @@ def connections(stack: Stack, count: int) -> Iterator[list[socket.socket]]:
 
 
 def request_text(content: bytes, length: int | None = None) -> bytes:
-    head = f"POST {STREAM} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    head = f"POST {STREAM} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {length or len(content)}\r\n\r\n".encode() + content
 
 
@@ -198,7 +198,7 @@ def test_clients_that_read_nothing_or_leave_hold_nobody_up(stack: Stack) -> None
 def test_a_client_that_reads_slowly_gets_its_whole_answer(stack: Stack) -> None:
     with connections(stack, 1) as (one,):
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        one.sendall(request_text(body()).replace(b"Host: here", b"Host: here\r\nConnection: close"))
+        one.sendall(request_text(body()).replace(b"Host: localhost", b"Host: localhost\r\nConnection: close"))
         received = b""
         while piece := one.recv(64):
             received += piece

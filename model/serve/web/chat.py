@@ -21,11 +21,13 @@ from model.processing.special_tokens import IMAGE_TOKEN, SEG_TOKEN, as_typed
 from model.serve.client import AnswerStream, ControllerClient
 from model.serve.limits import ServeLimits, turns_to_drop
 from model.serve.protocol import Chunk, GenerateRequest
-from model.serve.web.pictures import colour, read_masks
+from model.serve.refusals import client_sentence
+from model.serve.web.pictures import colour, plain, read_masks
 from model.serve.web.state import Exchange, Picture, Session
 
 _log = logging.getLogger(__name__)
-_MACHINE_FAULT = "something went wrong in the page itself; ask again, and tell whoever runs it to look at its log"
+_MACHINE_FAULT = "something went wrong in the page itself; ask again"
+NO_MODEL = "no model is available at the moment; try again in a minute, or press Reload"
 SHOW_SECONDS = 0.08
 """A growing answer is shown no oftener: readers cannot tell, and many of them share one process."""
 _OPENINGS = frozenset({"a", "all", "an", "masks", "no", "nothing", "something", "that", "the", "there", "what"})
@@ -159,7 +161,7 @@ def listen(
     try:
         exchange.model = model = model or next(iter(client.models()), "")
         if not model:
-            raise MedPLIBError("no model is served at the moment; start a worker, then press Reload")
+            raise MedPLIBError(NO_MODEL)
         with client.stream(build_request(session, exchange, model, parameters, limits)) as stream:
             session.stream = stream
             yield
@@ -174,7 +176,7 @@ def listen(
         with session.lock:
             exchange.state = "stopped" if stopped or exchange.finish == "cancelled" else "done"
     except MedPLIBError as error:
-        exchange.state, exchange.error = "failed", str(error)
+        exchange.state, exchange.error = "failed", client_sentence(error)
     except Exception:  # noqa: BLE001 - whatever it is, the visitor is told and the page lives on
         _log.exception("an answer failed in the page")
         exchange.state, exchange.error = "failed", _MACHINE_FAULT
@@ -187,7 +189,7 @@ def listen(
 
 
 def _take(exchange: Exchange, chunk: Chunk) -> None:
-    exchange.answer = chunk.answer or _without_prompt(chunk.text)
+    exchange.answer = plain(chunk.answer or _without_prompt(chunk.text))
     exchange.finish = chunk.finish or exchange.finish
     exchange.dropped_turns, exchange.notes = chunk.dropped_turns, tuple(chunk.notes)
     if chunk.masks:
@@ -205,7 +207,7 @@ def _without_prompt(text: str) -> str:
 
 def as_sentence(error: object) -> str:
     """What went wrong as it is shown: with a full stop, and a capital unless it begins with a file's name."""
-    text = str(error).strip()
+    text = plain(client_sentence(error)).strip()
     capital = text.split(" ", 1)[0] in _OPENINGS
     return (text[:1].upper() + text[1:] if capital else text) + ("" if text.endswith((".", "!", "?")) else ".")
 
@@ -224,7 +226,7 @@ def messages(session: Session) -> list[dict[str, Any]]:
         if exchange.marks:
             about.append("1 region" if len(exchange.marks) == 1 else f"{len(exchange.marks)} regions")
         if exchange.picture.volume.num_slices > 1:
-            about.append(f"slice {exchange.picture.index + 1}")
+            about.append(f"{exchange.picture.volume.plane or 'slice'} {exchange.picture.index + 1}")
         told.append({"id": exchange.number, "role": "you", "parts": [{"text": exchange.question}], "about": about})
         told.append(
             {

@@ -10,7 +10,7 @@ import functools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, get_args
 
@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 _OPENED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons", "volume"})
 _ANSWER: Parts = frozenset({"talk", "buttons"})
 _ANSWERED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons"})
-_MACHINE_FAULT = "Something went wrong in the page; try again, and tell whoever runs it to look at its log."
+_VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz")
+_MACHINE_FAULT = "Something went wrong in the page; try again."
 
 
 def told(
@@ -83,9 +84,10 @@ class Desk:
         """Look at a file whose bytes wait in the tray."""
         name = safe_file_name(str(upload.get("name", "")), "the file")
         size = upload.get("size")
-        if isinstance(size, int) and size > self.limits.max_image_bytes:
-            most = self.limits.max_image_bytes / 2**20
-            raise MedPLIBError(f"{name} is larger than the limit of {most:.3g} MiB; give a smaller file")
+        most = self.limits.max_upload_bytes
+        if isinstance(size, int) and size > most:
+            _log.info("an upload was refused as larger than --max-image-mib and --max-volume-mib allow")
+            raise MedPLIBError(f"{name} is larger than the limit of {most / 2**20:.3g} MiB; give a smaller file")
         content = self.tray.take(upload.get("token"))
         if content is None:
             raise MedPLIBError(f"{name} did not arrive; open it again")
@@ -100,7 +102,9 @@ class Desk:
         return self._look_at(session, path.read_bytes(), path.name)
 
     def _look_at(self, session: Session, content: bytes, name: str) -> Parts:
-        volume = open_volume(content, name, self.limits)
+        volumes = content[128:132] == b"DICM" or content[:2] == b"\x1f\x8b" or name.lower().endswith(_VOLUMES)
+        most = self.limits.max_volume_bytes if volumes else self.limits.max_image_bytes
+        volume = open_volume(content, name, replace(self.limits, max_image_bytes=most))
         middle = volume.num_slices // 2
         session.show(Picture(volume, volume.slice(middle), middle, file=session.next_number()))
         return _OPENED
@@ -131,7 +135,7 @@ class Desk:
         """Add what was drawn to the regions of the next question."""
         picture = _picture(session)
         if len(session.marks) >= self.limits.max_regions:
-            raise MedPLIBError(f"{self.limits.max_regions} regions are marked, as many as may be; ask about them first")
+            raise MedPLIBError(f"at most {self.limits.max_regions} regions can be marked; ask about them first")
         session.marks.append(drawing.read_mark(drawn, picture.size))
         return Parts({"viewer", "talk"})
 
@@ -155,7 +159,7 @@ class Desk:
     ) -> Iterator[Parts]:
         exchange = None
         with session.lock:
-            session.notice = ""
+            session.notice, session.model = "", model
             try:
                 exchange = begin()
             except MedPLIBError as error:
@@ -219,8 +223,6 @@ class Desk:
             (exchange.masks[place], number in here and exchange.shown[place])
             for number, exchange, place in session.masks()
         ]
-        if kind != "overlay":  # there, a mask's place in the list is its colour
-            every = [(mask, shown) for mask, shown in every if shown]
         if not any(shown for _, shown in every):
             raise MedPLIBError("no mask is shown to be saved; tick one in the list, or ask for one")
         with tempfile.TemporaryDirectory(prefix="medplib-") as folder:
@@ -240,8 +242,15 @@ class Desk:
         return Parts({"masks"})
 
     @told
-    def look_for_models(self, session: Session, refresh: bool = True) -> Parts:
-        """List the models anew; ``refresh`` has the controller ask its workers first."""
+    def choose_model(self, session: Session, model: Any) -> Parts:
+        """Ask this model from now on."""
+        session.model = str(model or "")
+        return Parts({"models"})
+
+    @told
+    def look_for_models(self, session: Session, chosen: str | None = None, refresh: bool = True) -> Parts:
+        """List the models anew, keeping the choice; ``refresh`` has the controller ask its workers first."""
+        session.model = chosen or ""
         try:
             if refresh:
                 self.client.refresh()
@@ -250,7 +259,7 @@ class Desk:
             self.models = []
             raise
         if not self.models:
-            raise MedPLIBError("no model is served at the moment; start a worker, then press Reload")
+            raise MedPLIBError(chat.NO_MODEL)
         return Parts({"models"})
 
     def conversation_turns(self, model: str) -> int:

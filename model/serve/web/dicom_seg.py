@@ -28,11 +28,11 @@ _LEFT_EMPTY = (
 _INSTEAD = "download the masks as PNG, RLE or NIfTI"
 
 
-def dicom_segmentation(masks: Sequence[Mask], frames: DicomFrames, index: int, name: str) -> bytes:
+def dicom_segmentation(masks: Sequence[tuple[int, Mask]], frames: DicomFrames, index: int, name: str) -> bytes:
     """A DICOM-SEG file of binary segments, one for each mask.
 
     Args:
-        masks: of the frame's size; at least one.
+        masks: the page's number of each, from 1, and the mask at the frame's size; at least one.
         frames: of the source file.
         index: of the frame that the masks belong to, from 0.
         name: what messages call the source.
@@ -40,7 +40,7 @@ def dicom_segmentation(masks: Sequence[Mask], frames: DicomFrames, index: int, n
     Raises:
         MedPLIBError: every mask is empty, or the source lacks what a segmentation has to refer to.
     """
-    layers = np.stack([of_size(mask, frames.size) for mask in masks], axis=-1).astype(np.uint8)
+    layers = np.stack([of_size(mask, frames.size) for _, mask in masks], axis=-1).astype(np.uint8)
     if not layers.any():
         raise MedPLIBError(f"every mask of {name} is empty, and DICOM-SEG cannot tell of nothing; {_INSTEAD}")
     source = frames.reference()
@@ -94,14 +94,16 @@ def _absent(source: Any, keyword: str) -> bool:
     return value is None or str(value) == ""
 
 
-def _segmentation(source: Any, layers: np.ndarray, masks: Sequence[Mask], positions: list[Any] | None) -> Any:
+def _segmentation(
+    source: Any, layers: np.ndarray, masks: Sequence[tuple[int, Mask]], positions: list[Any] | None
+) -> Any:
     import highdicom
 
     return highdicom.seg.Segmentation(
         source_images=[source],
         pixel_array=layers[np.newaxis],
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_segment(number, mask) for number, mask in enumerate(masks)],
+        segment_descriptions=[_segment(place, *numbered) for place, numbered in enumerate(masks, start=1)],
         series_instance_uid=highdicom.UID(),
         series_number=9000,  # out of the way of the scanner's own
         sop_instance_uid=highdicom.UID(),
@@ -118,12 +120,12 @@ def _segmentation(source: Any, layers: np.ndarray, masks: Sequence[Mask], positi
     )
 
 
-def _segment(number: int, mask: Mask) -> Any:
+def _segment(place: int, number: int, mask: Mask) -> Any:
     import highdicom
     from pydicom.sr.codedict import codes
 
     segment = highdicom.seg.SegmentDescription(
-        segment_number=number + 1,
+        segment_number=place,  # DICOM wants 1, 2, 3 …
         segment_label=_label(mask, number),
         segmented_property_category=codes.SCT.Tissue,  # the model's own words are no code; this is the general one
         segmented_property_type=codes.SCT.Tissue,
@@ -131,16 +133,16 @@ def _segment(number: int, mask: Mask) -> Any:
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name="MedPLIB", version=_version(), family=codes.DCM.ArtificialIntelligence
         ),
-        display_color=highdicom.color.CIELabColor.from_rgb(*colour(number)),
+        display_color=highdicom.color.CIELabColor.from_rgb(*colour(number - 1)),
     )
-    segment.SegmentDescription = f"the model's own estimate of the overlap (IoU) is {mask.score:.2f}"
+    segment.SegmentDescription = f"mask {number}; the model's own estimate of the overlap (IoU) is {mask.score:.2f}"
     return segment
 
 
 def _label(mask: Mask, number: int) -> str:
     """At most 64 characters, of which DICOM allows neither backslashes nor control characters."""
     allowed = "".join(character for character in mask.label if character.isprintable() and character != "\\")
-    return allowed.strip()[:64].strip() or f"mask {number + 1}"
+    return allowed.strip()[:64].strip() or f"mask {number}"
 
 
 def _version() -> str:

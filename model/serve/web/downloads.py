@@ -44,14 +44,14 @@ def write(
     contour: bool = True,
     window: Window | None = None,
 ) -> Path:
-    """Write masks into ``folder`` as one file, whole or not at all.
+    """Write the masks that are shown into ``folder`` as one file, whole or not at all; each keeps its number.
 
     - ``png``: 0 and 255, at the slice's size; a zip of them where there are several.
     - ``overlay``: the picture as it is shown.
-    - ``rle``: JSON; each mask as COCO run lengths with label, score, box ``[x1, y1, x2, y2]``, size and area.
-    - ``nifti``: a map of labels 1 … n in the input's geometry: of a whole NIfTI volume to the bit, of one DICOM frame
-      where it lies in the patient, of any other picture with the identity and the spacing, if it is known. Where masks
-      overlap, the later one stands.
+    - ``rle``: JSON; each mask as COCO run lengths with number, label, score, box ``[x1, y1, x2, y2]``, size and area.
+    - ``nifti``: a map of the masks' numbers in the input's geometry: of a whole NIfTI volume to the bit, of one DICOM
+      frame where it lies in the patient, of any other picture with the identity and the spacing, if it is known.
+      Where masks overlap, the later one stands.
     - ``dicom-seg``: a segment for each mask; see ``dicom_seg``.
 
     Args:
@@ -60,7 +60,7 @@ def write(
         volume: that was asked about.
         slice_index: of the slice that was asked about, from 0.
         folder: to write in; it is made where it is missing. File names are derived from the volume's, made safe.
-        shown: whether each mask is in the overlay, as ``pictures.overlay`` takes it; the other kinds hold all.
+        shown: whether each mask is written; masks beyond its length are. Of those that are not, the size is free.
         opacity, contour, window: as the picture is shown.
 
     Returns:
@@ -75,28 +75,29 @@ def write(
     slice_index = volume.checked(slice_index)
     if not masks:
         raise MedPLIBError("there is no mask to download; ask for one first")
-    arrays = [of_size(mask, volume.size) for mask in masks]
+    kept = [(number, mask) for number, mask in enumerate(masks, start=1) if number > len(shown) or shown[number - 1]]
+    arrays = [of_size(mask, volume.size) for _, mask in kept]
     stem = _stem(volume, slice_index)
     if kind == "overlay":
         drawn = overlay(volume.slice(slice_index, window), masks, shown, opacity, contour)
         return _save(folder, f"{stem}_overlay.png", _png(drawn))
     if kind == "rle":
-        return _save(folder, f"{stem}_masks.json", _run_lengths(masks, volume, slice_index))
+        return _save(folder, f"{stem}_masks.json", _run_lengths(kept, volume, slice_index))
     if kind == "nifti":
-        return _save(folder, f"{stem}_masks.nii.gz", _nifti(masks, arrays, volume, slice_index))
+        return _save(folder, f"{stem}_masks.nii.gz", _nifti(kept, arrays, volume, slice_index))
     if kind == "dicom-seg":
         if not isinstance(volume, DicomVolume):
             raise MedPLIBError(
                 f"{volume.name} is no DICOM file, which DICOM-SEG has to refer to; choose another format"
             )
-        return _save(folder, f"{stem}_seg.dcm", dicom_segmentation(masks, volume.frames, slice_index, volume.name))
-    return _save_pngs(folder, stem, masks, arrays)
+        return _save(folder, f"{stem}_seg.dcm", dicom_segmentation(kept, volume.frames, slice_index, volume.name))
+    return _save_pngs(folder, stem, kept, arrays)
 
 
-def _save_pngs(folder: Path, stem: str, masks: Sequence[Mask], arrays: list[np.ndarray]) -> Path:
+def _save_pngs(folder: Path, stem: str, masks: Sequence[tuple[int, Mask]], arrays: list[np.ndarray]) -> Path:
     pictures = {
         f"{stem}_mask_{number}{_slug(mask.label)}.png": _png(inside.astype(np.uint8) * 255)
-        for number, (mask, inside) in enumerate(zip(masks, arrays, strict=True), start=1)
+        for (number, mask), inside in zip(masks, arrays, strict=True)
     }
     if len(pictures) == 1:
         return _save(folder, *next(iter(pictures.items())))
@@ -109,21 +110,21 @@ def _save_pngs(folder: Path, stem: str, masks: Sequence[Mask], arrays: list[np.n
     return _save(folder, f"{stem}_masks.zip", packed.getvalue())
 
 
-def _run_lengths(masks: Sequence[Mask], volume: Volume, index: int) -> bytes:
+def _run_lengths(masks: Sequence[tuple[int, Mask]], volume: Volume, index: int) -> bytes:
     told: dict[str, Any] = {"slice": index, "slices": volume.num_slices}
     if volume.plane:
         told["plane"] = volume.plane
     if volume.spacing_mm:
         told["spacing_mm"] = list(volume.spacing_mm)
-    told["masks"] = [{**mask.to_dict(), "size": mask.rle["size"]} for mask in masks]
+    told["masks"] = [{"number": number, **mask.to_dict(), "size": mask.rle["size"]} for number, mask in masks]
     return json.dumps(told, ensure_ascii=False, indent=1).encode()
 
 
-def _nifti(masks: Sequence[Mask], arrays: list[np.ndarray], volume: Volume, index: int) -> bytes:
-    labels = np.zeros(volume.size, dtype=np.uint8 if len(masks) < 256 else np.uint16)
-    for number, inside in enumerate(arrays, start=1):
+def _nifti(masks: Sequence[tuple[int, Mask]], arrays: list[np.ndarray], volume: Volume, index: int) -> bytes:
+    labels = np.zeros(volume.size, dtype=np.uint8 if masks[-1][0] < 256 else np.uint16)
+    for (number, _), inside in zip(masks, arrays, strict=True):
         labels[inside] = number
-    names = "MedPLIB: " + ", ".join(f"{number} {mask.label or 'mask'}" for number, mask in enumerate(masks, start=1))
+    names = "MedPLIB: " + ", ".join(f"{number} {mask.label or 'mask'}" for number, mask in masks)
     if isinstance(volume, NiftiVolume):
         return write_nifti(volume.in_file(labels, index), volume.source.affine, volume.source, names)
     placed = _dicom_affine(volume, index) if isinstance(volume, DicomVolume) else None

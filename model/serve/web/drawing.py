@@ -34,8 +34,9 @@ def read_mark(drawn: Any, size: tuple[int, int]) -> Mark:
     wanted = {"point": 1, "box": 2}.get(kind)
     if wanted is not None and len(points) != wanted:
         raise MedPLIBError(f"a {kind} was drawn with {len(points)} corners, expected {wanted}; draw it again")
-    make = {"point": _point, "box": _box, "free": _outline}[kind]
-    return Mark(kind, tuple(points), make(points, size))
+    if kind == "point":
+        return Mark(kind, tuple(points), region_to_mask(("point", points[0]), size))
+    return Mark(kind, tuple(points), (_box if kind == "box" else _outline)(points, size))
 
 
 def describe(mark: Mark, number: int, spent: bool = False) -> dict[str, Any]:
@@ -61,15 +62,11 @@ def _points(values: Any) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in points]
 
 
-def _point(points: list[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
-    return region_to_mask(("point", points[0]), size)
-
-
 def _box(points: list[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
     """A box between two corners; what hangs over the picture's edge is cut off."""
     (first_x, first_y), (second_x, second_y) = points
-    left, right = (_within(x, size[1]) for x in sorted((first_x, second_x)))
-    top, bottom = (_within(y, size[0]) for y in sorted((first_y, second_y)))
+    left, right = (min(max(x, 0.0), float(size[1])) for x in sorted((first_x, second_x)))
+    top, bottom = (min(max(y, 0.0), float(size[0])) for y in sorted((first_y, second_y)))
     if right - left < _SMALLEST_BOX or bottom - top < _SMALLEST_BOX:
         raise MedPLIBError("the box lies outside the image or is smaller than a pixel; draw it over what is meant")
     return region_to_mask(("box", (left, top, right, bottom)), size)
@@ -84,7 +81,3 @@ def _outline(points: list[tuple[float, float]], size: tuple[int, int]) -> np.nda
     if not canvas.any():
         raise MedPLIBError("the outline lies outside the image; draw it over what is meant")
     return canvas.astype(bool)
-
-
-def _within(value: float, side: int) -> float:
-    return min(max(value, 0.0), float(side))

@@ -49,12 +49,9 @@ def find_examples(folder: Path = SAMPLE) -> list[Example]:
         modality = about[0]["modality"]
         pixels = cv2.imread(str(folder / image))
         if modality not in found and pixels is not None:
-            found[modality] = Example(folder / image, _label(modality), _thumbnail(pixels), _questions(about))
+            label = _NAMES.get(modality, modality.replace("_", " ").capitalize())
+            found[modality] = Example(folder / image, label, _thumbnail(pixels), _questions(about))
     return list(found.values())
-
-
-def _label(modality: str) -> str:
-    return _NAMES.get(modality, modality.replace("_", " ").capitalize())
 
 
 def _questions(records: list[dict[str, Any]]) -> tuple[str, ...]:

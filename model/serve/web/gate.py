@@ -41,12 +41,15 @@ class Tray:
     """Uploads between their arrival and the visitor's next word, in memory, for a minute at most.
 
     Args:
-        max_bytes: of one upload; three of the largest may wait.
+        max_bytes: of one upload.
+        max_held: bytes of all that wait; three of the largest when 0.
         clock: seconds that only grow.
     """
 
-    def __init__(self, max_bytes: int = 64 * 2**20, clock: Callable[[], float] = time.monotonic) -> None:
-        self.max_bytes = max_bytes
+    def __init__(
+        self, max_bytes: int = 64 * 2**20, max_held: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.max_bytes, self.max_held = max_bytes, max_held or 3 * max_bytes
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
@@ -56,9 +59,16 @@ class Tray:
         token = secrets.token_urlsafe(24)
         with self._lock:
             self._waiting[token] = (content, self._clock())
-            while self._is_stale(next(iter(self._waiting.values()))) or self._held() > 3 * self.max_bytes:
-                self._waiting.popitem(last=False)
+        self.sweep()
         return token
+
+    def sweep(self) -> None:
+        """Drop uploads that nobody took in time, and the oldest where too many wait."""
+        with self._lock:
+            while self._waiting and (
+                self._is_stale(next(iter(self._waiting.values()))) or self._held() > self.max_held
+            ):
+                self._waiting.popitem(last=False)
 
     def take(self, token: Any) -> bytes | None:
         """The upload, once; None where there is none."""

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from model.serve.web import view
 from model.serve.web.chat import Parameters
 from model.serve.web.desk import Desk, Parts
 from model.serve.web.examples import Example
-from model.serve.web.state import Session, Sessions
-from model.serve.web.style import asset, theme
+from model.serve.web.state import AWAY_SECONDS, IDLE_SECONDS, Session, Sessions
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
 
+_ASSETS = Path(__file__).parent / "assets"
+_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+_MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 TITLE = "MedPLIB"
 MAX_EVENTS = 200
 """Answers and other events under way at once; the rest wait. Each takes a thread, most of which wait themselves."""
-_EVERYTHING = Parts({"viewer", "talk", "masks", "notice", "buttons", "volume", "models"})
+_EVERYTHING = Parts({"viewer", "talk", "masks", "notice", "buttons", "volume", "models", "shading"})
 _HEAD = (
     '<div class="title"><h1>MedPLIB</h1><p><strong>Research use only.</strong> '
     "Not a medical device; not for diagnosis or treatment.</p></div>"
 )
 _VIEWER = """<section class="viewer" aria-label="Image">
 <div class="tools" role="toolbar" aria-label="Mark a region" hidden>
-<button type="button" data-tool="look">Look</button><button type="button" data-tool="point">Point</button>
+<button type="button" data-tool="look">View</button><button type="button" data-tool="point">Point</button>
 <button type="button" data-tool="box">Box</button><button type="button" data-tool="free">Free-hand</button>
 <span class="gap"></span>
 <button type="button" data-act="undo">Undo</button><button type="button" data-act="clear">Clear marks</button></div>
@@ -49,8 +55,13 @@ _NOTICE = """<section class="notice" role="alert" hidden><p></p></section>"""
 _ALONE = "This model was trained on single questions; it answers best when each stands alone."
 _SMALL = (
     "<p id=\"small\">Answers may be wrong while sounding sure; a mask's score is the model's own guess. "
-    "Uploads are kept in memory only, until you leave.</p>"
+    f"Images and answers stay in this server's memory, up to {AWAY_SECONDS / 60:.0f} minutes after you leave and "
+    f"{IDLE_SECONDS / 60:.0f} minutes without use; the image you ask about is sent to the model's server.</p>"
 )
+_LOST = "The image and the conversation from before are gone: the page was started again, or you were away too long."
+_TAB = re.compile(r"[0-9a-f]{32}")
+_FOCUS_JS = """() => { if (!matchMedia('(pointer: coarse)').matches)  // where it would open a keyboard
+    document.querySelector('#question textarea')?.focus({ preventScroll: true }); }"""
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class Page:
     # --- where everything is ------------------------------------------------------------------------------------------
 
     def _lay_out(self) -> None:
+        self.tab = gr.Textbox(visible=False)
         with gr.Row(elem_id="head"):
             gr.HTML(_HEAD, js_on_load=None, apply_default_css=False, elem_classes=["plain"])
             with gr.Row(elem_id="picker"):
@@ -100,7 +112,7 @@ class Page:
                 self._lay_out_talk()
 
     def _lay_out_picture(self) -> None:
-        template = _SOURCE.replace("LIMIT", str(self.desk.limits.max_image_bytes))
+        template = _SOURCE.replace("LIMIT", str(self.desk.limits.max_upload_bytes))
         shown = [{"label": example.label, "thumbnail": example.thumbnail} for example in self.desk.examples]
         self.source = _own("source", template, shown)
         self.notice = _own("notice", _NOTICE, "")
@@ -138,9 +150,7 @@ class Page:
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 gives the likeliest answer.")
             self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Only with a temperature above 0.")
             self.max_tokens = gr.Slider(1, most, min(256, most), step=1, label="Longest answer, in tokens")
-            self.threshold = gr.Slider(
-                0, 0.95, 0, step=0.05, label="Mask threshold", info="0 is the model's own; higher paints less."
-            )
+            self.threshold = gr.Slider(0, 0.95, 0, step=0.05, label="Mask threshold", info=_threshold_info(None))
             self.seed = gr.Textbox(
                 label="Seed", info="A whole number; left empty, every answer has a new one.", max_length=20
             )
@@ -150,10 +160,12 @@ class Page:
 
     def _wire(self) -> None:
         desk = self.desk
-        self.blocks.load(self._arrive, None, self._outputs, show_progress="hidden", api_visibility="private")
+        arriving = {"js": asset("arrive.js"), "show_progress": "hidden", "api_visibility": "private"}
+        self.blocks.load(self._arrive, self.tab, self._outputs, **arriving)
         self.blocks.unload(self._leave)
         self.model.change(self._set_memory, self.model, self.remember, show_progress="hidden", api_visibility="private")
-        self._on(self.reload.click, desk.look_for_models)
+        self._on(self.reload.click, desk.look_for_models, self.model)
+        self._on(self.model.input, desk.choose_model, self.model)
         self._on_data(self.source.upload, desk.open_upload)
         self._on_data(self.source.select, lambda session, data: desk.open_example(session, data.get("index")))
         self._on_data(self.viewer.select, desk.mark)
@@ -199,6 +211,8 @@ class Page:
 
         for asked in (self.question.submit, self.send.click):
             self._listen(asked, ask, [self.question, *drawn])
+        for pressed in (self.send.click, self.stop.click, self.talk.retry):  # a button that is hidden loses the focus
+            pressed(None, js=_FOCUS_JS, show_progress="hidden", api_visibility="private")
         self._listen(self.talk.retry, again, drawn)
         self._listen(self.talk.example_select, suggest, [])
 
@@ -230,11 +244,15 @@ class Page:
             api_visibility="private",
         )
 
-    def _arrive(self, request: gr.Request) -> dict[Any, Any]:
-        session = self._session(request)
+    def _arrive(self, tab: str, request: gr.Request) -> dict[Any, Any]:
+        known = tab.removesuffix("+") if _TAB.fullmatch((tab or "").removesuffix("+")) else ""
+        name = request.session_hash
+        session, found = self.sessions.arrive(name, known) if name else (Session(), False)
         parts = _EVERYTHING
         if self.settings.reload or not self.desk.models:
-            parts |= self.desk.look_for_models(session, refresh=False)
+            parts |= self.desk.look_for_models(session, session.model, refresh=False)
+        if known != tab and known and not found:
+            session.notice = f"{_LOST} {session.notice}".strip()
         return self._shown(parts, session)
 
     def _set_memory(self, model: str | None) -> Any:
@@ -248,7 +266,7 @@ class Page:
             self.sessions.leave(request.session_hash)
 
     def _session(self, request: gr.Request) -> Session:
-        """The visitor's; whoever does not say who it is has none that lasts."""
+        """The visitor's; one that lasts only where the request names its page."""
         return self.sessions.of(request.session_hash) if request.session_hash else Session()
 
     # --- what is shown anew -------------------------------------------------------------------------------------------
@@ -257,7 +275,8 @@ class Page:
     def _outputs(self) -> list[Any]:
         volume = [self.volume, self.plane, self.slice, self.centre, self.width]
         own = [self.viewer, self.talk, self.masks, self.notice]
-        return [*own, *volume, self.shading, self.question, self.send, self.stop, self.model]
+        shading = [self.shading, self.opacity, self.contour]
+        return [*own, *volume, *shading, self.question, self.send, self.stop, self.model, self.threshold]
 
     def _shown(self, parts: Parts, session: Session, file: dict[str, Any] | None = None) -> dict[Any, Any]:
         """New values of the parts' components."""
@@ -278,14 +297,16 @@ class Page:
             if "question" in parts:
                 shown[self.question] = ""
             if "models" in parts:
-                shown[self.model] = self._models()
+                models = self.desk.models
+                chosen = session.model if session.model in models else models[0] if models else None
+                shown[self.model] = gr.update(choices=models, value=chosen)
+                own = self.desk.client.mask_thresholds.get(chosen or "")
+                shown[self.threshold] = gr.update(info=_threshold_info(own))
+            if "shading" in parts:
+                shown |= {self.opacity: session.opacity, self.contour: session.contour}
             if "volume" in parts:
                 shown |= self._volume(session)
             return shown or {self.notice: session.notice}  # gradio wants something
-
-    def _models(self) -> Any:
-        models = self.desk.models
-        return gr.update(choices=models, value=models[0] if models else None)
 
     def _questions(self, session: Session) -> tuple[str, ...]:
         name = session.picture.volume.name if session.picture is not None else ""
@@ -315,6 +336,12 @@ class Page:
         return shown
 
 
+@cache
+def asset(name: str) -> str:
+    """Text of a file of ``assets``."""
+    return (_ASSETS / name).read_text(encoding="utf-8")
+
+
 def _own(name: str, template: str, value: Any) -> gr.HTML:
     """One of our own parts: fixed markup, and a script that shows its value."""
     return gr.HTML(
@@ -338,6 +365,10 @@ def _parameters(
     return Parameters(temperature, top_p, int(max_tokens), threshold, seed or "", remember)
 
 
+def _threshold_info(own: float | None) -> str:
+    return f"0 is the model's own{f' ({own:g})' if own else ''}; a higher one makes masks smaller."
+
+
 def _step(width: float) -> float:
     """A step that a slider of this width is moved by: a power of ten, about a five-hundredth."""
     step = 1.0
@@ -351,12 +382,22 @@ def _tidy(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def mounted(page: Page, app: Any) -> Any:
-    """The page at the root of an ASGI application, without what gradio would add of its own."""
+def mounted(page: Page, app: Any, root_path: str = "") -> Any:
+    """The page at the root of an ASGI application, which a proxy may show at a sub-path, without gradio's extras."""
+    sizes, colors = gr.themes.sizes, gr.themes.colors
+    theme = gr.themes.Base(  # nothing of it is fetched from anywhere
+        primary_hue=colors.teal,
+        neutral_hue=colors.slate,
+        spacing_size=sizes.spacing_md,
+        radius_size=sizes.radius_md,
+        font=_FONTS,
+        font_mono=_MONO,
+    )
     return gr.mount_gradio_app(
         app,
         page.blocks,
         path="",
+        root_path=root_path or None,
         footer_links=[],
         run_history=False,
         show_error=False,
@@ -364,6 +405,6 @@ def mounted(page: Page, app: Any) -> Any:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=theme(),
+        theme=theme.set(**json.loads(asset("theme.json"))),
         css=asset("style.css"),
     )

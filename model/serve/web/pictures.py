@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,13 @@ import numpy as np
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
 from model.inference.overlay import ALPHA, PALETTE, blend, draw_contour
+
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def plain(text: str) -> str:
+    """A model's text without control characters and without those that reorder what stands around them (UAX #9)."""
+    return _INVISIBLE.sub("", text)
 
 
 def colour(number: int) -> tuple[int, int, int]:
@@ -31,7 +39,7 @@ def read_masks(stored: Sequence[Mapping[str, Any]], spacing_mm: tuple[float, flo
     try:
         masks = [
             Mask(
-                label=str(item.get("label", "")),
+                label=plain(str(item.get("label", ""))),
                 rle=dict(item["rle"]),
                 score=float(item.get("score", 0.0)),
                 bbox=tuple(int(side) for side in item["bbox"]),  # type: ignore[arg-type]

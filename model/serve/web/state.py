@@ -19,8 +19,8 @@ from model.data.volumes import Volume
 from model.inference.answer import Mask
 from model.serve.client import AnswerStream
 
-AWAY_SECONDS = 300.0
-"""A visitor whose tab is gone is forgotten after so long; a phone that slept comes back before."""
+AWAY_SECONDS, IDLE_SECONDS = 300.0, 3600.0
+"""A visitor whose tab is gone, and one who does nothing, is forgotten after so long; a phone that slept comes back."""
 MarkKind = Literal["point", "box", "free"]
 
 
@@ -121,6 +121,7 @@ class Session:
     opacity: float = 0.4
     contour: bool = True
     notice: str = ""
+    model: str = ""  # chosen last
     stream: AnswerStream | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -186,7 +187,7 @@ class Session:
 
 
 class Sessions:
-    """The visitors, by what the browser calls its tab.
+    """The visitors, by the name of the page that the browser shows; a page that is loaded again has a new one.
 
     Args:
         capacity: visitors remembered at most; the one who was silent for longest is forgotten first.
@@ -199,13 +200,14 @@ class Sessions:
         self,
         capacity: int = 64,
         max_bytes: int = 4 * 2**30,
-        idle_seconds: float = 3600.0,
+        idle_seconds: float = IDLE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.capacity, self.max_bytes, self.idle_seconds = capacity, max_bytes, idle_seconds
         self._clock = clock
         self._lock = threading.Lock()
         self._known: OrderedDict[str, tuple[Session, float]] = OrderedDict()
+        self._names: dict[str, str] = {}  # by the browser's tab: of the page that it shows now
 
     def __len__(self) -> int:
         return len(self._known)
@@ -221,6 +223,29 @@ class Sessions:
             old.stop()
         return session
 
+    def arrive(self, name: str, tab: str) -> tuple[Session, bool]:
+        """The session of a page that a tab has just loaded, and whether the tab had it before.
+
+        An answer that was on its way to the page before is given up, as nobody shows it any more.
+
+        Args:
+            name: of the page.
+            tab: that the browser keeps across loads; empty where it does not say.
+        """
+        with self._lock:
+            found = self._known.pop(self._names.get(tab, ""), None)
+            if found is not None:
+                self._known[name] = found
+            if tab:
+                self._names[tab] = name
+        session = self.of(name)
+        if found is not None:
+            session.stop()
+            with session.lock:
+                for exchange in session.exchanges[-1:]:
+                    exchange.state = "stopped" if exchange.state == "running" else exchange.state
+        return session, found is not None
+
     def leave(self, name: str) -> None:
         """The visitor's tab is gone: nobody waits for its answer any more. It may come back within a few minutes."""
         with self._lock:
@@ -231,15 +256,25 @@ class Sessions:
         if session is not None:
             session.stop()
 
+    def sweep(self) -> None:
+        """Drop who was silent for too long."""
+        with self._lock:
+            forgotten = self._forget(self._clock())
+        for old in forgotten:
+            old.stop()
+
     def _forget(self, now: float) -> list[Session]:
-        """Drop who was silent for longest, until the others keep the bounds; who has just come stays."""
+        """Drop who was silent for too long, and for longest until the bounds are kept; one alone may be large."""
         forgotten = []
         held = sum(session.weight for session, _ in self._known.values())
-        while len(self._known) > 1:
+        while self._known:
             name, (session, seen) = next(iter(self._known.items()))
-            if len(self._known) <= self.capacity and held <= self.max_bytes and (now - seen <= self.idle_seconds):
+            crowded = len(self._known) > self.capacity or held > self.max_bytes
+            if now - seen <= self.idle_seconds and not (crowded and len(self._known) > 1):
                 break
             del self._known[name]
             held -= session.weight
             forgotten.append(session)
+        if forgotten:
+            self._names = {tab: name for tab, name in self._names.items() if name in self._known}
         return forgotten

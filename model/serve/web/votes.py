@@ -37,16 +37,6 @@ class VoteLog:
         """Append the exchange's vote as it is now; a full disk is logged and does not disturb the visitor."""
         if self.path is None:
             return
-        line = json.dumps(self._entry(exchange), ensure_ascii=False) + "\n"
-        try:
-            with self._lock:
-                number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-                with os.fdopen(number, "w", encoding="utf-8") as stream:
-                    stream.write(line)
-        except OSError as error:
-            _log.warning("a vote could not be written to %s: %s", self.path, error.strerror or error)
-
-    def _entry(self, exchange: Exchange) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "vote": {1: "up", -1: "down"}.get(exchange.vote, "withdrawn"),
@@ -58,4 +48,11 @@ class VoteLog:
         }
         if self.log_conversations:
             entry |= {"question": exchange.question, "answer": exchange.answer}
-        return entry
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        try:
+            with self._lock:
+                number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                with os.fdopen(number, "w", encoding="utf-8") as stream:
+                    stream.write(line)
+        except OSError as error:
+            _log.warning("a vote could not be written to %s: %s", self.path, error.strerror or error)

@@ -23,7 +23,17 @@ async function open(file) {
 
 button.addEventListener('click', () => input.click());
 input.addEventListener('change', () => open(input.files[0]));
-document.addEventListener('medplib-open', (event) => open(event.detail));
+// A file dropped anywhere is opened here, never by the browser in place of the page.
+const holdsFile = (event) => event.dataTransfer?.types.includes('Files');
+const glow = (on) => document.querySelector('.viewer .frame')?.classList.toggle('over', on);
+['dragenter', 'dragover'].forEach((name) => document.addEventListener(name, (event) => {
+  if (holdsFile(event)) { event.preventDefault(); glow(true); }
+}));
+document.addEventListener('dragleave', (event) => { if (!event.relatedTarget) glow(false); });
+document.addEventListener('drop', (event) => {
+  glow(false);
+  if (holdsFile(event)) { event.preventDefault(); open(event.dataTransfer.files[0]); }
+});
 document.addEventListener('paste', (event) => {
   const file = event.clipboardData?.files[0];
   if (file) { event.preventDefault(); open(file); }

@@ -19,6 +19,7 @@ function button(text, name, act, label) {
 
 function written(parts) {
   const text = make('p', 'text');
+  text.dir = 'auto';
   parts.forEach((part) => {
     if (part.text !== undefined) return text.append(part.text);
     const chip = make('span', 'chip', part.mask || '');

@@ -3,7 +3,7 @@ const root = element.firstElementChild;
 const $ = (selector) => element.querySelector(selector);
 const frame = $('.frame'), img = $('.frame img'), canvas = $('canvas'), hint = $('.hint'), tools = $('.tools');
 const HINTS = {
-  look: 'Only looking. Choose a tool to mark a region.',
+  look: 'Choose a tool to mark a region.',
   point: 'Click on what you mean.',
   box: 'Drag a box, or click two corners.',
   free: 'Drag around what you mean.',
@@ -147,6 +147,11 @@ canvas.addEventListener('pointercancel', () => { pointer = null; reset(); });
 canvas.addEventListener('blur', () => { if (cursor) cursor.shown = false; draw(); });
 canvas.addEventListener('keydown', (event) => {
   const shown = picture();
+  if (shown && event.key === 'z' && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    if (props.value.marks.length) trigger('undo', {});
+    return;
+  }
   if (!shown || tool === 'look') return;
   const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
   if (move) {
@@ -174,17 +179,6 @@ tools.addEventListener('click', (event) => {
   else trigger(button.dataset.act, {});
 });
 
-// A file dropped on the picture goes the way of the button that opens one.
-['dragenter', 'dragover'].forEach((name) => frame.addEventListener(name, (event) => {
-  event.preventDefault(); frame.classList.add('over');
-}));
-['dragleave', 'drop'].forEach((name) => frame.addEventListener(name, () => frame.classList.remove('over')));
-frame.addEventListener('drop', (event) => {
-  event.preventDefault();
-  const file = event.dataTransfer.files[0];
-  if (file) document.dispatchEvent(new CustomEvent('medplib-open', { detail: file }));
-});
-
 function update() {
   const { picture: shown, marks, tools: allowed } = props.value || {};
   pending = null;
@@ -193,6 +187,7 @@ function update() {
   hint.hidden = !allowed || !shown;
   $('.caption').textContent = shown ? shown.label : '';
   if (!shown) { img.removeAttribute('src'); return; }
+  try { sessionStorage.setItem('medplib-open', '1'); } catch { /* no storage */ }
   frame.style.setProperty('--ratio', shown.ratio);
   if (img.src !== shown.src) img.src = shown.src;
   img.alt = shown.label;
