@@ -460,7 +460,7 @@ def _wide_values(opened: _Opened, content: bytes) -> np.ndarray:
     if values is None:
         raise OSError("its values or its compression cannot be read")
     if opened.white_is_zero and values.dtype.itemsize == 1:  # it inverts these alone
-        values = ~values
+        values = np.invert(values)
     if values.ndim == 3:
         values = values[:, :, [2, 1, 0, *range(3, values.shape[2])]]
     if opened.kind == "png":

@@ -246,7 +246,7 @@ def _mask(file: Path, part: Part) -> np.ndarray:
 
 def _labels(file: Path, values: Mapping[int, str], part: Part) -> np.ndarray:
     """A label map; where white has the only name, a white mask with soft edges is no label map and read as a mask."""
-    if set(values) == {255} and read_mask_data(file).note:
+    if set(values) - {0} == {255} and read_mask_data(file).note:
         return _mask(file, part).astype(np.int64) * 255
     return read_labels(file)
 
