@@ -38,6 +38,7 @@ _OTHER_BEGINNINGS = (  # not TIFF: a DICOM file may carry a TIFF header, so that
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _NIFTI_HEADERS = (348, 540)
+_MAX_COPIES = 64  # a slide has about ten
 _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 MAX_MASK_LEVELS = 16
 """A grey mask of more values has soft edges, or is no mask."""
@@ -131,7 +132,7 @@ def read_mask(source: ImageSource, limits: ReadLimits | None = None) -> np.ndarr
 def read_mask_data(source: ImageSource, limits: ReadLimits | None = None) -> MaskData:
     """Decode one mask.
 
-    Of a JPEG, and of a grey image with more than ``MAX_MASK_LEVELS`` values, what is above half of its own largest
+    Of a JPEG and its like, and of a grey image with more than ``MAX_MASK_LEVELS`` values, what is above half of its own largest
     value is foreground. Of every other mask it is every value that is not zero: in any channel of a colour image, in
     the alpha channel where that has transparent pixels, in the indices of a palette. An array's foreground is not zero.
 
@@ -164,12 +165,14 @@ def read_labels(source: str | Path, limits: ReadLimits | None = None) -> np.ndar
     """
     limits = limits or ReadLimits()
     name, content = _content(source, limits)
-    if content.startswith(_JPEG):
-        raise MedPLIBError(f"{name} is a JPEG, which changes the values of pixels; save label maps as PNG")
     opened = _open_plain(name, content, limits, "a label map")
+    if opened.lossy:
+        raise MedPLIBError(f"{name} is {opened.lossy}, which changes the values of pixels; save label maps as PNG")
     values = _decode(name, lambda: _stored_values(opened, content))
     if opened.white_is_zero and opened.image is not None:  # PIL has turned them into shades
         values = ~values
+    if opened.scale > 1:
+        values = values // opened.scale
     if values.ndim == 3 and (values[..., :3] == values[..., :1]).all():  # grey saved as colour
         values = values[..., 0]
     if values.ndim != 2 or (values.dtype.kind == "f" and (values != np.rint(values)).any()):
@@ -240,7 +243,7 @@ def _read_one_mask(source: ImageSource, limits: ReadLimits) -> MaskData:
             raise MedPLIBError(f"the mask array has shape {list(source.shape)}; a mask is [H, W]")
         return MaskData(source != 0 if source.ndim == 2 else (source != 0).any(axis=2))
     if isinstance(source, Image.Image):
-        opened = _Opened(source, (source.format or "pil").lower())
+        opened = _Opened(source, "pil", lossy="a JPEG" if source.format in ("JPEG", "MPO") else "")
         return _decode("the PIL image", lambda: _foreground(_stored_values(opened, b""), opened))
     name, content = _content(source, limits)
     opened = _open_plain(name, content, limits, "a mask")
@@ -253,12 +256,10 @@ def _foreground(values: np.ndarray, opened: _Opened) -> MaskData:
     if values.ndim == 3 and values.shape[2] in (2, 4):  # painted on a transparent sheet, unless nothing of it is
         alpha = values[..., -1]
         values = alpha if (alpha == 0).any() else values[..., :-1]
-    if values.ndim == 3 and (opened.kind == "jpeg" or (values == values[..., :1]).all()):
+    if values.ndim == 3 and (opened.lossy or (values == values[..., :1]).all()):
         values = values.max(axis=2)
-    reason = ""
-    if opened.kind == "jpeg":
-        reason = "a JPEG"
-    elif values.ndim == 2 and not opened.indexed and (levels := _count_levels(values)) > MAX_MASK_LEVELS:
+    reason = opened.lossy
+    if not reason and values.ndim == 2 and not opened.indexed and (levels := _count_levels(values)) > MAX_MASK_LEVELS:
         reason = f"{levels} grey levels"
     if reason:
         note = f"is {reason}: what is above half of its largest value is taken as foreground"
@@ -310,11 +311,20 @@ class _Opened:
         image: of PIL; None where PIL would misread the values.
         kind: the format, lower case.
         white_is_zero: values of a TIFF are the darker the larger they are.
+        bits: of a sample; PIL multiplies grey values of fewer than 8 up to 255.
+        lossy: the compression, if it is one that changes values.
     """
 
     image: Image.Image | None
     kind: str
     white_is_zero: bool = False
+    bits: int = 8
+    lossy: str = ""
+
+    @property
+    def scale(self) -> int:
+        """What PIL multiplies grey values by."""
+        return 255 // (2**self.bits - 1) if self.image is not None and self.image.mode == "L" and self.bits < 8 else 1
 
     @property
     def indexed(self) -> bool:
@@ -335,20 +345,19 @@ def _open(name: str, content: bytes, limits: ReadLimits) -> _Opened:
         )
     if content.startswith((b"\x1f\x8b", b"PK")):
         raise MedPLIBError(f"{name} is a compressed archive, not an image; unpack it first")
-    inverted = False
+    inverted, bits, lossy = False, 8, ""
     if content.startswith(_TIFF):
         tags = _decode(name, lambda: _tiff_tags(name, content))
-        inverted = tags[262] == 0
-        plain = max(tags[258]) <= 8 and set(tags[339]) <= {1, 4}
-        if not plain and tags[262] in (0, 1, 2):  # PIL would lose bits, signs or fractions
-            _check_pixels((int(tags[257]), int(tags[256])), name, limits)
-            short_floats = 3 in tags[339] and max(tags[258]) < 32
-            if tags[277] not in (1, 3, 4) or (tags[277] > 1 and tags[284] == 2) or short_floats:
+        inverted, bits, channels = tags[262] == 0, max(tags[258]), tags[277]
+        lossy = "a TIFF with JPEG compression" if tags[259] in (6, 7) else ""
+        if (bits > 8 or not set(tags[339]) <= {1, 4}) and tags[262] in (0, 1, 2):  # PIL would lose bits or signs
+            _check_pixels((tags[257], tags[256]), name, limits, channels * bits // 8)
+            if channels not in (1, 3, 4) or (channels > 1 and tags[284] == 2) or (3 in tags[339] and bits < 32):
                 raise MedPLIBError(
-                    f"{name} is a TIFF of {tags[277]} channels of {max(tags[258])} bits in a layout that is not read; "
+                    f"{name} is a TIFF of {channels} channels of {bits} bits in a layout that is not read; "
                     "save it with 1, 3 or 4 interleaved channels of whole numbers or 32-bit floats"
                 )
-            return _Opened(None, "tiff", inverted)
+            return _Opened(None, "tiff", inverted, bits, lossy)
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.DecompressionBombError as error:
@@ -361,13 +370,19 @@ def _open(name: str, content: bytes, limits: ReadLimits) -> _Opened:
     kind = (image.format or "image").lower().replace("mpo", "jpeg")
     if kind == "jpeg":
         check_scans(content, name)
+        lossy = "a JPEG"
     # Counting them would take minutes where a file was made for that. A TIFF's were looked at, an MPO is a photo with
     # its preview.
     elif kind != "tiff" and _decode(name, lambda: getattr(image, "is_animated", False)):
         raise MedPLIBError(_SEVERAL.format(name=name))
-    if kind == "png" and content[24] == 16 and content[25] in (2, 4, 6):
-        return _Opened(None, kind)
-    return _Opened(image, kind, inverted)
+    if kind == "png":
+        bits = content[24]
+        if bits == 16 and (channels := {2: 3, 4: 2, 6: 4}.get(content[25], 0)):
+            _check_pixels(image.size[::-1], name, limits, 2 * channels)
+            return _Opened(None, kind)
+    if kind == "webp" and b"VP8 " in content[:4096]:
+        lossy = "a lossy WebP"
+    return _Opened(image, kind, inverted, bits, lossy)
 
 
 _SEVERAL = "{name} holds several images in one file; save the page or frame to look at as a file of its own"
@@ -379,7 +394,7 @@ def _tiff_tags(name: str, content: bytes) -> dict[int, Any]:
     Raises:
         MedPLIBError: several pages.
     """
-    defaults = {256: 0, 257: 0, 258: (1,), 262: 1, 277: 1, 284: 1, 339: (1,)}
+    defaults = {256: 0, 257: 0, 258: (1,), 259: 1, 262: 1, 277: 1, 284: 1, 339: (1,)}
     stream = io.BytesIO(content)
     header = stream.read(16 if 43 in content[2:4] else 8)
     first = page = TiffImagePlugin.ImageFileDirectory_v2(header)
@@ -391,16 +406,17 @@ def _tiff_tags(name: str, content: bytes) -> dict[int, Any]:
         stream.seek(page.next)
         page = TiffImagePlugin.ImageFileDirectory_v2(header)
         page.load(stream)
-        if not int(page.get(254, 0)) & 1:  # of reduced resolution
+        if not int(page.get(254, 0)) & 1 or len(seen) > _MAX_COPIES:  # not of reduced resolution
             raise MedPLIBError(_SEVERAL.format(name=name))
     return {tag: first.get(tag, default) for tag, default in defaults.items()}
 
 
-def _check_pixels(shape: tuple[int, ...], name: str, limits: ReadLimits) -> None:
-    pixels = int(np.prod([int(side) for side in shape]))
-    if pixels > limits.max_pixels:
+def _check_pixels(shape: tuple[int, ...], name: str, limits: ReadLimits, pixel_bytes: int = 1) -> None:
+    """Refuse too many pixels, and wide ones that take more memory than as many of four bytes."""
+    limit = limits.max_pixels // max(1, pixel_bytes // 4)
+    if int(np.prod([int(side) for side in shape])) > limit:
         sides = " × ".join(str(side) for side in shape)
-        raise MedPLIBError(f"{name} has {sides} pixels, more than the limit of {limits.max_pixels:,}; shrink it first")
+        raise MedPLIBError(f"{name} has {sides} pixels, more than the limit of {limit:,}; shrink it first")
 
 
 def _decode(name: str, decode: Callable[[], Result]) -> Result:
@@ -421,7 +437,7 @@ def _values_of(opened: _Opened, content: bytes) -> np.ndarray:
         if opened.kind == "png":
             opened.image.load()
             _check_rows(np.asarray(opened.image), content)
-            return _pil_values(opened.image, depth=content[24])
+            return _pil_values(opened.image, opened.scale)
         return _pil_values(opened.image)
     values = _wide_values(opened, content)
     return (~values if values.dtype.kind in "iu" else -values) if opened.white_is_zero else values
@@ -505,20 +521,19 @@ def _check_rows(values: np.ndarray | None, content: bytes) -> None:
         raise OSError(f"{found:,} of {expected:,} bytes of pixel rows")
 
 
-def _pil_values(image: Image.Image, depth: int = 8) -> np.ndarray:
+def _pil_values(image: Image.Image, scale: int = 1) -> np.ndarray:
     """Pixels [H, W] or [H, W, 3], upright, colours resolved, transparency on black; wide grey values are kept.
 
     Args:
         image: of any mode.
-        depth: bits of a grey PNG's samples, in which it gives its transparent value.
+        scale: what PIL has multiplied a PNG's values by, but not its transparent value.
     """
     image = ImageOps.exif_transpose(image)
     see_through = image.info.get("transparency")
     if image.mode in (*_WIDE_MODES, "L", "RGB", "1"):
         values = np.asarray(image.convert("L") if image.mode == "1" else image)
         if isinstance(see_through, int | tuple):  # one value or colour of a PNG or GIF
-            scale = 255 // (2**depth - 1) if depth < 8 else 1
-            hidden = values == np.multiply(see_through, scale)
+            hidden = values == np.multiply(see_through, 255 if image.mode == "1" else scale)
             hidden = hidden.all(axis=2) if values.ndim == 3 else hidden
             values = values.copy()
             values[hidden] = 0 if values.dtype == np.uint8 else values[~hidden].min(initial=values.max())

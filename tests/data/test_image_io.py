@@ -147,6 +147,9 @@ def test_limits_hold_before_decoding(tmp_path: Path) -> None:
         read_image(path, ReadLimits(max_bytes=10))
     with pytest.raises(MedPLIBError, match="more than the limit"):
         read_image(np.zeros((300, 200), dtype=np.uint8), ReadLimits(max_pixels=50_000))
+    wide = np.zeros((20, 30), dtype=np.float64)  # takes twice the memory
+    with pytest.raises(MedPLIBError, match="20 × 30 pixels, more than the limit of 500"):
+        read_image(tiff(wide + 1), ReadLimits(max_pixels=1000))
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = path.read_bytes()[:12] + header + struct.pack(">I", zlib.crc32(header)) + path.read_bytes()[33:]
     with pytest.raises(MedPLIBError, match="pixels"):
@@ -177,10 +180,10 @@ def tiff(values: np.ndarray, photometric: int = 1) -> bytes:
     return content + bytes(4)
 
 
-def png(values: np.ndarray, colour: int, extra: bytes = b"", rows: int | None = None) -> bytes:
-    """A PNG of 8 or 16 bits with a further chunk, or with fewer rows than its header says."""
-    height, width = values.shape[:2]
-    depth = 8 * values.dtype.itemsize
+def png(values: np.ndarray, colour: int, extra: bytes = b"", rows: Any = None, bits: int = 0, width: int = 0) -> bytes:
+    """A PNG with a further chunk, or with fewer rows than its header says; ``values`` may be packed bits."""
+    height, width = len(values), width or values.shape[1]
+    depth = bits or 8 * values.dtype.itemsize
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = zlib.compress(b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in values[:rows]))
     pieces = [b"IHDR" + header, extra, b"IDAT" + body, b"IEND"]
@@ -293,9 +296,6 @@ def test_foreground_is_what_is_not_zero_or_above_half_of_soft_values(tmp_path: P
 
 
 def test_masks_of_other_forms_and_turned_ones(tmp_path: Path) -> None:
-    smeared = read_mask_data(save(tmp_path / "a.jpg", Image.fromarray(INSIDE.astype(np.uint8) * 90), quality=60))
-    assert (smeared.pixels != INSIDE).sum() < 10
-    assert smeared.note.startswith("is a JPEG")
     colours = np.zeros((40, 40, 3), np.uint16)
     colours[INSIDE, 1] = 3  # less than 8 bits would keep
     assert np.array_equal(read_mask(png(colours, 2)), INSIDE)
@@ -318,8 +318,16 @@ def test_label_maps_keep_their_numbers(tmp_path: Path) -> None:
         for photometric in (0, 1):
             (tmp_path / "a.tif").write_bytes(tiff(labels.astype(dtype), photometric))
             assert np.array_equal(read_labels(tmp_path / "a.tif"), labels)
-    with pytest.raises(MedPLIBError, match="is a JPEG, which changes"):
-        read_labels(save(tmp_path / "a.jpg", Image.fromarray(labels.astype(np.uint8))))
+    four = np.packbits(np.unpackbits((labels % 16).astype(np.uint8)[..., None], axis=2)[..., 4:].reshape(6, 32), axis=1)
+    (tmp_path / "four.png").write_bytes(png(four, 0, bits=4, width=8))
+    assert np.array_equal(read_labels(tmp_path / "four.png"), labels % 16)
+    for form, options in (("jpg", {}), ("webp", {}), ("tif", {"compression": "jpeg"})):
+        path = save(tmp_path / f"lossy.{form}", Image.fromarray(INSIDE.astype(np.uint8) * 90), **options)
+        with pytest.raises(MedPLIBError, match=r"is a .*(JPEG|WebP).* changes the values"):
+            read_labels(path)
+        data = read_mask_data(path)
+        assert data.note
+        assert (data.pixels != INSIDE).sum() < 10
 
 
 def test_a_merged_mask_is_the_union_of_its_instances_even_with_gaps(folder: Any) -> None:
@@ -430,18 +438,10 @@ def test_the_same_dicom_in_other_encodings_shows_the_same() -> None:
     ],
 )
 def test_dicom_files_that_are_no_single_picture_are_refused(name: str, expected: str) -> None:
-    if name == "JPEG-lossy.dcm" and _has_plug_ins():
-        pytest.skip("a decoder for this compression is installed")
     with pytest.raises(MedPLIBError) as caught:
         read_image(bundled(name))
     assert expected in str(caught.value)
     assert name in str(caught.value)
-
-
-def _has_plug_ins() -> bool:
-    from importlib.util import find_spec
-
-    return any(find_spec(name) for name in ("pylibjpeg", "gdcm"))
 
 
 def test_dicom_limits_and_masks() -> None:
