@@ -132,9 +132,9 @@ def read_mask(source: ImageSource, limits: ReadLimits | None = None) -> np.ndarr
 def read_mask_data(source: ImageSource, limits: ReadLimits | None = None) -> MaskData:
     """Decode one mask.
 
-    Of a JPEG and its like, and of a grey image with more than ``MAX_MASK_LEVELS`` values, what is above half of its own largest
-    value is foreground. Of every other mask it is every value that is not zero: in any channel of a colour image, in
-    the alpha channel where that has transparent pixels, in the indices of a palette. An array's foreground is not zero.
+    In a JPEG and its like, and in a grey image with more than ``MAX_MASK_LEVELS`` values, what is above half of the
+    largest value is foreground. In every other mask it is every value that is not zero: in any channel of a colour
+    image, in the alpha channel where that has transparent pixels, in the indices of a palette, in an array.
 
     A path ``masks_merged/<image>--<class>_merged.png`` that does not exist is put together from the instance files
     beside it, see ``mask_files``.
