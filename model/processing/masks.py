@@ -187,11 +187,6 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     Raises:
         MedPLIBError: it is malformed or its runs do not fill its size. (The COCO library would write past the mask.)
     """
-    if not isinstance(rle, Mapping):
-        what = "a list, as of a polygon," if isinstance(rle, list) else f"a {type(rle).__name__}"
-        raise MedPLIBError(
-            f"a mask encoding is {what} and no COCO run lengths {{'size': [h, w], 'counts': …}}; convert it"
-        )
     try:
         height, width = (int(side) for side in rle["size"])
         counts = rle["counts"]
