@@ -93,19 +93,6 @@ def element(**values: Any) -> Dataset:
     return item
 
 
-@pytest.mark.parametrize(
-    "name", ["CT_small.dcm", "MR_small.dcm", "MR_small_bigendian.dcm", "MR_small_RLE.dcm", "examples_palette.dcm"]
-)
-def test_one_frame_looks_as_the_image_reader_shows_it(name: str) -> None:
-    content = shipped(name)
-    opened = frames(content)
-    data = read_image(content)
-    expected, spacing = data.pixels, data.spacing_mm
-    assert opened.count == 1
-    assert np.array_equal(opened.frame(0), expected)
-    assert (opened.spacing_mm, opened.size) == (spacing, expected.shape[:2])
-
-
 def test_every_frame_of_a_film_is_decoded_by_itself() -> None:
     content = shipped("examples_ybr_color.dcm")
     opened = frames(content)

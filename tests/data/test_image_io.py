@@ -382,22 +382,6 @@ def test_dicom_window_comes_from_the_file() -> None:
     assert np.abs(sigmoid - 255 / (1 + np.exp(-4 * (values - 40) / 401))).max() <= 0.5
 
 
-def test_dicom_without_a_window_uses_its_range_without_padding() -> None:
-    pixels = read_image(dicom(HOUNSFIELD, PixelPaddingValue=0)).pixels[:, :, 0]
-    assert pixels.tolist()[0][:2] == [0, 0]
-    assert pixels[1, 2] == 255
-    assert pixels[1, 0] == round((1064 - 924) / (3000 - 924) * 255)
-
-
-def test_dicom_look_up_table_and_spacing() -> None:
-    table = pydicom.Dataset()
-    table.LUTDescriptor, table.LUTData = [4, 0, 8], np.array([255, 128, 64, 0], dtype="<u2").tobytes()
-    values = np.array([[0, 1], [2, 3]], dtype=np.uint8)
-    data = read_image(dicom(values, VOILUTSequence=[table], PixelSpacing=[0.5, 0.25]))
-    assert data.pixels[:, :, 0].tolist() == [[255, 128], [64, 0]]
-    assert (data.spacing_mm, data.kind) == ((0.5, 0.25), "dicom")
-
-
 def bundled(name: str) -> Path:
     """A test file inside the installed pydicom; nothing is downloaded."""
     return Path(pydicom.__file__).parent / "data" / "test_files" / name

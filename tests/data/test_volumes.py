@@ -98,6 +98,16 @@ def test_dicom_is_windowed_by_the_file_and_then_by_the_user() -> None:
             volume.slice(0, wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "name", ["CT_small.dcm", "MR_small_bigendian.dcm", "MR_small_RLE.dcm", "examples_palette.dcm", "liver_1frame.dcm"]
+)
+def test_the_page_shows_what_every_other_face_reads(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(shipped(name))
+    volume, image = opened(shipped(name), name), read_image(tmp_path / name)
+    assert np.array_equal(volume.slice(0), image.pixels)
+    assert volume.spacing_mm == image.spacing_mm
+
+
 def test_a_film_has_a_slice_for_each_frame() -> None:
     volume = opened(shipped("examples_ybr_color.dcm"), "film")
     assert (volume.num_slices, volume.size, volume.window) == (30, (240, 320), None)
