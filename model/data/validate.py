@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.data.image_io import ReadLimits, read_image, read_mask
+from model.data.image_io import ReadLimits, read_image, read_mask_data
 from model.data.marks import files_mark
 from model.data.records import Records, open_records
 from model.data.schema import Finding, Sample, Severity, inspect_record
@@ -110,8 +110,9 @@ def check_file(
     Kinds: ``invalid_json``, ``bad_field``, ``missing_image``, ``missing_mask``, ``missing_region``, ``suffix_missing``
     (repaired), ``image_count``, ``empty_conversation``, ``turn_order``, ``empty_question``, ``empty_answer``,
     ``broken_tag``, ``misplaced_tag``, ``seg_without_mask``, ``mask_without_seg``, ``duplicate_id`` (warning); with
-    ``check_pixels`` also ``unreadable_image``, ``unreadable_mask``, ``empty_mask``, ``empty_region`` and
-    ``size_mismatch``.
+    ``check_pixels`` also ``unreadable_image``, ``unreadable_mask``, ``empty_mask``, ``empty_region``,
+    ``size_mismatch`` and the warnings ``odd_header``, ``soft_mask``, ``full_mask``, ``inverted_mask`` and their like of
+    regions.
     Keys the format does not know are no problem.
 
     Args:
@@ -200,6 +201,7 @@ class _Pixels:
     size: tuple[int, int] | None  # None where the file is unreadable
     empty: bool = False
     fault: str = ""
+    warnings: tuple[tuple[str, str], ...] = ()  # kind without region or mask, and what follows the file's name
 
 
 class PixelCheck:
@@ -224,6 +226,7 @@ class PixelCheck:
         pixels = self._remember("image", path, self._decode_image)
         if pixels.size is None:
             findings.append(Finding("unreadable_image", pixels.fault))
+        findings += [Finding(kind, f"{path.name}: {note}", "warning") for kind, note in pixels.warnings]
         return pixels.size
 
     def _mask(self, path: Path, image: tuple[int, int] | None, what: str, findings: list[Finding]) -> None:
@@ -233,6 +236,8 @@ class PixelCheck:
             return
         if pixels.empty:
             findings.append(Finding(f"empty_{what}", f"the {what} {path.name} has no foreground pixel"))
+        for kind, note in pixels.warnings:
+            findings.append(Finding(f"{kind}_{what}", f"the {what} {path.name} {note}", "warning"))
         if image is not None and pixels.size != image:
             ours, theirs = (f"{height} × {width}" for height, width in (pixels.size, image))
             findings.append(Finding("size_mismatch", f"the {what} {path.name} is {ours} (h × w), its image {theirs}"))
@@ -246,8 +251,17 @@ class PixelCheck:
         return self._known[kind, path]
 
     def _decode_image(self, path: Path) -> _Pixels:
-        return _Pixels(read_image(path, self._limits).size)
+        image = read_image(path, self._limits)
+        return _Pixels(image.size, warnings=tuple(("odd_header", note) for note in image.notes))
 
     def _decode_mask(self, path: Path) -> _Pixels:
-        mask: np.ndarray = read_mask(path, self._limits)
-        return _Pixels((mask.shape[0], mask.shape[1]), empty=not mask.any())
+        data = read_mask_data(path, self._limits)
+        mask, warnings = data.pixels, []
+        if data.note:
+            warnings.append(("soft", data.note))
+        border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+        if mask.all():
+            warnings.append(("full", "is foreground everywhere"))
+        elif mask.mean() > 0.5 and border.mean() > 0.9:
+            warnings.append(("inverted", "looks inverted: most of it and of its border is foreground"))
+        return _Pixels((mask.shape[0], mask.shape[1]), not mask.any(), warnings=tuple(warnings))

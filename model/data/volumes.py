@@ -1,7 +1,9 @@
-"""What a person uploads, as slices that a page can show and a model can be asked about.
+"""Volume reader: DICOM frames, the first volume of a NIfTI file or one picture, as slices to show and to ask about.
 
-A volume is opened from bytes; its name is only ever told, never opened. Formats are recognised by content. Sizes are
-checked before pixels are decoded, and what goes to the model is a PNG of one slice, nothing of the file itself.
+A volume is opened from bytes; its name is for messages and never opened. Formats are recognised by content. Sizes are
+checked before pixels are decoded: a NIfTI header is judged before anything else is decompressed, and no more is
+decompressed than the first volume takes. Of that header only the geometry is kept: descriptions, file names and
+extensions may name the patient. What goes to the model is a PNG of one slice, nothing of the file itself.
 
 Slices of NIfTI volumes are shown as radiologists look at them: axial ones with the patient's front at the top,
 coronal and sagittal ones with the head at the top, the patient's right on the left of the picture, sagittal ones with
@@ -21,20 +23,14 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from model.data.dicom import DicomFrames, dicom_frames, first_line
-from model.data.image_io import ImageData, ReadLimits, read_image
-from model.data.windowing import shade
+from model.data.dicom import DicomFrames, Window, first_line, open_dicom
+from model.data.image_io import ImageData, ReadLimits, file_kind, read_image
+from model.data.windowing import apply_window
 from model.errors import MedPLIBError
 
-Window = tuple[float, float]
 Plane = Literal["axial", "coronal", "sagittal"]
 
 _PLANES: tuple[Plane, ...] = ("sagittal", "coronal", "axial")  # by the axis of a left-posterior-superior array
-_OTHER_BEGINNINGS = (  # not TIFF: a DICOM file may carry a TIFF header, so that either kind of program finds its pixels
-    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF"),
-    *(b"\x1f\x8b", b"PK", b"%PDF", b"MZ", b"\x7fELF", b"#!", b"<"),
-)
-_TIFF = (b"II*\0", b"MM\0*")
 _ANISOTROPIC = 1.5  # times coarser across slices than within: the plane that the scanner acquired
 _SAMPLES = 1_000_000  # voxels that the first window of a NIfTI volume is estimated from
 MAX_VOLUME_BYTES = 2**29
@@ -75,6 +71,7 @@ class Volume(ABC):
         spacing_mm: (row, column) distance of a slice's pixel centres; None where the file does not say.
         planes: that slices can be taken along; empty where there is no choice.
         plane: that they are taken along; None where the file does not know.
+        notes: what a viewer has to know of the file: volumes not shown, header fields mended or ignored.
     """
 
     kind: Literal["picture", "dicom", "nifti"]
@@ -85,6 +82,7 @@ class Volume(ABC):
     spacing_mm: tuple[float, float] | None = None
     planes: tuple[Plane, ...] = ()
     plane: Plane | None = None
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
@@ -154,6 +152,7 @@ class DicomVolume(Volume):
         self.frames, self.name = frames, name
         self.size = frames.size
         self.num_slices, self.window, self.spacing_mm = frames.count, _legible(frames.window), frames.spacing_mm
+        self.notes = frames.notes
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         return self.frames.frame(index, window)
@@ -197,10 +196,12 @@ class NiftiVolume(Volume):
         self.size = (self._lps.shape[down], self._lps.shape[across])
         self.spacing_mm = (self._lengths[down], self._lengths[across])
         self.window = window or _legible(_first_window(source))
+        if source.volumes > 1:
+            self.notes = (f"volume 1 of {source.volumes}",)
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         values = self.source.scaled(_displayed(self._lps, self._axis, index))
-        return np.repeat(shade(values, window or self.window or (0.0, 1.0))[:, :, None], 3, axis=2)
+        return np.repeat(apply_window(values, window or self.window or (0.0, 1.0))[:, :, None], 3, axis=2)
 
     def along(self, plane: Plane) -> Volume:
         """The same volume in slices of another plane; the values are shared."""
@@ -223,8 +224,8 @@ def open_volume(data: bytes, name: str, limits: Limits) -> Volume:
 
     Args:
         data: the file's bytes.
-        name: what somebody called the file; told in messages, and its ending helps to recognise DICOM without a
-            preamble. Never opened.
+        name: what somebody called the file; in messages, and its ending helps to recognise DICOM without a preamble.
+            Never opened.
         limits: on bytes, pixels of a slice, and slices.
 
     Raises:
@@ -232,36 +233,30 @@ def open_volume(data: bytes, name: str, limits: Limits) -> Volume:
     """
     if not isinstance(data, bytes | bytearray):
         raise TypeError(f"expected a file's bytes, got {type(data).__name__}")
-    data, told = bytes(data), _told(name)
+    data, name = bytes(data), _display_name(name)
     if not data:
-        raise MedPLIBError(f"{told} is empty; give an image")
+        raise MedPLIBError(f"{name} is empty; give an image")
     if len(data) > limits.max_image_bytes:
         raise MedPLIBError(
-            f"{told} is larger than the limit of {limits.max_image_bytes / 2**20:.3g} MiB; give a smaller file"
+            f"{name} is larger than the limit of {limits.max_image_bytes / 2**20:.3g} MiB; give a smaller file"
         )
-    marked = data[128:132] == b"DICM"
-    if marked and data.startswith(_OTHER_BEGINNINGS):
-        raise MedPLIBError(f"{told} is a DICOM file and something else at once; export it as plain DICOM")
-    if marked or (name.lower().endswith((".dcm", ".dicom")) and not data.startswith(_OTHER_BEGINNINGS + _TIFF)):
-        return DicomVolume(dicom_frames(data, told, limits.max_pixels, limits.max_frames), told)
-    if data.startswith(b"\x1f\x8b") or looks_like_nifti(data) or name.lower().endswith(".nii"):
-        return NiftiVolume(read_nifti(data, told, MAX_VOLUME_BYTES), told, limits)
-    return Picture(_read_picture(data, told, limits), told)
-
-
-def _read_picture(data: bytes, told: str, limits: Limits) -> ImageData:
+    kind = file_kind(name, data)
+    if kind == "dicom":
+        return DicomVolume(open_dicom(data, name, limits.max_pixels, limits.max_frames), name)
+    if kind == "nifti" or data.startswith(b"\x1f\x8b"):
+        return NiftiVolume(read_nifti(data, name, MAX_VOLUME_BYTES), name, limits)
     try:
-        return read_image(data, ReadLimits(limits.max_image_bytes, limits.max_pixels))
+        return Picture(read_image(data, ReadLimits(limits.max_image_bytes, limits.max_pixels)), name)
     except MedPLIBError as error:
-        sentence = str(error).replace("the image given as bytes", told)
+        sentence = str(error).replace("the image given as bytes", name)
         raise MedPLIBError(sentence.replace("BMP or DICOM was", "BMP, DICOM or NIfTI was")) from error
 
 
-def _told(name: str) -> str:
-    """A name for messages: the last part alone, printable, not endless."""
+def _display_name(name: str) -> str:
+    """A name for messages: the last part alone, printable, at most 80 characters with its ending."""
     last = name.replace("\\", "/").rsplit("/", 1)[-1]
     printable = "".join(character if character.isprintable() else "?" for character in last).strip()
-    return printable[:80] or "the file"
+    return (printable if len(printable) <= 80 else f"{printable[:64]}…{printable[-15:]}") or "the file"
 
 
 def _checked_window(window: Any) -> Window | None:
@@ -356,11 +351,6 @@ class Nifti:
         return values.astype(np.float64) * slope + intercept
 
 
-def looks_like_nifti(content: bytes) -> bool:
-    """Whether the first bytes are a NIfTI header; compressed content is not looked into."""
-    return len(content) >= 348 and _header_size(content) is not None and b"n" in content[4:5] + content[344:345]
-
-
 def read_nifti(content: bytes, name: str, max_voxels: int) -> Nifti:
     """Read the first volume of a ``.nii`` or ``.nii.gz`` file.
 
@@ -371,7 +361,7 @@ def read_nifti(content: bytes, name: str, max_voxels: int) -> Nifti:
 
     Raises:
         MedPLIBError: no NIfTI single file, values that are no real numbers, too large, an orientation that cannot be
-            followed, damaged or cut short.
+            followed, no finite value, damaged or cut short.
     """
     try:
         with _opened(content) as stream:
@@ -384,6 +374,8 @@ def read_nifti(content: bytes, name: str, max_voxels: int) -> Nifti:
         raise MedPLIBError(
             f"{name} cannot be decompressed ({first_line(error)}); it is damaged or cut short"
         ) from error
+    if values.dtype.kind == "f" and not np.isfinite(values).any():
+        raise MedPLIBError(f"{name} holds NaN or infinity in every voxel; there is no picture in it")
     slope, intercept = header.get_slope_inter()
     low, high = float(header["cal_min"]), float(header["cal_max"])
     return Nifti(
@@ -454,17 +446,17 @@ def _read_header(stream: BinaryIO, name: str) -> Any:
 
 def _shape(header: Any, name: str, max_voxels: int) -> tuple[int, ...]:
     sides = tuple(int(side) for side in header.get_data_shape())
-    told = " × ".join(str(side) for side in sides)
+    sizes = " × ".join(str(side) for side in sides)
     if not 2 <= len(sides) <= 7 or any(side < 1 for side in sides):
-        raise MedPLIBError(f"{name} is a NIfTI file of {told or 'no'} values; an image or a volume was expected")
+        raise MedPLIBError(f"{name} is a NIfTI file of {sizes or 'no'} values; an image or a volume was expected")
     shape = sides[:3]
     if sum(side > 1 for side in shape) < 2:
-        raise MedPLIBError(f"{name} is a NIfTI file of {told} values, which is no picture; give an image or a volume")
+        raise MedPLIBError(f"{name} is a NIfTI file of {sizes} values, which is no picture; give an image or a volume")
     voxels = 1
     for side in shape:
         voxels *= side
     if voxels > max_voxels:
-        raise MedPLIBError(f"{name} is {told} voxels, more than the limit of {max_voxels:,}; crop or resample it")
+        raise MedPLIBError(f"{name} is {sizes} voxels, more than the limit of {max_voxels:,}; crop or resample it")
     return shape
 
 

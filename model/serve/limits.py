@@ -28,7 +28,6 @@ from model.serve.refusals import Refusal, send_refusal
 _MIB = 2**20
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-_OTHER_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")  # TIFF with DICOM behind is a known pair
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows
 _MAX_NAME, _MAX_HEAD = 100, 200
 
@@ -148,8 +147,6 @@ def open_image(data: bytes, limits: ServeLimits) -> ImageData:
     """
     if not isinstance(data, bytes):  # a text would be taken for a path
         raise MedPLIBError(f"expected the bytes of an image file, got {type(data).__name__}")
-    if data[128:132] == b"DICM" and data.startswith(_OTHER_BEGINNINGS):
-        raise MedPLIBError("the image is a DICOM file and a picture of another format at once; send one of them")
     return read_image(data, limits.reading)
 
 

@@ -329,7 +329,29 @@ def test_what_jpeg_smears_around_a_mask_is_no_foreground(own: Own) -> None:
     Image.fromarray(shown * 0).save(own.masks / "black_liver.jpg")
     (record,), _ = own.built(*ONE)
     assert masked(record, own) == 21 * 25
-    assert own.kinds() == ["empty_mask"]
+    assert own.kinds() == ["empty_mask", "soft_mask"]
+
+
+@pytest.mark.parametrize("form", ["png", "jpg"])
+def test_a_soft_edged_mask_whose_only_name_is_white_is_no_label_map(own: Own, form: str) -> None:
+    own.names("value,name\n0,background\n255,lesion\n")
+    picture(own.images / "a.png", size=(64, 64))
+    sharp = np.zeros((64, 64), np.float32)
+    sharp[20:41, 13:38] = 255
+    Image.fromarray(cv2.GaussianBlur(sharp, (0, 0), 2).round().astype(np.uint8)).save(own.masks / f"a.{form}")
+    (record,), _ = own.built(*ONE)
+    assert abs(masked(record, own) - 21 * 25) < 20
+    assert own.kinds() == ["soft_mask"]
+
+
+def test_values_without_a_name_are_one_finding_a_file(own: Own) -> None:
+    own.names("value,name\n255,lesion\n7,other\n")
+    picture(own.images / "a.png", size=(64, 64))
+    Image.fromarray(np.arange(4096).reshape(64, 64).astype(np.uint8)).save(own.masks / "a.png")
+    grounding, _ = own.built(*ONE)
+    assert sorted(masked(record, own) for record in grounding) == [16, 16]  # label maps are never thresholded
+    (finding,) = findings(own.out, "folder")
+    assert finding["message"].endswith("is 1, 2, 3, 4, 5, 6, 8, 9 and 245 more")
 
 
 def test_a_label_map_is_no_jpeg(own: Own) -> None:

@@ -13,11 +13,14 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
-from model.data.dicom import IDENTIFIERS, PLACE, DicomFrames, dicom_frames, read_dicom
+from model.data.dicom import IDENTIFIERS, PLACE, DicomFrames, first_line, open_dicom
+from model.data.image_io import read_image
 from model.errors import MedPLIBError
 
 
@@ -30,7 +33,7 @@ def shipped(name: str) -> bytes:
 
 
 def frames(content: bytes, **limits: int) -> DicomFrames:
-    return dicom_frames(content, "scan.dcm", limits.get("max_pixels", 1_000_000), limits.get("max_frames", 100))
+    return open_dicom(content, "scan.dcm", limits.get("max_pixels", 1_000_000), limits.get("max_frames", 100))
 
 
 def altered(name: str, **values: Any) -> bytes:
@@ -90,18 +93,6 @@ def element(**values: Any) -> Dataset:
     return item
 
 
-@pytest.mark.parametrize(
-    "name", ["CT_small.dcm", "MR_small.dcm", "MR_small_bigendian.dcm", "MR_small_RLE.dcm", "examples_palette.dcm"]
-)
-def test_one_frame_looks_as_the_image_reader_shows_it(name: str) -> None:
-    content = shipped(name)
-    opened = frames(content)
-    expected, spacing = read_dicom(content, name, 1_000_000)
-    assert opened.count == 1
-    assert np.array_equal(opened.frame(0), expected)
-    assert (opened.spacing_mm, opened.size) == (spacing, expected.shape[:2])
-
-
 def test_every_frame_of_a_film_is_decoded_by_itself() -> None:
     content = shipped("examples_ybr_color.dcm")
     opened = frames(content)
@@ -149,6 +140,212 @@ def test_frames_have_the_window_rescaling_and_place_of_their_functional_groups()
         assert (place[1].tolist(), place[2]) == ([[1, 0, 0], [0, 1, 0]], 3.0)
 
 
+def test_one_frame_with_functional_groups_is_one_image() -> None:
+    opened = frames(written(slices(1)))
+    image = read_image(written(slices(1)))
+    assert (image.spacing_mm, opened.window, opened.place(0) is not None) == ((0.5, 0.25), (30.0, 40.0), True)
+    assert np.array_equal(image.pixels, opened.frame(0))
+    own = slices(1)
+    shared = own.SharedFunctionalGroupsSequence[0]
+    for keyword in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+        shared[keyword] = own.PerFrameFunctionalGroupsSequence[0].pop(keyword)
+    assert np.array_equal(read_image(written(own)).pixels, image.pixels)
+
+
+def grey(values: np.ndarray, raw: dict[str, tuple[str, Any]] | None = None, **tags: Any) -> bytes:
+    """One frame of explicit little-endian values; ``raw`` elements have a VR and bytes or a value of their own."""
+    data = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+    data.Rows, data.Columns = values.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = 8 * values.dtype.itemsize
+    data.HighBit, data.PixelRepresentation = data.BitsStored - 1, int(values.dtype.kind == "i")
+    pixels = {("f", 4): "FloatPixelData", ("f", 8): "DoubleFloatPixelData"}
+    setattr(data, pixels.get((values.dtype.kind, values.dtype.itemsize), "PixelData"), values.tobytes())
+    for keyword, value in tags.items():
+        setattr(data, keyword, value)
+    for keyword, (vr, content) in (raw or {}).items():
+        tag = Tag(keyword)
+        if isinstance(content, bytes):
+            content += b" " * (len(content) % 2)
+            data[tag] = RawDataElement(tag, vr, len(content), content, 0, False, True, True)
+        else:
+            data.add_new(tag, vr, content)
+    return written(data)
+
+
+RAMP = np.tile(np.linspace(0, 1000, 32), (16, 1))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(
+    ("dtype", "stored", "raw"),
+    [
+        ("<u2", 32767, {"PixelPaddingValue": ("US", 32767)}),
+        ("<u2", 0, {"PixelPaddingValue": ("US", 0)}),
+        ("<u2", 63536, {"PixelPaddingValue": ("SS", -2000)}),
+        ("<i2", -2000, {"PixelPaddingValue": ("SS", -2000)}),
+        ("<i2", -2000, {"PixelPaddingValue": ("US", 63536)}),
+        ("<i2", -1500, {"PixelPaddingValue": ("SS", -2000), "PixelPaddingRangeLimit": ("US", 64536)}),
+        ("<i2", 3000, {"PixelPaddingValue": ("SS", 3100), "PixelPaddingRangeLimit": ("SS", 2900)}),
+        ("<f4", -9.5, {"FloatPixelPaddingValue": ("FL", -9.5)}),
+        ("<f8", 1e9, {"DoubleFloatPixelPaddingValue": ("FD", 1e8), "DoubleFloatPixelPaddingRangeLimit": ("FD", 1e10)}),
+    ],
+)
+def test_padding_is_black_and_left_out_of_the_range(dtype: str, stored: float, raw: Any, photometric: str) -> None:
+    values = (RAMP + 100).astype(dtype)
+    values[:4] = stored
+    for window in ({}, {"WindowCenter": 600, "WindowWidth": 1001}):
+        opened = frames(grey(values, raw, PhotometricInterpretation=photometric, **window))
+        shown = opened.frame(0)[:, :, 0]
+        assert shown[:4].max() == 0
+        assert sorted((shown[8, 0], shown[8, -1])) == [0, 255]
+        assert opened.window == (600.0, 1001.0 if window else 1000.0)
+
+
+@pytest.mark.parametrize(
+    ("centre", "width", "expected", "noted"),
+    [
+        (b"40\\600", b"400\\1600", (40, 400), False),
+        (b"\\600", b"\\1600", (600, 1600), True),
+        (b"40,5", b"400,0", (40.5, 400), True),
+        (b"[40]", b"[400]", (40, 400), True),
+        (b"[40, 600]", b"[400, 1600]", (40, 400), True),
+        (b" 40 ", b" 400 ", (40, 400), False),
+        (b"40\\600", b"400", (40, 400), False),
+        (b"NaN\\600", b"NaN\\1600", (600, 1600), True),
+        (b"40\\600", b"0\\1600", (600, 1600), True),
+        (b"40", b"-5", None, True),
+        (b"40", b"0", None, True),
+        (b"inf", b"1", None, True),
+        (b"40", b"", None, True),
+        (b"wide", b"open", None, True),
+        (b"", b"", None, False),
+        (b"40", b"1", (40, 1), False),
+        (b"40", b"0.5", (40, 0.5), False),
+    ],
+)
+def test_windows_are_mended_or_replaced_by_the_range(
+    centre: bytes, width: bytes, expected: tuple[float, float] | None, noted: bool
+) -> None:
+    values = (RAMP * 2).astype("<i2")
+    raw = {"WindowCenter": ("DS", centre), "WindowWidth": ("DS", width)}
+    data = read_image(grey(values, raw, RescaleSlope=1, RescaleIntercept=-1000))
+    units = values - 1000.0
+    if expected is None:
+        share = (units + 1000) / 2000
+    elif expected[1] > 1:
+        share = (units - (expected[0] - 0.5)) / (expected[1] - 1) + 0.5
+    else:
+        share = units > 39.5 if expected[1] == 1 else (units - 40) / 0.5 + 0.5
+    assert np.abs(data.pixels[:, :, 0] - np.clip(share, 0, 1) * 255).max() <= 1
+    assert any("WindowWidth" in note for note in data.notes) == noted
+    assert "wide" not in str(data.notes)
+
+
+def test_other_header_fields_are_mended_and_named() -> None:
+    values = RAMP.astype("<u2")
+    shown = read_image(grey(values)).pixels
+    for raw, field in (
+        ({"RescaleSlope": ("DS", b"0"), "RescaleIntercept": ("DS", b"-5")}, "RescaleSlope"),
+        ({"RescaleSlope": ("DS", b"1,5"), "RescaleIntercept": ("DS", b"x")}, "RescaleIntercept"),
+        ({"PixelSpacing": ("DS", b"0\\1")}, "PixelSpacing"),
+    ):
+        data = read_image(grey(values, raw))
+        assert np.abs(data.pixels.astype(int) - shown).max() <= 1
+        assert (any(field in note for note in data.notes), data.spacing_mm) == (True, None)
+    assert read_image(grey(values, {"PixelSpacing": ("DS", b"0,5\\0,25")})).spacing_mm == (0.5, 0.25)
+    window = {"WindowCenter": 500, "WindowWidth": 400}
+    odd = read_image(grey(values, VOILUTFunction="CUBIC", **window))
+    assert np.array_equal(odd.pixels, read_image(grey(values, **window)).pixels)
+    assert "VOILUTFunction" in odd.notes[0]
+    assert read_image(grey(values, VOILUTFunction="linear exact", **window)).notes == ()
+
+
+def table(keyword: str, descriptor: tuple[str, Any], data: Any) -> Any:
+    """A look-up table sequence whose elements have the VR given."""
+    item = Dataset()
+    item.add_new("LUTDescriptor", *descriptor)
+    item.add_new("LUTData", *data)
+    return {keyword: [item]}
+
+
+DOWN = np.arange(255, -1, -1, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "data", "noted"),
+    [
+        (("US", [256, 0, 8]), ("OW", DOWN.astype("<u2").tobytes()), False),
+        (("US", [256, 0, 8]), ("OW", DOWN.tobytes()), False),  # two entries a word
+        (("US", [256, 0, 8]), ("US", DOWN.view("<u2").tolist()), False),
+        (("US", [256, 0, 16]), ("US", (DOWN.astype(int) * 257).tolist()), False),
+        (("US", [256, 0, 8]), ("US", (DOWN.astype(int) * 257).tolist()), True),  # more bits than it says
+        (("US", [0, 0, 8]), ("OW", np.pad(DOWN, (0, 65280)).astype("<u2").tobytes()), False),  # 0 means 65536
+        (("US", [300, 0, 8]), ("OW", np.append(DOWN, [0, 0]).astype("<u2").tobytes()), True),  # fewer than it says
+        (("US", [256, 0]), ("OW", DOWN.astype("<u2").tobytes()), None),
+    ],
+)
+@pytest.mark.parametrize("keyword", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_look_up_tables_with_odd_descriptors(keyword: str, descriptor: Any, data: Any, noted: bool | None) -> None:
+    values = np.tile(np.arange(256, dtype="<u2"), (2, 1))
+    image = read_image(grey(values, **table(keyword, descriptor, data)))
+    assert np.array_equal(image.pixels[0, :, 0], DOWN if noted is not None else values[0])
+    assert any(keyword in note for note in image.notes) == (noted is not False)
+
+
+def test_the_first_value_of_a_table_is_signed_where_the_values_are() -> None:
+    values = np.tile(np.arange(-128, 128, dtype="<i2"), (2, 1))
+    for first in (-128, 65408):
+        vr = "SS" if first < 0 else "US"
+        for keyword in ("VOILUTSequence", "ModalityLUTSequence"):
+            content = grey(values, **table(keyword, (vr, [256, first, 8]), ("OW", DOWN.astype("<u2").tobytes())))
+            assert np.array_equal(read_image(content).pixels[0, :, 0], DOWN)
+
+
+def test_overlays_and_unused_bits_are_not_pixels() -> None:
+    plain = (RAMP * 4).astype("<u2")
+    shown = read_image(grey(plain, BitsStored=12, HighBit=11)).pixels
+    burnt = plain | np.where(np.arange(32) % 3, 0, 0xF000).astype("<u2")
+    group = {f"6000{element}": value for element, value in (("3000", ("OW", b"\xff" * 64)), ("0102", ("US", 0)))}
+    for content in (grey(burnt, BitsStored=12, HighBit=11), grey(plain, group, BitsStored=12, HighBit=11)):
+        assert np.array_equal(read_image(content).pixels, shown)
+    assert np.array_equal(read_image(grey((plain << 4) | 5, BitsStored=12, HighBit=15)).pixels, shown)
+    signed = (RAMP * 2 - 1000).astype("<i2")
+    expected = read_image(grey(signed)).pixels
+    assert np.array_equal(read_image(grey(signed << 4, BitsStored=12, HighBit=15)).pixels, expected)
+
+
+def test_frames_without_a_finite_value_are_refused() -> None:
+    with pytest.raises(MedPLIBError, match="NaN or infinity in every pixel"):
+        read_image(grey(np.full((4, 4), np.nan, "<f4"), WindowCenter=1, WindowWidth=2))
+    half = np.where(RAMP > 500, np.nan, RAMP).astype("<f4")
+    assert read_image(grey(half)).pixels[0, [0, -1], 0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("MR_small_jp2klossless.dcm", "MR_small.dcm"),
+        ("MR_small_jpeg_ls_lossless.dcm", "MR_small.dcm"),
+        ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_rle.dcm"),
+        ("SC_rgb_gdcm_KY.dcm", "SC_rgb_rle.dcm"),
+    ],
+)
+def test_lossless_syntaxes_show_the_same_or_name_the_extra(
+    name: str, plain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gdcm")
+    pytest.importorskip("pylibjpeg")
+    assert np.array_equal(read_image(shipped(name)).pixels, read_image(shipped(plain)).pixels)
+    monkeypatch.setattr("pydicom.pixels.pixel_array", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("model.data.dicom.find_spec", lambda _: None)
+    with pytest.raises(MedPLIBError, match=r"install the extra \(pip install 'medplib\[dicom\]'\)"):
+        read_image(shipped(name))
+
+
 def test_nothing_of_the_header_is_kept_but_what_is_named() -> None:
     private = slices()
     private.PatientBirthDate, private.InstitutionName = "19700101", "Secret Hospital"
@@ -168,6 +365,9 @@ def lying_jpeg() -> bytes:
     encoded = io.BytesIO()
     Image.new("L", (640, 480)).save(encoded, "JPEG")
     return compressed(encoded.getvalue())
+
+
+LOSSLESS = b"\xff\xd8\xff\xc3\x00\x0b\x08" + struct.pack(">HH", 9000, 8000) + b"\x01\x01\x11\x00"
 
 
 def film_of(count: int) -> bytes:
@@ -209,7 +409,10 @@ def refused() -> dict[str, tuple[Callable[[], bytes], str]]:
     small = shipped("MR_small.dcm")
     return {
         "frames that are not there": (lambda: altered("MR_small.dcm", NumberOfFrames=50), "header, with 50 frames"),
-        "compressed frames that are not there": (lambda: film_of(90), "tells of 90 frames but holds 30 at most"),
+        "compressed frames that are not there": (
+            lambda: film_of(90),
+            "has 90 frames by its header but holds 30",
+        ),
         "more frames than allowed": (
             lambda: altered("MR_small.dcm", NumberOfFrames=2**31 - 1),
             "more than the limit of 100",
@@ -222,6 +425,7 @@ def refused() -> dict[str, tuple[Callable[[], bytes], str]]:
         "cut in the header": (lambda: small[:700], ""),
         "cut in the pixels": (lambda: small[:9000], "cut short"),
         "a frame larger than told": (lying_jpeg, "480 × 640"),
+        "a lossless frame larger than told": (lambda: compressed(LOSSLESS + bytes(99)), "9000 × 8000"),
         "a frame of many scans": (many_scans, "a JPEG of"),
         "a deflation bomb": (deflated_bomb, "inflates to more than 256 MiB"),
         "no image at all": (lambda: shipped("rtplan.dcm"), "holds no DICOM image"),
@@ -242,28 +446,24 @@ def test_lying_damaged_and_oversized_files_end_in_one_sentence(case: str) -> Non
 
 def test_a_deflated_file_of_reasonable_size_is_read() -> None:
     assert frames(shipped("image_dfl.dcm")).size == (512, 512)
-    assert read_dicom(shipped("image_dfl.dcm"), "scan.dcm", 1_000_000)[0].shape == (512, 512, 3)
+    assert read_image(shipped("image_dfl.dcm")).size == (512, 512)
 
 
 def test_sentences_do_not_quote_what_a_damaged_header_holds() -> None:
     window = b"\x28\x00\x50\x10DS\x04\x00"
     content = shipped("MR_small.dcm")
     start = content.index(window) + len(window)
-    damaged = {
-        "cannot be followed": content[:start] + b"Doe^" + content[start + 4 :],
-        "holds no DICOM image;": altered("MR_small.dcm", Modality="MR Doe^", PixelData=None),
-    }
-    for reason, content in damaged.items():
-        for read in (frames, lambda content: read_dicom(content, "scan.dcm", 1_000_000)):
-            with pytest.raises(MedPLIBError, match=reason) as raised:
-                read(content)
-            assert "Doe" not in str(raised.value)
+    notes = " ".join(read_image(content[:start] + b"Doe^" + content[start + 4 :]).notes)
+    assert "WindowCenter" in notes
+    assert "Doe" not in notes
+    for read in (frames, read_image):
+        with pytest.raises(MedPLIBError, match="holds no DICOM image;") as raised:
+            read(altered("MR_small.dcm", Modality="MR Doe^", PixelData=None))
+        assert "Doe" not in str(raised.value)
 
 
 def test_long_reasons_are_cut_between_words() -> None:
-    with pytest.raises(MedPLIBError, match="The number of bytes of pixel data") as raised:
-        read_dicom(shipped("MR_truncated.dcm"), "scan.dcm", 1_000_000)
-    assert " …)" in str(raised.value)
+    assert first_line(ValueError("The number of " + "very " * 40 + "long values 'Doe'\nis odd")).endswith("very …")
 
 
 def test_no_cut_makes_anything_but_a_sentence() -> None:

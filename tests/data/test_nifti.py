@@ -11,7 +11,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from model.data.volumes import MAX_VOLUME_BYTES, looks_like_nifti, read_nifti, write_nifti
+from model.data.image_io import file_kind
+from model.data.volumes import MAX_VOLUME_BYTES, read_nifti, write_nifti
 from model.errors import MedPLIBError
 
 RNG = np.random.default_rng(0)
@@ -44,7 +45,7 @@ def test_values_are_those_of_nibabel(dtype: Any, kind: Any) -> None:
         assert np.array_equal(read.scaled(read.values), values)
         assert (read.shape, read.volumes) == ((5, 4, 3), 1)
         assert np.allclose(read.affine, OBLIQUE, atol=1e-6)
-    assert looks_like_nifti(plain)
+    assert file_kind("upload", plain) == "nifti"
 
 
 def test_big_endian_scaled_and_flat_files_are_read() -> None:
@@ -53,7 +54,7 @@ def test_big_endian_scaled_and_flat_files_are_read() -> None:
     scaled = nibabel.Nifti1Image(np.linspace(-1, 1, 60).reshape(5, 4, 3), OBLIQUE, header)
     content = scaled.to_bytes()
     assert content[:4] == (348).to_bytes(4, "big")
-    assert looks_like_nifti(content)
+    assert file_kind("upload", content) == "nifti"
     read = opened(content)
     assert np.allclose(read.scaled(read.values), scaled.get_fdata(), atol=1e-4)
     flat = opened(image(np.arange(20, dtype=np.uint8).reshape(5, 4)).to_bytes())

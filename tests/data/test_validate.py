@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from model.data.validate import check_file
 from model.errors import MedPLIBError
@@ -21,6 +23,24 @@ def test_a_sound_file_has_no_problem_and_counts_what_it_holds(folder: Any) -> No
     assert report.counts["tasks"] == {"grounding": 1, "region": 1, "vqa": 2}
     assert report.counts["modalities"] == {"ct": 4}
     assert "4 records, no problems" in report.format()
+
+
+def test_masks_that_are_soft_full_or_inverted_are_warned_about(folder: Any) -> None:
+    soft = np.zeros((12, 16), np.uint8)
+    soft[3:8, 4:12] = np.arange(40).reshape(5, 8) * 6
+    images = {"full": np.full((12, 16), 255, np.uint8), "soft": soft, "inverted": np.where(soft > 100, 0, 1)}
+    images["sound"] = np.where(soft > 100, 1, 0)
+    for name, values in images.items():
+        Image.fromarray(values.astype(np.uint8)).save(folder.root / f"masks/{name}.png")
+    Image.fromarray(images["sound"].astype(np.uint8) * 255).save(folder.root / "masks/smeared.jpg")
+    names = [*(f"{name}.png" for name in images), "smeared.jpg"]
+    records = [folder.record("<image>\nSegment it.", f"<SEG><mask>masks/{name}</mask>", id=name) for name in names]
+    records.append(folder.record("<image>\n<region>masks/full.png</region>?", "a liver", id="region"))
+    report = check_file(folder.write_records(records), folder.root)
+    assert report.ok
+    expected = ["full_mask", "soft_mask", "inverted_mask", "soft_mask", "full_region"]
+    assert [problem.kind for problem in report.problems] == expected
+    assert "smeared.jpg is a JPEG: what is above half" in report.problems[3].message
 
 
 def test_all_problems_come_at_once_with_record_numbers(folder: Any) -> None:

@@ -98,6 +98,16 @@ def test_dicom_is_windowed_by_the_file_and_then_by_the_user() -> None:
             volume.slice(0, wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "name", ["CT_small.dcm", "MR_small_bigendian.dcm", "MR_small_RLE.dcm", "examples_palette.dcm", "liver_1frame.dcm"]
+)
+def test_the_page_shows_what_every_other_face_reads(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(shipped(name))
+    volume, image = opened(shipped(name), name), read_image(tmp_path / name)
+    assert np.array_equal(volume.slice(0), image.pixels)
+    assert volume.spacing_mm == image.spacing_mm
+
+
 def test_a_film_has_a_slice_for_each_frame() -> None:
     volume = opened(shipped("examples_ybr_color.dcm"), "film")
     assert (volume.num_slices, volume.size, volume.window) == (30, (240, 320), None)
@@ -165,7 +175,9 @@ def test_spacing_and_plane_follow_the_voxels() -> None:
     with pytest.raises(MedPLIBError, match="it can be cut axial"):
         flat.along("coronal")
     four = nibabel.Nifti1Image(np.stack([np.full((4, 4, 3), value) for value in (7.0, 9.0)], axis=3), np.eye(4))
-    assert np.array_equal(opened(four.to_bytes()).slice(1, (7, 1e-3))[:, :, 0], np.full((4, 4), 128))
+    first = opened(four.to_bytes())
+    assert np.array_equal(first.slice(1, (7, 1e-3))[:, :, 0], np.full((4, 4), 128))
+    assert (first.notes, first.along("sagittal").notes, tuple(volume.notes)) == (("volume 1 of 2",),) * 2 + ((),)
 
 
 def test_the_first_window_of_a_volume_is_the_file_s_or_leaves_out_the_rarest_values() -> None:
@@ -178,8 +190,8 @@ def test_the_first_window_of_a_volume_is_the_file_s_or_leaves_out_the_rarest_val
     assert max(len(str(centre)), len(str(width))) <= 5  # legible beside a slider
     image.header["cal_min"], image.header["cal_max"] = 0, 80
     assert opened(image.to_bytes()).window == (40.0, 80.0)
-    empty = opened(nibabel.Nifti1Image(np.full((4, 4, 4), np.nan), np.eye(4)).to_bytes())
-    assert empty.slice(0).max() == 0
+    with pytest.raises(MedPLIBError, match="NaN or infinity in every voxel"):
+        opened(nibabel.Nifti1Image(np.full((4, 4, 4), np.nan), np.eye(4)).to_bytes())
     assert opened(nibabel.Nifti1Image(np.zeros((4, 4, 4)), np.eye(4)).to_bytes()).slice(0).shape == (4, 4, 3)
 
 

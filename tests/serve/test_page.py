@@ -355,8 +355,9 @@ def test_a_dicom_has_windows_square_millimetres_and_dicom_seg(visit, controller)
 
 
 def test_pixels_that_are_not_square_are_shown_as_the_patient_has_them(visit):
-    volume = nibabel.Nifti1Image(np.zeros((40, 30, 6), dtype=np.int16), np.diag([0.5, 1.0, 5.0, 1.0]))
+    volume = nibabel.Nifti1Image(np.zeros((40, 30, 6, 5), dtype=np.int16), np.diag([0.5, 1.0, 5.0, 1.0]))
     visit.open(volume.to_bytes(), "volume.nii")
+    assert view.viewer(visit.session, True)["picture"]["label"].endswith(" · volume 1 of 5")
     assert view.viewer(visit.session, True)["picture"]["ratio"] == pytest.approx(40 * 0.5 / 30)
     visit.desk.cut(visit.session, "coronal")
     shown = view.viewer(visit.session, True)["picture"]

@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from model.data.image_io import read_mask
+
 Record = Mapping[str, Any]
 
 _PATHS = re.compile(r"<(region|mask)>.*?</\1>", re.DOTALL)
@@ -89,10 +91,8 @@ def _single_masks(records: Iterable[Record], root: Path) -> Iterable[tuple[tuple
     for record in records:
         paths = re.findall(r"<mask>(.*?)</mask>", str(record["conversations"][1]["value"]))
         if len(paths) == 1:
-            mask = cv2.imread(str(root / paths[0]), cv2.IMREAD_GRAYSCALE)
-            if mask is None:
-                raise FileNotFoundError(root / paths[0])
-            share = cv2.resize((mask > 0).astype(np.float32), (_GRID, _GRID), interpolation=cv2.INTER_AREA)
+            mask = read_mask(root / paths[0])
+            share = cv2.resize(mask.astype(np.float32), (_GRID, _GRID), interpolation=cv2.INTER_AREA)
             yield (str(record["modality"]), str(record["about"])), share > 0.5
 
 

@@ -17,7 +17,7 @@ from model.data.builders.sa_med2d_masks import write_mask
 from model.data.builders.splits import SplitPlan, draw
 from model.data.builders.vetting import path_from
 from model.data.builders.work import Build, BuildReport, Execution, Output, Part, Piece, fingerprint, run_build
-from model.data.image_io import read_image, read_labels, read_mask
+from model.data.image_io import read_image, read_labels, read_mask_data
 from model.errors import MedPLIBError
 
 DEFAULT_SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -207,7 +207,9 @@ def _masks_of(
     shown: dict[str, np.ndarray] = {}
     missing: set[str] = set()
     for name, files in entry.targets:
-        usable = [mask for file in files if (mask := _read(file, _read_mask, size, part)) is not None]
+        usable = [
+            mask for file in files if (mask := _read(file, lambda file: _mask(file, part), size, part)) is not None
+        ]
         joined = np.logical_or.reduce(usable) if usable else None
         if joined is None:
             continue
@@ -217,48 +219,36 @@ def _masks_of(
             missing.add(name)
             part.find("empty_mask", f"{files[0]}: no foreground pixel", file=str(files[0]), dropped=True)
     for file in entry.maps:
-        labels = _read(file, _read_labels, size, part)
+        labels = _read(file, lambda file: _labels(file, values, part), size, part)
         if labels is None:
             continue
         missing.update(values.values())
+        nameless = []
         for value in sorted({int(value) for value in np.unique(labels)} - {0}):
             if value in values:
                 shown[values[value]] = (labels == value) | shown.get(values[value], False)
             else:
-                message = f"{file}: nothing in the table of names is {value}"
-                part.find("value_without_name", message, file=str(file), dropped=True)
+                nameless.append(str(value))
+        if nameless:
+            listed = ", ".join(nameless[:8]) + (f" and {len(nameless) - 8} more" if len(nameless) > 8 else "")
+            message = f"{file}: nothing in the table of names is {listed}"
+            part.find("value_without_name", message, file=str(file), dropped=True)
     return shown, missing - set(shown)
 
 
-def _read_mask(file: Path) -> np.ndarray:
-    """A mask; JPEG smears grey around every edge, and there what is brighter than half of the brightest is foreground.
-
-    Raises:
-        MedPLIBError: as ``read_mask``.
-    """
-    if not _is_jpeg(file):
-        return read_mask(file)
-    shades = read_image(file).pixels.max(axis=2)
-    return shades > shades.max() / 2
+def _mask(file: Path, part: Part) -> np.ndarray:
+    """A mask, and a word on it where it was thresholded."""
+    data = read_mask_data(file)
+    if data.note:
+        part.find("soft_mask", f"{file} {data.note}", file=str(file), dropped=False)
+    return data.pixels
 
 
-def _read_labels(file: Path) -> np.ndarray:
-    """A label map, which cannot be a JPEG: its values are not those that were written.
-
-    Raises:
-        MedPLIBError: as ``read_labels``, and for a JPEG.
-    """
-    if _is_jpeg(file):
-        raise MedPLIBError(f"{file} is a JPEG, which changes the values of pixels; save label maps as PNG")
+def _labels(file: Path, values: Mapping[int, str], part: Part) -> np.ndarray:
+    """A label map; where white has the only name, a white mask with soft edges is no label map and read as a mask."""
+    if set(values) - {0} == {255} and read_mask_data(file).note:
+        return _mask(file, part).astype(np.int64) * 255
     return read_labels(file)
-
-
-def _is_jpeg(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(3) == b"\xff\xd8\xff"
-    except OSError:
-        return False
 
 
 def _read(file: Path, read: Callable[[Path], np.ndarray], size: tuple[int, int], part: Part) -> np.ndarray | None:

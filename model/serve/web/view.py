@@ -56,7 +56,7 @@ def describe(picture: Picture) -> str:
     if picture.volume.spacing_mm is not None:
         rows, columns = picture.volume.spacing_mm
         parts.append(f"{columns:.3g} × {rows:.3g} mm per pixel")
-    return " · ".join(parts)
+    return " · ".join([*parts, *picture.volume.notes])
 
 
 def masks(session: Session, download: dict[str, Any] | None = None) -> dict[str, Any]:
