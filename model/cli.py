@@ -16,7 +16,7 @@ from model.data.commands import add_data_command
 from model.errors import MedPLIBError
 from model.eval.commands import add_compare_command, add_eval_command
 from model.serve.commands import add_serve_command
-from model.train.plan_command import add_plan_command
+from model.train.plan import add_plan_command
 from model.train.router_commands import add_router_report_command
 from model.train.runs_command import add_runs_command
 
