@@ -195,7 +195,7 @@ class Planner:
             peak += 2 * (head + (max(kept, one) if engine.gradient_checkpointing else everywhere))
         quantized = [weight.numel for weight in self.weights if weight.quantized and recipe.lora.quantise != "none"]
         alive, gradients = max((peak + 2.0 * max(quantized, default=0), early), (tail, late), key=sum)
-        parts = {
+        parts: dict[str, tuple[float, float]] = {
             "weights, frozen": (0.0 if weights_to_host else frozen,) * 2,
             "weights, trained": (0.0 if weights_to_host else ours,) * 2,
             "optimiser": (0.0 if to_host else optimizer,) * 2,
@@ -205,10 +205,11 @@ class Planner:
         }
         if not on_cpu:
             passing = [parts[name] for name in ("gradients", "activations", "buffers")]
-            parts["fragmentation"] = tuple(_FRAGMENTATION * sum(part[i] for part in passing) for i in (0, 1))
+            there, then = (sum(part[moment] for part in passing) for moment in (0, 1))
+            parts["fragmentation"] = (_FRAGMENTATION * there, _FRAGMENTATION * then)
             parts["CUDA context"] = (_CONTEXT, _CONTEXT)
 
-        loaded = sum(weight.numel for weight in self.weights) * size
+        loaded = float(sum(weight.numel for weight in self.weights) * size)
         host = {"processes": _PROCESS, "loader workers": _LOADER * recipe.data.workers}
         if to_host:
             in_flight = size if stage == 3 else size * (3 if accumulates else 2)
@@ -454,11 +455,12 @@ def _changes(planner: Planner, recipe: Recipe, machine: Machine) -> Iterator[Cha
     ):
         accumulation = schedule.accumulation * schedule.batch_size // batch
         changed: Any = {"gradient_checkpointing": again, "zero_stage": stage, "offload": offload}
+        quantise: Any = {"quantise": scheme}
         variant = replace(
             recipe,
             schedule=replace(schedule, batch_size=batch, accumulation=accumulation),
             engine=replace(engine, expert_parallel=share, **changed),
-            lora=replace(lora, quantise=scheme),
+            lora=replace(lora, **quantise),
         )
         keys = ("schedule.batch_size", "schedule.accumulation", "engine.expert_parallel", *_SLOWER)
         overrides = tuple(

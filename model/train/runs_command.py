@@ -61,7 +61,7 @@ def _compare(folders: Sequence[Path]) -> int:
         )
     runs = [read_run(folder) for folder in folders]
     environment = ("git", "versions", "host", "gpus", "world_size")
-    sections = {
+    sections: dict[str, list[Mapping[str, Any]]] = {
         "recipe": [run.recipe for run in runs],
         "code and machine": [{name: run.attempt.get(name) for name in environment} for run in runs],
         "data": [run.record.get("data") or {} for run in runs],
