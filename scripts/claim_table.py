@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from claim_picture import dot_plot
 from nano_report import blind_scores, read_records
 
 START: Mapping[str, str] = {"align": "start: stage I, no further step"}
@@ -40,7 +39,7 @@ Scores = Mapping[str, float]
 
 
 def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -> str:
-    """Read every arm's report, write table.md, table.json and claim.svg into ``claim`` and return the Markdown."""
+    """Read every arm's report, write table.md and table.json into ``claim`` and return the Markdown."""
     found = {name: [read_scores(claim / f"seed{seed}" / name / "report.json") for seed in seeds] for name in ROWS}
     test, train = phantoms / "test", phantoms / "train"
     images = json.loads((claim / f"seed{seeds[0]}" / "mixture" / "report.json").read_text())["images"]
@@ -50,7 +49,6 @@ def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -
     (claim / "table.md").write_text(text, encoding="utf-8")
     plain = {"steps": steps, "seeds": list(seeds), "images": images, "blind": blind, "arms": found}
     (claim / "table.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    (claim / "claim.svg").write_text(dot_plot({title: found[name] for name, title in ROWS.items()}), encoding="utf-8")
     return text
 
 
