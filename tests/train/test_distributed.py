@@ -25,6 +25,7 @@ def recipe_file(recipe: Recipe, folder: Path, **engine: Any) -> str:
     return str(save_recipe(replace(recipe, engine=replace(recipe.engine, **engine)), folder))
 
 
+@pytest.mark.slow
 def test_ranks_with_unlike_batches_get_the_exact_mean_gradient(values: Any, tmp_path: Path) -> None:
     base = values(4)["model"]["base"]
     recipe = recipe_from(
@@ -56,6 +57,7 @@ def test_ranks_with_unlike_batches_get_the_exact_mean_gradient(values: Any, tmp_
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6 * largest, msg=f"ZeRO-{stage}: {name}")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_hand_over(values: Any, tmp_path: Path) -> None:
     """By the command; that two ranks resume exactly is in ``test_killed.py``."""
     recipe = recipe_from(
@@ -88,6 +90,7 @@ SAVING_MEMORY: dict[str, dict[str, Any]] = {  # stage of training, and what diff
 """Each ZeRO stage with LoRA and full weights (stage II) and in a mixture (stage IV), both ways of offloading."""
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one_process(values: Any, phantoms: Path, tmp_path: Path) -> None:
     """Two ranks of two micro-batches and one process of four: losses to 1e-5 of their size, weights to 1e-7.
 

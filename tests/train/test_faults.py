@@ -28,6 +28,7 @@ from tests.train.rank_bad_steps import steps_of
 CASES = ["0:bf16:loss", "0:fp32:gradient", "1:bf16:loss", "2:fp32:loss", "3:bf16:loss", "3:fp32:gradient"]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(values: Any, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
     recipe = recipe_from(
