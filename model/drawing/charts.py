@@ -128,7 +128,8 @@ def calibration(
         radius = 2.5 + 5.5 * math.sqrt(len(inside) / largest)
         note = f"predicted {across:.2f}, real {up:.2f}, {count(len(inside))} masks"
         shapes.append(line(_x(across), _y(lower), _x(across), _y(upper), "spread"))
-        shapes.append(circle(_x(across), _y(up), radius, "series-1 dot", note))
+        place = {"cx": rounded(_x(across)), "cy": rounded(_y(up)), "r": rounded(radius)}
+        shapes.append(element("circle", element("title", note), **place, class_="series-1 dot"))
     return _chart(shapes, f"Calibration of the predicted IoU over {count(len(pairs))} masks")
 
 
@@ -224,11 +225,6 @@ def box(x: float, y: float, width: float, height: float, kind: str, note: str = 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
     """A straight line."""
     return element("line", x1=rounded(x1), y1=rounded(y1), x2=rounded(x2), y2=rounded(y2), class_=kind)
-
-
-def circle(x: float, y: float, radius: float, kind: str, note: str) -> Markup:
-    """A disc; ``note`` shows where a pointer rests on it."""
-    return element("circle", element("title", note), cx=rounded(x), cy=rounded(y), r=rounded(radius), class_=kind)
 
 
 def label(x: float, y: float, text: str, anchor: str, kind: str) -> Markup:

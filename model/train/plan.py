@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,11 +98,6 @@ class Memory:
 
 class Planner:
     """Memory of a recipe and of its variants; its network is counted once.
-
-    Args:
-        recipe: as it was loaded.
-        config: sizes of its network.
-        records: the longest of its records.
 
     Raises:
         MedPLIBError: the recipe names parts that the network does not have.
@@ -186,13 +182,9 @@ class Planner:
             update = shared * size + max(group * (size + copies), (12 - size) * group * on_cpu)
 
         peak, tail = self._activations(recipe, machine)
-        if engine.precision == "bf16" and not deepspeed:  # autocast's copies of weights: all, or one layer's
-            decoder = [weight for weight in self.weights if ".decoder.layers." in weight.name and weight.rows > 1]
-            head = sum(weight.numel for weight in self.weights if weight.name.startswith("lm_head."))
-            one = sum(weight.numel for weight in decoder) / self.config.text_config.num_hidden_layers
-            kept = sum(weight.numel for weight in decoder if weight.trained)
-            everywhere = one * self.config.text_config.num_hidden_layers
-            peak += 2 * (head + (max(kept, one) if engine.gradient_checkpointing else everywhere))
+        if engine.precision == "bf16" and not deepspeed:  # autocast's copies: all weights, or what learns and the head
+            copied = [one for one in self.weights if re.match(r"lm_head\.|model\.decoder\.layers\.", one.name)]
+            peak += 2 * sum(one.numel for one in copied if one.trained or not engine.gradient_checkpointing)
         quantized = [weight.numel for weight in self.weights if weight.quantized and recipe.lora.quantise != "none"]
         alive, gradients = max((peak + 2.0 * max(quantized, default=0), early), (tail, late), key=sum)
         parts: dict[str, tuple[float, float]] = {
@@ -205,8 +197,8 @@ class Planner:
         }
         if not on_cpu:
             passing = [parts[name] for name in ("gradients", "activations", "buffers")]
-            there, then = (sum(part[moment] for part in passing) for moment in (0, 1))
-            parts["fragmentation"] = (_FRAGMENTATION * there, _FRAGMENTATION * then)
+            backward, step = map(sum, zip(*passing, strict=True))
+            parts["fragmentation"] = (_FRAGMENTATION * backward, _FRAGMENTATION * step)
             parts["CUDA context"] = (_CONTEXT, _CONTEXT)
 
         loaded = float(sum(weight.numel for weight in self.weights) * size)
@@ -235,10 +227,10 @@ class Planner:
         length = records.tokens + visual - 1
         tokens = batch * length
 
+        names = [one.name for one in self.weights if one.trained and not one.lora]
+
         def learns(pattern: str) -> bool:
-            return any(
-                weight.trained and not weight.lora and re.search(pattern, weight.name) for weight in self.weights
-            )
+            return any(re.search(pattern, name) for name in names)
 
         def encoder(rows: int, depth: int, own: int, wide: int, share: float) -> float:  # of an image, kept
             return rows * a * (depth * own + 9 * own + 3 * wide if again else depth * share * (9 * own + 3 * wide))
@@ -268,9 +260,8 @@ class Planner:
         around = tokens * 3 * a * width + batch * visual * a * (2 * vision.hidden_size + 3 * width)
         towers = masks = 0.0
         if learns("vision_tower"):
-            towers += batch * encoder(
-                visual + 1, vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, 1
-            )
+            wide = vision.intermediate_size
+            towers += batch * encoder(visual + 1, vision.num_hidden_layers, vision.hidden_size, wide, 1)
         if records.masks:
             seen, side = sam.vision_config, sam.vision_config.image_size // sam.vision_config.patch_size
             if learns("sam.image_encoder"):
@@ -383,28 +374,22 @@ def weights_of(network: MedPLIBForCausalLM) -> list[Weight]:
     from model.train.trainable import is_lora, native_name
 
     quantized = {f"{native_name(f'{name}.')}weight" for name, _ in decoder_linears(network)}
-    return [
-        Weight(
-            name=name,
-            numel=parameter.numel(),
-            rows=parameter.shape[0] if parameter.dim() else 1,
-            trained=parameter.requires_grad,
-            lora=is_lora(name),
-            expert=".decoder.layers." in name and ".mlp.experts." in name,
-            quantized=not is_lora(name) and native_name(name) in quantized,
-        )
-        for name, parameter in network.named_parameters()
-    ]
+    found = []
+    for name, parameter in network.named_parameters():
+        lora, expert = is_lora(name), ".decoder.layers." in name and ".mlp.experts." in name
+        rows = parameter.shape[0] if parameter.dim() else 1
+        few_bits = not lora and native_name(name) in quantized
+        found.append(Weight(name, parameter.numel(), rows, parameter.requires_grad, lora, expert, few_bits))
+    return found
 
 
 def network_problems(recipe: Recipe, recipe_path: Path) -> list[str]:
     """Parts that a recipe names and its network does not have, before that is loaded; none where it cannot be read."""
     from model.train.starting import merged_of
 
-    if not recipe.model.base or not (merged_of(recipe.model.base) / "config.json").is_file():
-        return []
     try:
-        planned_network(recipe, find_sizes(recipe, recipe_path)[0])
+        if recipe.model.base and (merged_of(recipe.model.base) / "config.json").is_file():
+            planned_network(recipe, find_sizes(recipe, recipe_path)[0])
     except MedPLIBError as error:
         return [str(error)]
     return []
@@ -463,19 +448,12 @@ def _changes(planner: Planner, recipe: Recipe, machine: Machine) -> Iterator[Cha
             lora=replace(lora, **quantise),
         )
         keys = ("schedule.batch_size", "schedule.accumulation", "engine.expert_parallel", *_SLOWER)
-        overrides = tuple(
-            f"{key}={str(_value(variant, key)).lower()}" for key in keys if _value(recipe, key) != _value(variant, key)
-        )
+        before, after = ({key: attrgetter(key)(one) for key in keys} for one in (recipe, variant))
+        overrides = tuple(f"{key}={str(after[key]).lower()}" for key in keys if after[key] != before[key])
         if overrides and not check_values(variant):
             slower = 1.04 ** math.log2(schedule.batch_size / batch) * (1.15 if share > engine.expert_parallel else 1.0)
-            for key, times in _SLOWER.items():
-                slower *= times[_value(variant, key)] / times[_value(recipe, key)]
+            slower *= math.prod(times[after[key]] / times[before[key]] for key, times in _SLOWER.items())
             yield Change(overrides, variant, planner.memory(variant, machine), slower)
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(recipe, section), name)
 
 
 def more_gpus(planner: Planner, recipe: Recipe, machine: Machine) -> tuple[Machine, Change | None] | None:
@@ -521,8 +499,7 @@ def add_plan_command(commands: argparse._SubParsersAction) -> None:
     ):
         number: Any = _above_0(float if isinstance(default, float) else int, 1 if metavar == "SHARE" else math.inf)
         plan.add_argument(flag, type=number, required=flag == "--gpus", default=default, metavar=metavar, help=what)
-    what = "7b, nano, a YAML file like configs/model's, or a checkpoint's folder"
-    plan.add_argument("--sizes", type=Path, metavar="WHAT", help=what)
+    plan.add_argument("--sizes", type=Path, metavar="WHAT", help="7b, nano, a YAML file, or a checkpoint's folder")
     plan.add_argument("--json", action="store_true", help="print one JSON object, bytes in all of it")
     plan.set_defaults(run=run_plan)
 
@@ -541,8 +518,6 @@ def run_plan(options: argparse.Namespace) -> int:
     """The command: exit 1 when the recipe does not fit."""
     from model.train.recipe_io import load_recipe
 
-    if strange := [text for text in options.overrides if "=" not in text]:
-        raise MedPLIBError(f"{strange[0]!r} is not of the form key=value")
     text = options.recipe.read_text(encoding="utf-8") if options.recipe.is_file() else ""
     names = re.findall(r"\$\{(\w+)\}", "\n".join([re.sub(r"#.*", "", text), *options.overrides]))
     unset = sorted({*names} - {*os.environ})
@@ -578,8 +553,8 @@ def run_plan(options: argparse.Namespace) -> int:
         "changes": [change.plain() for change in changes],
         "fits_on": more and {"gpus": more[0].gpus, "nodes": more[0].nodes, "change": more[1] and more[1].plain()},
     }
-    lines = [json.dumps(plan, indent=2)] if options.json else _lines(plan, recipe, machine, memory)
-    sys.stdout.write("\n".join(lines) + "\n")
+    text = json.dumps(plan, indent=2) if options.json else "\n".join(_lines(plan, recipe, machine, memory))
+    sys.stdout.write(f"{text}\n")
     return int(not fits)
 
 
@@ -621,13 +596,12 @@ def _lines(plan: dict[str, Any], recipe: Recipe, machine: Machine, memory: Memor
         "",
         f"{'GiB on each ' + ('process' if machine.device == 'cpu' else 'GPU'):<22}backward   update",
     ]
-    rows = [*memory.parts.items(), ("together", memory.moments)]
-    lines += [f"  {name:<20}{backward / GIB:>8.2f} {update / GIB:>8.2f}" for name, (backward, update) in rows]
-    for name, total, parts in (
-        ("host of each node", f"{_gib(host)} of {_gib(machine.host_memory)}", memory.host),
-        ("disk", _gib(disk), memory.disk),
-    ):
-        lines.append(f"{name:<20}{total} GiB: {', '.join(f'{part} {_gib(size)}' for part, size in parts.items())}")
+    for name, (backward, update) in (*memory.parts.items(), ("together", memory.moments)):
+        lines.append(f"  {name:<20}{backward / GIB:>8.2f} {update / GIB:>8.2f}")
+    for name, total, parts in (("host of each node", host, memory.host), ("disk", disk, memory.disk)):
+        lines.append(
+            f"{name:<20}{_gib(total)} GiB: {', '.join(f'{part} {_gib(size)}' for part, size in parts.items())}"
+        )
     spare, part = machine.gpu_memory - plan["peak"], f"the largest part is {plan['largest']}"
     if plan["fits"]:
         return [*lines, "", f"FITS: {_gib(plan['peak'])} GiB, {_gib(spare)} to spare; {part}."]

@@ -60,10 +60,11 @@ def _compare(folders: Sequence[Path]) -> int:
             f"{', '.join(strangers)}: no run lies there; `medplib runs FOLDER` lists those below a folder"
         )
     runs = [read_run(folder) for folder in folders]
-    environment = ("git", "versions", "host", "gpus", "world_size")
     sections: dict[str, list[Mapping[str, Any]]] = {
         "recipe": [run.recipe for run in runs],
-        "code and machine": [{name: run.attempt.get(name) for name in environment} for run in runs],
+        "code and machine": [
+            {n: run.attempt.get(n) for n in ("git", "versions", "host", "gpus", "world_size")} for run in runs
+        ],
         "data": [run.record.get("data") or {} for run in runs],
     }
     heading = ["", *(_shown(run.folder) for run in runs)]

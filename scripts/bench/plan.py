@@ -38,10 +38,10 @@ from model.train.trainable import add_lora, set_trainable
 ROOT = Path(__file__).resolve().parents[2]
 MID = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
 FOUR, AGAIN, DEEP = "schedule.batch_size=4", "engine.gradient_checkpointing=true", "engine.kind=deepspeed"
+BOTH: tuple[tuple[str, ...], ...] = ((), (AGAIN,))
 LORA = ("lora.rank=8", "lora.targets=[gate,up,down,q,v]", "trainable=[mask_decoder,mask_head,lm_head]")
 CASES: list[tuple[str, int, int, tuple[str, ...]]] = [  # sizes, stage, processes, overrides
-    *(("nano", 2, 1, (f"schedule.batch_size={n}", *more)) for n in (1, 4, 8) for more in ((), (AGAIN,))),
-    *(("mid", 2, 1, (f"schedule.batch_size={n}", *more)) for n in (1, 4, 8) for more in ((), (AGAIN,))),
+    *((size, 2, 1, (f"schedule.batch_size={n}", *how)) for size in ("nano", "mid") for n in (1, 4, 8) for how in BOTH),
     *(("mid", 2, n, (FOUR, AGAIN, DEEP, f"engine.zero_stage={zero}")) for n in (1, 2) for zero in (0, 1, 2, 3)),
     ("mid", 2, 1, (FOUR, AGAIN, DEEP, "engine.offload=optimiser")),
     ("mid", 2, 2, (FOUR, AGAIN, DEEP, "engine.precision=bf16", "schedule.accumulation=2")),
@@ -112,10 +112,10 @@ def measure(stage: int, sizes: str, overrides: list[str], result: str) -> None:
             region = torch.ones(1, config.vision_grid, config.vision_grid), torch.zeros(1, dtype=torch.long)
             masks = torch.ones(records.masks, *size)
             rows.append(EncodedSample(ids, labels, image, *region, torch.rand(3, *size), size, size, masks))
-        for _ in range(2 * recipe.schedule.accumulation):
-            engine.accumulate(collate(rows, 0))
-            if _ % recipe.schedule.accumulation == recipe.schedule.accumulation - 1:
-                engine.step()
+        for _ in range(2):
+            for _ in range(recipe.schedule.accumulation):
+                engine.accumulate(collate(rows, 0))
+            engine.step()
     if process.is_first:
         Path(result).write_text(json.dumps([tally.peak, max(memory.moments) + held]), encoding="utf-8")
     leave()
@@ -149,8 +149,7 @@ def main() -> int:
             measured, planned = json.loads(result.read_text())
             errors.append(planned / measured - 1)
             shown = [f"{value / 2**20:,.0f}" for value in (planned, measured)]
-            shown = [f"{value / 2**20:,.0f}" for value in (planned, measured)]
-            rows.append([size, name, *shown, f"{errors[-1]:+.1%}"])
+            rows.append([size, name, *(f"{n / 2**20:,.0f}" for n in (planned, measured)), f"{errors[-1]:+.1%}"])
             sys.stderr.write(" · ".join(rows[-1]) + "\n")
     mean, within = sum(map(abs, errors)) / len(errors), sum(abs(error) <= 0.15 for error in errors)
     lines = [
