@@ -148,7 +148,6 @@ def main() -> int:
             subprocess.run([sys.executable, *launch * (processes > 1), __file__, *case], env=environment, check=True)
             measured, planned = json.loads(result.read_text())
             errors.append(planned / measured - 1)
-            shown = [f"{value / 2**20:,.0f}" for value in (planned, measured)]
             rows.append([size, name, *(f"{n / 2**20:,.0f}" for n in (planned, measured)), f"{errors[-1]:+.1%}"])
             sys.stderr.write(" · ".join(rows[-1]) + "\n")
     mean, within = sum(map(abs, errors)) / len(errors), sum(abs(error) <= 0.15 for error in errors)
