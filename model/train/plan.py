@@ -518,9 +518,8 @@ def run_plan(options: argparse.Namespace) -> int:
     """The command: exit 1 when the recipe does not fit."""
     from model.train.recipe_io import load_recipe
 
-    text = options.recipe.read_text(encoding="utf-8") if options.recipe.is_file() else ""
-    names = re.findall(r"\$\{(\w+)\}", "\n".join([re.sub(r"#.*", "", text), *options.overrides]))
-    unset = sorted({*names} - {*os.environ})
+    given = re.sub(r"#.*", "", options.recipe.read_text(encoding="utf-8")) if options.recipe.is_file() else ""
+    unset = sorted({*re.findall(r"\$\{(\w+)\}", "\n".join([given, *options.overrides]))} - {*os.environ})
     recipe = load_recipe(options.recipe, options.overrides, {**os.environ, **{name: f"<{name}>" for name in unset}})
     device = "cpu" if recipe.engine.device == "cpu" else "cuda"
     machine = Machine(options.gpus, options.nodes, options.gpu_mem * GIB, options.host_mem * GIB, device)
