@@ -16,8 +16,8 @@ from model.data.commands import add_data_command
 from model.errors import MedPLIBError
 from model.eval.commands import add_compare_command, add_eval_command
 from model.serve.commands import add_serve_command
-from model.train.plan_command import add_plan_command
-from model.train.router_commands import add_curves_command, add_router_report_command
+from model.train.plan import add_plan_command
+from model.train.router_commands import add_router_report_command
 from model.train.runs_command import add_runs_command
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "medplib-nano"
@@ -60,7 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     add_plan_command(commands)
     add_runs_command(commands)
-    add_curves_command(commands)
     add_router_report_command(commands)
     add_eval_command(commands)
     add_compare_command(commands)

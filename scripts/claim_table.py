@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from claim_picture import dot_plot
 from nano_report import blind_scores, read_records
 
 START: Mapping[str, str] = {"align": "start: stage I, no further step"}
@@ -40,23 +39,19 @@ Scores = Mapping[str, float]
 
 
 def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -> str:
-    """Read every arm's report, write table.md, table.json and claim.svg into ``claim`` and return the Markdown."""
+    """Read every arm's report, write table.md and table.json into ``claim`` and return the Markdown."""
     found = {name: [read_scores(claim / f"seed{seed}" / name / "report.json") for seed in seeds] for name in ROWS}
     test, train = phantoms / "test", phantoms / "train"
     images = json.loads((claim / f"seed{seeds[0]}" / "mixture" / "report.json").read_text())["images"]
-    asked = _of_first_images(read_records(test), images)
+    records = read_records(test)
+    first = {*list(dict.fromkeys(record["image"] for record in records))[:images]}
+    asked = [record for record in records if record["image"] in first]
     blind = columns_of(blind_scores(read_records(train), asked, train, test))
     text = markdown(found, blind, steps) + "\n" + "\n".join(f"- {line}" for line in verdict(found)) + "\n"
     (claim / "table.md").write_text(text, encoding="utf-8")
     plain = {"steps": steps, "seeds": list(seeds), "images": images, "blind": blind, "arms": found}
     (claim / "table.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    (claim / "claim.svg").write_text(dot_plot({title: found[name] for name, title in ROWS.items()}), encoding="utf-8")
     return text
-
-
-def _of_first_images(records: Sequence[Mapping[str, str]], count: int) -> list[Mapping[str, str]]:
-    images = set(list(dict.fromkeys(record["image"] for record in records))[:count])
-    return [record for record in records if record["image"] in images]
 
 
 def read_scores(path: Path) -> dict[str, float]:

@@ -19,7 +19,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import reproduce_nano
 
     yield reproduce_nano, claim_table
-    for name in ("reproduce_nano", "claim_table", "claim_picture", "nano_report"):
+    for name in ("reproduce_nano", "claim_table", "nano_report"):
         sys.modules.pop(name, None)
 
 
@@ -101,17 +101,3 @@ def test_the_verdict_is_what_the_scores_say(scripts: Any) -> None:
     assert "both skills? no: it loses more than 0.02 in mDice (" in table.verdict(found)[0]
     text = table.markdown(found, scores(0.1, 0.1, 0.1), 7)
     assert "| d: two experts (top-1, capacity 1.5, aux 0.01) | 0.905 ± 0.021 |" in text and "21 steps" in text
-
-
-def test_the_picture_shows_every_seed_where_its_score_is(scripts: Any) -> None:
-    from xml.etree import ElementTree
-
-    from claim_picture import PANELS, dot_plot
-
-    rows = {"one & only": [scores(0.5, 0.5, 0.5), scores(0.9, 0.5, 0.7)], "two": [scores(0.7, 0.5, 0.9)]}
-    root = ElementTree.fromstring(dot_plot(rows))
-    dots = [float(dot.attrib["cx"]) for dot in root.iter("{http://www.w3.org/2000/svg}circle")]
-    assert len(dots) == 3 * len(PANELS)
-    low, high, middle = dots[:3]  # of VQA
-    assert middle == pytest.approx((low + high) / 2)
-    assert "one & only" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]

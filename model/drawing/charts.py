@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from model.drawing.pages import Markup, count, element, number, percent
-from model.drawing.shapes import box, circle, label, line, rounded
 
 _WIDTH, _HEIGHT = 304, 208
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 20, 40  # margins of the plot: tick labels and axis titles
@@ -129,7 +128,8 @@ def calibration(
         radius = 2.5 + 5.5 * math.sqrt(len(inside) / largest)
         note = f"predicted {across:.2f}, real {up:.2f}, {count(len(inside))} masks"
         shapes.append(line(_x(across), _y(lower), _x(across), _y(upper), "spread"))
-        shapes.append(circle(_x(across), _y(up), radius, "series-1 dot", note))
+        place = {"cx": rounded(_x(across)), "cy": rounded(_y(up)), "r": rounded(radius)}
+        shapes.append(element("circle", element("title", note), **place, class_="series-1 dot"))
     return _chart(shapes, f"Calibration of the predicted IoU over {count(len(pairs))} masks")
 
 
@@ -214,3 +214,24 @@ def _told(value: float | None, low: float | None, high: float | None, baseline: 
     if _finite(baseline):
         parts.append(f"blind {number(baseline)}")
     return ", ".join(parts)
+
+
+def box(x: float, y: float, width: float, height: float, kind: str, note: str = "") -> Markup:
+    """A rectangle; ``note`` shows where a pointer rests on it."""
+    sides = {"x": rounded(x), "y": rounded(y), "width": rounded(width), "height": rounded(height)}
+    return element("rect", element("title", note) if note else "", **sides, class_=kind)
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    """A straight line."""
+    return element("line", x1=rounded(x1), y1=rounded(y1), x2=rounded(x2), y2=rounded(y2), class_=kind)
+
+
+def label(x: float, y: float, text: str, anchor: str, kind: str) -> Markup:
+    """Text, its ``anchor`` (start, middle, end) at the place given."""
+    return element("text", text, x=rounded(x), y=rounded(y), class_=f"{kind} {anchor}")
+
+
+def rounded(value: float) -> str:
+    """A coordinate in as few digits as do."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")

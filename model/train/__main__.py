@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from model.train import load_recipe, run
-    from model.train.plan_network import network_problems
+    from model.train.plan import network_problems
     from model.train.readiness import record_problems, start_problems
     from model.train.signals import RunStopped
 

@@ -65,15 +65,23 @@ class Journal:
             self.say(f"step {row['step']}: {scores}")
 
     def router(self, row: Mapping[str, Any] | None) -> None:
-        """Note what routers did, if there is anything to note; TensorBoard gets the loads."""
+        """Note what routers did, if there is anything to note."""
         if row is None:
             return
         self._write(ROUTER_FILE, row, "router")
-        if self.board is not None:
-            for kind, found in row["kinds"].items():
-                for layer, shares in zip(row["layers"], found["load"], strict=True):
-                    for expert, share in enumerate(shares):
-                        self.board.add_scalar(f"router/{kind}/layer {layer}/expert {expert}", share, row["step"])
+        if self.board is None:
+            return
+        for group, found in {**row["kinds"], **row["tasks"], "projector": row.get("projector")}.items():
+            for measure in ("load", "probability", "entropy", "dropped") if found else ():
+                values = [found[measure]] if group == "projector" else found[measure]
+                places = (
+                    ["projector"] if group == "projector" else [f"{group}/layer {layer}" for layer in row["layers"]]
+                )
+                for place, value in zip(places, values, strict=True):
+                    for expert, one in enumerate(value if isinstance(value, list) else [value]):
+                        tag = f"router_{measure}/{place}" + f"/expert {expert}" * isinstance(value, list)
+                        if one is not None:
+                            self.board.add_scalar(tag, one, row["step"])
 
     def say(self, text: str) -> None:
         """Log a line without tearing the progress bar."""

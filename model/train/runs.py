@@ -140,12 +140,6 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def loss_curve(folder: Path) -> list[float]:
-    """The loss of every step that has one."""
-    losses = (row.get("loss") for row in _rows(folder / METRICS_FILE, whole=True))
-    return [float(loss) for loss in losses if isinstance(loss, (int, float)) and math.isfinite(loss)]
-
-
 def _rows(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
     """Rows of one of a run's files, or those near its end; none of one that cannot be read."""
     try:

@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 import transformers
-from arguments import positive
 from limits import Clock, Hardware
 from random_network import Script, make_network
 from sections import Sections
-from tables import HEAD, number, table
+from tables import HEAD, number, positive, table
 from workloads import Answers, make_workloads
 
 from model.errors import MedPLIBError

@@ -1,7 +1,8 @@
-"""Rows and tables of benchmark reports, all with the same columns: for ``infer.py``."""
+"""Rows and tables of benchmark reports, and a type of command-line values, for the benchmarks beside it."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,3 +84,11 @@ def verdict(claim: str, value: float, bound: float, *, at_most: bool = False) ->
     """A line that tells whether a target was met."""
     met = value <= bound if at_most else value >= bound
     return f"- {claim}: {number(value)}, {'met' if met else 'missed'}."
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too few; give at least 1")
+    return value

@@ -26,9 +26,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from arguments import positive
 from mix import SAMPLE, count_padding, write_records
-from tables import number, table
+from tables import number, positive, table
 from training_arms import ARMS, Measured, run_arm
 
 from model.checkpoint.directories import resolve

@@ -289,6 +289,7 @@ def test_a_second_run_does_nothing(native: Path, built: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     source = tmp_path / "source"
     make_native(source, 16).finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -11,8 +12,7 @@ import numpy as np
 import pytest
 
 from model.data.builders.blind import position_prior_dice
-from model.data.builders.phantom import TASKS, build_phantoms
-from model.data.builders.phantom_sample import build_sample
+from model.data.builders.phantom import TASKS, build_phantoms, write_json
 from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES
 from model.data.schema import parse_record
 from model.errors import MedPLIBError
@@ -93,6 +93,19 @@ def test_impossible_wishes_are_refused_in_a_sentence(tmp_path: Path, number: int
     with pytest.raises(MedPLIBError, match="give"):
         build_phantoms(tmp_path / "out", number, seed, size=size)
     assert not (tmp_path / "out").exists()
+
+
+def build_sample(out: Path) -> None:
+    """As data/sample/README.md says: 16 images for training, 8 others whose records are in one file."""
+    build_phantoms(out, 16, seed=61)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        build_phantoms(other := Path(folder), 8, seed=505)
+        held_out = [record for task in TASKS for record in json.loads((other / f"{task}.json").read_text("utf-8"))]
+        for path in (*(other / "images").iterdir(), *(other / "masks").iterdir()):
+            path.replace(out / path.parent.name / path.name)
+        parts = [json.loads((root / "SAMed2D_phantom.json").read_text("utf-8")) for root in (out, other)]
+    write_json(out / "held_out.json", held_out)
+    write_json(out / "SAMed2D_phantom.json", parts[0] | parts[1])
 
 
 def test_committed_sample_is_what_the_builder_makes(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def launch(folder: Path, *flags: str, **more: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 def test_chunks_on_the_cpu_are_joined_in_order(tmp_path: Path):
     records = json.loads((SAMPLE / "held_out.json").read_text())
     asked = [records[86], {**records[0], "image": "images/absent.png"}, *records[1:3], records[87]]

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from model.eval import vqa_infer
 from model.eval.options import InferenceOptions
 from model.eval.places import Place
@@ -42,6 +44,7 @@ def without_timing(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path: Path):
     records = json.loads((SAMPLE / "held_out.json").read_text())
     data = tmp_path / "data.json"
@@ -66,6 +69,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path):
     assert vqa_infer.main(flags(tmp_path / "two.jsonl", data)) == 3  # alone it tells the true code
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_and_doubles_nothing(tmp_path: Path):
     answers, data = tmp_path / "killed.jsonl", tmp_path / "data.json"
     data.write_text(json.dumps(json.loads((SAMPLE / "held_out.json").read_text())[60:110]))

@@ -28,6 +28,7 @@ from tests.serve.scripted import ScriptedController, say
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path; install it to drive the page"),
 ]
 NANO = ROOT / "assets" / "medplib-nano"

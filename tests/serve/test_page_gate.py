@@ -115,6 +115,7 @@ def test_long_or_broken_words_are_refused(site):
         assert site.post("/gradio_api/queue/join", content=body).status_code == 400
 
 
+@pytest.mark.slow
 def test_many_answers_at_once_hold_up_nobody(serving, wait_until, tmp_path):
     controller = ScriptedController(say_for_ever)
     with serving(controller.app) as address:

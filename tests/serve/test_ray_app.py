@@ -19,6 +19,7 @@ from model.serve.protocol import Chunk, ChunkReader, GenerateRequest
 from model.serve.ray_app import NANO, build_app, read_settings
 from tests.conftest import ROOT, free_port
 
+pytestmark = pytest.mark.slow  # servers of several programs start
 FUNDUS = ROOT / "data" / "sample" / "images" / "fundus_00--Phantom--seed505case000004--0000.png"
 KEY = "for clients"
 

@@ -396,6 +396,7 @@ def ask(controller: str, begun: threading.Event) -> str | None:
     return finishes[-1]
 
 
+@pytest.mark.slow
 def test_page_and_api_come_up_outlive_a_crash_and_go(serve: Any, wait_until: Wait, tmp_path: Path) -> None:
     stack = serve("--logs", str(tmp_path / "logs"), "--votes-file", str(tmp_path / "votes.jsonl"))
     wait_until(lambda: stack.says("Ctrl-C stops it"), 150)
@@ -421,6 +422,7 @@ def test_page_and_api_come_up_outlive_a_crash_and_go(serve: Any, wait_until: Wai
     assert not [line for lines in logs.values() for line in lines if not one_format.fullmatch(line)]
 
 
+@pytest.mark.slow
 def test_a_program_that_cannot_start_is_told_and_all_end(serve: Any, wait_until: Wait, tmp_path: Path) -> None:
     """The checkpoint looks whole from outside; the worker finds that it is not."""
     shutil.copytree(NANO, tmp_path / "broken")

@@ -31,6 +31,7 @@ from model.serve.protocol import Chunk, ChunkReader, ErrorCode, GenerateRequest
 from model.serve.stack import API_KEY, Stack, StackSettings
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # servers of several programs start
 NANO = ROOT / "assets" / "medplib-nano"
 IMAGES = sorted((ROOT / "data" / "sample" / "images").glob("fundus*.png"))
 STREAM = "/worker_generate_stream"

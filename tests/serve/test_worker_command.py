@@ -61,6 +61,7 @@ def published_line(port: int, controller: str, device: str) -> list[str]:
     ).split()
 
 
+@pytest.mark.slow
 def test_the_published_line_answers_and_ends_what_it_has(serving: Any, wait_until: Any) -> None:
     port = free_port()
     url = f"http://localhost:{port}"
@@ -100,6 +101,7 @@ def test_the_published_line_without_a_gpu_is_one_sentence(capsys: Any) -> None:
     assert "the device 'cuda' cannot be used here" in _sentence(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a second signal", "the end of the grace"])
 def test_what_would_take_long_is_given_up(wait_until: Any, how: str) -> None:
     port = free_port()

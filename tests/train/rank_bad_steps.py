@@ -1,7 +1,7 @@
 """Run by every rank of ``test_faults.py``: three optimiser steps, in the second of which one rank's batch is bad.
 
 Arguments: a recipe file, an output folder, ``STAGE:PRECISION:FAULT`` triples. ``loss`` spoils an image of the last
-rank, ``gradient`` one gradient of it. One process (no launcher) takes the batches of both ranks in turn.
+rank, ``gradient`` one gradient of it. One process (``steps_of``) takes the batches of both ranks in turn.
 """
 
 from __future__ import annotations

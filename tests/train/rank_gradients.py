@@ -2,7 +2,7 @@
 
 Arguments: a recipe file, an output folder, ZeRO stages (``2x2``: ZeRO-2 with experts shared out over two ranks, each of
 which writes the gradients that it has). Rank 0 gets VQA records alone, without regions and masks, and
-rank 1 grounding records alone. One process (no launcher) takes both batches in turn, through plain PyTorch.
+rank 1 grounding records alone. One process (``gradients_of``) takes both batches in turn, through plain PyTorch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from safetensors.torch import load_file
 
 from model.checkpoint import load
 from model.train import Recipe, recipe_from, save_recipe
+from model.train.process import Process
 from tests.train.launching import launch
+from tests.train.rank_gradients import gradients_of
 from tests.train.same_steps import one_process, read_rows, same_steps, two_ranks
 
 pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
@@ -24,6 +25,7 @@ def recipe_file(recipe: Recipe, folder: Path, **engine: Any) -> str:
     return str(save_recipe(replace(recipe, engine=replace(recipe.engine, **engine)), folder))
 
 
+@pytest.mark.slow
 def test_ranks_with_unlike_batches_get_the_exact_mean_gradient(values: Any, tmp_path: Path) -> None:
     base = values(4)["model"]["base"]
     recipe = recipe_from(
@@ -38,13 +40,10 @@ def test_ranks_with_unlike_batches_get_the_exact_mean_gradient(values: Any, tmp_
             optimiser={"clip": 0.0},
         )
     )
-    script = "tests/train/rank_gradients.py"
-    alone = recipe_file(replace(recipe, schedule=replace(recipe.schedule, accumulation=2)), tmp_path / "one")
-    single = launch([script, alone, str(tmp_path), "0"])
-    assert single.returncode == 0, single.stderr
-    expected = load_file(tmp_path / "torch_0_0.safetensors")
+    alone = replace(recipe, schedule=replace(recipe.schedule, accumulation=2))
+    expected = gradients_of(alone, Process(0, 1, torch.device("cpu")))
     pair = recipe_file(recipe, tmp_path / "two", kind="deepspeed")
-    both = launch([script, pair, str(tmp_path), "0", "1", "2", "3", "1x2", "2x2"], processes=2)
+    both = launch(["tests/train/rank_gradients.py", pair, str(tmp_path), "0", "1", "2", "3", "1x2", "2x2"], processes=2)
     assert both.returncode == 0, both.stderr
 
     for part in ("router", "experts.0", "experts.1", "projector", "mask_decoder", "mask_head", "embed_tokens"):
@@ -58,33 +57,24 @@ def test_ranks_with_unlike_batches_get_the_exact_mean_gradient(values: Any, tmp_
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6 * largest, msg=f"ZeRO-{stage}: {name}")
 
 
-def test_two_ranks_train_resume_and_hand_over(values: Any, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_ranks_train_and_hand_over(values: Any, tmp_path: Path) -> None:
+    """By the command; that two ranks resume exactly is in ``test_killed.py``."""
     recipe = recipe_from(
         values(
             2,
             schedule={"batch_size": 1, "accumulation": 2, "max_steps": 3},
-            saving={"every": 2},
             engine={"kind": "deepspeed", "gradient_checkpointing": True},
         )
     )
-    arguments = ["-m", "model.train", recipe_file(recipe, tmp_path / "given")]
-    first = launch(arguments, processes=2)
-    assert first.returncode == 0, first.stderr
-    whole = read_rows(recipe)
-    network, _ = load(recipe.merged)
-    assert [row["lr"] for row in whole] == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3])
-
-    shutil.rmtree(recipe.merged)
-    shutil.rmtree(recipe.folder / "checkpoints" / "step_0000003")
-    second = launch([*arguments, "--resume", "logging.tensorboard=true"], processes=2)
-    assert second.returncode == 0, second.stderr
-    again = read_rows(recipe)
-    assert [row["step"] for row in again] == [1, 2, 3]
-    assert again[2]["loss"] == whole[2]["loss"]
+    given = recipe_file(recipe, tmp_path / "given")
+    ended = launch(["-m", "model.train", given, "logging.tensorboard=true"], processes=2)
+    assert ended.returncode == 0, ended.stderr
+    rows = read_rows(recipe)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3])
     assert list((recipe.folder / "tensorboard").iterdir())
-    resumed = load(recipe.merged)[0].state_dict()
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, resumed[name]), name
+    assert load(recipe.merged)[0].config.text_config.num_hidden_layers == 4
 
 
 SAVING_MEMORY: dict[str, dict[str, Any]] = {  # stage of training, and what differs from plain data parallelism
@@ -100,6 +90,7 @@ SAVING_MEMORY: dict[str, dict[str, Any]] = {  # stage of training, and what diff
 """Each ZeRO stage with LoRA and full weights (stage II) and in a mixture (stage IV), both ways of offloading."""
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one_process(values: Any, phantoms: Path, tmp_path: Path) -> None:
     """Two ranks of two micro-batches and one process of four: losses to 1e-5 of their size, weights to 1e-7.
 

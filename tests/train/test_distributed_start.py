@@ -13,6 +13,7 @@ from tests.train.launching import launch
 pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
 
 
+@pytest.mark.slow
 def test_zero3_never_needs_room_for_the_whole_network(values: Any, tmp_path: Path) -> None:
     """DeepSpeed moves a network that it gets whole to each GPU whole; one that is shared out already stays so."""
     chosen = values(2)

@@ -21,6 +21,7 @@ from tests.train.same_steps import one_process, read_rows, same_steps, two_ranks
 pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
 
 
+@pytest.mark.slow
 def test_shared_experts_take_the_steps_of_whole_ones(values: Any, phantoms: Path, tmp_path: Path) -> None:
     sections = {
         "lora": {"rank": 2, "dropout": 0.0, "targets": ["q", "up"]},  # up: inside every expert

@@ -1,4 +1,4 @@
-"""Which expert serves what: the numbers, the sentences and the page; and the curves of a run."""
+"""Which expert serves what: the numbers and the sentences, and what TensorBoard gets of routers."""
 
 from __future__ import annotations
 
@@ -84,15 +84,13 @@ def test_layers_with_other_numbers_of_experts_are_measured_by_their_own() -> Non
     assert len(findings(one)) == 1  # where there is one expert, there is nothing to tell
 
 
-def test_a_checkpoint_is_drawn_in_one_page_with_its_numbers(
-    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_router_report_writes_its_numbers(phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = tiny_checkpoint(tmp_path)
     files = [str(phantoms / f"{name}.json") for name in ("vqa", "region", "grounding")]
-    out = tmp_path / "new" / "report.html"
+    out = tmp_path / "new" / "report.json"
     given = ["router-report", str(checkpoint), "--data", *files, "--images", str(phantoms), "--out", str(out)]
     assert main([*given, "--samples", "3"]) == 0
-    numbers = json.loads(out.with_suffix(".json").read_text())
+    numbers = json.loads(out.read_text())
     assert numbers["layers"] == [0, 1] and numbers["records"] == {"vqa": 3, "region": 3, "grounding": 3}
     assert all(sentence in capsys.readouterr().out for sentence in numbers["findings"][:1])
     whole = next(row for row in numbers["groups"] if not (row["task"] or row["modality"] or row["positions"]))
@@ -100,22 +98,18 @@ def test_a_checkpoint_is_drawn_in_one_page_with_its_numbers(
     assert sum(row["tokens"] for row in parts) == whole["tokens"]
     assert np.sum(whole["load"], axis=1) == pytest.approx([1, 1], abs=1e-4)
     assert "projector" not in numbers
-    page = out.read_text()
-    assert "&lt;SEG&gt; positions" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
-    assert "rojector" not in page
 
 
 @pytest.mark.parametrize("moe", [{}, {"layers": (0, 1), "num_experts": (2, 4), "top_k": 2}])
-def test_a_mixture_in_the_projector_is_drawn_apart_from_the_layers(
+def test_projector_mixture_is_reported_apart_from_the_layers(
     moe: dict[str, Any], phantoms: Path, tmp_path: Path
 ) -> None:
     checkpoint = tiny_checkpoint(tmp_path, moe=moe, projector={"type": "moe_mlp2x_gelu", "num_experts": 3})
     files = [str(phantoms / f"{name}.json") for name in ("vqa", "grounding")]
-    out = tmp_path / "report.html"
+    out = tmp_path / "report.json"
     given = ["router-report", str(checkpoint), "--data", *files, "--images", str(phantoms), "--out", str(out)]
     assert main([*given, "--samples", "2"]) == 0
-    numbers = json.loads(out.with_suffix(".json").read_text())
-    page = out.read_text()
+    numbers = json.loads(out.read_text())
     whole, *parts = numbers["projector"]["groups"]
     assert (whole["task"], whole["modality"], whole["tokens"]) == (None, None, 4 * 16)
     tasks = [part for part in parts if part["task"]]
@@ -123,13 +117,12 @@ def test_a_mixture_in_the_projector_is_drawn_apart_from_the_layers(
     assert whole["load"] == pytest.approx(np.mean([part["load"] for part in tasks], axis=0), abs=1e-4)
     assert sum(part["tokens"] for part in parts if part["modality"]) == whole["tokens"]
     assert sum(whole["probability"]) == pytest.approx(1, abs=1e-4) and whole["dropped"] == 0
-    assert 'id="projector"' in page and "Image tokens" in page
     assert numbers["layers"] == list(moe.get("layers", ()))
     if moe:
         image = next(row for row in numbers["groups"] if row["positions"] == "image")
         assert [len(load) for load in image["load"]] == [2, 4] and image["tokens"] == whole["tokens"]
     else:
-        assert "groups" not in numbers and "Specialisation" not in page
+        assert "groups" not in numbers
 
 
 def test_what_was_not_measured_is_not_told_as_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,28 +132,26 @@ def test_what_was_not_measured_is_not_told_as_a_number(tmp_path: Path, capsys: p
     save(network, processor, tmp_path / "broken")
     turns = [{"from": "human", "value": "Is the liver an organ?"}, {"from": "gpt", "value": "yes"}]
     (tmp_path / "text.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
-    out = tmp_path / "broken.html"
+    out = tmp_path / "broken.json"
     given = ["--data", str(tmp_path / "text.json"), "--images", str(tmp_path), "--out", str(out)]
     assert main(["router-report", str(tmp_path / "broken"), *given]) == 0
     told = capsys.readouterr().out
     assert "no finite probabilities: 1." in told and "projector's router gave no figures" in told
     assert "specialisation" not in told  # one task, one kind of position
-    numbers = json.loads(out.with_suffix(".json").read_text())
+    numbers = json.loads(out.read_text())
     assert numbers["specialisation"]["by_task_mean"] is None and numbers["projector"]["groups"][0]["tokens"] == 0
-    assert "nan" not in out.read_text()
+    assert "NaN" not in out.read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["router-report", "{base}", "--data", "{data}", "--images", "{images}", "--out", "x.html"], "dense model"),
-        (["router-report", "{base}", "--out", "x.html"], "give --data"),
-        (["router-report", "{base}", "--data", "{data}", "--out", "x.html"], "--images is missing"),
-        (["router-report", "{base}", "--out", "x.png"], "ends with .html"),
-        (["curves", "{base}"], "no steps of a run"),
+        (["router-report", "{base}", "--data", "{data}", "--images", "{images}", "--out", "x.json"], "dense model"),
+        (["router-report", "{base}", "--out", "x.json"], "give --data"),
+        (["router-report", "{base}", "--data", "{data}", "--out", "x.json"], "--images is missing"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(
+def test_what_cannot_be_reported_is_told(
     base: Path, phantoms: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {"base": base, "data": phantoms / "vqa.json", "images": phantoms}
@@ -171,46 +162,37 @@ def test_what_cannot_be_drawn_is_told(
 def test_records_of_a_run_that_are_not_here_are_told(values: Any, tmp_path: Path, capsys: Any) -> None:
     recipe = recipe_from(values(1, data={"validation": ["elsewhere/held_out.json"]}))
     save_recipe(recipe, tmp_path)
-    assert main(["router-report", str(tmp_path), "--out", "x.html"]) == 2
+    assert main(["router-report", str(tmp_path), "--out", "x.json"]) == 2
     assert "elsewhere/held_out.json, which is not here" in capsys.readouterr().err
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def test_a_run_is_drawn_as_curves_and_its_routers_over_training(values: Any, phantoms: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_losses_by_task_and_routers(values: Any, phantoms: Path, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     base = values(4)["model"]["base"]
     recipe = recipe_from(
         values(
             4,
+            ("grounding",),
             model={"base": base, "grounding": base},
             data={"validation": [str(phantoms / "grounding.json")], "validation_images": str(phantoms)},
-            schedule={"max_steps": 3},
+            schedule={"max_steps": 2},
             validation={"samples": 2, "every": 2},
             mixture={"projector_experts": 2},
             trainable=["router", "projector"],
-            logging={"router_every": 1},
+            logging={"router_every": 1, "tensorboard": True},
         )
     )
     run(recipe)
-    journal = recipe.folder / "router.jsonl"
-    rows = [json.loads(line) for line in journal.read_text().splitlines()]
-    del rows[0]["projector"]  # as a version wrote it that did not look there
-    write_rows(journal, rows)
-    assert main(["curves", str(recipe.folder)]) == 0
-    page = (recipe.folder / "curves.html").read_text()
-    for title in (
-        "Cross-entropy by task",
-        "Cross-entropy by modality",
-        "On held-out records",
-        "Entropy of the routers",
-        "Image tokens in the projector",
-    ):
-        assert title in page
-    out = tmp_path / "report.html"
-    assert main(["router-report", str(recipe.folder), "--out", str(out), "--samples", "2"]) == 0
-    assert "Over training" in out.read_text() and "Image tokens in the projector" in out.read_text()
-    write_rows(journal, [{name: value for name, value in row.items() if name != "projector"} for row in rows])
-    assert main(["curves", str(recipe.folder)]) == 0
-    assert "rojector" not in (recipe.folder / "curves.html").read_text()
+    board = event_accumulator.EventAccumulator(str(recipe.folder / "tensorboard"))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    rows = [json.loads(line) for line in (recipe.folder / "router.jsonl").read_text().splitlines()]
+    for measure in ("load", "probability", "entropy", "dropped"):
+        expert = "" if measure in ("entropy", "dropped") else "/expert 1"
+        for place in ("text/layer 3", "grounding/layer 0", "projector"):
+            assert f"router_{measure}/{place}{expert}" in tags
+    shown = [event.value for event in board.Scalars("router_load/text/layer 3/expert 1")]
+    assert shown == pytest.approx([row["kinds"]["text"]["load"][3][1] for row in rows])
+    assert {"train/loss", "train/ce/grounding", "train/dice/grounding", "validation/dice@0.5"} <= tags
+    assert main(["router-report", str(recipe.folder), "--out", str(tmp_path / "r.html"), "--samples", "2"]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["layers"] == rows[0]["layers"]

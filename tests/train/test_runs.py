@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,60 +53,11 @@ def test_runs_are_listed_and_compared(folder: Path, capsys: pytest.CaptureFixtur
 
     assert main(["runs", "compare", str(folder / "a"), str(folder / "b")]) == 0
     told = capsys.readouterr().out
-    assert "optimiser.lr" in told and "data: the same" in told and "best ce" in told and "loss by step" in told
+    assert "optimiser.lr" in told and "data: the same" in told and "best ce" in told
     assert "schedule.batch_size" not in told
 
     assert main(["runs", str(folder), "--json"]) == 0
     assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 5
-
-
-def curves_in(page: str, title: str) -> list[str]:
-    """The colours of the lines and dots of the chart with this title."""
-    chart = page.split(f'aria-label="{title}"', 1)[1].split("</svg>", 1)[0]
-    return re.findall(r'class="(?:curve line|series)-(\d)"', chart)
-
-
-def made_run(folder: Path, losses: list[float | None], **values: float) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text('{"status": "finished", "stage": 2}')
-    rows = [{"step": step, "loss": loss, **values} for step, loss in enumerate(losses, start=1)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def test_runs_that_are_compared_are_drawn_over_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [
-        made_run(tmp_path / "seed0" / "dense", [0.9, 0.5, 0.4, None, 0.3] * 40, lr=1e-3),
-        made_run(tmp_path / "seed0" / "<b>", []),  # no step yet
-        made_run(tmp_path / "seed1" / "dense", [0.8], lr=1e-3),
-        made_run(tmp_path / "seed1" / "other", [0.8, None, 0.2]),
-    ]
-    out = tmp_path / "pages" / "compare.html"
-    assert main(["runs", "compare", *map(str, runs), "--out", str(out)]) == 0
-    assert f"wrote {out}" in capsys.readouterr().out
-    page = out.read_text()
-    assert sorted(set(curves_in(page, "Loss"))) == ["1", "3", "4"]  # each keeps its colour where one has no curve
-    assert sorted(set(curves_in(page, "Learning rate"))) == ["1", "3"]
-    assert "On held-out records" not in page and "nan" not in page.lower()
-    assert "seed0/<wbr>dense" in page and "<b>" not in page
-
-    many = [made_run(tmp_path / f"run{number}", [1.0, 0.5]) for number in range(7)]
-    assert main(["runs", "compare", *map(str, many), "--out", str(out)]) == 0
-    assert out.read_text().count('aria-label="Loss"') == 2  # six colours are told apart
-
-
-def test_what_cannot_be_drawn_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, none = made_run(tmp_path / "one", [1.0]), made_run(tmp_path / "none", [])
-    out = tmp_path / "compare.html"
-    for words, told in (
-        (["compare", str(one), "--out", str(out)], "`medplib curves RUN` draws one"),
-        (["compare", str(one), str(none), "--out", str(tmp_path / "page.png")], "ends with .html"),
-        (["compare", str(none), str(none), "--out", str(out)], "nothing to draw"),
-        ([str(tmp_path), "--out", str(out)], "runs compare RUN RUN --out"),
-    ):
-        assert main(["runs", *words]) == 2
-        assert told in capsys.readouterr().err
-    assert not out.exists()
 
 
 def test_wrong_input_is_told_in_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
