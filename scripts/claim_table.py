@@ -61,7 +61,7 @@ def _of_first_images(records: Sequence[Mapping[str, str]], count: int) -> list[M
 
 def read_scores(path: Path) -> dict[str, float]:
     """The columns of one checkpoint's report."""
-    (scores,) = [column for name, column in json.loads(path.read_text())["columns"].items() if name != "blind"]
+    (scores,) = [column for name, column in json.loads(path.read_text("utf-8"))["columns"].items() if name != "blind"]
     return columns_of(scores)
 
 

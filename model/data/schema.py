@@ -1,21 +1,34 @@
 """One raw record of a data file → one validated ``Sample`` (reference §8).
 
+``canonical`` brings the layouts of other programs (``messages``, ``role`` and ``content``, ``user`` and ``assistant``)
+into the published one; whoever reads a conversation goes through it.
+
 Paths written inside the text (``<mask>…</mask>``, ``<region>…</region>``) leave it here and become ordered lists; the
 markers that the processor needs (``<SEG>``, ``<region></region>``, ``<image>``) stay. Raw records are never changed.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from model.data.readers import is_file, mask_files
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 from model.processing.conversation import Turn
-from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
+from model.processing.special_tokens import (
+    CONTROL_TOKENS,
+    IMAGE_TOKEN,
+    REGION_MARKER,
+    SEG_TOKEN,
+    SPECIAL_TOKENS,
+    WRAPPED_IMAGE,
+)
 
 Task = Literal["vqa", "region", "grounding", "caption"]
 Severity = Literal["error", "repaired", "warning"]
@@ -26,6 +39,16 @@ MODALITIES = ("ct", "mr", "x_ray", "pet", "fundus", "dermoscopy", "endoscopy", "
 _PATH_TAG = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.DOTALL) for name in ("mask", "region")}
 _NUMBERED_IMAGE = re.compile(r"image(\d+)")
 _SA_MED2D_NAME = re.compile(r"([a-z]+)_\d+--")
+
+CONVERSATION_KEYS = ("conversations", "conversatons", "messages")  # published, as LLaVA-Med writes it, OpenAI's
+_ROLES = {"user": "human", "assistant": "gpt"}
+_LABELS = ("id", "question_id", "answer_type", "modality", "task", "kind", "about", "structure", "dataset")
+_PUBLISHED_ROOT = "SAMed2D_v1"
+_TAGS = frozenset({SEG_TOKEN, "<region>", "</region>", "<mask>", "</mask>"})  # their places are checked one by one
+_TOKENS = re.compile("|".join(map(re.escape, sorted({*CONTROL_TOKENS, *SPECIAL_TOKENS} - _TAGS))))
+_OTHER_SEG = re.compile(r"\[SEG\]|<seg>")  # LISA's spelling, and small letters
+_BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,7 @@ class Sample:
         answer_type: ``open``, ``closed`` or None.
         task: what the record trains; inferred unless the record has a ``task`` key.
         modality: the record's ``modality`` key, else from the last image's file name; None where neither says.
-        raw: the record as read.
+        raw: the record as read, in the published layout.
         examples: the solved examples of an in-context record; their images come first in ``images``.
         repairs: sentences about what was mended on the way.
     """
@@ -93,7 +116,7 @@ def parse_record(raw: Mapping[str, Any], images_root: str | Path) -> Sample:
     """
     sample, findings = inspect_record(raw, images_root)
     if sample is None:
-        name = _text(raw.get("id")) if isinstance(raw, Mapping) else ""
+        name = shown(record_id(raw), quoted=False) if isinstance(raw, Mapping) else ""
         faults = "; ".join(finding.message for finding in findings if finding.severity == "error")
         raise MedPLIBError(f"record {name or '(no id)'}: {faults}")
     return sample
@@ -110,12 +133,89 @@ def inspect_record(raw: Mapping[str, Any], images_root: str | Path) -> tuple[Sam
     return _Inspection(raw, Path(images_root)).run()
 
 
+def canonical(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A raw record in the published layout: itself where it is in that already, else a changed copy.
+
+    ``messages`` and LLaVA-Med's ``conversatons`` become ``conversations``; ``role`` and ``content`` become ``from`` and
+    ``value``, ``user`` and ``assistant`` become ``human`` and ``gpt``; a list of text and image parts becomes one text
+    with ``<image>``, its paths (or ``images``) the record's ``image``; finite numbers become text; a leading system
+    turn is left out, as templates have their own. Whatever is malformed stays as it is.
+    """
+    key = next((key for key in CONVERSATION_KEYS if raw.get(key)), None)
+    turns = raw[key] if key else None
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        return raw
+    images: list[Any] = []
+    made = [_canonical_turn(turn, images) for turn in turns]
+    if isinstance(made[0], Mapping) and made[0].get("from") == "system":
+        del made[0]
+    if not raw.get("image") and (images := images or raw.get("images") or []):
+        single = isinstance(images, list) and len(images) == 1
+        return {**_without(raw, (*CONVERSATION_KEYS, "images")), "image": images[0] if single else images} | {
+            "conversations": made
+        }
+    if key == CONVERSATION_KEYS[0] and len(made) == len(turns) and all(map(operator.is_, made, turns)):
+        return raw
+    return {**_without(raw, CONVERSATION_KEYS), "conversations": made}
+
+
+def _without(raw: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if key not in keys}
+
+
+def _canonical_turn(turn: Any, images: list[Any]) -> Any:
+    """One turn with ``from`` and ``value``; paths of its image parts are added to ``images``."""
+    if not isinstance(turn, Mapping):
+        return turn
+    role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if isinstance(value, list):
+        value = _joined_parts(value, images)
+    elif is_number(value):
+        value = str(value)
+    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    if "from" in turn and "value" in turn and turn["from"] == role and turn["value"] is value:
+        return turn
+    named = {"from": role} if role is not None else {}
+    told = {"value": value} if "value" in turn or "content" in turn else {}
+    return {**_without(turn, ("role", "content")), **named, **told}
+
+
+def _joined_parts(parts: list[Any], images: list[Any]) -> Any:
+    """The text of a message in parts, each on its own line; the parts where one is neither text nor image."""
+    texts: list[str] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url"):
+            texts.append(IMAGE_TOKEN)
+            source = part.get("image_url") or part.get("image") or part.get("path") or part.get("url")
+            source = source.get("url", source) if isinstance(source, Mapping) else source
+            if source:
+                images.append(source.removeprefix("file://") if isinstance(source, str) else source)
+        else:
+            return parts
+    return "\n".join(texts)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field holds a number that can be written out; NaN, infinities and truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def record_id(raw: Mapping[str, Any]) -> str:
+    """A record's own id as text; empty where it has none, or one of a wrong type."""
+    name = raw.get("id", raw.get("question_id"))
+    return name if isinstance(name, str) else str(name) if is_number(name) else ""
+
+
 class _Inspection:
     """Walks one record once and collects every finding instead of stopping at the first."""
 
     def __init__(self, raw: Mapping[str, Any], root: Path) -> None:
-        self.raw, self.root = raw, root
+        self.raw, self.root = canonical(raw), root
         self.findings: list[Finding] = []
+        self._fields(raw)
         self.turns: list[Turn] = []
         self.regions: list[Path] = []
         self.region_images: list[int] = []
@@ -124,7 +224,7 @@ class _Inspection:
 
     def run(self) -> tuple[Sample | None, list[Finding]]:
         examples, images = self._images()
-        conversations = self.raw.get("conversations", self.raw.get("conversatons"))  # as LLaVA-Med writes it
+        conversations = self.raw.get("conversations", self.raw.get("conversatons"))
         target = self._in_context_target() if examples else None
         if examples and not conversations:
             conversations = _default_in_context_turns(len(examples))
@@ -139,7 +239,7 @@ class _Inspection:
     def _sample(self, images: tuple[Path, ...], examples: tuple[Example, ...]) -> Sample:
         answer_type = _text(self.raw.get("answer_type")).strip().lower()
         return Sample(
-            id=_text(self.raw.get("id", self.raw.get("question_id"))),
+            id=record_id(self.raw),
             images=images,
             turns=tuple(self.turns),
             regions=tuple(self.regions),
@@ -156,6 +256,20 @@ class _Inspection:
 
     def _report(self, kind: str, message: str, severity: Severity = "error") -> None:
         self.findings.append(Finding(kind, message, severity))
+
+    def _fields(self, raw: Mapping[str, Any]) -> None:
+        """Values of a wrong type, and whatever JSON cannot hold: NaN and infinities, halves of characters."""
+        for key, value in raw.items():
+            if key in _LABELS:
+                if not (value is None or isinstance(value, str) or is_number(value)):
+                    self._report("bad_field", f"{key} is {shown(value)}, expected text")
+            elif key not in (*CONVERSATION_KEYS, "image") and _has_non_finite(value):
+                self._report("bad_field", f"{shown(key)} holds NaN or an infinity, which is no JSON", "warning")
+        turns = next((raw[key] for key in CONVERSATION_KEYS if raw.get(key)), None)
+        first = turns[0] if isinstance(turns, list) else None
+        if isinstance(first, Mapping) and first.get("from", first.get("role")) == "system":
+            message = "the system turn is left out; every conversation template has its own"
+            self._report("system_turn", message, "repaired")
 
     # ---- images ----------------------------------------------------------------------------------------------------
 
@@ -200,19 +314,30 @@ class _Inspection:
         )
 
     def _find(self, name: Any, kind: Literal["image", "mask", "region"], what: str) -> Path:
-        """The file that ``name`` means; a missing ``.png`` is put back where that file exists."""
-        if not isinstance(name, str) or not name.strip() or "\0" in name:
-            self._report(f"missing_{kind}", f"the {what} is {name!r}, expected a path")
+        """The file that ``name`` means, in another spelling where only that exists: see ``_spellings``."""
+        name = name.get("path") if isinstance(name, Mapping) and not name.get("bytes") else name
+        if isinstance(name, Mapping | bytes) or (isinstance(name, str) and name.startswith("data:")):
+            told = f"the {what} lies inside the file as encoded bytes; write it as a file and give its path"
+            self._report(f"missing_{kind}", told)
             return self.root
-        path = self.root / name.strip()
-        if is_file(path) or (kind != "image" and mask_files(path)):
-            return path
-        with_suffix = path.with_name(path.name + ".png")
-        if is_file(with_suffix) or (kind != "image" and mask_files(with_suffix)):
-            self._report("suffix_missing", f"the {what} {name} lacks .png; {with_suffix.name} is used", "repaired")
-            return with_suffix
-        self._report(f"missing_{kind}", f"the {what} {name} does not exist under {self.root}")
-        return path
+        if name is not None and not isinstance(name, str):
+            self._report("bad_field", f"the {what} is {shown(name)}, expected a path")
+            return self.root
+        if not name or not name.strip() or "\0" in name:
+            self._report(f"missing_{kind}", f"the {what} is {shown(name)}, expected a path")
+            return self.root
+        named = shown(name, quoted=False)
+        for spelling, path in enumerate(_spellings(self.root, name.strip())):
+            if is_file(path) or (kind != "image" and mask_files(path)):
+                if spelling == 1:
+                    told = f"the {what} {named} lacks .png; {shown(path.name, quoted=False)} is used"
+                    self._report("suffix_missing", told, "repaired")
+                elif spelling:
+                    told = f"the {what} {named} is spelled otherwise on disk (accents, slashes, folders or suffix)"
+                    self._report("path_spelling", f"{told}; {shown(path, quoted=False)} is used", "repaired")
+                return path
+        self._report(f"missing_{kind}", f"the {what} {named} does not exist under {self.root}")
+        return self.root / name.strip()
 
     # ---- conversation ----------------------------------------------------------------------------------------------
 
@@ -223,11 +348,16 @@ class _Inspection:
         for number, entry in enumerate(conversations):
             expected = ("human", "gpt")[number % 2]
             if not isinstance(entry, Mapping) or "from" not in entry or "value" not in entry:
-                self._report("bad_field", f"turn {number} is {entry!r:.60}, expected {{from, value}}")
+                self._report("bad_field", f"turn {number} is {shown(entry)}, expected {{from, value}}")
                 continue
             if entry["from"] != expected:
-                self._report("turn_order", f"turn {number} is from {entry['from']!r}, expected {expected!r}")
-            text = _text(entry["value"])
+                self._report("turn_order", f"turn {number} is from {shown(entry['from'])}, expected {expected!r}")
+            text = entry["value"] if entry["value"] is not None else ""
+            if not isinstance(text, str):
+                self._report("bad_field", f"the text of turn {number} is {shown(text)}, expected text")
+                continue
+            if _HALF_CHARACTER.search(text):
+                self._report("bad_field", f"the text of turn {number} holds half of a character pair, which is no text")
             if entry["from"] == "gpt":
                 self._answer(text, number, target)
             else:
@@ -250,8 +380,11 @@ class _Inspection:
         self.images_seen += pieces[-1].count(IMAGE_TOKEN)
         if any("<region>" in piece or "</region>" in piece for piece in pieces):
             self._report("broken_tag", f"the question of turn {number} holds a <region> tag without its partner")
-        if not text.strip():
+        if is_blank(text):
             self._report("empty_question", f"the question of turn {number} is empty")
+        for token in sorted(set(_TOKENS.findall(text.replace(WRAPPED_IMAGE, "")))):
+            note = "which is taken apart" if token in CONTROL_TOKENS else "a token of the model"
+            self._report("special_token", f"the question of turn {number} holds {token}, {note}", "warning")
         self.turns.append(Turn("human", REGION_MARKER.join(pieces)))
 
     def _region(self, name: str, number: int) -> None:
@@ -266,6 +399,17 @@ class _Inspection:
             self._report("misplaced_tag", f"the answer of turn {number} holds <region>, which belongs in questions")
         if IMAGE_TOKEN in text:
             self._report("misplaced_tag", f"the answer of turn {number} holds <image>, which belongs in questions")
+        for token in sorted(set(_TOKENS.findall(text))):
+            controls = token in CONTROL_TOKENS
+            note = "which would end or garble what is learnt; remove it" if controls else "a token of the model"
+            told = f"the answer of turn {number} holds {token}, {note}"
+            self._report("special_token", told, "error" if controls else "warning")
+        if _OTHER_SEG.search(text):
+            mended = with_seg_spelled(text)
+            note = f"{SEG_TOKEN} is used" if mended != text else "which is no mask's place without a <mask> for each"
+            told = f"the answer of turn {number} holds {_OTHER_SEG.findall(text)[0]}, {note}"
+            self._report("seg_spelling", told, "repaired" if mended != text else "warning")
+            text = mended
         names = _PATH_TAG["mask"].findall(text)
         clean = _PATH_TAG["mask"].sub("", text)
         if "<mask>" in clean or "</mask>" in clean:
@@ -277,7 +421,7 @@ class _Inspection:
             self._report("seg_without_mask", f"the answer of turn {number} has {places} <SEG> and {len(names)} <mask>")
         if places < len(names):
             self._report("mask_without_seg", f"the answer of turn {number} has {len(names)} <mask> and {places} <SEG>")
-        if not clean.strip():
+        if is_blank(clean):
             self._report("empty_answer", f"the answer of turn {number} is empty")
         self.masks += [self._find(name, "mask", f"mask of turn {number}") for name in names]
         self.turns.append(Turn("gpt", clean))
@@ -335,6 +479,53 @@ def _default_in_context_turns(examples: int) -> list[dict[str, str]]:
     ]
 
 
+def with_seg_spelled(answer: str) -> str:
+    """An answer with ``<SEG>`` for ``[SEG]`` and ``<seg>``, if that gives each of its masks one; else as it is."""
+    mended = _OTHER_SEG.sub(SEG_TOKEN, answer)
+    return mended if mended.count(SEG_TOKEN) == len(_PATH_TAG["mask"].findall(mended)) else answer
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is seen: white space and characters without width."""
+    return _BLANK.fullmatch(text) is not None
+
+
+def _spellings(root: Path, name: str) -> Iterator[Path]:
+    """Where the file ``name`` may lie: as written; with ``.png``; then the same with ``/`` for ``\\``, without what
+    leads to a folder of the root's name, and with accents composed or apart, part by part.
+    """
+    path = root / name
+    yield path
+    yield path.with_name(f"{path.name}.png")
+    plain = name.replace("\\", "/")
+    parts = plain.split("/")
+    behind = [place for place, part in enumerate(parts[:-1]) if part in (root.resolve().name, _PUBLISHED_ROOT) and part]
+    for relative in (plain, "/".join(parts[behind[-1] + 1 :])) if behind else (plain,):
+        at = root
+        for part in Path(relative).parts:
+            forms = (at / part, *(at / unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+            found = next((form for form in forms if _exists(form) or _exists(form.with_name(f"{form.name}.png"))), None)
+            at = found or forms[0]
+        yield at
+        yield at.with_name(f"{at.name}.png")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _has_non_finite(value: Any) -> bool:
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, float) and not math.isfinite(found):
+            return True
+        waiting += found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else ()
+    return False
+
+
 def _text(value: Any) -> str:
-    """Published answers may be bare numbers."""
-    return "" if value is None else value if isinstance(value, str) else str(value)
+    return value if isinstance(value, str) else str(value) if is_number(value) else ""

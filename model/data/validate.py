@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from model.data.marks import files_mark
 from model.data.readers import ReadLimits, read_image, read_mask
 from model.data.records import Records, open_records
-from model.data.schema import Finding, Sample, Severity, inspect_record
-from model.errors import MedPLIBError
+from model.data.schema import Finding, Sample, Severity, inspect_record, record_id
+from model.errors import MedPLIBError, shown
+
+if TYPE_CHECKING:  # it imports torch, which few checks need
+    from model.data.lengths import LengthCheck
 
 Progress = Callable[[int, int], None]
 
@@ -55,6 +59,8 @@ class RecordFacts:
     modality: str | None
     answer_type: str | None
     mark: int  # of the files it names, see marks.files_mark
+    images: int = 0
+    tokens: int = 0  # an image counting as one; 0 where they were not counted
 
 
 @dataclass
@@ -104,15 +110,11 @@ def check_file(
     check_pixels: bool = True,
     workers: int | None = None,
     limits: ReadLimits | None = None,
+    lengths: LengthCheck | None = None,
 ) -> DataReport:
     """Check every record of a data file and report all problems at once.
 
-    Kinds: ``invalid_json``, ``bad_field``, ``missing_image``, ``missing_mask``, ``missing_region``, ``suffix_missing``
-    (repaired), ``image_count``, ``empty_conversation``, ``turn_order``, ``empty_question``, ``empty_answer``,
-    ``broken_tag``, ``misplaced_tag``, ``seg_without_mask``, ``mask_without_seg``, ``duplicate_id`` (warning); with
-    ``check_pixels`` also ``unreadable_image``, ``unreadable_mask``, ``empty_mask``, ``empty_region`` and
-    ``size_mismatch``.
-    Keys the format does not know are no problem.
+    The kinds of problem are listed in docs/data.md; keys that the format does not know are none.
 
     Args:
         path: JSON list, JSON lines or Parquet file.
@@ -121,6 +123,7 @@ def check_file(
         check_pixels: decode every image and mask once; without it only their existence is checked.
         workers: threads; by default as many as processors, at most 16.
         limits: size limits of image files.
+        lengths: also counts tokens: ``too_long``, ``answer_cut`` (warning), ``region_not_asked``.
 
     Raises:
         MedPLIBError: the file itself cannot be read as a list of records, or ``images_root`` is no folder.
@@ -134,7 +137,7 @@ def check_file(
     pixels = PixelCheck(limits or ReadLimits()) if check_pixels else None
     tallies: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "modalities", "answer types")}
     seen: dict[str, int] = {}
-    for number, facts, problems in inspect_all(records, root, pixels, workers, progress):
+    for number, facts, problems in inspect_all(records, root, pixels, workers, progress, lengths=lengths):
         report.problems += problems
         if facts is None:
             continue
@@ -155,6 +158,7 @@ def inspect_all(
     workers: int | None = None,
     progress: Progress | None = None,
     in_context: bool = True,
+    lengths: LengthCheck | None = None,
 ) -> Iterator[tuple[int, RecordFacts | None, list[Problem]]]:
     """(number, facts or None where the record is unusable, problems) of all records, in order.
 
@@ -162,7 +166,7 @@ def inspect_all(
     """
 
     def one(number: int) -> tuple[int, RecordFacts | None, list[Problem]]:
-        return number, *_inspect(records, number, root, pixels, in_context)
+        return number, *_inspect(records, number, root, pixels, in_context, lengths)
 
     count, threads = len(records), workers or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(max_workers=threads) as pool:
@@ -174,7 +178,12 @@ def inspect_all(
 
 
 def _inspect(
-    records: Records, number: int, root: Path, pixels: PixelCheck | None, in_context: bool
+    records: Records,
+    number: int,
+    root: Path,
+    pixels: PixelCheck | None,
+    in_context: bool,
+    lengths: LengthCheck | None,
 ) -> tuple[RecordFacts | None, list[Problem]]:
     try:
         raw = records[number]
@@ -185,12 +194,16 @@ def _inspect(
         findings.append(Finding("in_context", "the record shows solved examples, which this data set does not read"))
     if sample is not None and pixels is not None:
         findings = findings + pixels(sample)
-    name = str(raw.get("id") or "")
+    tokens = 0
+    if sample is not None and lengths is not None:
+        tokens, found = lengths(sample)
+        findings = findings + found
+    name = shown(record_id(raw), quoted=False)
     problems = [Problem(number, finding.kind, finding.message, name, finding.severity) for finding in findings]
     if sample is None or any(problem.severity == "error" for problem in problems):
         return None, problems
-    mark = files_mark(sample, root)
-    return RecordFacts(name, sample.task, sample.modality, sample.answer_type, mark), problems
+    mark, images = files_mark(sample, root), len(sample.images)
+    return RecordFacts(name, sample.task, sample.modality, sample.answer_type, mark, images, tokens), problems
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if not __package__:  # run as a file: Python puts this folder on its path, not t
 from tqdm import tqdm
 
 from model.data.records import open_records
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.eval.metrics import PublishedText, Scores, score_predictions
 from model.eval.metrics.published_text import format_table
 from model.eval.metrics.rows import masks_by_threshold
@@ -32,6 +32,7 @@ STANDARD_HEADING = "Standard scores (fractions of 1; 95 % intervals over images)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of one predictions file; returns the exit code."""
+    escape_unprintable()
     options = build_parser().parse_args(arguments)
     try:
         run(options)

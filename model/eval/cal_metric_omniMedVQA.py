@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 if not __package__:  # run as a file: Python puts this folder on its path, not the project
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.eval.cal_metric import add_output_flags, count_rows, print_standard, with_bar, write_json
 from model.eval.metrics import score_predictions
 from model.eval.metrics.published_words import published_words
@@ -61,6 +61,7 @@ class PublishedAccuracy:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of one predictions file; returns the exit code."""
+    escape_unprintable()
     options = build_parser().parse_args(arguments)
     try:
         run(options)

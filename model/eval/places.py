@@ -74,7 +74,7 @@ def _launch(one_machine: bool) -> str:
 def started(process: int) -> str:
     """When a process of this machine began, in the kernel's clock ticks; empty where that cannot be told."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 

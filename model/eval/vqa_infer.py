@@ -21,8 +21,9 @@ FAILED_QUESTIONS = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    from model.errors import MedPLIBError
+    from model.errors import MedPLIBError, escape_unprintable
 
+    escape_unprintable()
     try:
         return _run(arguments)
     except MedPLIBError as error:

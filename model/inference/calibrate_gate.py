@@ -12,7 +12,7 @@ import torch
 from model.checkpoint import load
 from model.data.progress import record_bar
 from model.data.records import open_records
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.inference.gate_rows import collect_gate_rows
 from model.inference.loading import usable_device
 from model.inference.mask_gate import GATE_FILE, MaskGate
@@ -20,6 +20,7 @@ from model.inference.mask_gate import GATE_FILE, MaskGate
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the gate is written, 2 after a user's error."""
+    escape_unprintable()
     options = build_parser().parse_args(arguments)
     try:
         return _calibrate(options)

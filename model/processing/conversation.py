@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.errors import MedPLIBError
-from model.processing.special_tokens import EOS_TOKEN, IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
-
-WRAPPED_IMAGE = IMAGE_START_TOKEN + IMAGE_TOKEN + IMAGE_END_TOKEN
+from model.processing.special_tokens import (
+    CONTROL_TOKEN,
+    EOS_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    WRAPPED_IMAGE,
+)
 
 _ALREADY_WRAPPED = re.compile(rf"{IMAGE_START_TOKEN}\s*{IMAGE_TOKEN}\s*{IMAGE_END_TOKEN}")
 _ASKING, _ANSWERING = "USER: ", " ASSISTANT:"
 _NEXT_ROUND = re.compile(rf"{EOS_TOKEN}\s*{_ASKING}")
-_CONTROL_TOKEN = re.compile(rf"<(?=/?s>|{IMAGE_START_TOKEN[1:]}|{IMAGE_END_TOKEN[1:]})")
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def place_images(text: str) -> str:
     published code makes one of them.) Control tokens that a user wrote out are taken apart, so that text cannot end a
     turn or pose as an image.
     """
-    text = _CONTROL_TOKEN.sub("< ", _images_unwrapped(text))
+    text = CONTROL_TOKEN.sub("< ", _images_unwrapped(text))
     count = text.count(IMAGE_TOKEN)
     if count == 0:
         return text

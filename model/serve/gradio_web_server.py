@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.serve.client import ControllerClient
 from model.serve.limits import BodyLimit, ServeLimits
 from model.serve.running import check_port, is_loopback, run_app
@@ -26,6 +26,7 @@ _GRACE_SECONDS = 5.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the page until it is stopped; returns the exit code."""
+    escape_unprintable()
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for talkative in ("httpx", "highdicom"):

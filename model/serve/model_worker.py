@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.serve.access import checked_key, normal_name
 from model.serve.limits import add_limit_flags, limits_from
 from model.serve.protocol import HEARTBEAT_SECONDS
@@ -133,6 +133,7 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     signal.signal(signal.SIGTERM, _stop_loading)
+    escape_unprintable()
     options = parse_flags(make_parser(), arguments)
     set_up_logging()
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.data.records import open_records
+from model.data.schema import canonical
 from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
 from model.processing.tokens import TokenCounter, build_tokenizer
@@ -85,8 +86,8 @@ def _counter(recipe: Recipe) -> TokenCounter | None:
 
 
 def _length(record: Any, counter: TokenCounter | None) -> int:
-    turns = record.get("conversations")
+    turns = canonical(record).get("conversations")
     texts = [str(turn.get("value", "")) for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     text = "\n".join(texts)
-    tokens = counter(text)[0] if counter is not None else math.ceil(len(text) / _LETTERS_PER_TOKEN)
+    tokens = counter(text) if counter is not None else math.ceil(len(text) / _LETTERS_PER_TOKEN)
     return tokens + _TEMPLATE_TOKENS

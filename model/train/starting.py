@@ -222,7 +222,7 @@ def read_sizes(path: str) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MedPLIBError(f"model.sizes {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

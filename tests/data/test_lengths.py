@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.data.dataset import MedPLIBDataset
-from model.data.lengths import real_tokens, sequence_length
+from model.data.lengths import LengthCheck, real_tokens
 from model.data.sampling import ResumableSampler
 from model.modeling.configuration import IMAGE_PLACEHOLDER
 from model.modeling.splice import plan_splice
@@ -37,9 +37,9 @@ def test_lengths_are_those_of_the_encoded_samples(folder: Any, tokenizer: Any, t
     processor = MedPLIBProcessor(tokenizer, settings)
     if template == "plain":
         records = [record for number, record in enumerate(records) if number not in (1, 5)]  # it drops the questions
-    dataset = MedPLIBDataset(folder.write_records(records), folder.root, processor, training=True)
-    length = sequence_length(processor, PLACES)
-    told = [length(dataset.sample(index).turns) for index in range(len(dataset))]
+    path, lengths = folder.write_records(records), LengthCheck.of(processor)
+    dataset = MedPLIBDataset(path, folder.root, processor, training=True, lengths=lengths)
+    told = (dataset.tokens + dataset.images * (PLACES - 1)).tolist()
 
     batch = processor.collate([dataset[index] for index in range(len(dataset))])
     images = int((batch["input_ids"] == IMAGE_PLACEHOLDER).sum())
@@ -92,9 +92,9 @@ def test_the_sample_sets_of_the_project_are_counted_right(golden: Path) -> None:
     processor = MedPLIBProcessor(
         build_tokenizer(golden / "2_tokenize" / "tokenizer_saved_by_upstream"), ProcessorSettings()
     )
-    length = sequence_length(processor, 576)
+    lengths = LengthCheck.of(processor)
     for task in ("vqa", "region", "grounding"):
-        dataset = MedPLIBDataset(root / f"{task}.json", root, processor, training=True)
+        dataset = MedPLIBDataset(root / f"{task}.json", root, processor, training=True, lengths=lengths)
         for index in range(0, len(dataset), len(dataset) // 3):
             encoded = dataset[index]
-            assert length(dataset.sample(index).turns) == len(encoded) + 575 * len(encoded.pixel_values)
+            assert (dataset.tokens[index], dataset.images[index]) == (len(encoded), len(encoded.pixel_values))
