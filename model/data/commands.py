@@ -52,9 +52,7 @@ def run_data_check(options: argparse.Namespace) -> int:
         changes = {} if options.max_length is None else {"max_length": options.max_length}
         lengths = LengthCheck.of(MedPLIBProcessor.from_pretrained(options.model, **changes))
     elif options.max_length is not None:
-        raise MedPLIBError(
-            "--max-length counts tokens; name the checkpoint whose tokenizer makes them with --model DIR"
-        )
+        raise MedPLIBError("--max-length counts tokens; give --model DIR, whose tokenizer makes them")
     with record_bar("checking") as progress:
         report = check_file(options.file, options.images, progress=progress, lengths=lengths)
     sys.stdout.write(report.format() + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ from model.data.features import CachedFeatures
 from model.data.lengths import LengthCheck
 from model.data.readers import ImageData, read_image, read_mask
 from model.data.records import Records, open_records
-from model.data.schema import Sample, parse_record, with_default_id
+from model.data.schema import Sample, parse_record
 from model.data.validate import Problem, Progress, RecordFacts, inspect_all
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn
@@ -84,7 +84,7 @@ class MedPLIBDataset(Dataset):
 
     Attributes:
         tokens, images: int64 [N], tokens of each item (an image counting as one; 0 uncounted) and images in it.
-        marks: uint64 [N], a number for the files that each item names (``marks.files_mark``).
+        marks: uint64 [N], a number for the files that each item names (``RecordFacts.mark``).
         unreadable: bool [N], items whose files turned out unreadable since.
         shortened: bool [N], items whose answer was cut off at the processor's longest sequence.
 
@@ -148,17 +148,8 @@ class MedPLIBDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         number = int(self.indices[index])
-        return with_default_id(parse_record(self.records[number], self.images_root), number)
-
-    def load(self, index: int) -> LoadedSample:
-        """Item ``index`` with its pixels, at the size of their files.
-
-        Raises:
-            MedPLIBError: names the record whose file is unreadable or whose mask is empty or not of its image's size.
-        """
-        sample = self.sample(index)
-        with self._naming(index, sample):
-            return load_sample(sample)
+        sample = parse_record(self.records[number], self.images_root)
+        return sample if sample.id else replace(sample, id=str(number))
 
     def use_features(self, features: CachedFeatures | None) -> None:
         """Let features stand for the pixels of encoded items from now on."""
@@ -359,11 +350,6 @@ class MixedDataset(Dataset):
         """The validated record of item ``index``, without pixels."""
         dataset, inner = self._locate(index)
         return dataset.sample(inner)
-
-    def load(self, index: int) -> LoadedSample:
-        """Item ``index`` with its pixels."""
-        dataset, inner = self._locate(index)
-        return dataset.load(inner)
 
     def __getitem__(self, index: int) -> Any:
         dataset, inner = self._locate(index)

@@ -1,8 +1,5 @@
 """One raw record of a data file → one validated ``Sample`` (reference §8).
 
-``canonical`` brings the layouts of other programs (``messages``, ``role`` and ``content``, ``user`` and ``assistant``)
-into the published one; whoever reads a conversation goes through it.
-
 Paths written inside the text (``<mask>…</mask>``, ``<region>…</region>``) leave it here and become ordered lists; the
 markers that the processor needs (``<SEG>``, ``<region></region>``, ``<image>``) stay. Raw records are never changed.
 """
@@ -10,25 +7,18 @@ markers that the processor needs (``<SEG>``, ``<region></region>``, ``<image>``)
 from __future__ import annotations
 
 import math
-import operator
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from model.data.readers import is_file, mask_files
 from model.errors import MedPLIBError, shown
 from model.processing.conversation import Turn
-from model.processing.special_tokens import (
-    CONTROL_TOKENS,
-    IMAGE_TOKEN,
-    REGION_MARKER,
-    SEG_TOKEN,
-    SPECIAL_TOKENS,
-    WRAPPED_IMAGE,
-)
+from model.processing.special_tokens import CONTROL_TOKENS, IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN, WRAPPED_IMAGE
 
 Task = Literal["vqa", "region", "grounding", "caption"]
 Severity = Literal["error", "repaired", "warning"]
@@ -44,8 +34,9 @@ CONVERSATION_KEYS = ("conversations", "conversatons", "messages")  # published, 
 _ROLES = {"user": "human", "assistant": "gpt"}
 _LABELS = ("id", "question_id", "answer_type", "modality", "task", "kind", "about", "structure", "dataset")
 _PUBLISHED_ROOT = "SAMed2D_v1"
-_TAGS = frozenset({SEG_TOKEN, "<region>", "</region>", "<mask>", "</mask>"})  # their places are checked one by one
-_TOKENS = re.compile("|".join(map(re.escape, sorted({*CONTROL_TOKENS, *SPECIAL_TOKENS} - _TAGS))))
+_TOKENS = re.compile(
+    "|".join((*CONTROL_TOKENS, r"</?ref>", r"</?sr>", r"<gen_\d+>"))
+)  # others have places of their own
 _OTHER_SEG = re.compile(r"\[SEG\]|<seg>")  # LISA's spelling, and small letters
 _BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -136,27 +127,34 @@ def inspect_record(raw: Mapping[str, Any], images_root: str | Path) -> tuple[Sam
 def canonical(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """A raw record in the published layout: itself where it is in that already, else a changed copy.
 
-    ``messages`` and LLaVA-Med's ``conversatons`` become ``conversations``; ``role`` and ``content`` become ``from`` and
-    ``value``, ``user`` and ``assistant`` become ``human`` and ``gpt``; a list of text and image parts becomes one text
-    with ``<image>``, its paths (or ``images``) the record's ``image``; finite numbers become text; a leading system
-    turn is left out, as templates have their own. Whatever is malformed stays as it is.
+    OpenAI's ``messages`` and LLaVA-Med's ``conversatons`` become ``conversations``, ``role`` and ``content`` become
+    ``from`` and ``value``, ``user`` and ``assistant`` become ``human`` and ``gpt``; of text and image parts one text is
+    made, ``images`` or the parts' paths become ``image``; finite numbers become text; a leading system turn is left
+    out, as templates have their own. Whatever is malformed stays as it is.
     """
-    key = next((key for key in CONVERSATION_KEYS if raw.get(key)), None)
-    turns = raw[key] if key else None
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        return raw
+    key, turns = _said(raw)
     images: list[Any] = []
     made = [_canonical_turn(turn, images) for turn in turns]
-    if isinstance(made[0], Mapping) and made[0].get("from") == "system":
+    if made and _is_system(turns[0]):
         del made[0]
-    if not raw.get("image") and (images := images or raw.get("images") or []):
-        single = isinstance(images, list) and len(images) == 1
-        return {**_without(raw, (*CONVERSATION_KEYS, "images")), "image": images[0] if single else images} | {
-            "conversations": made
-        }
-    if key == CONVERSATION_KEYS[0] and len(made) == len(turns) and all(map(operator.is_, made, turns)):
+    images = images or raw.get("images") or []
+    if not turns or (key == "conversations" and made == list(turns) and (raw.get("image") or not images)):
         return raw
-    return {**_without(raw, CONVERSATION_KEYS), "conversations": made}
+    whole = {**_without(raw, CONVERSATION_KEYS), "conversations": made}
+    if images and not raw.get("image"):
+        whole = {**_without(whole, ("images",)), "image": images[0] if len(images) == 1 else images}
+    return whole
+
+
+def _said(raw: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
+    """The key that holds a record's conversation, and its turns; none where it is no list."""
+    key = next((key for key in CONVERSATION_KEYS if raw.get(key)), "")
+    turns = raw.get(key)
+    return key, turns if isinstance(turns, list | tuple) else ()
+
+
+def _is_system(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and turn.get("from", turn.get("role")) == "system"
 
 
 def _without(raw: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -167,17 +165,17 @@ def _canonical_turn(turn: Any, images: list[Any]) -> Any:
     """One turn with ``from`` and ``value``; paths of its image parts are added to ``images``."""
     if not isinstance(turn, Mapping):
         return turn
-    role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if isinstance(value, list):
-        value = _joined_parts(value, images)
-    elif is_number(value):
-        value = str(value)
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if "from" in turn and "value" in turn and turn["from"] == role and turn["value"] is value:
-        return turn
-    named = {"from": role} if role is not None else {}
-    told = {"value": value} if "value" in turn or "content" in turn else {}
-    return {**_without(turn, ("role", "content")), **named, **told}
+    made = _without(turn, ("role", "content"))
+    for name, other in (("from", "role"), ("value", "content")):
+        if name in turn or other in turn:
+            made[name] = turn.get(name, turn.get(other))
+    if isinstance(made.get("from"), str):
+        made["from"] = _ROLES.get(made["from"], made["from"])
+    if isinstance(made.get("value"), list):
+        made["value"] = _joined_parts(made["value"], images)
+    elif is_number(made.get("value")):
+        made["value"] = str(made["value"])
+    return made
 
 
 def _joined_parts(parts: list[Any], images: list[Any]) -> Any:
@@ -191,8 +189,7 @@ def _joined_parts(parts: list[Any], images: list[Any]) -> Any:
             texts.append(IMAGE_TOKEN)
             source = part.get("image_url") or part.get("image") or part.get("path") or part.get("url")
             source = source.get("url", source) if isinstance(source, Mapping) else source
-            if source:
-                images.append(source.removeprefix("file://") if isinstance(source, str) else source)
+            images += [source.removeprefix("file://") if isinstance(source, str) else source] if source else []
         else:
             return parts
     return "\n".join(texts)
@@ -205,8 +202,7 @@ def is_number(value: Any) -> bool:
 
 def record_id(raw: Mapping[str, Any]) -> str:
     """A record's own id as text; empty where it has none, or one of a wrong type."""
-    name = raw.get("id", raw.get("question_id"))
-    return name if isinstance(name, str) else str(name) if is_number(name) else ""
+    return _text(raw.get("id", raw.get("question_id")))
 
 
 class _Inspection:
@@ -258,16 +254,14 @@ class _Inspection:
         self.findings.append(Finding(kind, message, severity))
 
     def _fields(self, raw: Mapping[str, Any]) -> None:
-        """Values of a wrong type, and whatever JSON cannot hold: NaN and infinities, halves of characters."""
+        """Values of a wrong type, NaN and infinities, a system turn."""
         for key, value in raw.items():
             if key in _LABELS:
                 if not (value is None or isinstance(value, str) or is_number(value)):
                     self._report("bad_field", f"{key} is {shown(value)}, expected text")
             elif key not in (*CONVERSATION_KEYS, "image") and _has_non_finite(value):
                 self._report("bad_field", f"{shown(key)} holds NaN or an infinity, which is no JSON", "warning")
-        turns = next((raw[key] for key in CONVERSATION_KEYS if raw.get(key)), None)
-        first = turns[0] if isinstance(turns, list) else None
-        if isinstance(first, Mapping) and first.get("from", first.get("role")) == "system":
+        if _is_system(next(iter(_said(raw)[1]), None)):
             message = "the system turn is left out; every conversation template has its own"
             self._report("system_turn", message, "repaired")
 
@@ -320,11 +314,9 @@ class _Inspection:
             told = f"the {what} lies inside the file as encoded bytes; write it as a file and give its path"
             self._report(f"missing_{kind}", told)
             return self.root
-        if name is not None and not isinstance(name, str):
-            self._report("bad_field", f"the {what} is {shown(name)}, expected a path")
-            return self.root
-        if not name or not name.strip() or "\0" in name:
-            self._report(f"missing_{kind}", f"the {what} is {shown(name)}, expected a path")
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            wrong = not isinstance(name, str | None)
+            self._report("bad_field" if wrong else f"missing_{kind}", f"the {what} is {shown(name)}, expected a path")
             return self.root
         named = shown(name, quoted=False)
         for spelling, path in enumerate(_spellings(self.root, name.strip())):
@@ -380,11 +372,10 @@ class _Inspection:
         self.images_seen += pieces[-1].count(IMAGE_TOKEN)
         if any("<region>" in piece or "</region>" in piece for piece in pieces):
             self._report("broken_tag", f"the question of turn {number} holds a <region> tag without its partner")
-        if is_blank(text):
+        if _BLANK.fullmatch(text):
             self._report("empty_question", f"the question of turn {number} is empty")
         for token in sorted(set(_TOKENS.findall(text.replace(WRAPPED_IMAGE, "")))):
-            note = "which is taken apart" if token in CONTROL_TOKENS else "a token of the model"
-            self._report("special_token", f"the question of turn {number} holds {token}, {note}", "warning")
+            self._report("special_token", f"the question of turn {number} holds the token {token}", "warning")
         self.turns.append(Turn("human", REGION_MARKER.join(pieces)))
 
     def _region(self, name: str, number: int) -> None:
@@ -400,10 +391,8 @@ class _Inspection:
         if IMAGE_TOKEN in text:
             self._report("misplaced_tag", f"the answer of turn {number} holds <image>, which belongs in questions")
         for token in sorted(set(_TOKENS.findall(text))):
-            controls = token in CONTROL_TOKENS
-            note = "which would end or garble what is learnt; remove it" if controls else "a token of the model"
-            told = f"the answer of turn {number} holds {token}, {note}"
-            self._report("special_token", told, "error" if controls else "warning")
+            severity: Severity = "error" if token in CONTROL_TOKENS else "warning"
+            self._report("special_token", f"the answer of turn {number} holds the token {token}; remove it", severity)
         if _OTHER_SEG.search(text):
             mended = with_seg_spelled(text)
             note = f"{SEG_TOKEN} is used" if mended != text else "which is no mask's place without a <mask> for each"
@@ -421,7 +410,7 @@ class _Inspection:
             self._report("seg_without_mask", f"the answer of turn {number} has {places} <SEG> and {len(names)} <mask>")
         if places < len(names):
             self._report("mask_without_seg", f"the answer of turn {number} has {len(names)} <mask> and {places} <SEG>")
-        if is_blank(clean):
+        if _BLANK.fullmatch(clean):
             self._report("empty_answer", f"the answer of turn {number} is empty")
         self.masks += [self._find(name, "mask", f"mask of turn {number}") for name in names]
         self.turns.append(Turn("gpt", clean))
@@ -462,11 +451,6 @@ def modality_of(file_name: str) -> str | None:
     return other[1] if other else None
 
 
-def with_default_id(sample: Sample, index: int) -> Sample:
-    """The sample itself, or one that carries its record number where the record names no id."""
-    return sample if sample.id else replace(sample, id=str(index))
-
-
 def _default_in_context_turns(examples: int) -> list[dict[str, str]]:
     shown = "".join(
         f"Example {number}: {IMAGE_TOKEN}\nThe blue overlay is the reference segmentation mask.\n"
@@ -485,11 +469,6 @@ def with_seg_spelled(answer: str) -> str:
     return mended if mended.count(SEG_TOKEN) == len(_PATH_TAG["mask"].findall(mended)) else answer
 
 
-def is_blank(text: str) -> bool:
-    """Whether nothing of a text is seen: white space and characters without width."""
-    return _BLANK.fullmatch(text) is not None
-
-
 def _spellings(root: Path, name: str) -> Iterator[Path]:
     """Where the file ``name`` may lie: as written; with ``.png``; then the same with ``/`` for ``\\``, without what
     leads to a folder of the root's name, and with accents composed or apart, part by part.
@@ -497,24 +476,15 @@ def _spellings(root: Path, name: str) -> Iterator[Path]:
     path = root / name
     yield path
     yield path.with_name(f"{path.name}.png")
-    plain = name.replace("\\", "/")
-    parts = plain.split("/")
-    behind = [place for place, part in enumerate(parts[:-1]) if part in (root.resolve().name, _PUBLISHED_ROOT) and part]
-    for relative in (plain, "/".join(parts[behind[-1] + 1 :])) if behind else (plain,):
+    parts = Path(name.replace("\\", "/")).parts
+    roots = [place for place, part in enumerate(parts[:-1]) if part in (root.resolve().name, _PUBLISHED_ROOT)]
+    for start in (0, *(place + 1 for place in roots[-1:])):
         at = root
-        for part in Path(relative).parts:
+        for part in parts[start:]:
             forms = (at / part, *(at / unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
-            found = next((form for form in forms if _exists(form) or _exists(form.with_name(f"{form.name}.png"))), None)
-            at = found or forms[0]
+            at = next((form for form in forms if any(map(os.path.exists, (form, f"{form}.png")))), forms[0])
         yield at
         yield at.with_name(f"{at.name}.png")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _has_non_finite(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.data.marks import files_mark
-from model.data.readers import ReadLimits, read_image, read_mask
+from model.data.readers import ReadLimits, mask_files, read_image, read_mask
 from model.data.records import Records, open_records
 from model.data.schema import Finding, Sample, Severity, inspect_record, record_id
 from model.errors import MedPLIBError, shown
@@ -58,7 +58,7 @@ class RecordFacts:
     task: str
     modality: str | None
     answer_type: str | None
-    mark: int  # of the files it names, see marks.files_mark
+    mark: int  # 64 bits that change with the name or the size of any file that it names
     images: int = 0
     tokens: int = 0  # an image counting as one; 0 where they were not counted
 
@@ -83,12 +83,9 @@ class DataReport:
         """Numbers of the records that training cannot use, ascending."""
         return tuple(sorted({problem.record for problem in self.problems if problem.severity == "error"}))
 
-    def format(self, max_problems: int | None = None) -> str:
-        """The report as text: problems one a line (all of them by default), their counts, and what the file holds."""
-        shown = self.problems if max_problems is None else self.problems[:max_problems]
-        lines = [str(problem) for problem in shown]
-        if len(shown) < len(self.problems):
-            lines.append(f"… and {len(self.problems) - len(shown)} more")
+    def format(self) -> str:
+        """The report as text: problems one a line, their counts, and what the file holds."""
+        lines = [str(problem) for problem in self.problems]
         if self.problems:
             kinds = Counter(problem.kind for problem in self.problems)
             lines += ["", "problems: " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())]
@@ -109,7 +106,6 @@ def check_file(
     progress: Progress | None = None,
     check_pixels: bool = True,
     workers: int | None = None,
-    limits: ReadLimits | None = None,
     lengths: LengthCheck | None = None,
 ) -> DataReport:
     """Check every record of a data file and report all problems at once.
@@ -122,7 +118,6 @@ def check_file(
         progress: called with (records done, records in all) now and then.
         check_pixels: decode every image and mask once; without it only their existence is checked.
         workers: threads; by default as many as processors, at most 16.
-        limits: size limits of image files.
         lengths: also counts tokens: ``too_long``, ``answer_cut`` (warning), ``region_not_asked``.
 
     Raises:
@@ -134,7 +129,7 @@ def check_file(
             f"the image folder {root} does not exist; give the folder that the records' paths start from"
         )
     report = DataReport(Path(path), root, total=len(records))
-    pixels = PixelCheck(limits or ReadLimits()) if check_pixels else None
+    pixels = PixelCheck(ReadLimits()) if check_pixels else None
     tallies: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "modalities", "answer types")}
     seen: dict[str, int] = {}
     for number, facts, problems in inspect_all(records, root, pixels, workers, progress, lengths=lengths):
@@ -166,7 +161,24 @@ def inspect_all(
     """
 
     def one(number: int) -> tuple[int, RecordFacts | None, list[Problem]]:
-        return number, *_inspect(records, number, root, pixels, in_context, lengths)
+        try:
+            raw = records[number]
+        except MedPLIBError as error:
+            return number, None, [Problem(number, "invalid_json", str(error))]
+        sample, findings = inspect_record(raw, root)
+        name, tokens = shown(record_id(raw), quoted=False), 0
+        if sample is not None:
+            if sample.examples and not in_context:
+                told = "the record shows solved examples, which this data set does not read"
+                findings.append(Finding("in_context", told))
+            findings += pixels(sample) if pixels is not None else []
+            tokens, found = lengths(sample) if lengths is not None else (0, [])
+            findings += found
+        problems = [Problem(number, finding.kind, finding.message, name, finding.severity) for finding in findings]
+        if sample is None or any(problem.severity == "error" for problem in problems):
+            return number, None, problems
+        told_of = sample.task, sample.modality, sample.answer_type
+        return number, RecordFacts(name, *told_of, _files_mark(sample, root), len(sample.images), tokens), problems
 
     count, threads = len(records), workers or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(max_workers=threads) as pool:
@@ -177,33 +189,16 @@ def inspect_all(
                 progress(chunk.stop, count)
 
 
-def _inspect(
-    records: Records,
-    number: int,
-    root: Path,
-    pixels: PixelCheck | None,
-    in_context: bool,
-    lengths: LengthCheck | None,
-) -> tuple[RecordFacts | None, list[Problem]]:
-    try:
-        raw = records[number]
-    except MedPLIBError as error:
-        return None, [Problem(number, "invalid_json", str(error))]
-    sample, findings = inspect_record(raw, root)
-    if sample is not None and sample.examples and not in_context:
-        findings.append(Finding("in_context", "the record shows solved examples, which this data set does not read"))
-    if sample is not None and pixels is not None:
-        findings = findings + pixels(sample)
-    tokens = 0
-    if sample is not None and lengths is not None:
-        tokens, found = lengths(sample)
-        findings = findings + found
-    name = shown(record_id(raw), quoted=False)
-    problems = [Problem(number, finding.kind, finding.message, name, finding.severity) for finding in findings]
-    if sample is None or any(problem.severity == "error" for problem in problems):
-        return None, problems
-    mark, images = files_mark(sample, root), len(sample.images)
-    return RecordFacts(name, sample.task, sample.modality, sample.answer_type, mark, images, tokens), problems
+def _files_mark(sample: Sample, root: Path) -> int:
+    """See ``RecordFacts``. Sizes, not times: a data set that was copied is still the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in (*sample.images, *sample.regions, *sample.masks):
+        try:
+            size = path.stat().st_size
+        except OSError:  # a merged mask that lies as instances
+            size = sum(part.stat().st_size for part in mask_files(path))
+        digest.update(f"{str(path)[len(str(root)) :]}\0{size}\0".encode(errors="surrogateescape"))
+    return int.from_bytes(digest.digest(), "little")
 
 
 @dataclass(frozen=True)

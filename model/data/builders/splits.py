@@ -82,6 +82,18 @@ def draw(seed: int, *words: str) -> int:
     return int.from_bytes(blake2b("\0".join((str(seed), *words)).encode(), digest_size=8).digest(), "big")
 
 
+def exact_sizes(shares: Mapping[str, float], count: int) -> dict[str, int]:
+    """How many of ``count`` things each split gets: its share rounded; one each first, to the largest shares first."""
+    if count < len(shares):
+        return {name: int(name in sorted(shares, key=lambda one: -shares[one])[:count]) for name in shares}
+    sizes = {name: max(int(share * count + 1e-9), 1) for name, share in shares.items()}
+    while (missing := count - sum(sizes.values())) != 0:  # to whom most is owed, from who has most too much
+        change = 1 if missing > 0 else -1
+        able = [name for name in shares if change > 0 or sizes[name] > 1]
+        sizes[max(able, key=lambda name: change * (shares[name] * count - sizes[name]))] += change
+    return sizes
+
+
 def spread(wanted: int, available: Iterable[int]) -> list[int]:
     """Take ``wanted`` things out of boxes as evenly as their contents allow; the first boxes give what is left over."""
     boxes = list(available)
