@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"medplib: {shown(error.object)} cannot be written or opened: {told}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{shown(error.filename, quoted=False)}: " if error.filename else ""
         print(f"medplib: {where}{error.strerror or error}; name a place that can be read and written", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -173,7 +173,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r:.80}") from None
 
 
 def _box(text: str) -> tuple[str, tuple[float, ...]]:

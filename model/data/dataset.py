@@ -221,7 +221,7 @@ def usable_records(
             one.
     """
     if on_bad_record not in ("refuse", "skip"):
-        raise MedPLIBError(f"on_bad_record is {on_bad_record!r}; expected refuse or skip")
+        raise MedPLIBError(f"on_bad_record is {on_bad_record!r:.80}; expected refuse or skip")
     records, root = open_records(path), Path(images_root)
     if not root.is_dir():
         raise MedPLIBError(f"the image folder {root} does not exist; give the folder of the images")

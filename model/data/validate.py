@@ -137,8 +137,8 @@ def check_file(
         if facts is None:
             continue
         tallies["tasks"][facts.task] += 1
-        tallies["modalities"][facts.modality or "unknown"] += 1
-        tallies["answer types"][facts.answer_type or "unknown"] += 1
+        tallies["modalities"][shown(facts.modality or "unknown", quoted=False)] += 1
+        tallies["answer types"][shown(facts.answer_type or "unknown", quoted=False)] += 1
         if facts.id and seen.setdefault(facts.id, number) != number:
             message = f"record {seen[facts.id]} has the same id"
             report.problems.append(Problem(number, "duplicate_id", message, facts.id, "warning"))

@@ -111,7 +111,7 @@ def read_modalities(root: Path) -> dict[str, str]:
             found |= {str(entry["image_path"]): str(entry["modality_type"]) for entry in json.loads(file.read_bytes())}
         except (ValueError, KeyError, TypeError) as error:
             raise MedPLIBError(
-                f"{file} is no question file of OmniMedVQA ({error!r}); "
+                f"{file} is no question file of OmniMedVQA ({error!r:.80}); "
                 "expected a list of objects with image_path and modality_type"
             ) from error
     if not found:

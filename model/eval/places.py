@@ -111,7 +111,7 @@ def _checked(name: str) -> str:
     try:
         torch.device(name)
     except RuntimeError as error:
-        raise MedPLIBError(f"{name!r} is no device; give auto, cpu, cuda or cuda:1") from error
+        raise MedPLIBError(f"{name!r:.80} is no device; give auto, cpu, cuda or cuda:1") from error
     return name
 
 

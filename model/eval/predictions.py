@@ -99,9 +99,9 @@ class Prediction:
             if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
                 raise MedPLIBError(f"{name} is {value!r:.60}, expected {_kind_names(_KINDS[name])}")
         if values.get("finish", "end") not in FINISHES:
-            raise MedPLIBError(f"finish is {values['finish']!r}; expected one of {', '.join(FINISHES)}")
+            raise MedPLIBError(f"finish is {values['finish']!r:.80}; expected one of {', '.join(FINISHES)}")
         if not isinstance(values.get("metadata", {}).get("turn", 0), int):
-            raise MedPLIBError(f"the turn is {values['metadata']['turn']!r}, expected a whole number")
+            raise MedPLIBError(f"the turn is {values['metadata']['turn']!r:.80}, expected a whole number")
         values["spacing_mm"] = _spacing(values.get("spacing_mm"))
         for name in ("masks", "gt_masks"):
             _check_objects(values.get(name), name)

@@ -72,7 +72,7 @@ def get_template(name: str) -> Template:
         MedPLIBError: there is none.
     """
     if name not in TEMPLATES:
-        raise MedPLIBError(f"there is no conversation template {name!r}; known: {', '.join(TEMPLATES)}")
+        raise MedPLIBError(f"there is no conversation template {name!r:.80}; known: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
@@ -147,7 +147,7 @@ def check_turns(turns: Sequence[Turn]) -> list[Turn]:
         expected = "gpt" if number % 2 else "human"
         if turn.role != expected:
             raise MedPLIBError(
-                f"turn {first + number + 1} of the conversation is of {turn.role!r}, expected {expected!r}; "
+                f"turn {first + number + 1} of the conversation is of {turn.role!r:.80}, expected {expected!r}; "
                 "let human and gpt take turns"
             )
         if turn.role == "gpt" and IMAGE_TOKEN in turn.text:

@@ -43,7 +43,7 @@ _log = logging.getLogger("model.serve.model_worker")
 def __getattr__(name: str) -> Any:
     """The application's parts under this name too; they bring torch."""
     if name not in ("Worker", "WorkerSettings", "make_worker_app"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r:.80} has no attribute {name!r:.80}")
     return getattr(import_module("model.serve.worker_app"), name)
 
 
@@ -193,7 +193,7 @@ def _registration(options: argparse.Namespace) -> Registration | None:
     try:
         controller = normal_name(options.controller)
     except MedPLIBError as error:
-        raise MedPLIBError(f"--controller {options.controller!r} is no address; give http://HOST:PORT") from error
+        raise MedPLIBError(f"--controller {options.controller!r:.80} is no address; give http://HOST:PORT") from error
     return Registration(controller, _own_address(options, controller), options.api_key, options.heartbeat)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import MedPLIBError, escape_unprintable
+from model.errors import MedPLIBError, escape_unprintable, shown
 
 if TYPE_CHECKING:
     from model.train.recipe import Recipe
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except OSError as error:  # a disk that filled up on the way
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{shown(error.filename, quoted=False)}: " if error.filename else ""
         sys.stderr.write(f"{where}{error.strerror or error}; mend that and go on with --resume\n")
         return 2
     except RuntimeError as error:

@@ -60,7 +60,7 @@ def run_plan(options: argparse.Namespace) -> int:
 
     strange = [text for text in options.overrides if "=" not in text]
     if strange:
-        raise MedPLIBError(f"{strange[0]!r} is not of the form key=value")
+        raise MedPLIBError(f"{strange[0]!r:.80} is not of the form key=value")
     machine = Machine(options.gpus, options.nodes, options.gpu_mem * GIB, options.host_mem * GIB)
     assumed = Assumptions(options.length, options.supervised, options.image_size)
     plan = make_plan(options.recipe, options.overrides, machine, assumed, options.sizes)
@@ -205,7 +205,7 @@ def _count(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r:.80}")
     return value
 
 
@@ -215,7 +215,7 @@ def _size(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of GiB above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of GiB above 0, got {text!r:.80}")
     return value
 
 
@@ -225,5 +225,5 @@ def _share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r:.80}")
     return value

@@ -311,6 +311,7 @@ def _read(file: Path, read: Callable[[Path], np.ndarray], size: tuple[int, int],
 
 
 def _slug(text: str) -> str:
-    """A file name of any text; another for another text."""
+    """A file name of any text, not longer than file systems allow for two of them; another for another text."""
     plain = re.sub(r"[^\w.-]+", "-", text.replace("/", "__")).strip("-")
-    return plain if plain == text else f"{plain or 'x'}-{draw(0, text) % 16**6:06x}"
+    short = plain.encode()[:100].decode(errors="ignore")
+    return plain if short == text else f"{short or 'x'}-{draw(0, text) % 16**6:06x}"

@@ -65,7 +65,7 @@ def parse_splits(text: str) -> dict[str, float]:
         except ValueError:
             share = math.nan
         if not name.isidentifier() or name in shares or not 0 < share <= 1 or name == ZERO_SHOT:
-            raise MedPLIBError(f"--splits holds {entry!r}; give shares such as train=0.9,validation=0.05,test=0.05")
+            raise MedPLIBError(f"--splits holds {entry!r:.80}; give shares such as train=0.9,validation=0.05,test=0.05")
         shares[name] = share
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
         raise MedPLIBError(f"--splits sums to {sum(shares.values()):g}; give shares that sum to 1")

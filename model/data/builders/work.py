@@ -53,7 +53,7 @@ from model.data.builders.work_files import Output, Part, Tally, join_parts, read
 from model.data.builders.work_pool import in_processes
 from model.data.builders.work_report import BuildReport
 from model.data.builders.work_source import difference, fingerprint
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 
 __all__ = [
     "Build",
@@ -107,7 +107,7 @@ class Shard:
             return cls._of_slurm()
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise MedPLIBError(f"--shard is {text!r}; give I/N with I from 0 to N − 1, or slurm in a Slurm job array")
+            raise MedPLIBError(f"--shard is {text!r:.80}; give I/N, I from 0 to N − 1, or slurm in a Slurm job array")
         return cls(int(index), int(count))
 
     @classmethod
@@ -369,7 +369,7 @@ def _forget_parts(build: Build) -> None:
 
 
 def _told(error: OSError, out: Path) -> MedPLIBError:
-    where = error.filename or out
+    where = shown(error.filename or out, quoted=False)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MedPLIBError(
             f"the disk of {out} is full; what is done is kept: free some space and run the same command again"
