@@ -3,7 +3,6 @@
 import reprlib
 import sys
 from io import TextIOWrapper
-from pathlib import PurePath
 from typing import Any
 
 _LONGEST = 200
@@ -26,9 +25,13 @@ def shown(value: Any, *, quoted: bool = True) -> str:
         value: anything.
         quoted: texts in quotation marks, as ``repr`` gives them.
     """
-    text = _SHORT.repr(value if isinstance(value, str | int | float | bytes | list | dict | None) else str(value))
+    if not isinstance(value, str | int | float | bytes | list | dict | None):
+        value = str(value)
+    if not quoted and isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST:
+        return value
+    text = _SHORT.repr(value)
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
-    return text if quoted or not isinstance(value, str | PurePath) else text[1:-1]
+    return text if quoted or not isinstance(value, str) else text[1:-1]
 
 
 def escape_unprintable() -> None:

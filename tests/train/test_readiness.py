@@ -73,3 +73,8 @@ def test_a_wrong_share_is_blamed_once(check: Any) -> None:
 def test_shares_are_not_tried_while_a_file_is_missing(check: Any, phantoms: Path) -> None:
     code, written = check(f"data.train=[{phantoms / 'vqa.json'}, nowhere.json]", "data.task_shares={grounding: 1}")
     assert code == 2 and "has 1 problem: data.train[1] is nowhere.json" in written
+
+
+def test_a_record_too_long_for_the_recipe_is_told(check: Any) -> None:
+    code, written = check("data.max_length=40")
+    assert code == 2 and "record 0 (" in written and "too_long: the conversation has" in written
