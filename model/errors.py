@@ -21,9 +21,7 @@ class MedPLIBError(ValueError):
 def shown(value: Any, *, quoted: bool = True) -> str:
     """A value that came from a user as it stands in a sentence: at most some 200 characters, none a control character.
 
-    Args:
-        value: anything.
-        quoted: texts in quotation marks, as ``repr`` gives them.
+    ``quoted``: texts in quotation marks, as ``repr`` gives them.
     """
     if not isinstance(value, str | int | float | bytes | list | dict | None):
         value = str(value)

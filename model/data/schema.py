@@ -137,12 +137,13 @@ def canonical(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     made = [_canonical_turn(turn, images) for turn in turns]
     if made and _is_system(turns[0]):
         del made[0]
-    images = images or raw.get("images") or []
+    listed = raw.get("images")
+    images = images or (listed if isinstance(listed, list) else [])
     if not turns or (key == "conversations" and made == list(turns) and (raw.get("image") or not images)):
         return raw
-    whole = {**_without(raw, CONVERSATION_KEYS), "conversations": made}
+    whole = {name: value for name, value in raw.items() if name not in CONVERSATION_KEYS} | {"conversations": made}
     if images and not raw.get("image"):
-        whole = {**_without(whole, ("images",)), "image": images[0] if len(images) == 1 else images}
+        whole |= {"image": images[0] if len(images) == 1 else images}
     return whole
 
 
@@ -157,15 +158,11 @@ def _is_system(turn: Any) -> bool:
     return isinstance(turn, Mapping) and turn.get("from", turn.get("role")) == "system"
 
 
-def _without(raw: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in raw.items() if key not in keys}
-
-
 def _canonical_turn(turn: Any, images: list[Any]) -> Any:
     """One turn with ``from`` and ``value``; paths of its image parts are added to ``images``."""
     if not isinstance(turn, Mapping):
         return turn
-    made = _without(turn, ("role", "content"))
+    made = {name: value for name, value in turn.items() if name not in ("role", "content")}
     for name, other in (("from", "role"), ("value", "content")):
         if name in turn or other in turn:
             made[name] = turn.get(name, turn.get(other))
@@ -315,8 +312,8 @@ class _Inspection:
             self._report(f"missing_{kind}", told)
             return self.root
         if not isinstance(name, str) or not name.strip() or "\0" in name:
-            wrong = not isinstance(name, str | None)
-            self._report("bad_field" if wrong else f"missing_{kind}", f"the {what} is {shown(name)}, expected a path")
+            fault = f"missing_{kind}" if isinstance(name, str | None) else "bad_field"
+            self._report(fault, f"the {what} is {shown(name)}, expected a path")
             return self.root
         named = shown(name, quoted=False)
         for spelling, path in enumerate(_spellings(self.root, name.strip())):
@@ -475,7 +472,7 @@ def _spellings(root: Path, name: str) -> Iterator[Path]:
     """
     path = root / name
     yield path
-    yield path.with_name(f"{path.name}.png")
+    yield Path(f"{path}.png")
     parts = Path(name.replace("\\", "/")).parts
     roots = [place for place, part in enumerate(parts[:-1]) if part in (root.resolve().name, _PUBLISHED_ROOT)]
     for start in (0, *(place + 1 for place in roots[-1:])):
@@ -484,7 +481,7 @@ def _spellings(root: Path, name: str) -> Iterator[Path]:
             forms = (at / part, *(at / unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
             at = next((form for form in forms if any(map(os.path.exists, (form, f"{form}.png")))), forms[0])
         yield at
-        yield at.with_name(f"{at.name}.png")
+        yield Path(f"{at}.png")
 
 
 def _has_non_finite(value: Any) -> bool:

@@ -164,6 +164,10 @@ def turns(*values: tuple[str, Any]) -> dict[str, Any]:
         ),
         (turns(("human", ["<image>?"]), ("gpt", "x")), ["bad_field", "image_count"]),
         (turns(("human", "<image>?"), ("gpt", "half \ud800")), ["bad_field"]),
+        *(
+            ({**turns(("human", "<image>?"), ("gpt", "x")), "image": name}, ["missing_image"])
+            for name in ("/", "..", "\0")
+        ),
         *(({**turns(("human", "<image>?"), ("gpt", "x")), key: NAN}, ["bad_field"]) for key in ("id", "image", "task")),
         ({**turns(("human", "<image>?"), ("gpt", "x")), "answer_type": ["open"]}, ["bad_field"]),
         (

@@ -52,13 +52,7 @@ class Vetting:
 
 
 def mended(record: Mapping[str, Any], sample: Sample, root: Path) -> dict[str, Any]:
-    """The record in the published layout, with paths and ``<SEG>`` as they were understood.
-
-    Args:
-        record: as it was read.
-        sample: what it came to.
-        root: folder that its paths start from.
-    """
+    """The record in the published layout, with paths (below ``root``) and ``<SEG>`` as ``sample`` has them."""
     whole = dict(canonical(record))
     if not sample.repairs or sample.examples:
         return whole
