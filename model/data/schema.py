@@ -10,7 +10,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -479,9 +479,12 @@ def _spellings(root: Path, name: str) -> Iterator[Path]:
         at = root
         for part in parts[start:]:
             forms = (at / part, *(at / unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
-            at = next((form for form in forms if any(map(os.path.exists, (form, f"{form}.png")))), forms[0])
+            at = next((form for form in forms if any(map(_exists, (f"{form}", f"{form}.png")))), forms[0])
         yield at
         yield Path(f"{at}.png")
+
+
+_exists: Callable[[str], bool] = os.path.exists  # unlike Path.exists, false for a name that the system refuses
 
 
 def _has_non_finite(value: Any) -> bool:
