@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.data.commands import add_data_command
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable, shown
 from model.eval.commands import add_compare_command, add_eval_command
 from model.serve.commands import add_serve_command
 from model.train.plan import add_plan_command
@@ -26,6 +26,7 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    escape_unprintable()
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -38,8 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as in `medplib … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeEncodeError as error:
+        told = "the locale's encoding has no word for it; set PYTHONUTF8=1"
+        print(f"medplib: {shown(error.object)} cannot be written or opened: {told}", file=sys.stderr)
+        return 2
     except OSError as error:  # a full disk, a folder that may not be written
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{shown(error.filename, quoted=False)}: " if error.filename else ""
         print(f"medplib: {where}{error.strerror or error}; name a place that can be read and written", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -186,7 +191,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r:.80}") from None
 
 
 def _box(text: str) -> tuple[str, tuple[float, ...]]:
@@ -235,7 +240,7 @@ def run_ask(options: argparse.Namespace) -> int:
         answer.timing[part] += encoding
     files = write_pictures(options.out, options.image.stem, image, answer, region)
     if options.json:
-        print(json.dumps(answer.to_dict(), ensure_ascii=False))
+        print(json.dumps(answer.to_dict()))
         return 0
     print(answer.text)
     for mask in answer.masks:

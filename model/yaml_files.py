@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 
 _OPENING = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-|\})")
 _BRACE = re.compile(r"\$\{|\}")
@@ -91,4 +91,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """A sentence about a key that does not exist, with the nearest one that does."""
     meant = nearest(name, known)
+    name = shown(name, quoted=False)
     return f"{name} is not a key (nearest: {meant})" if meant else f"{name} is not a key"

@@ -56,7 +56,7 @@ def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -
 
 def read_scores(path: Path) -> dict[str, float]:
     """The columns of one checkpoint's report."""
-    (scores,) = [column for name, column in json.loads(path.read_text())["columns"].items() if name != "blind"]
+    (scores,) = [column for name, column in json.loads(path.read_text("utf-8"))["columns"].items() if name != "blind"]
     return columns_of(scores)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pydicom
 import pytest
 import torch
@@ -308,3 +311,50 @@ def test_installed_command_says_how_to_use_it() -> None:
         [sys.executable, "-m", "model.cli", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     assert "Research use only" in printed
+
+
+_ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model.cli", "data", "check", "d.json", "--images", "."),
+        ("model.cli", "ask", "--help"),
+        ("model.cli", "runs", "runs_é"),
+        ("model.eval.cal_metric", "--pred=d.json"),
+        ("model.eval.join_chunks", "d.json", "é.json"),
+        ("model.train", "d.json", "output=é", "--check"),
+    ],
+)
+def test_an_ascii_terminal_gets_escapes_and_no_traceback(tmp_path: Path, words: tuple[str, ...]) -> None:
+    turns = [{"from": "human", "value": "<image>\n什么?"}, {"from": "gpt", "value": "x"}]
+    record = {"id": "é图", "image": "missing é.png", "conversations": turns}
+    (tmp_path / "d.json").write_text(json.dumps([record], ensure_ascii=False), encoding="utf-8")
+    environment = {**os.environ, **_ASCII, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, env=environment, capture_output=True)
+    assert run.returncode in (0, 1, 2) and b"Traceback" not in run.stderr, run.stderr.decode()
+    if "check" in words:
+        assert rb"record 0 (\xe9\u56fe): missing_image" in run.stdout
+
+
+def test_images_inside_a_parquet_file_do_not_flood_the_terminal(
+    tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture
+) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "x"}]
+    held = {"bytes": picture.read_bytes() * 20, "path": "scan.png"}
+    rows = [{"id": str(number), "image": held, "conversations": turns} for number in range(8)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "hf.parquet")
+    assert main(["data", "check", str(tmp_path / "hf.parquet"), "--images", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("the image lies inside the file as encoded bytes") == 8 and len(printed) < 2000
+
+
+def test_data_check_counts_tokens_for_a_model(tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture) -> None:
+    messages = [{"role": "user", "content": "<image>\n" + "what is it? " * 200}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "d.json").write_text(json.dumps([{"images": ["scan.png"], "messages": messages}]))
+    words = ["data", "check", str(tmp_path / "d.json"), "--images", str(tmp_path)]
+    model = ["--model", str(ROOT / "assets" / "medplib-nano")]
+    assert main(words) == main([*words, *model, "--max-length", "4000"]) == 0
+    assert main([*words, *model]) == 1 and "too_long" in capsys.readouterr().out
+    assert main([*words, "--max-length", "9"]) == 2 and "--model DIR" in capsys.readouterr().err

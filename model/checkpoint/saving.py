@@ -76,7 +76,7 @@ def export_published(
             sampler), or as for ``save``.
     """
     if fmt not in ("safetensors", "bin"):
-        raise MedPLIBError(f"unknown weight format {fmt!r}; known: safetensors, bin")
+        raise MedPLIBError(f"unknown weight format {fmt!r:.80}; known: safetensors, bin")
     state = published_state(model)
     with _replacing(Path(directory)) as folder:
         write_shards(state, folder, fmt, max_shard)

@@ -17,6 +17,12 @@ def add_data_command(commands: argparse._SubParsersAction) -> None:
     check = data.add_parser("check", help="report all problems of a data file at once")
     check.add_argument("file", type=Path, help="JSON, JSONL or Parquet in the published format")
     check.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that its paths start from")
+    check.add_argument(
+        "--model", type=Path, metavar="DIR", help="also count the tokens of each record as this checkpoint's do"
+    )
+    check.add_argument(
+        "--max-length", type=int, metavar="N", help="most tokens of a record; the checkpoint's if absent"
+    )
     check.set_defaults(run=run_data_check)
     builders = data.add_parser("build", help="make data").add_subparsers(dest="builder", required=True)
     _add_phantom(builders)
@@ -38,8 +44,17 @@ def run_data_check(options: argparse.Namespace) -> int:
     from model.data.progress import record_bar
     from model.data.validate import check_file
 
+    lengths = None
+    if options.model is not None:
+        from model.data.lengths import LengthCheck
+        from model.processing.processor import MedPLIBProcessor
+
+        changes = {} if options.max_length is None else {"max_length": options.max_length}
+        lengths = LengthCheck.of(MedPLIBProcessor.from_pretrained(options.model, **changes))
+    elif options.max_length is not None:
+        raise MedPLIBError("--max-length counts tokens; give --model DIR, whose tokenizer makes them")
     with record_bar("checking") as progress:
-        report = check_file(options.file, options.images, progress=progress)
+        report = check_file(options.file, options.images, progress=progress, lengths=lengths)
     sys.stdout.write(report.format() + "\n")
     return 0 if report.ok else 1
 

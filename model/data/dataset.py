@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from model.data.features import CachedFeatures
 from model.data.image_io import ImageData, read_image, read_mask
+from model.data.lengths import LengthCheck
 from model.data.records import Records, open_records
-from model.data.schema import Sample, parse_record, with_default_id
+from model.data.schema import Sample, parse_record
 from model.data.validate import Problem, Progress, RecordFacts, inspect_all
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn
@@ -79,9 +80,11 @@ class MedPLIBDataset(Dataset):
         on_bad_record: ``refuse`` raises if any record is unusable; ``skip`` leaves such records out and counts them.
         seed: of the random parts of items.
         progress: called with (records checked, records in all) while opening.
+        lengths: counts tokens while opening; records too long to be encoded are unusable then.
 
     Attributes:
-        marks: uint64 [N], a number for the files that each item names (``marks.files_mark``).
+        tokens, images: int64 [N], tokens of each item (an image counting as one; 0 uncounted) and images in it.
+        marks: uint64 [N], a number for the files that each item names (``RecordFacts.mark``).
         unreadable: bool [N], items whose files turned out unreadable since.
         shortened: bool [N], items whose answer was cut off at the processor's longest sequence.
 
@@ -99,15 +102,18 @@ class MedPLIBDataset(Dataset):
         on_bad_record: OnBadRecord = "refuse",
         seed: int = 0,
         progress: Progress | None = None,
+        lengths: LengthCheck | None = None,
     ) -> None:
         self.path, self.images_root = Path(path), Path(images_root)
         self.processor, self.training, self.seed = processor, training, seed
         self.on_bad_record = on_bad_record
         self.features: CachedFeatures | None = None
-        self.records, facts, self.problems = usable_records(path, images_root, on_bad_record, progress)
+        self.records, facts, self.problems = usable_records(path, images_root, on_bad_record, progress, lengths)
         self.indices = np.asarray([number for number, _ in facts], dtype=np.int64)
         self.tasks = [fact.task for _, fact in facts]
         self.modalities = [fact.modality for _, fact in facts]
+        self.tokens = np.asarray([fact.tokens for _, fact in facts], dtype=np.int64)
+        self.images = np.asarray([fact.images for _, fact in facts], dtype=np.int64)
         self.marks = np.asarray([fact.mark for _, fact in facts], dtype=np.uint64)
         # Shared memory: loader workers see the epoch, and the main process sees what they noted.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -142,17 +148,8 @@ class MedPLIBDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         number = int(self.indices[index])
-        return with_default_id(parse_record(self.records[number], self.images_root), number)
-
-    def load(self, index: int) -> LoadedSample:
-        """Item ``index`` with its pixels, at the size of their files.
-
-        Raises:
-            MedPLIBError: names the record whose file is unreadable or whose mask is empty or not of its image's size.
-        """
-        sample = self.sample(index)
-        with self._naming(index, sample):
-            return load_sample(sample)
+        sample = parse_record(self.records[number], self.images_root)
+        return sample if sample.id else replace(sample, id=str(number))
 
     def use_features(self, features: CachedFeatures | None) -> None:
         """Let features stand for the pixels of encoded items from now on."""
@@ -208,7 +205,11 @@ class MedPLIBDataset(Dataset):
 
 
 def usable_records(
-    path: str | Path, images_root: str | Path, on_bad_record: OnBadRecord, progress: Progress | None = None
+    path: str | Path,
+    images_root: str | Path,
+    on_bad_record: OnBadRecord,
+    progress: Progress | None = None,
+    lengths: LengthCheck | None = None,
 ) -> tuple[Records, list[tuple[int, RecordFacts]], list[Problem]]:
     """Open a data file and check its records, without decoding pixels.
 
@@ -220,13 +221,13 @@ def usable_records(
             one.
     """
     if on_bad_record not in ("refuse", "skip"):
-        raise MedPLIBError(f"on_bad_record is {on_bad_record!r}; expected refuse or skip")
+        raise MedPLIBError(f"on_bad_record is {on_bad_record!r:.80}; expected refuse or skip")
     records, root = open_records(path), Path(images_root)
     if not root.is_dir():
         raise MedPLIBError(f"the image folder {root} does not exist; give the folder of the images")
     usable: list[tuple[int, RecordFacts]] = []
     problems: list[Problem] = []
-    for number, facts, found in inspect_all(records, root, progress=progress, in_context=False):
+    for number, facts, found in inspect_all(records, root, progress=progress, in_context=False, lengths=lengths):
         problems += found
         if facts is not None:
             usable.append((number, facts))
@@ -301,6 +302,8 @@ class MixedDataset(Dataset):
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
         self.tasks = [task for dataset in self.datasets for task in dataset.tasks]
         self.modalities = [modality for dataset in self.datasets for modality in dataset.modalities]
+        self.tokens = np.concatenate([dataset.tokens for dataset in self.datasets])
+        self.images = np.concatenate([dataset.images for dataset in self.datasets])
 
     @property
     def weights(self) -> np.ndarray | None:
@@ -347,11 +350,6 @@ class MixedDataset(Dataset):
         """The validated record of item ``index``, without pixels."""
         dataset, inner = self._locate(index)
         return dataset.sample(inner)
-
-    def load(self, index: int) -> LoadedSample:
-        """Item ``index`` with its pixels."""
-        dataset, inner = self._locate(index)
-        return dataset.load(inner)
 
     def __getitem__(self, index: int) -> Any:
         dataset, inner = self._locate(index)

@@ -1,32 +1,54 @@
-"""How long records are as the decoder sees them, known without reading a pixel; and how much of a batch is padding."""
+"""How long records are, known without reading a pixel; and how much of a batch is padding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from model.data.schema import Finding, Sample
+from model.errors import MedPLIBError
 from model.modeling.configuration import IMAGE_PLACEHOLDER
-from model.processing.conversation import Turn, render
+from model.processing.conversation import get_template, render
+from model.processing.encoding import tokenize_conversation, truncate
 from model.processing.processor import MedPLIBProcessor
 from model.processing.tokens import TokenCounter
 
 
-def sequence_length(processor: MedPLIBProcessor, visual_tokens: int) -> Callable[[Sequence[Turn]], int]:
-    """What tells the length of a conversation in the decoder: exactly that of the encoded sample, images grown.
+class LengthCheck:
+    """Tokens of records, counted as ``MedPLIBProcessor.encode`` makes them, and those that it would refuse or cut.
 
     Args:
-        processor: encodes the conversations.
-        visual_tokens: places that an image takes, see ``MedPLIBConfig.visual_tokens``.
+        tokenizer, template, max_length: of the processor that will encode them; without a tokenizer none is counted.
     """
-    count, settings = TokenCounter(processor.tokenizer), processor.settings
 
-    def length(turns: Sequence[Turn]) -> int:
-        tokens, images = count(render(turns, settings.template))
-        return min(tokens, settings.max_length or tokens) + images * (visual_tokens - 1)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | None, template: str, max_length: int | None) -> None:
+        self._tokenizer, self._template, self._max_length = tokenizer, template, max_length
+        self._count = TokenCounter(tokenizer) if tokenizer is not None else lambda _: 0
 
-    return length
+    @classmethod
+    def of(cls, processor: MedPLIBProcessor) -> LengthCheck:
+        """The one that fits a processor."""
+        return cls(processor.tokenizer, processor.settings.template, processor.settings.max_length)
+
+    def __call__(self, sample: Sample) -> tuple[int, list[Finding]]:
+        """Tokens of a record that training sees, an image counting as one; and what keeps it from being encoded whole:
+        ``too_long`` (an error), ``answer_cut`` (a warning), ``region_not_asked`` (the template writes no questions).
+        """
+        if sample.regions and not get_template(self._template).chat:
+            told = f"it asks about regions, but the template {self._template} writes no questions"
+            return 0, [Finding("region_not_asked", told)]
+        tokens, longest = self._count(render(sample.turns, self._template)), self._max_length
+        if self._tokenizer is None or longest is None or tokens <= longest:
+            return tokens, []
+        try:
+            truncate(self._tokenizer, *tokenize_conversation(self._tokenizer, sample.turns, self._template), longest)
+        except MedPLIBError as error:
+            return tokens, [Finding("too_long", str(error))]
+        told = f"the conversation has {tokens} tokens; its last answer is cut off after the first {longest}"
+        return longest, [Finding("answer_cut", told, "warning")]
 
 
 def row_lengths(batch: Mapping[str, Any], visual_tokens: int) -> torch.Tensor:

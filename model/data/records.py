@@ -19,7 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 
 Record = Mapping[str, Any]
 
@@ -246,9 +246,10 @@ class _ParquetRecords(Records):
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
-        if "conversations" not in self._file.schema_arrow.names and "icl_examples" not in self._file.schema_arrow.names:
-            columns = ", ".join(self._file.schema_arrow.names)
-            raise MedPLIBError(f"{path} has no column 'conversations' (columns: {columns}); expected MedPLIB records")
+        names = self._file.schema_arrow.names
+        if not {"conversations", "messages", "icl_examples"} & set(names):
+            told = f"{path} has no column 'conversations' or 'messages'"
+            raise MedPLIBError(f"{told} (columns: {shown(', '.join(names))}); expected MedPLIB records")
 
     def _connect(self) -> None:
         import pyarrow.parquet as parquet

@@ -6,16 +6,19 @@ markers that the processor needs (``<SEG>``, ``<region></region>``, ``<image>``)
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from model.data.image_io import is_file, mask_files
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 from model.processing.conversation import Turn
-from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
+from model.processing.special_tokens import CONTROL_TOKENS, IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN, WRAPPED_IMAGE
 
 Task = Literal["vqa", "region", "grounding", "caption"]
 Severity = Literal["error", "repaired", "warning"]
@@ -26,6 +29,17 @@ MODALITIES = ("ct", "mr", "x_ray", "pet", "fundus", "dermoscopy", "endoscopy", "
 _PATH_TAG = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.DOTALL) for name in ("mask", "region")}
 _NUMBERED_IMAGE = re.compile(r"image(\d+)")
 _SA_MED2D_NAME = re.compile(r"([a-z]+)_\d+--")
+
+CONVERSATION_KEYS = ("conversations", "conversatons", "messages")  # published, as LLaVA-Med writes it, OpenAI's
+_ROLES = {"user": "human", "assistant": "gpt"}
+_LABELS = ("id", "question_id", "answer_type", "modality", "task", "kind", "about", "structure", "dataset")
+_PUBLISHED_ROOT = "SAMed2D_v1"
+_TOKENS = re.compile(
+    "|".join((*CONTROL_TOKENS, r"</?ref>", r"</?sr>", r"<gen_\d+>"))
+)  # others have places of their own
+_OTHER_SEG = re.compile(r"\[SEG\]|<seg>")  # LISA's spelling, and small letters
+_BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class Sample:
         answer_type: ``open``, ``closed`` or None.
         task: what the record trains; inferred unless the record has a ``task`` key.
         modality: the record's ``modality`` key, else from the last image's file name; None where neither says.
-        raw: the record as read.
+        raw: the record as read, in the published layout.
         examples: the solved examples of an in-context record; their images come first in ``images``.
         repairs: sentences about what was mended on the way.
     """
@@ -93,7 +107,7 @@ def parse_record(raw: Mapping[str, Any], images_root: str | Path) -> Sample:
     """
     sample, findings = inspect_record(raw, images_root)
     if sample is None:
-        name = _text(raw.get("id")) if isinstance(raw, Mapping) else ""
+        name = shown(record_id(raw), quoted=False) if isinstance(raw, Mapping) else ""
         faults = "; ".join(finding.message for finding in findings if finding.severity == "error")
         raise MedPLIBError(f"record {name or '(no id)'}: {faults}")
     return sample
@@ -110,12 +124,91 @@ def inspect_record(raw: Mapping[str, Any], images_root: str | Path) -> tuple[Sam
     return _Inspection(raw, Path(images_root)).run()
 
 
+def canonical(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A raw record in the published layout: itself where it is in that already, else a changed copy.
+
+    OpenAI's ``messages`` and LLaVA-Med's ``conversatons`` become ``conversations``, ``role`` and ``content`` become
+    ``from`` and ``value``, ``user`` and ``assistant`` become ``human`` and ``gpt``; of text and image parts one text is
+    made, ``images`` or the parts' paths become ``image``; finite numbers become text; a leading system turn is left
+    out, as templates have their own. Whatever is malformed stays as it is.
+    """
+    key, turns = _said(raw)
+    images: list[Any] = []
+    made = [_canonical_turn(turn, images) for turn in turns]
+    if made and _is_system(turns[0]):
+        del made[0]
+    listed = raw.get("images")
+    images = images or (listed if isinstance(listed, list) else [])
+    if not turns or (key == "conversations" and made == list(turns) and (raw.get("image") or not images)):
+        return raw
+    whole = {name: value for name, value in raw.items() if name not in CONVERSATION_KEYS} | {"conversations": made}
+    if images and not raw.get("image"):
+        whole |= {"image": images[0] if len(images) == 1 else images}
+    return whole
+
+
+def _said(raw: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
+    """The key that holds a record's conversation, and its turns; none where it is no list."""
+    key = next((key for key in CONVERSATION_KEYS if raw.get(key)), "")
+    turns = raw.get(key)
+    return key, turns if isinstance(turns, list | tuple) else ()
+
+
+def _is_system(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and turn.get("from", turn.get("role")) == "system"
+
+
+def _canonical_turn(turn: Any, images: list[Any]) -> Any:
+    """One turn with ``from`` and ``value``; paths of its image parts are added to ``images``."""
+    if not isinstance(turn, Mapping):
+        return turn
+    made = {name: value for name, value in turn.items() if name not in ("role", "content")}
+    for name, other in (("from", "role"), ("value", "content")):
+        if name in turn or other in turn:
+            made[name] = turn.get(name, turn.get(other))
+    if isinstance(made.get("from"), str):
+        made["from"] = _ROLES.get(made["from"], made["from"])
+    if isinstance(made.get("value"), list):
+        made["value"] = _joined_parts(made["value"], images)
+    elif is_number(made.get("value")):
+        made["value"] = str(made["value"])
+    return made
+
+
+def _joined_parts(parts: list[Any], images: list[Any]) -> Any:
+    """The text of a message in parts, each on its own line; the parts where one is neither text nor image."""
+    texts: list[str] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url"):
+            texts.append(IMAGE_TOKEN)
+            source = part.get("image_url") or part.get("image") or part.get("path") or part.get("url")
+            source = source.get("url", source) if isinstance(source, Mapping) else source
+            images += [source.removeprefix("file://") if isinstance(source, str) else source] if source else []
+        else:
+            return parts
+    return "\n".join(texts)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field holds a number that can be written out; NaN, infinities and truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def record_id(raw: Mapping[str, Any]) -> str:
+    """A record's own id as text; empty where it has none, or one of a wrong type."""
+    return _text(raw.get("id", raw.get("question_id")))
+
+
 class _Inspection:
     """Walks one record once and collects every finding instead of stopping at the first."""
 
     def __init__(self, raw: Mapping[str, Any], root: Path) -> None:
-        self.raw, self.root = raw, root
+        self.raw, self.root = canonical(raw), root
         self.findings: list[Finding] = []
+        self._fields(raw)
         self.turns: list[Turn] = []
         self.regions: list[Path] = []
         self.region_images: list[int] = []
@@ -124,7 +217,7 @@ class _Inspection:
 
     def run(self) -> tuple[Sample | None, list[Finding]]:
         examples, images = self._images()
-        conversations = self.raw.get("conversations", self.raw.get("conversatons"))  # as LLaVA-Med writes it
+        conversations = self.raw.get("conversations", self.raw.get("conversatons"))
         target = self._in_context_target() if examples else None
         if examples and not conversations:
             conversations = _default_in_context_turns(len(examples))
@@ -139,7 +232,7 @@ class _Inspection:
     def _sample(self, images: tuple[Path, ...], examples: tuple[Example, ...]) -> Sample:
         answer_type = _text(self.raw.get("answer_type")).strip().lower()
         return Sample(
-            id=_text(self.raw.get("id", self.raw.get("question_id"))),
+            id=record_id(self.raw),
             images=images,
             turns=tuple(self.turns),
             regions=tuple(self.regions),
@@ -156,6 +249,18 @@ class _Inspection:
 
     def _report(self, kind: str, message: str, severity: Severity = "error") -> None:
         self.findings.append(Finding(kind, message, severity))
+
+    def _fields(self, raw: Mapping[str, Any]) -> None:
+        """Values of a wrong type, NaN and infinities, a system turn."""
+        for key, value in raw.items():
+            if key in _LABELS:
+                if not (value is None or isinstance(value, str) or is_number(value)):
+                    self._report("bad_field", f"{key} is {shown(value)}, expected text")
+            elif key not in (*CONVERSATION_KEYS, "image") and _has_non_finite(value):
+                self._report("bad_field", f"{shown(key)} holds NaN or an infinity, which is no JSON", "warning")
+        if _is_system(next(iter(_said(raw)[1]), None)):
+            message = "the system turn is left out; every conversation template has its own"
+            self._report("system_turn", message, "repaired")
 
     # ---- images ----------------------------------------------------------------------------------------------------
 
@@ -200,19 +305,28 @@ class _Inspection:
         )
 
     def _find(self, name: Any, kind: Literal["image", "mask", "region"], what: str) -> Path:
-        """The file that ``name`` means; a missing ``.png`` is put back where that file exists."""
-        if not isinstance(name, str) or not name.strip() or "\0" in name:
-            self._report(f"missing_{kind}", f"the {what} is {name!r}, expected a path")
+        """The file that ``name`` means, in another spelling where only that exists: see ``_spellings``."""
+        name = name.get("path") if isinstance(name, Mapping) and not name.get("bytes") else name
+        if isinstance(name, Mapping | bytes) or (isinstance(name, str) and name.startswith("data:")):
+            told = f"the {what} lies inside the file as encoded bytes; write it as a file and give its path"
+            self._report(f"missing_{kind}", told)
             return self.root
-        path = self.root / name.strip()
-        if is_file(path) or (kind != "image" and mask_files(path)):
-            return path
-        with_suffix = path.with_name(path.name + ".png")
-        if is_file(with_suffix) or (kind != "image" and mask_files(with_suffix)):
-            self._report("suffix_missing", f"the {what} {name} lacks .png; {with_suffix.name} is used", "repaired")
-            return with_suffix
-        self._report(f"missing_{kind}", f"the {what} {name} does not exist under {self.root}")
-        return path
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            fault = f"missing_{kind}" if isinstance(name, str | None) else "bad_field"
+            self._report(fault, f"the {what} is {shown(name)}, expected a path")
+            return self.root
+        named = shown(name, quoted=False)
+        for spelling, path in enumerate(_spellings(self.root, name.strip())):
+            if is_file(path) or (kind != "image" and mask_files(path)):
+                if spelling == 1:
+                    told = f"the {what} {named} lacks .png; {shown(path.name, quoted=False)} is used"
+                    self._report("suffix_missing", told, "repaired")
+                elif spelling:
+                    told = f"the {what} {named} is spelled otherwise on disk (accents, slashes, folders or suffix)"
+                    self._report("path_spelling", f"{told}; {shown(path, quoted=False)} is used", "repaired")
+                return path
+        self._report(f"missing_{kind}", f"the {what} {named} does not exist under {self.root}")
+        return self.root / name.strip()
 
     # ---- conversation ----------------------------------------------------------------------------------------------
 
@@ -223,11 +337,16 @@ class _Inspection:
         for number, entry in enumerate(conversations):
             expected = ("human", "gpt")[number % 2]
             if not isinstance(entry, Mapping) or "from" not in entry or "value" not in entry:
-                self._report("bad_field", f"turn {number} is {entry!r:.60}, expected {{from, value}}")
+                self._report("bad_field", f"turn {number} is {shown(entry)}, expected {{from, value}}")
                 continue
             if entry["from"] != expected:
-                self._report("turn_order", f"turn {number} is from {entry['from']!r}, expected {expected!r}")
-            text = _text(entry["value"])
+                self._report("turn_order", f"turn {number} is from {shown(entry['from'])}, expected {expected!r}")
+            text = entry["value"] if entry["value"] is not None else ""
+            if not isinstance(text, str):
+                self._report("bad_field", f"the text of turn {number} is {shown(text)}, expected text")
+                continue
+            if _HALF_CHARACTER.search(text):
+                self._report("bad_field", f"the text of turn {number} holds half of a character pair, which is no text")
             if entry["from"] == "gpt":
                 self._answer(text, number, target)
             else:
@@ -250,8 +369,10 @@ class _Inspection:
         self.images_seen += pieces[-1].count(IMAGE_TOKEN)
         if any("<region>" in piece or "</region>" in piece for piece in pieces):
             self._report("broken_tag", f"the question of turn {number} holds a <region> tag without its partner")
-        if not text.strip():
+        if _BLANK.fullmatch(text):
             self._report("empty_question", f"the question of turn {number} is empty")
+        for token in sorted(set(_TOKENS.findall(text.replace(WRAPPED_IMAGE, "")))):
+            self._report("special_token", f"the question of turn {number} holds the token {token}", "warning")
         self.turns.append(Turn("human", REGION_MARKER.join(pieces)))
 
     def _region(self, name: str, number: int) -> None:
@@ -266,6 +387,15 @@ class _Inspection:
             self._report("misplaced_tag", f"the answer of turn {number} holds <region>, which belongs in questions")
         if IMAGE_TOKEN in text:
             self._report("misplaced_tag", f"the answer of turn {number} holds <image>, which belongs in questions")
+        for token in sorted(set(_TOKENS.findall(text))):
+            severity: Severity = "error" if token in CONTROL_TOKENS else "warning"
+            self._report("special_token", f"the answer of turn {number} holds the token {token}; remove it", severity)
+        if _OTHER_SEG.search(text):
+            mended = with_seg_spelled(text)
+            note = f"{SEG_TOKEN} is used" if mended != text else "which is no mask's place without a <mask> for each"
+            told = f"the answer of turn {number} holds {_OTHER_SEG.findall(text)[0]}, {note}"
+            self._report("seg_spelling", told, "repaired" if mended != text else "warning")
+            text = mended
         names = _PATH_TAG["mask"].findall(text)
         clean = _PATH_TAG["mask"].sub("", text)
         if "<mask>" in clean or "</mask>" in clean:
@@ -277,7 +407,7 @@ class _Inspection:
             self._report("seg_without_mask", f"the answer of turn {number} has {places} <SEG> and {len(names)} <mask>")
         if places < len(names):
             self._report("mask_without_seg", f"the answer of turn {number} has {len(names)} <mask> and {places} <SEG>")
-        if not clean.strip():
+        if _BLANK.fullmatch(clean):
             self._report("empty_answer", f"the answer of turn {number} is empty")
         self.masks += [self._find(name, "mask", f"mask of turn {number}") for name in names]
         self.turns.append(Turn("gpt", clean))
@@ -318,11 +448,6 @@ def modality_of(file_name: str) -> str | None:
     return other[1] if other else None
 
 
-def with_default_id(sample: Sample, index: int) -> Sample:
-    """The sample itself, or one that carries its record number where the record names no id."""
-    return sample if sample.id else replace(sample, id=str(index))
-
-
 def _default_in_context_turns(examples: int) -> list[dict[str, str]]:
     shown = "".join(
         f"Example {number}: {IMAGE_TOKEN}\nThe blue overlay is the reference segmentation mask.\n"
@@ -335,6 +460,42 @@ def _default_in_context_turns(examples: int) -> list[dict[str, str]]:
     ]
 
 
+def with_seg_spelled(answer: str) -> str:
+    """An answer with ``<SEG>`` for ``[SEG]`` and ``<seg>``, if that gives each of its masks one; else as it is."""
+    mended = _OTHER_SEG.sub(SEG_TOKEN, answer)
+    return mended if mended.count(SEG_TOKEN) == len(_PATH_TAG["mask"].findall(mended)) else answer
+
+
+def _spellings(root: Path, name: str) -> Iterator[Path]:
+    """Where the file ``name`` may lie: as written; with ``.png``; then the same with ``/`` for ``\\``, without what
+    leads to a folder of the root's name, and with accents composed or apart, part by part.
+    """
+    path = root / name
+    yield path
+    yield Path(f"{path}.png")
+    parts = Path(name.replace("\\", "/")).parts
+    roots = [place for place, part in enumerate(parts[:-1]) if part in (root.resolve().name, _PUBLISHED_ROOT)]
+    for start in (0, *(place + 1 for place in roots[-1:])):
+        at = root
+        for part in parts[start:]:
+            forms = (at / part, *(at / unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+            at = next((form for form in forms if any(map(_exists, (f"{form}", f"{form}.png")))), forms[0])
+        yield at
+        yield Path(f"{at}.png")
+
+
+_exists: Callable[[str], bool] = os.path.exists  # unlike Path.exists, false for a name that the system refuses
+
+
+def _has_non_finite(value: Any) -> bool:
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, float) and not math.isfinite(found):
+            return True
+        waiting += found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else ()
+    return False
+
+
 def _text(value: Any) -> str:
-    """Published answers may be bare numbers."""
-    return "" if value is None else value if isinstance(value, str) else str(value)
+    return value if isinstance(value, str) else str(value) if is_number(value) else ""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.data.image_io import ReadLimits, read_image, read_mask_data
-from model.data.marks import files_mark
+from model.data.image_io import ReadLimits, mask_files, read_image, read_mask_data
 from model.data.records import Records, open_records
-from model.data.schema import Finding, Sample, Severity, inspect_record
-from model.errors import MedPLIBError
+from model.data.schema import Finding, Sample, Severity, inspect_record, record_id
+from model.errors import MedPLIBError, shown
+
+if TYPE_CHECKING:  # it imports torch, which few checks need
+    from model.data.lengths import LengthCheck
 
 Progress = Callable[[int, int], None]
 
@@ -54,7 +58,9 @@ class RecordFacts:
     task: str
     modality: str | None
     answer_type: str | None
-    mark: int  # of the files it names, see marks.files_mark
+    mark: int  # 64 bits that change with the name or the size of any file that it names
+    images: int = 0
+    tokens: int = 0  # an image counting as one; 0 where they were not counted
 
 
 @dataclass
@@ -77,12 +83,9 @@ class DataReport:
         """Numbers of the records that training cannot use, ascending."""
         return tuple(sorted({problem.record for problem in self.problems if problem.severity == "error"}))
 
-    def format(self, max_problems: int | None = None) -> str:
-        """The report as text: problems one a line (all of them by default), their counts, and what the file holds."""
-        shown = self.problems if max_problems is None else self.problems[:max_problems]
-        lines = [str(problem) for problem in shown]
-        if len(shown) < len(self.problems):
-            lines.append(f"… and {len(self.problems) - len(shown)} more")
+    def format(self) -> str:
+        """The report as text: problems one a line, their counts, and what the file holds."""
+        lines = [str(problem) for problem in self.problems]
         if self.problems:
             kinds = Counter(problem.kind for problem in self.problems)
             lines += ["", "problems: " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())]
@@ -103,17 +106,11 @@ def check_file(
     progress: Progress | None = None,
     check_pixels: bool = True,
     workers: int | None = None,
-    limits: ReadLimits | None = None,
+    lengths: LengthCheck | None = None,
 ) -> DataReport:
     """Check every record of a data file and report all problems at once.
 
-    Kinds: ``invalid_json``, ``bad_field``, ``missing_image``, ``missing_mask``, ``missing_region``, ``suffix_missing``
-    (repaired), ``image_count``, ``empty_conversation``, ``turn_order``, ``empty_question``, ``empty_answer``,
-    ``broken_tag``, ``misplaced_tag``, ``seg_without_mask``, ``mask_without_seg``, ``duplicate_id`` (warning); with
-    ``check_pixels`` also ``unreadable_image``, ``unreadable_mask``, ``empty_mask``, ``empty_region``,
-    ``size_mismatch`` and the warnings ``odd_header``, ``soft_mask``, ``full_mask``, ``inverted_mask`` and their like of
-    regions.
-    Keys the format does not know are no problem.
+    The kinds of problem are listed in docs/data.md; keys that the format does not know are none.
 
     Args:
         path: JSON list, JSON lines or Parquet file.
@@ -121,7 +118,7 @@ def check_file(
         progress: called with (records done, records in all) now and then.
         check_pixels: decode every image and mask once; without it only their existence is checked.
         workers: threads; by default as many as processors, at most 16.
-        limits: size limits of image files.
+        lengths: also counts tokens: ``too_long``, ``answer_cut`` (warning), ``region_not_asked``.
 
     Raises:
         MedPLIBError: the file itself cannot be read as a list of records, or ``images_root`` is no folder.
@@ -132,16 +129,16 @@ def check_file(
             f"the image folder {root} does not exist; give the folder that the records' paths start from"
         )
     report = DataReport(Path(path), root, total=len(records))
-    pixels = PixelCheck(limits or ReadLimits()) if check_pixels else None
+    pixels = PixelCheck(ReadLimits()) if check_pixels else None
     tallies: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "modalities", "answer types")}
     seen: dict[str, int] = {}
-    for number, facts, problems in inspect_all(records, root, pixels, workers, progress):
+    for number, facts, problems in inspect_all(records, root, pixels, workers, progress, lengths=lengths):
         report.problems += problems
         if facts is None:
             continue
         tallies["tasks"][facts.task] += 1
-        tallies["modalities"][facts.modality or "unknown"] += 1
-        tallies["answer types"][facts.answer_type or "unknown"] += 1
+        tallies["modalities"][shown(facts.modality or "unknown", quoted=False)] += 1
+        tallies["answer types"][shown(facts.answer_type or "unknown", quoted=False)] += 1
         if facts.id and seen.setdefault(facts.id, number) != number:
             message = f"record {seen[facts.id]} has the same id"
             report.problems.append(Problem(number, "duplicate_id", message, facts.id, "warning"))
@@ -156,6 +153,7 @@ def inspect_all(
     workers: int | None = None,
     progress: Progress | None = None,
     in_context: bool = True,
+    lengths: LengthCheck | None = None,
 ) -> Iterator[tuple[int, RecordFacts | None, list[Problem]]]:
     """(number, facts or None where the record is unusable, problems) of all records, in order.
 
@@ -163,7 +161,24 @@ def inspect_all(
     """
 
     def one(number: int) -> tuple[int, RecordFacts | None, list[Problem]]:
-        return number, *_inspect(records, number, root, pixels, in_context)
+        try:
+            raw = records[number]
+        except MedPLIBError as error:
+            return number, None, [Problem(number, "invalid_json", str(error))]
+        sample, findings = inspect_record(raw, root)
+        name, tokens = shown(record_id(raw), quoted=False), 0
+        if sample is not None:
+            if sample.examples and not in_context:
+                told = "the record shows solved examples, which this data set does not read"
+                findings.append(Finding("in_context", told))
+            findings += pixels(sample) if pixels is not None else []
+            tokens, found = lengths(sample) if lengths is not None else (0, [])
+            findings += found
+        problems = [Problem(number, finding.kind, finding.message, name, finding.severity) for finding in findings]
+        if sample is None or any(problem.severity == "error" for problem in problems):
+            return number, None, problems
+        told_of = sample.task, sample.modality, sample.answer_type
+        return number, RecordFacts(name, *told_of, _files_mark(sample, root), len(sample.images), tokens), problems
 
     count, threads = len(records), workers or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(max_workers=threads) as pool:
@@ -174,24 +189,16 @@ def inspect_all(
                 progress(chunk.stop, count)
 
 
-def _inspect(
-    records: Records, number: int, root: Path, pixels: PixelCheck | None, in_context: bool
-) -> tuple[RecordFacts | None, list[Problem]]:
-    try:
-        raw = records[number]
-    except MedPLIBError as error:
-        return None, [Problem(number, "invalid_json", str(error))]
-    sample, findings = inspect_record(raw, root)
-    if sample is not None and sample.examples and not in_context:
-        findings.append(Finding("in_context", "the record shows solved examples, which this data set does not read"))
-    if sample is not None and pixels is not None:
-        findings = findings + pixels(sample)
-    name = str(raw.get("id") or "")
-    problems = [Problem(number, finding.kind, finding.message, name, finding.severity) for finding in findings]
-    if sample is None or any(problem.severity == "error" for problem in problems):
-        return None, problems
-    mark = files_mark(sample, root)
-    return RecordFacts(name, sample.task, sample.modality, sample.answer_type, mark), problems
+def _files_mark(sample: Sample, root: Path) -> int:
+    """See ``RecordFacts``. Sizes, not times: a data set that was copied is still the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in (*sample.images, *sample.regions, *sample.masks):
+        try:
+            size = path.stat().st_size
+        except OSError:  # a merged mask that lies as instances
+            size = sum(part.stat().st_size for part in mask_files(path))
+        digest.update(f"{str(path)[len(str(root)) :]}\0{size}\0".encode(errors="surrogateescape"))
+    return int.from_bytes(digest.digest(), "little")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if not __package__:  # run as a file: Python puts this folder on its path, not t
 from tqdm import tqdm
 
 from model.data.records import open_records
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable, shown
 from model.eval.metrics import PublishedText, Scores, score_predictions
 from model.eval.metrics.published_text import format_table
 from model.eval.metrics.rows import masks_by_threshold
@@ -32,6 +32,7 @@ STANDARD_HEADING = "Standard scores (fractions of 1; 95 % intervals over images)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of one predictions file; returns the exit code."""
+    escape_unprintable()
     options = build_parser().parse_args(arguments)
     try:
         run(options)
@@ -39,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cal_metric: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"cal_metric: {error.filename or ''}: {error.strerror or error}; name another file", file=sys.stderr)
+        print(
+            f"cal_metric: {shown(error.filename or '', quoted=False)}: {error.strerror or error}; name another file",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
@@ -186,13 +190,13 @@ def _thresholds(text: str) -> list[float]:
     except ValueError:
         values = []
     if not values or not all(0 < value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of probabilities such as 0.1,0.5")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no list of probabilities such as 0.1,0.5")
     return sorted(set(values))
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no whole number from 0")
     return int(text)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 if not __package__:  # run as a file: Python puts this folder on its path, not the project
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.eval.cal_metric import add_output_flags, count_rows, print_standard, with_bar, write_json
 from model.eval.metrics import score_predictions
 from model.eval.metrics.published_text import published_words
@@ -61,6 +61,7 @@ class PublishedAccuracy:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of one predictions file; returns the exit code."""
+    escape_unprintable()
     options = build_parser().parse_args(arguments)
     try:
         run(options)
@@ -110,7 +111,7 @@ def read_modalities(root: Path) -> dict[str, str]:
             found |= {str(entry["image_path"]): str(entry["modality_type"]) for entry in json.loads(file.read_bytes())}
         except (ValueError, KeyError, TypeError) as error:
             raise MedPLIBError(
-                f"{file} is no question file of OmniMedVQA ({error!r}); "
+                f"{file} is no question file of OmniMedVQA ({error!r:.80}); "
                 "expected a list of objects with image_path and modality_type"
             ) from error
     if not found:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.eval.journal import Journal, journal_path, read_journal, remove
 from model.eval.run import answer_scores, segmentation_scores, write_lines
 
@@ -70,6 +70,7 @@ def _finished(chunk: Path) -> Journal:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 3 where some questions could not be answered, 2 after a user's error."""
+    escape_unprintable()
     parser = argparse.ArgumentParser("python -m model.eval.join_chunks", description=__doc__)
     parser.add_argument("answers", type=Path, help="the whole run's file")
     parser.add_argument("chunks", type=Path, nargs="+", help="its chunks in their order, which go away")

@@ -106,7 +106,7 @@ class InferenceOptions:
         if self.top_p < 1 and self.temperature == 0:
             raise MedPLIBError(f"top_p is {self.top_p}, but greedy answers are not drawn; give a temperature above 0")
         if self.precision is not None and self.precision not in PRECISIONS:
-            raise MedPLIBError(f"the precision is {self.precision!r}; answers are given in {' or '.join(PRECISIONS)}")
+            raise MedPLIBError(f"the precision is {self.precision!r:.80}; it may be {' or '.join(PRECISIONS)}")
         if not 0 <= self.chunk_index < self.num_chunks:
             raise MedPLIBError(
                 f"the chunk is number {self.chunk_index} of {self.num_chunks}; they are counted from 0 to "

@@ -74,7 +74,7 @@ def _launch(one_machine: bool) -> str:
 def started(process: int) -> str:
     """When a process of this machine began, in the kernel's clock ticks; empty where that cannot be told."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 
@@ -111,7 +111,7 @@ def _checked(name: str) -> str:
     try:
         torch.device(name)
     except RuntimeError as error:
-        raise MedPLIBError(f"{name!r} is no device; give auto, cpu, cuda or cuda:1") from error
+        raise MedPLIBError(f"{name!r:.80} is no device; give auto, cpu, cuda or cuda:1") from error
     return name
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from model.data.image_io import read_mask
-from model.data.schema import TASKS, Sample, inspect_record, modality_of
+from model.data.schema import TASKS, Sample, canonical, inspect_record, modality_of
 from model.errors import MedPLIBError
 from model.eval.references import Reference, Turns, answer_text, asked_text, references_of
 from model.processing.masks import encode_rle
@@ -124,7 +124,7 @@ def _count(texts: Sequence[str], marker: str) -> int:
 
 def _image_path(record: Mapping[str, Any]) -> str:
     """The path as the record writes it; the last of several."""
-    name = record.get("image", "") if isinstance(record, Mapping) else ""
+    name = canonical(record).get("image", "") if isinstance(record, Mapping) else ""
     if isinstance(name, Sequence) and not isinstance(name, str):
         name = name[-1] if name else ""
     return name if isinstance(name, str) else ""

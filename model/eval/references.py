@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from model.data.schema import canonical, with_seg_spelled
 from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER
 
 Turns = Literal["all", "first"]
@@ -74,7 +75,8 @@ def answer_text(answer: str) -> str:
 
 def _conversation(record: Mapping[str, Any]) -> list[str]:
     """Texts of the turns, questions at even places; empty where the record is malformed."""
-    found = record.get("conversations", record.get("conversatons")) if isinstance(record, Mapping) else None
+    found = canonical(record).get("conversations") if isinstance(record, Mapping) else None
     if not isinstance(found, list | tuple) or not all(isinstance(entry, Mapping) for entry in found):
         return []
-    return ["" if entry.get("value") is None else str(entry["value"]) for entry in found]
+    texts = [entry.get("value") if isinstance(entry.get("value"), str) else "" for entry in found]
+    return [with_seg_spelled(text) if place % 2 else text for place, text in enumerate(texts)]

@@ -21,15 +21,16 @@ FAILED_QUESTIONS = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    from model.errors import MedPLIBError
+    from model.errors import MedPLIBError, escape_unprintable, shown
 
+    escape_unprintable()
     try:
         return _run(arguments)
     except MedPLIBError as error:
         sys.stderr.write(f"vqa_infer{_who()}: {error}\n")
         return 2
     except OSError as error:  # a disk that filled up on the way
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{shown(error.filename, quoted=False)}: " if error.filename else ""
         sys.stderr.write(f"vqa_infer{_who()}: {where}{error.strerror or error}; mend that and go on\n")
         return 2
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from model.checkpoint import load
 from model.checkpoint.directories import resolve
 from model.data.progress import record_bar
 from model.data.records import open_records
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable, shown
 from model.inference.gate_rows import collect_gate_rows
 from model.inference.loading import usable_device
 from model.inference.mask_gate import GATE_FILE, MaskGate
@@ -21,6 +21,7 @@ from model.inference.mask_gate import GATE_FILE, MaskGate
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the gate is written, 2 after a user's error."""
+    escape_unprintable()
     options = build_parser().parse_args(arguments)
     try:
         return _calibrate(options)
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{shown(error.filename, quoted=False)}: " if error.filename else ""
         sys.stderr.write(f"{where}{error.strerror or error}; name a place that can be read and written\n")
         return 2
 

@@ -47,7 +47,7 @@ class GenerationSettings:
         if self.seed is not None and not 0 <= self.seed < _SEEDS:
             raise MedPLIBError(f"seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise MedPLIBError(f"stop is {self.stop!r}; give a tuple of texts that are not empty")
+            raise MedPLIBError(f"stop is {self.stop!r:.80}; give a tuple of texts that are not empty")
         object.__setattr__(self, "stop", tuple(self.stop))
 
 

@@ -66,7 +66,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     Raises:
         MedPLIBError: there is no such device here.
     """
-    unusable = MedPLIBError(f"the device {str(device)!r} cannot be used here; use cpu, or cuda on a GPU machine")
+    unusable = MedPLIBError(f"the device {str(device)!r:.80} cannot be used here; use cpu, or cuda on a GPU machine")
     try:
         probe = torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to be wrong

@@ -77,7 +77,7 @@ def weight_bytes(model: nn.Module) -> int:
 def _check_scheme(scheme: str, group_size: int | None) -> int | None:
     """The group size to use; None for ``int8``."""
     if scheme not in get_args(Scheme):
-        raise MedPLIBError(f"unknown quantisation {scheme!r}; known: {', '.join(get_args(Scheme))}")
+        raise MedPLIBError(f"unknown quantisation {scheme!r:.80}; known: {', '.join(get_args(Scheme))}")
     if scheme == "int8":
         if group_size is not None:
             raise MedPLIBError(f"group_size is {group_size}, but int8 has one scale per output; leave it out")

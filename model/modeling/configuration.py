@@ -71,7 +71,7 @@ class MoEConfig:
             "dense": range(num_layers),
         }
         if mode not in choices:
-            raise ValueError(f"unknown MoE layer mode {mode!r}; known modes: {', '.join(choices)}")
+            raise ValueError(f"unknown MoE layer mode {mode!r:.80}; known modes: {', '.join(choices)}")
         return tuple(choices[mode])
 
 
@@ -143,7 +143,7 @@ class LossConfig:
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} is {value!r}; known: {', '.join(known)}")
+        raise ValueError(f"{name} is {value!r:.80}; known: {', '.join(known)}")
 
 
 def _section(kind: type[Section], value: Section | dict[str, Any] | None) -> Section:

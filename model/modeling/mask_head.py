@@ -55,7 +55,7 @@ def restore_masks(
         raise ValueError(f"{len(low_res)} masks need as many sizes, got {len(resized)} and {len(originals)}")
     restore = {"exact": _restore_exact, "legacy": _restore_legacy}.get(geometry)
     if restore is None:
-        raise ValueError(f"unknown mask geometry {geometry!r}; known: exact, legacy")
+        raise ValueError(f"unknown mask geometry {geometry!r:.80}; known: exact, legacy")
     return [
         restore(mask[None].float(), inner, original, input_size)[0, 0]
         for mask, inner, original in zip(low_res, resized, originals, strict=True)

@@ -91,5 +91,5 @@ def _layers(kind: str, vision_dim: int, text_dim: int) -> nn.Sequential:
 def _mlp_depth(kind: str) -> int:
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if match is None:
-        raise ValueError(f"unknown projector type {kind!r}; known: linear, mlpNx_gelu, identity, moe_mlpNx_gelu")
+        raise ValueError(f"unknown projector type {kind!r:.80}; known: linear, mlpNx_gelu, identity, moe_mlpNx_gelu")
     return int(match[1])

@@ -38,7 +38,7 @@ class VisionTower(nn.Module):
                 f"vision_select_layer is {select_layer}; a tower of {states - 1} layers has {states} states"
             )
         if select_feature not in ("patch", "cls_patch"):
-            raise ValueError(f"unknown vision_select_feature {select_feature!r}; known: patch, cls_patch")
+            raise ValueError(f"unknown vision_select_feature {select_feature!r:.80}; known: patch, cls_patch")
         self.clip = CLIPVisionModel(config)
         self.layers_to_run = select_layer % states
         self.keeps_class_token = select_feature == "cls_patch"

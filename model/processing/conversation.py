@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.errors import MedPLIBError
-from model.processing.special_tokens import EOS_TOKEN, IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
-
-WRAPPED_IMAGE = IMAGE_START_TOKEN + IMAGE_TOKEN + IMAGE_END_TOKEN
+from model.processing.special_tokens import (
+    CONTROL_TOKEN,
+    EOS_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    WRAPPED_IMAGE,
+)
 
 _ALREADY_WRAPPED = re.compile(rf"{IMAGE_START_TOKEN}\s*{IMAGE_TOKEN}\s*{IMAGE_END_TOKEN}")
 _ASKING, _ANSWERING = "USER: ", " ASSISTANT:"
 _NEXT_ROUND = re.compile(rf"{EOS_TOKEN}\s*{_ASKING}")
-_CONTROL_TOKEN = re.compile(rf"<(?=/?s>|{IMAGE_START_TOKEN[1:]}|{IMAGE_END_TOKEN[1:]})")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def get_template(name: str) -> Template:
         MedPLIBError: there is none.
     """
     if name not in TEMPLATES:
-        raise MedPLIBError(f"there is no conversation template {name!r}; known: {', '.join(TEMPLATES)}")
+        raise MedPLIBError(f"there is no conversation template {name!r:.80}; known: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
@@ -143,7 +147,7 @@ def check_turns(turns: Sequence[Turn]) -> list[Turn]:
         expected = "gpt" if number % 2 else "human"
         if turn.role != expected:
             raise MedPLIBError(
-                f"turn {first + number + 1} of the conversation is of {turn.role!r}, expected {expected!r}; "
+                f"turn {first + number + 1} of the conversation is of {turn.role!r:.80}, expected {expected!r}; "
                 "let human and gpt take turns"
             )
         if turn.role == "gpt" and IMAGE_TOKEN in turn.text:
@@ -158,7 +162,7 @@ def place_images(text: str) -> str:
     published code makes one of them.) Control tokens that a user wrote out are taken apart, so that text cannot end a
     turn or pose as an image.
     """
-    text = _CONTROL_TOKEN.sub("< ", _images_unwrapped(text))
+    text = CONTROL_TOKEN.sub("< ", _images_unwrapped(text))
     count = text.count(IMAGE_TOKEN)
     if count == 0:
         return text

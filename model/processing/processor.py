@@ -79,7 +79,7 @@ class ProcessorSettings:
             if value is None and name == "max_length":
                 continue
             if not isinstance(value, int) or value < 1:
-                raise MedPLIBError(f"the processor's {name} is {value!r}; give a whole number above 0")
+                raise MedPLIBError(f"the processor's {name} is {value!r:.80}; give a whole number above 0")
 
     @property
     def grid(self) -> int:

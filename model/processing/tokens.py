@@ -161,13 +161,10 @@ class TokenCounter:
         self._backend = tokenizer.backend_tokenizer
         self._count = lru_cache(maxsize=1 << 16)(self._encode)
 
-    def __call__(self, text: str) -> tuple[int, int]:
-        """Tokens of a text, ``<s>`` counted and an image counting as one; and its images."""
-        tokens, images = 1, 0
-        for begin, end, placeholder in _stretches(text):
-            tokens += self._count(text[begin:end]) + (placeholder is not None)
-            images += placeholder == IMAGE_PLACEHOLDER
-        return tokens, images
+    def __call__(self, text: str) -> int:
+        """Tokens of a text, ``<s>`` counted and an image or region placeholder counting as one."""
+        stretches = _stretches(text)
+        return 1 + sum(self._count(text[begin:end]) + (held is not None) for begin, end, held in stretches)
 
     def _encode(self, text: str) -> int:
         return len(self._backend.encode(text, add_special_tokens=False).ids)

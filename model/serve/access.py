@@ -233,7 +233,7 @@ class WorkerAllowList:
                 self.networks.append(ipaddress.ip_network(entry, strict=False))
             except ValueError as error:
                 if not entry or set(entry) & set("/:@ \\?#"):
-                    raise MedPLIBError(f"--allow-worker {entry!r} is no host, address or network") from error
+                    raise MedPLIBError(f"--allow-worker {entry!r:.80} is no host, address or network") from error
                 self.hosts.append(entry.lower())
 
     async def check(self, name: str, peer: str | None) -> CheckedAddress:

@@ -216,9 +216,9 @@ def _checked(address: str) -> str:
     try:
         url = httpx.URL(address)
     except httpx.InvalidURL as error:
-        raise MedPLIBError(f"{address!r} is no address; give http://host:port") from error
+        raise MedPLIBError(f"{address!r:.80} is no address; give http://host:port") from error
     if url.scheme not in ("http", "https") or not url.host:
-        raise MedPLIBError(f"{address!r} is no address of a controller; give http://host:port")
+        raise MedPLIBError(f"{address!r:.80} is no address of a controller; give http://host:port")
     return address.rstrip("/")
 
 

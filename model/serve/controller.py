@@ -20,7 +20,7 @@ from pydantic import Field
 from starlette.responses import StreamingResponse
 from starlette.types import Send
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.serve.access import KeyGuard, WorkerAllowList, WorkerGuard, normal_name
 from model.serve.calling import WorkerCaller
 from model.serve.controller_settings import ControllerSettings, make_parser, settings_from
@@ -317,6 +317,7 @@ def make_app(settings: ControllerSettings | None = None) -> FastAPI:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    escape_unprintable()
     options = parse_flags(make_parser(), arguments)
     try:
         check_port(options.host, options.port)  # before what takes long to import

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.serve.client import ControllerClient
 from model.serve.commands import PAGE_LIMITS, add_limit_flags, add_network_flags
 from model.serve.limits import BodyLimit, limits_from
@@ -29,6 +29,7 @@ _SWEEP_SECONDS = 30.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the page until it is stopped; returns the exit code."""
+    escape_unprintable()
     options = parse_flags(build_parser(), arguments)
     set_up_logging()
     try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from model.checkpoint.directories import checkpoint_name, resolve
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.serve.access import checked_key, normal_name
 from model.serve.commands import REQUEST_LIMITS, add_limit_flags, add_network_flags, seconds, whole
 from model.serve.limits import limits_from
@@ -45,7 +45,7 @@ _log = logging.getLogger("model.serve.model_worker")
 def __getattr__(name: str) -> Any:
     """The application's parts under this name too; they bring torch."""
     if name not in ("Worker", "WorkerSettings", "make_worker_app"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r:.80} has no attribute {name!r:.80}")
     return getattr(import_module("model.serve.worker_app"), name)
 
 
@@ -136,6 +136,7 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     signal.signal(signal.SIGTERM, _stop_loading)
+    escape_unprintable()
     options = parse_flags(make_parser(), arguments)
     set_up_logging()
     try:
@@ -197,7 +198,7 @@ def _registration(options: argparse.Namespace) -> Registration | None:
     try:
         controller = normal_name(options.controller)
     except MedPLIBError as error:
-        raise MedPLIBError(f"--controller {options.controller!r} is no address; give http://HOST:PORT") from error
+        raise MedPLIBError(f"--controller {options.controller!r:.80} is no address; give http://HOST:PORT") from error
     return Registration(controller, _own_address(options, controller), options.api_key, options.heartbeat)
 
 

@@ -47,7 +47,7 @@ class RegistrySettings:
     def __post_init__(self) -> None:
         if self.dispatch_method not in DISPATCH_METHODS:
             methods = " or ".join(DISPATCH_METHODS)
-            raise MedPLIBError(f"the dispatch method is {self.dispatch_method!r}; give {methods}")
+            raise MedPLIBError(f"the dispatch method is {self.dispatch_method!r:.80}; give {methods}")
 
 
 @dataclass(eq=False)

@@ -94,7 +94,7 @@ def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise MedPLIBError(f"the host {host!r} has no address; give one of this machine's with --host") from error
+        raise MedPLIBError(f"the host {host!r:.80} has no address; give one of this machine's with --host") from error
     return list({(entry[0], entry[4]): None for entry in found})
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable, shown
 
 if TYPE_CHECKING:
     from model.train.recipe import Recipe
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 after training, and after SIGTERM or SIGUSR1 when all is saved; 2 after a user's error; 130 after Ctrl-C.
     """
+    escape_unprintable()
     parser = argparse.ArgumentParser("python -m model.train", description="Train one stage of MedPLIB.")
     parser.add_argument("recipe", help="YAML file; the project's own are in configs/stages")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimiser.lr=1e-4")
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except OSError as error:  # a disk that filled up on the way
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{shown(error.filename, quoted=False)}: " if error.filename else ""
         sys.stderr.write(f"{where}{error.strerror or error}; mend that and go on with --resume\n")
         return 2
     except RuntimeError as error:

@@ -65,7 +65,7 @@ def write_through(path: Path, content: Any) -> None:
     """Write JSON so that the file is old or new, never half, also after a loss of power."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:  # escapes that JSON has too
             stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())

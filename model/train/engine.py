@@ -265,7 +265,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     path = recipe.engine.deepspeed
     if path:
         try:
-            extra = json.loads(Path(path).read_text())
+            extra = json.loads(Path(path).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise MedPLIBError(f"engine.deepspeed {path} cannot be read as JSON: {error}") from None
         if not isinstance(extra, dict) or not isinstance(extra.get("zero_optimization", {}), dict):

@@ -100,7 +100,7 @@ class Trainer:
         data, schedule = self.recipe.data, self.recipe.schedule
         shown = self.process.is_first and self.recipe.logging.progress
         self.dataset = open_dataset(self.recipe, self.processor, training=True, shown=shown)
-        lengths = item_lengths(self.recipe, self.dataset, self.processor, self.config, self.process)
+        lengths = item_lengths(self.recipe, self.dataset, self.config)
         self.sampler = ResumableSampler(
             lengths,
             seed=self.recipe.seed,

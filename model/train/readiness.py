@@ -4,16 +4,21 @@ they are asked about; all told at once.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.directories import resolve
 from model.data.dataset import UnusableRecords, usable_records
+from model.data.lengths import LengthCheck
 from model.data.progress import record_bar
 from model.data.validate import RecordFacts
 from model.errors import MedPLIBError
+from model.processing.conversation import TEMPLATES
+from model.processing.tokens import build_tokenizer
 from model.train.balance import labels_by_kind, share_problems
-from model.train.datasets import check_template, data_files
+from model.train.datasets import data_files
 from model.train.engine import deepspeed_config
 from model.train.recipe import Data, Recipe
 from model.train.recipe_checks import check_values
@@ -56,9 +61,10 @@ def record_problems(recipe: Recipe) -> list[str]:
     file has some that can be used.
     """
     problems: list[str] = []
-    found = [_checked(recipe, path, images, problems) for path, images in data_files(recipe, training=True)]
+    lengths = _lengths(recipe)
+    found = [_checked(recipe, path, images, lengths, problems) for path, images in data_files(recipe, training=True)]
     for path, images in data_files(recipe, training=False):
-        _checked(recipe, path, images, problems)
+        _checked(recipe, path, images, lengths, problems)
     if found and all(found):
         files = [(path, len(facts)) for path, facts in zip(recipe.data.train, found, strict=True)]
         facts = [fact for part in found for fact in part]
@@ -67,25 +73,31 @@ def record_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _checked(recipe: Recipe, path: str, images: str, problems: list[str]) -> list[RecordFacts]:
+def _lengths(recipe: Recipe) -> LengthCheck | None:
+    """Counts tokens as the recipe's run will; what is wrong with its tokenizer or template is told elsewhere."""
+    tokenizer = None
+    with suppress(MedPLIBError):
+        tokenizer = build_tokenizer(resolve(recipe.model.base))
+    known = recipe.data.template in TEMPLATES
+    return LengthCheck(tokenizer, recipe.data.template, recipe.data.max_length) if known else None
+
+
+def _checked(
+    recipe: Recipe, path: str, images: str, lengths: LengthCheck | None, problems: list[str]
+) -> list[RecordFacts]:
     """Facts of a file's usable records; what is wrong with it is added to ``problems``."""
     if not path or not images or not Path(path).exists() or not Path(images).exists():
         return []
     try:
         with record_bar(f"checking {path}", shown=recipe.logging.progress) as progress:
-            _, usable, _ = usable_records(path, images, recipe.data.on_bad_record, progress)
+            _, usable, _ = usable_records(path, images, recipe.data.on_bad_record, progress, lengths)
     except UnusableRecords as error:
         problems.append(str(error))
         usable = error.usable
     except MedPLIBError as error:
         problems.append(str(error))
         return []
-    facts = [fact for _, fact in usable]
-    try:
-        check_template(recipe, path, [fact.task for fact in facts])
-    except MedPLIBError as error:
-        problems.append(str(error))
-    return facts
+    return [fact for _, fact in usable]
 
 
 def _with_sound_shares(recipe: Recipe) -> Data:

@@ -98,7 +98,7 @@ def _finish(
 ) -> Recipe:
     stage = values.get("stage")
     if not isinstance(stage, int) or stage not in PUBLISHED:
-        problems.append(f"stage is {stage!r}, expected one of {', '.join(map(str, PUBLISHED))}")
+        problems.append(f"stage is {stage!r:.80}, expected one of {', '.join(map(str, PUBLISHED))}")
         stage = 1
     expanded = _expand(values, "", problems, environment)
     recipe = _build(Recipe, _layered(PUBLISHED[stage], expanded), "", problems, PUBLISHED[stage])
@@ -124,7 +124,7 @@ def _subject(problem: str) -> str:
 def _lay_override(values: dict[str, Any], text: str, problems: list[str]) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        problems.append(f"{text!r} is not of the form key=value")
+        problems.append(f"{text!r:.80} is not of the form key=value")
         return
     try:
         parsed = yaml.safe_load(value) if value else ""
@@ -183,12 +183,12 @@ def _build(
                 section = typing.cast("type[Any]", hints[key])
                 arguments[key] = _build(section, value, f"{name}.", problems, published.get(key, {}))
             else:
-                problems.append(f"{name} is a section with keys, got {value!r}")
+                problems.append(f"{name} is a section with keys, got {value!r:.80}")
         else:
             try:
                 arguments[key] = _coerce(value, hints[key])
             except (TypeError, ValueError) as error:
-                problems.append(f"{name} is {value!r}, expected {error}")
+                problems.append(f"{name} is {value!r:.80}, expected {error}")
                 if key in published:
                     arguments[key] = _coerce(published[key], hints[key])
     return kind(**arguments)

@@ -35,7 +35,7 @@ def run_runs(options: argparse.Namespace) -> int:
         sys.stdout.write(f"no runs in {', '.join(map(str, folders))}\n")
     elif options.json:
         for run in runs:
-            sys.stdout.write(json.dumps(_plain(run), ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(_plain(run)) + "\n")
     else:
         sys.stdout.write(list_text(runs) + "\n")
     return 0

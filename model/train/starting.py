@@ -13,7 +13,7 @@ from model.checkpoint import assemble, lay_over, load, upcycle
 from model.checkpoint.building import choose_attention
 from model.checkpoint.directories import read_settings, resolve
 from model.checkpoint.shards import find_weights
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 from model.modeling.configuration import LossConfig, MedPLIBConfig, MoEConfig, ProjectorConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
@@ -66,7 +66,9 @@ def path_problems(recipe: Recipe, *, data: bool = True) -> list[str]:
         named |= _data_paths(recipe)
         problems += [] if recipe.data.images else ["data.images is empty; name the folder of the images"]
     missing = [
-        f"{key} is {path}, which does not exist" for key, path in named.items() if path and not resolve(path).exists()
+        f"{key} is {shown(path, quoted=False)}, which does not exist"
+        for key, path in named.items()
+        if path and not resolve(path).exists()
     ]
     return problems + missing + _no_checkpoints(recipe) + ([] if missing else _mixtures_to_be_mixed(recipe))
 

@@ -54,7 +54,7 @@ def write_records(folder: Path, count: int, tokenizer: Any) -> Path:
     """Such records on the pictures of ``data/sample``, their texts as long as drawn; the file that holds them."""
     rng = np.random.default_rng(0)
     sources = [json.loads((SAMPLE / f"{kind}.json").read_text(encoding="utf-8")) for kind in _KINDS]
-    each = TokenCounter(tokenizer)(_FILLER * 64)[0] / 64
+    each = TokenCounter(tokenizer)(_FILLER * 64) / 64
     records = []
     for number, (kind, question, answer, rounds) in enumerate(zip(*draw(count, rng), strict=True)):
         source = sources[kind][int(rng.integers(len(sources[kind])))]

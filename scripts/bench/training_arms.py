@@ -129,7 +129,7 @@ def _batches(
     dataset = open_dataset(recipe, processor, training=True)
     wanted = (steps + 1) * recipe.schedule.batch_size * recipe.schedule.accumulation
     chosen = np.resize(np.random.default_rng(recipe.seed).permutation(len(dataset)), wanted)
-    lengths = item_lengths(recipe, dataset, processor, network.config, process)[chosen]
+    lengths = item_lengths(recipe, dataset, network.config)[chosen]
     begun = time.perf_counter()
     dataset.use_features(cached_features(recipe, network, processor, dataset, process))
     prepared = time.perf_counter() - begun if recipe.data.feature_cache else 0.0

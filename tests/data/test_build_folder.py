@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.data.builders.folder import FolderSettings, case_of_key, splits_of_cases
+from model.data.builders.folder import FolderSettings, case_of, splits_of_cases
 from model.data.builders.folder_names import read_names
-from model.data.builders.folder_pairs import Entry, Pairing
+from model.data.builders.folder_questions import unrelated
 from model.data.builders.vetting import path_from
 from model.data.image_io import read_labels
 from model.errors import MedPLIBError
@@ -107,16 +107,73 @@ def test_label_maps_hold_a_class_in_each_value(own: Own) -> None:
     assert own.kinds() == ["value_without_name"]
 
 
+@pytest.mark.parametrize(
+    ("present", "absent", "clear"),
+    [
+        ("liver", "spleen", True),
+        ("liver", "liver tumour", True),
+        ("kidneys", "kidney tumor", True),
+        ("liver tumour", "liver", False),
+        ("left lung", "Lungs", False),
+        ("lung", "left lung", False),
+        ("left lung", "right lung", True),
+        ("liver_tumour", "tumour-liver", False),
+    ],
+)
+def test_a_name_inside_another_is_told_from_it(present: str, absent: str, clear: bool) -> None:
+    assert unrelated([absent], ["heart", present]) == (([absent], []) if clear else ([], [(absent, present)]))
+
+
 def test_what_is_absent_can_be_asked_for(own: Own) -> None:
-    own.names("value,name\n1,liver\n2,spleen\n3,liver cyst\n")
-    own.image("a.png")
+    own.names("value,name\n1,liver\n2,liver tumour\n3,left liver\n")
     labels = np.zeros((20, 24), np.uint8)
     labels[2:5, 2:6] = 1
-    Image.fromarray(labels).save(own.masks / "a.png")
-    grounding, _ = own.built("--absent", *ONE)
-    shown, absent = grounding
-    assert (shown["about"], absent["about"], absent["kind"]) == ("liver", "spleen", "grounding_absent")
-    assert "<SEG>" not in said(absent)[1]
+    for name, map_ in (("a", labels), ("b", 2 * labels), ("c", 3 * labels)):
+        own.image(f"{name}.png")
+        Image.fromarray(map_).save(own.masks / f"{name}.png")
+    grounding, region = own.built("--absent", *ONE)
+    asked = {(record["image"][-5], record["about"], record["kind"]) for record in grounding}
+    assert asked == {
+        ("a", "liver", "grounding"),
+        ("a", "liver tumour", "grounding_absent"),
+        ("b", "liver tumour", "grounding"),
+        ("b", "left liver", "grounding_absent"),
+        ("c", "left liver", "grounding"),
+        ("c", "liver tumour", "grounding_absent"),
+    }
+    assert all("<SEG>" not in said(record)[1] for record in grounding if record["kind"] == "grounding_absent")
+    checks = {record["image"][-5] for record in region if record["kind"] == "region_check"}
+    told = [row["message"].split(": ", 1)[1] for row in findings(own.out, "folder") if row["kind"] == "ambiguous_name"]
+    assert checks == {"a", "b", "c"}
+    assert "grounding_absent does not ask for left liver, which may mean liver too" in told
+    assert "region_check of liver tumour does not ask for liver, which may mean liver tumour too" in told
+
+
+def test_patients_stay_in_one_split_and_are_counted(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
+    own.names("class,name\nlesion,lesion\n")
+    for case in range(8):
+        for view in ("L_CC", "L_MLO", "R_CC", "R_MLO"):
+            own.image(f"patient{case:02d}_{view}.png")
+            mask(own.masks / "lesion" / f"patient{case:02d}_{view}.png")
+    assert build(*own.words("--splits", "train=0.5,validation=0.25,test=0.25")) == 0
+    assert "cases: train 4, test 2, validation 2" in capsys.readouterr().out
+    splits: dict[str, set[str]] = {}
+    for split in ("train", "validation", "test"):
+        for record in trains(own.out / split / "grounding.json", own.out):
+            splits.setdefault(record["image"][7:16], set()).add(split)
+    assert len(splits) == 8 and all(len(found) == 1 for found in splits.values())
+    assert not (own.out / "findings_folder.jsonl").exists()
+
+
+def test_images_without_cases_are_warned_about(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
+    own.names("class,name\nliver,liver\n")
+    for name in ("anna", "bert", "carl"):
+        own.image(f"{name}.png")
+        mask(own.masks / "liver" / f"{name}.png")
+    assert build(*own.words()) == 0
+    told = capsys.readouterr().out
+    assert "3 images are 3 cases and each image is a case of its own" in told and "--case-pattern" in told
+    assert own.kinds() == ["cases_in_doubt"]
 
 
 def test_files_may_have_names_of_their_own(own: Own) -> None:
@@ -210,31 +267,62 @@ def test_links_lead_to_no_picture_twice(own: Own) -> None:
     assert [record["image"] for record in grounding] == ["../img/b/a.png"]
 
 
-def test_a_split_is_not_left_empty() -> None:
-    pairing = Pairing([Entry(f"p{number}", Path("x")) for number in range(4)])
-    for seed in range(20):
-        found = splits_of_cases(pairing, FolderSettings(seed=seed))
-        assert set(found.values()) == {"train", "validation", "test"}
-        assert found == splits_of_cases(pairing, FolderSettings(seed=seed))
+@pytest.mark.parametrize(
+    ("count", "shares", "expected"),
+    [
+        (60, (0.6, 0.1, 0.3), (36, 6, 18)),
+        (10, (0.8, 0.1, 0.1), (8, 1, 1)),
+        (4, (0.8, 0.1, 0.1), (2, 1, 1)),
+        (2, (0.8, 0.1, 0.1), (1, 1, 0)),
+        (7, (0.7, 0.15, 0.15), (5, 1, 1)),
+        (8, (0.01, 0.01, 0.98), (1, 1, 6)),
+    ],
+)
+def test_few_cases_get_exact_shares(count: int, shares: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    names = ("train", "validation", "test")
+    cases = {f"p{number}": f"p{number}" for number in range(count)}
+    draws = set()
+    for seed in range(5):
+        settings = FolderSettings(seed=seed, splits=dict(zip(names, shares, strict=True)))
+        found = splits_of_cases(cases, settings)
+        assert tuple(list(found.values()).count(name) for name in names) == expected
+        assert found == splits_of_cases(cases, settings)
+        draws.add(tuple(found.values()))
+    assert len(draws) > 1 or count < 4
+
+
+def test_many_cases_are_drawn_each_by_its_own_name() -> None:
+    cases = {f"p{number}": f"p{number}" for number in range(2000)}
+    found = splits_of_cases(cases, FolderSettings())
+    more = splits_of_cases({**cases, "x": "x"}, FolderSettings())
+    assert {key: more[key] for key in cases} == found
+    assert abs(list(found.values()).count("test") - 200) < 60
 
 
 @pytest.mark.parametrize(
-    ("key", "case"),
+    ("keys", "case"),
     [
-        ("patient12_slice003", "patient12_slice"),
-        ("case01/007", "case01"),
-        ("case01/axial", "case01"),
-        ("case01/axial_7", "case01"),
-        ("case01/t2/slice_7", "case01/t2"),
-        ("case01/axial/slice_7", "case01"),
-        ("set2/patient12_slice003", "set2/patient12_slice"),
+        ("patient12_slice003 set2/patient12_slice004 Patient_12", "patient12"),
+        ("patient02_L_CC patient02_R_MLO", "patient02"),
+        ("P12-left-1 P12-right-1 mri/P12/axial/3", "p12"),
+        ("case_03_slice_014 case_03_tumor_1", "case03"),
+        ("Mass_P_00001_LEFT_CC Calc_P_00001_RIGHT_MLO_1", "p00001"),
+        ("patient00001/study1/view1_frontal patient00001/study2/view1", "patient00001"),
+        ("sub-01/ses-02/sub-01_ses-02_T1w", "sub01"),
+        ("case01/007 case01/axial case01/axial_7 case01/t2/slice_7", "case01"),
+        ("IM-0001-0002 IM-0001-0003", "IM-0001-"),
+        ("0012_L_CC 0012-right.mlo", "0012"),
+        ("BraTS_001_flair BraTS_001_t1ce", "BraTS_001"),
+        ("00000001_000 00000001_001", "00000001_"),
+        ("012/axial/7 012/L_CC", "012"),
         ("img001", "img001"),
         ("scan", "scan"),
         ("a/img7 b", "a/img7 b"),
     ],
 )
-def test_the_case_stands_before_the_last_number_or_in_a_folder(key: str, case: str) -> None:
-    assert case_of_key(key, None) == case
+def test_the_case_of_an_image(keys: str, case: str) -> None:
+    listed = [keys] if " b" in keys else keys.split()
+    assert {case_of(key) for key in listed} == {case}
 
 
 def test_wrong_input_is_told_in_a_sentence(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,8 +347,8 @@ def test_wrong_input_is_told_in_a_sentence(own: Own, capsys: pytest.CaptureFixtu
         (b"", "is empty; expected a first line file,name"),
         (b"colour,name\n1,liver\n", "begins with 'colour,name'; expected a first line file,name"),
         (b"value,name\none,liver\n", "line 2: the value 'one' is not a whole number"),
-        (b"value,name\n1,liver\n1,spleen\n", "line 3: 1 is 'spleen' here and 'liver' above"),
-        (b"value,name\n1,<SEG>\n", "line 2: the name '<SEG>' is empty or has < or > in it"),
+        (b"value,name\n1,liver\n1,spleen\n", "line 3: 1 is 'spleen' here, 'liver' above"),
+        (b"value,name\n1,<SEG>\n", "line 2: the name '<SEG>' is empty or holds < or >"),
         (b"value,name\n1\n", "line 2: 1 fields, expected 2"),
         (b"value,name\n", "names nothing"),
         ("class,name\nrein,Nièré\n".encode("utf-16"), "is not UTF-8 text"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from model.data.dataset import MedPLIBDataset, MixedDataset
+from model.data.dataset import MedPLIBDataset, MixedDataset, load_sample
 from model.data.sampling import ResumableSampler
 from model.data.validate import check_file
 from model.errors import MedPLIBError
@@ -50,7 +50,7 @@ def test_items_reach_the_processor_with_their_pixels(folder: Any) -> None:
     assert grounding["text"][1] == "Sure, it is <SEG>."
     assert (grounding["masks"][0].sum(), grounding["segment_image"], grounding["training"]) == (30, 0, True)
     assert dataset.sample(1).task == "region"
-    loaded = dataset.load(2)
+    loaded = load_sample(dataset.sample(2))
     assert loaded.images[0].dtype == np.uint8
     assert loaded.masks[0].dtype == np.bool_
     assert loaded.turns == loaded.sample.turns

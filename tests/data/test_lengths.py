@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from model.data.dataset import MedPLIBDataset
-from model.data.lengths import real_tokens, sequence_length
+from model.data.lengths import LengthCheck, real_tokens
 from model.data.sampling import ResumableSampler
+from model.data.validate import check_file
+from model.errors import MedPLIBError
 from model.modeling.configuration import IMAGE_PLACEHOLDER
 from model.modeling.splice import plan_splice
 from model.processing.processor import MedPLIBProcessor, ProcessorSettings
@@ -37,9 +39,9 @@ def test_lengths_are_those_of_the_encoded_samples(folder: Any, tokenizer: Any, t
     processor = MedPLIBProcessor(tokenizer, settings)
     if template == "plain":
         records = [record for number, record in enumerate(records) if number not in (1, 5)]  # it drops the questions
-    dataset = MedPLIBDataset(folder.write_records(records), folder.root, processor, training=True)
-    length = sequence_length(processor, PLACES)
-    told = [length(dataset.sample(index).turns) for index in range(len(dataset))]
+    path, lengths = folder.write_records(records), LengthCheck.of(processor)
+    dataset = MedPLIBDataset(path, folder.root, processor, training=True, lengths=lengths)
+    told = (dataset.tokens + dataset.images * (PLACES - 1)).tolist()
 
     batch = processor.collate([dataset[index] for index in range(len(dataset))])
     images = int((batch["input_ids"] == IMAGE_PLACEHOLDER).sum())
@@ -47,6 +49,48 @@ def test_lengths_are_those_of_the_encoded_samples(folder: Any, tokenizer: Any, t
     assert told == plan.attention_mask.sum(dim=1).tolist()
     assert real_tokens(batch, PLACES) == (sum(told), plan.attention_mask.numel())
     assert bool(dataset.shortened.any()) == (longest == 230)
+
+
+@pytest.mark.parametrize("template", ["llava_v1", "plain"])
+def test_what_is_accepted_is_encoded_and_what_is_not_dies(folder: Any, tokenizer: Any, template: str) -> None:
+    """At every length around those of the records: the check says what the encoder does."""
+    two = folder.record(
+        "<image>\nSegment <region></region> both.".replace("></", f">{folder.mask}</"),
+        f"The liver is <SEG>.<mask>{folder.mask}</mask> And, é图😀 <SEG><mask>{folder.mask}</mask> in the end.",
+    )
+    records = [folder.vqa(), folder.region(), folder.grounding(), two]
+    path, outcomes = folder.write_records(records), set()
+    for longest in (*range(3, 60, 3), *range(150, 420, 6)):
+        settings = ProcessorSettings(clip_size=28, patch_size=7, sam_size=64, template=template, max_length=longest)
+        processor = MedPLIBProcessor(tokenizer, settings)
+        check, dataset = LengthCheck.of(processor), MedPLIBDataset(path, folder.root, processor, training=True)
+        for index in range(len(records)):
+            tokens, findings = check(dataset.sample(index))
+            kinds = [finding.kind for finding in findings]
+            try:
+                encoded = dataset[index]
+            except MedPLIBError:
+                assert kinds in (["too_long"], ["region_not_asked"])
+            else:
+                assert kinds == ["answer_cut"] * encoded.truncated and tokens == len(encoded)
+            outcomes.update(kinds or ["whole"])
+    assert outcomes == {"whole", "too_long", "answer_cut", *(["region_not_asked"] if template == "plain" else [])}
+
+
+def test_records_too_long_are_refused_before_the_first_step(folder: Any, tokenizer: Any) -> None:
+    records = [folder.vqa(), folder.record("<image>\n" + "What is it? " * 400, "CT"), folder.vqa()]
+    path = folder.write_records(records)
+    lengths = LengthCheck(tokenizer, "llava_v1", 400)
+    report = check_file(path, folder.root, lengths=lengths)
+    assert [(problem.record, problem.kind) for problem in report.problems if problem.severity == "error"] == [
+        (1, "too_long")
+    ]
+    assert "cutting it to 400 would lose all of its answer" in report.format()
+    processor = MedPLIBProcessor(tokenizer, ProcessorSettings(max_length=400))
+    options: dict[str, Any] = {"training": True, "lengths": lengths}
+    with pytest.raises(MedPLIBError, match=r"1 of 3 records are unusable: record 1 .*too_long"):
+        MedPLIBDataset(path, folder.root, processor, **options)
+    assert len(MedPLIBDataset(path, folder.root, processor, on_bad_record="skip", **options)) == 2
 
 
 def like_mecovqa(count: int, text_only: float, rng: np.random.Generator) -> np.ndarray:
@@ -92,9 +136,9 @@ def test_the_sample_sets_of_the_project_are_counted_right(golden: Path) -> None:
     processor = MedPLIBProcessor(
         build_tokenizer(golden / "2_tokenize" / "tokenizer_saved_by_upstream"), ProcessorSettings()
     )
-    length = sequence_length(processor, 576)
+    lengths = LengthCheck.of(processor)
     for task in ("vqa", "region", "grounding"):
-        dataset = MedPLIBDataset(root / f"{task}.json", root, processor, training=True)
+        dataset = MedPLIBDataset(root / f"{task}.json", root, processor, training=True, lengths=lengths)
         for index in range(0, len(dataset), len(dataset) // 3):
             encoded = dataset[index]
-            assert length(dataset.sample(index).turns) == len(encoded) + 575 * len(encoded.pixel_values)
+            assert (dataset.tokens[index], dataset.images[index]) == (len(encoded), len(encoded.pixel_values))

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import unicodedata
 from typing import Any
 
 import pytest
 
+from model.data.builders.vetting import mended
 from model.data.schema import Sample, inspect_record, modality_of, parse_record
 from model.errors import MedPLIBError
+from model.eval.references import references_of
 
 
 def texts(sample: Sample) -> list[tuple[str, str]]:
@@ -116,6 +120,7 @@ def test_llava_med_s_spelling_is_understood(folder: Any) -> None:
     assert parse_record(record, folder.root).turns[1].text == "A CT of the abdomen."
 
 
+NAN = float("nan")
 IMAGE = "images/ct_00--Set--case_1--x_0001.png"
 MASK = "masks/ct_00--Set--case_1--x_0001--0003_000.png"
 
@@ -149,10 +154,30 @@ def turns(*values: tuple[str, Any]) -> dict[str, Any]:
         (turns(), ["empty_conversation"]),
         ({"image": IMAGE}, ["empty_conversation"]),
         ({**turns(("human", "<image>?"), ("gpt", "x")), "image": "images/none.png"}, ["missing_image"]),
-        ({**turns(("human", "<image>?"), ("gpt", "x")), "image": 7}, ["missing_image"]),
+        ({**turns(("human", "<image>?"), ("gpt", "x")), "image": 7}, ["bad_field"]),
         ({**turns(("human", "<image>?"), ("gpt", "x")), "image": "i" * 400}, ["missing_image"]),
         ({"image": IMAGE, "conversations": ["hello", 3]}, ["bad_field"]),
         ([1, 2], ["bad_field"]),
+        *(
+            (turns(("human", "<image>?"), ("gpt", value)), ["bad_field"])
+            for value in (NAN, 1e999, True, ["x"], {"a": 1})
+        ),
+        (turns(("human", ["<image>?"]), ("gpt", "x")), ["bad_field", "image_count"]),
+        (turns(("human", "<image>?"), ("gpt", "half \ud800")), ["bad_field"]),
+        *(
+            ({**turns(("human", "<image>?"), ("gpt", "x")), "image": name}, ["missing_image"])
+            for name in ("/", "..", "\0")
+        ),
+        *(({**turns(("human", "<image>?"), ("gpt", "x")), key: NAN}, ["bad_field"]) for key in ("id", "image", "task")),
+        ({**turns(("human", "<image>?"), ("gpt", "x")), "answer_type": ["open"]}, ["bad_field"]),
+        (
+            {**turns(("human", "<image>?"), ("gpt", "x")), "image": [IMAGE, {"bytes": b"x"}]},
+            ["missing_image", "image_count"],
+        ),
+        (turns(("human", "<image>?"), ("gpt", "a</s> b")), ["special_token"]),
+        (turns(("human", "<image>?"), ("gpt", "<unk> and <s>")), ["special_token"]),
+        (turns(("human", "<image>?"), ("gpt", "an <image>")), ["misplaced_tag"]),
+        (turns(("human", "<image>?"), ("gpt", "\u200b")), ["empty_answer"]),
     ],
 )
 def test_each_fault_is_named(folder: Any, raw: Any, expected: list[str]) -> None:
@@ -223,6 +248,9 @@ def test_published_records_parse_to_the_published_text(folder: Any, golden: Any)
         if sample is None:
             assert name in {
                 "vqa_leading_gpt",
+                "answer_contains_bos",
+                "answer_contains_eos",
+                "answer_contains_unk",
                 "answer_empty",
                 "no_image_token_but_image_key",
                 "two_image_tokens",
@@ -232,4 +260,98 @@ def test_published_records_parse_to_the_published_text(folder: Any, golden: Any)
         assert (len(sample.masks), len(sample.regions)) == (case["n_masks"], case["n_region_masks"]), name
         answers = [turn.text for turn in sample.turns if turn.role == "gpt"]
         assert all(answer in case["prompt"] for answer in answers), name
-    assert compared == 27
+    assert compared == 24
+
+
+WORDED = [("human", "<image>\nWhich?"), ("gpt", "A CT.")]
+PARTS = [{"type": "image_url", "image_url": {"url": f"file://{IMAGE}"}}, {"type": "text", "text": "Which?"}]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"image": IMAGE, "conversations": [("user", "<image>\nWhich?"), ("assistant", "A CT.")]},
+        {"images": [IMAGE], "messages": [("user", "<image>\nWhich?"), ("assistant", "A CT.")]},
+        {"messages": [("user", PARTS), ("assistant", [{"type": "text", "text": "A CT."}])]},
+        {"image": IMAGE, "messages": [("user", [{"type": "image"}, PARTS[1]]), ("assistant", "A CT.")]},
+        {"image": {"path": IMAGE, "bytes": None}, "conversatons": WORDED},
+        {"image": IMAGE, "messages": [("system", "Be brief."), *WORDED]},
+    ],
+)
+@pytest.mark.parametrize("names", [("role", "content"), ("from", "value")])
+def test_layouts_of_other_programs_are_read(folder: Any, raw: dict[str, Any], names: tuple[str, str]) -> None:
+    raw = {
+        key: [dict(zip(names, turn, strict=True)) for turn in value] if isinstance(value[0], tuple) else value
+        for key, value in ((key, value) for key, value in raw.items() if isinstance(value, list))
+    } | {key: value for key, value in raw.items() if not isinstance(value, list)}
+    before = copy.deepcopy(raw)
+    sample, findings = inspect_record(raw, folder.root)
+    assert sample is not None and texts(sample) == WORDED and sample.images == (folder.root / IMAGE,)
+    assert [finding.kind for finding in findings] == ["system_turn"] * (
+        len(str(raw)) != len(str(raw).replace("system", ""))
+    )
+    assert raw == before
+    asked = list(references_of(raw, 0))
+    assert [(reference.prompt, reference.gt) for reference in asked] == [("Which?", "A CT.")]
+    written = mended(raw, sample, folder.root)
+    assert texts(parse_record(written, folder.root)) == WORDED and "messages" not in written
+    json.dumps(written)
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: name.replace("/", "\\"),
+        lambda name: unicodedata.normalize("NFD", name),
+        lambda name: f"SAMed2D_v1/{name}",
+        lambda name: f"C:\\data\\SAMed2D_v1\\{name}".replace("/", "\\"),
+        lambda name: f"/elsewhere/SAMed2D_v1/{unicodedata.normalize('NFD', name)[:-4]}",
+    ],
+)
+def test_paths_spelled_otherwise_are_found_and_mended(folder: Any, spell: Any) -> None:
+    image, region = "images/Rückenmark_é.png", "masks/Rückenmark_é.png"
+    folder.write_image(image)
+    folder.write_mask(region)
+    raw = folder.record(
+        f"<image>\nIs it in <region>{spell(region)}</region>?",
+        f"It is [SEG].<mask>{spell(region)}</mask>",
+        spell(image),
+    )
+    sample, findings = inspect_record(raw, folder.root)
+    kinds_ = [finding.kind for finding in findings if finding.severity == "repaired"]
+    assert len(findings) == 4 and sorted(set(kinds_)) == ["path_spelling", "seg_spelling"]
+    assert sample is not None and sample.images == (folder.root / image,)
+    assert sample.masks == sample.regions == (folder.root / region,)
+    written = mended(raw, sample, folder.root)
+    again, left = inspect_record(written, folder.root)
+    assert left == [] and again is not None and again.turns == sample.turns and written["image"] == image
+
+
+def test_a_bare_name_is_not_searched_for_elsewhere(folder: Any) -> None:
+    folder.write_image("a.png")
+    assert kinds(folder.vqa(image="patient1/a.png"), folder) == ["missing_image"]
+    assert kinds(folder.vqa(image="/elsewhere/a.png"), folder) == ["missing_image"]
+
+
+def test_tokens_that_do_no_harm_are_warned_about(folder: Any) -> None:
+    raw = folder.record("<im_start><image><im_end>\nsize <s> 3 <unk>?", "<ref>CT</ref> [SEG]", age=NAN)
+    sample, findings = inspect_record(raw, folder.root)
+    assert sample is not None and {finding.severity for finding in findings} == {"warning"}
+    assert sorted(finding.kind for finding in findings) == ["bad_field", "seg_spelling", *["special_token"] * 4]
+
+
+def test_no_finding_is_longer_than_a_few_lines(folder: Any) -> None:
+    long = "x" * 100_000
+    for raw in (
+        folder.vqa(id=long, image=long),
+        folder.vqa(image={"bytes": long.encode(), "path": None}),
+        folder.vqa(image=f"data:image/png;base64,{long}", answer_type=[long], kind={long: long}),
+        folder.record(f"<image><region>{long}</region>", f"<SEG><mask>{long}</mask>", modality=NAN, **{long: NAN}),
+        folder.vqa(conversations=[{"from": long, "value": {long: long}}, long]),
+    ):
+        sample, findings = inspect_record(raw, folder.root)
+        assert sample is None and all(len(finding.message) < 400 for finding in findings)
+        with pytest.raises(MedPLIBError) as caught:
+            parse_record(raw, folder.root)
+        assert len(str(caught.value)) < 2000
+    assert "lies inside the file" in inspect_record(folder.vqa(image={"bytes": b"x"}), folder.root)[1][0].message

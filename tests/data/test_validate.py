@@ -93,7 +93,6 @@ def test_all_problems_come_at_once_with_record_numbers(folder: Any) -> None:
         assert f"record {number} (id-{number}): " in text
     assert "4 × 5" in text
     assert "12 records unusable" in text
-    assert "… and 15 more" in report.format(max_problems=1)
     schema_only = check_file(report.path, folder.root, check_pixels=False)
     assert not {"unreadable_image", "size_mismatch", "empty_mask"} & {problem.kind for problem in schema_only.problems}
 

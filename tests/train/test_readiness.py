@@ -52,8 +52,8 @@ def test_all_that_is_wrong_is_one_message(check: Any, phantoms: Path, tmp_path: 
         "optimiser.betas=[0.9]": "optimiser.betas has 1 numbers",
         "model.base=nowhere": "model.base is nowhere, which does not exist",
         f"data.train=[{broken}, {phantoms / 'grounding.json'}]": f"{broken}: 1 of",
-        f"data.validation={held_out}": f"{held_out} has 3 records that ask about regions",
-        "data.template=plain": "data.template=plain writes no questions",
+        f"data.validation={held_out}": f"{held_out}: 3 of 3 records are unusable",
+        "data.template=plain": "the template plain writes no questions",
         "validation.samples=4": "",
         "data.shares=[1]": "data.shares has 1 numbers for 2 train files",
         "data.task_shares={caption: 1, other: 1}": "data.task_shares names caption",
@@ -73,3 +73,8 @@ def test_a_wrong_share_is_blamed_once(check: Any) -> None:
 def test_shares_are_not_tried_while_a_file_is_missing(check: Any, phantoms: Path) -> None:
     code, written = check(f"data.train=[{phantoms / 'vqa.json'}, nowhere.json]", "data.task_shares={grounding: 1}")
     assert code == 2 and "has 1 problem: data.train[1] is nowhere.json" in written
+
+
+def test_a_record_too_long_for_the_recipe_is_told(check: Any) -> None:
+    code, written = check("data.max_length=40")
+    assert code == 2 and "record 0 (" in written and "too_long: the conversation has" in written

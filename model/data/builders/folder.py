@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,19 +13,31 @@ import numpy as np
 
 from model.data.builders import folder_questions as questions
 from model.data.builders.folder_names import read_names
-from model.data.builders.folder_pairs import Entry, Pairing, pair
+from model.data.builders.folder_pairs import Entry, pair
 from model.data.builders.sa_med2d_masks import write_mask
-from model.data.builders.splits import SplitPlan, draw
+from model.data.builders.splits import SplitPlan, draw, exact_sizes
 from model.data.builders.vetting import path_from
 from model.data.builders.work import Build, BuildReport, Execution, Output, Part, Piece, fingerprint, run_build
 from model.data.image_io import read_image, read_labels, read_mask_data
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 
 DEFAULT_SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 MASKS = "masks"
 """Folder of the results where masks go."""
 _IMAGES_OF_A_PIECE = 50
+_GIVE = "if several are of one patient, say how their names tell it with --case-pattern 'REGEX' (docs/data.md)"
+_DOUBT = "cases_in_doubt"
+_FEW_CASES = 1000  # up to so many, splits get exact shares
 _NUMBER = re.compile(r"\d+")
+_NAMED_CASES = tuple(
+    re.compile(rf"(?<![^\W_])({words})[-_. ]?(\d++)", re.IGNORECASE)
+    for words in ("patient|pat|pt|subject|subj|sub|case|person|participant|p", "study|exam|volume|vol|scan")
+)
+_VIEWS = re.compile(
+    r"(?:[-_. ]+(?:l|r|lt|rt|left|right|od|os|cc|mlo|ml|lm|ap|pa|ll|lat|lateral|frontal|oblique|ax|axial|cor|coronal|"
+    r"sag|sagittal|t1|t1c|t1ce|t1w|t2|t2w|flair|pd|dwi|adc|dce|pre|post))+$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +47,7 @@ class FolderSettings:
     Attributes:
         modality: of all images, in the records; empty to leave it to file names.
         case_pattern: regular expression found in an image's path below its folder, without suffix; what it matches, or
-            its first group, is the case. Empty: the path up to the last of several numbers in a name
-            (``patient12_slice003``), else the nearest folder with a number (``patient12/axial_3``), else each image is
-            a case of its own.
+            its first group, is the case. Empty: the rules of ``case_of``.
         splits: split → share of the cases.
         seed: of splits and wordings.
         absent: also ask for structures that a label map or an empty mask says are not there.
@@ -56,6 +67,7 @@ class _Context:
     names: tuple[str, ...]
     values: Mapping[int, str]
     split_of: Mapping[str, str]
+    cases: Mapping[str, int]
     out: Path
     settings: FolderSettings
 
@@ -80,7 +92,19 @@ def build_folder(
     """
     table = read_names(names)
     pairing = pair(images, masks, table, out)
-    split_of = splits_of_cases(pairing, settings)
+    try:
+        pattern = re.compile(settings.case_pattern) if settings.case_pattern else None
+    except re.error as error:
+        raise MedPLIBError(
+            f"--case-pattern {shown(settings.case_pattern)} is no regular expression ({error})"
+        ) from error
+    case_of_key = {entry.key: case_of(entry.key, pattern) for entry in pairing.entries}
+    split_of = splits_of_cases(case_of_key, settings)
+    split_of_case = {case: split_of[key] for key, case in case_of_key.items()}
+    shown_images, cases, splits = len(split_of), len(split_of_case), len(settings.splits)
+    if splits > 1 and (shown_images == cases or cases < splits):
+        told = "each image is a case of its own" if shown_images == cases else f"{splits} splits are wanted"
+        pairing.left.append((_DOUBT, f"{shown_images} images are {cases} cases and {told}; {_GIVE}", ""))
     build = Build(
         out,
         "folder",
@@ -102,6 +126,7 @@ def build_folder(
         tuple(sorted(set(table.names.values()))),
         {int(key): name for key, name in table.names.items()} if table.kind == "value" else {},
         split_of,
+        Counter(split_of_case.values()),
         out,
         settings,
     )
@@ -113,29 +138,22 @@ def build_folder(
     return run_build(build, [*pieces, Piece(None, 0)], _convert, context, execution, unit="image")
 
 
-def splits_of_cases(pairing: Pairing, settings: FolderSettings) -> dict[str, str]:
-    """Key of each image → split. A case is drawn by its own name; a split that stays empty takes from the largest.
-
-    Raises:
-        MedPLIBError: the pattern is no regular expression, or is not found in an image's path.
+def splits_of_cases(case_of: Mapping[str, str], settings: FolderSettings) -> dict[str, str]:
+    """Key of each image → split, of its case. Of many cases each is drawn by its own name, whatever others there are;
+    of few, the splits get exact shares.
     """
-    try:
-        pattern = re.compile(settings.case_pattern) if settings.case_pattern else None
-    except re.error as error:
-        raise MedPLIBError(f"--case-pattern {settings.case_pattern!r} is no regular expression ({error})") from error
-    case_of = {entry.key: case_of_key(entry.key, pattern) for entry in pairing.entries}
-    plan = SplitPlan(settings.splits, settings.seed)
-    of_case = {case: plan.of("", case) for case in sorted(set(case_of.values()))}
-    for split in settings.splits:
-        members = {name: [case for case, own in of_case.items() if own == name] for name in settings.splits}
-        largest = max(members, key=lambda name: len(members[name]))
-        if not members[split] and len(members[largest]) > 1:
-            of_case[min(members[largest], key=lambda case: draw(settings.seed, "moved", case))] = split
+    cases = sorted(set(case_of.values()), key=lambda case: (draw(settings.seed, "", case), case))
+    if len(cases) > _FEW_CASES:
+        plan = SplitPlan(settings.splits, settings.seed)
+        of_case = {case: plan.of("", case) for case in cases}
+    else:
+        sizes = exact_sizes(settings.splits, len(cases))
+        of_case = dict(zip(cases, (name for name, size in sizes.items() for _ in range(size)), strict=True))
     return {key: of_case[case] for key, case in case_of.items()}
 
 
-def case_of_key(key: str, pattern: re.Pattern[str] | None) -> str:
-    """The case that an image belongs to, from its path below the folder of images.
+def case_of(key: str, pattern: re.Pattern[str] | None = None) -> str:
+    """The case of an image, from its path below the folder of images; docs/data.md has the rules as a table.
 
     Raises:
         MedPLIBError: the pattern is not found in it.
@@ -144,23 +162,30 @@ def case_of_key(key: str, pattern: re.Pattern[str] | None) -> str:
         match = pattern.search(key)
         if match is None:
             raise MedPLIBError(
-                f"--case-pattern {pattern.pattern!r} is not found in {key!r}; it must say the case of each"
+                f"--case-pattern {shown(pattern.pattern)} is not found in {shown(key)}; it must say the case of each"
             )
         return (match[1] if pattern.groups else match[0]) or key
+    named = next((match for rule in _NAMED_CASES if (match := rule.search(key))), None)
+    if named is not None:
+        return f"{named[1]}{named[2]}".casefold()
     folder, _, name = key.rpartition("/")
-    *before, last = [match.start() for match in _NUMBER.finditer(name)] or [0]
+    bare = _VIEWS.sub("", name)
+    *before, last = [match.start() for match in _NUMBER.finditer(bare)] or [0]
     if before:
         return key[: len(key) - len(name) + last]
+    own = key[: len(key) - len(name)] + bare
     while folder and not _NUMBER.search(folder.rpartition("/")[2]):
         folder = folder.rpartition("/")[0]
-    return folder or key
+    return folder or (own if _NUMBER.search(bare) else key)
 
 
 def _convert(piece: range | None, context: _Context, part: Part) -> None:
     """The images of one stretch; or, last of all, what was left over when pairing."""
     if piece is None:
         for kind, message, file in context.left:
-            part.find(kind, f"{file}: {message}" if file else message, file=file, dropped=True)
+            part.find(kind, f"{file}: {message}" if file else message, file=file, dropped=kind != _DOUBT)
+        for split, number in context.cases.items():
+            part.count("cases", split, number)
         return
     for number in piece:
         _convert_image(context.entries[number], context, part)
@@ -173,25 +198,35 @@ def _convert_image(entry: Entry, context: _Context, part: Part) -> None:
     except MedPLIBError as error:
         part.find("unreadable_image", str(error), file=str(entry.image), dropped=True)
         return
-    shown, missing = _masks_of(entry, size, context.values, part)
+    found, missing = _masks_of(entry, size, context.values, part)
     common: dict[str, Any] = {"image": path_from(context.out, entry.image)}
     if settings.modality:
         common["modality"] = settings.modality
     made: list[dict[str, Any]] = []
     (context.out / MASKS).mkdir(parents=True, exist_ok=True)
-    for name, mask in sorted(shown.items()):
+    for name, mask in sorted(found.items()):
         path = f"{MASKS}/{_slug(entry.key)}--{context.names.index(name) + 1:04d}-{_slug(name)}.png"
         write_mask(context.out / path, mask)
-        apart = [other for other in context.names if other not in shown or not (shown[other] & mask).any()]
-        made += _asked(entry.key, name, path, questions.unrelated(apart, [name]), settings)
+        apart = [other for other in context.names if other not in found or not (found[other] & mask).any()]
+        others = _unambiguous(apart, [name], f"region_check of {name}", entry, part)
+        made += _asked(entry.key, name, path, others, settings)
         part.count("structure", name)
-    if settings.absent and (names := questions.unrelated(sorted(missing), list(shown))):
+    if settings.absent and (names := _unambiguous(sorted(missing), list(found), "grounding_absent", entry, part)):
         made.append(questions.absent(settings.seed, entry.key, names))
     for number, question in enumerate(made):
         record = {"id": f"{entry.key}-{number}", **common, **question}
         part.write(f"{split}/{question['task']}.json", record)
         part.count("question", question["kind"])
     part.count("images", split if made else "without a usable mask")
+
+
+def _unambiguous(names: list[str], present: list[str], what: str, entry: Entry, part: Part) -> list[str]:
+    """Those of ``names`` that mean something else than each of ``present``; the others are listed."""
+    kept, clashing = questions.unrelated(names, present)
+    for name, other in clashing:
+        message = f"{entry.image}: {what} does not ask for {name}, which may mean {other} too"
+        part.find("ambiguous_name", message, file=str(entry.image), dropped=not kept)
+    return kept
 
 
 def _asked(key: str, name: str, path: str, others: list[str], settings: FolderSettings) -> list[dict[str, Any]]:
@@ -266,6 +301,7 @@ def _read(file: Path, read: Callable[[Path], np.ndarray], size: tuple[int, int],
 
 
 def _slug(text: str) -> str:
-    """A file name of any text; another for another text."""
+    """A file name of any text, not longer than file systems allow for two of them; another for another text."""
     plain = re.sub(r"[^\w.-]+", "-", text.replace("/", "__")).strip("-")
-    return plain if plain == text else f"{plain or 'x'}-{draw(0, text) % 16**6:06x}"
+    short = plain.encode()[:100].decode(errors="ignore")
+    return plain if short == text else f"{short or 'x'}-{draw(0, text) % 16**6:06x}"

@@ -75,7 +75,7 @@ def read_names(file: Path) -> Names:
     kind_at = next((place for place, name in enumerate(columns) if name in _COLUMNS), None)
     name_at = next((columns.index(name) for name in _NAME_COLUMNS if name in columns), None)
     if kind_at is None or name_at is None:
-        raise MedPLIBError(f"{file} begins with {header.strip()[:60]!r}; expected {_EXPECTED}")
+        raise MedPLIBError(f"{file} begins with {header.strip()[:60]!r:.80}; expected {_EXPECTED}")
     kind = _COLUMNS[columns[kind_at]]
     names: dict[str, str] = {}
     for number, row in numbered[1:]:
@@ -86,7 +86,7 @@ def read_names(file: Path) -> Names:
         key, name = _key(row[kind_at], kind, file, number), _name(row[name_at], file, number)
         if names.setdefault(key, name) != name:
             raise MedPLIBError(
-                f"{file}, line {number}: {key} is {name!r} here and {names[key]!r} above; keep one of them"
+                f"{file}, line {number}: {key:.80} is {name!r:.80} here, {names[key]!r:.80} above; keep one"
             )
     if kind == "value":
         names.pop("0", None)  # the background
@@ -118,7 +118,7 @@ def _key(cell: str, kind: Kind, file: Path, number: int) -> str:
         try:
             return str(int(text))
         except ValueError:
-            raise MedPLIBError(f"{file}, line {number}: the value {cell!r} is not a whole number") from None
+            raise MedPLIBError(f"{file}, line {number}: the value {cell!r:.80} is not a whole number") from None
     if not text:
         raise MedPLIBError(f"{file}, line {number}: there is no {kind}")
     return str(int(text)) if kind == "class" and text.isdecimal() else text
@@ -127,5 +127,5 @@ def _key(cell: str, kind: Kind, file: Path, number: int) -> str:
 def _name(cell: str, file: Path, number: int) -> str:
     name = " ".join(cell.split())
     if not name or "<" in name or ">" in name:
-        raise MedPLIBError(f"{file}, line {number}: the name {cell!r} is empty or has < or > in it; write it in words")
+        raise MedPLIBError(f"{file}, line {number}: the name {cell!r:.80} is empty or holds < or >; write it in words")
     return name

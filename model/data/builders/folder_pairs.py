@@ -95,7 +95,7 @@ def pair(images: Path, masks: Path, names: Names, out: Path) -> Pairing:
             "named as its image (a.png), begins with its name (a_liver.png) or lies in its class's folder (liver/a.png)"
         )
     for name_key in sorted(set(names.names) - used) if names.kind != "value" else []:
-        pairing.left.append(("unused_name", f"no mask is named by {name_key} ({names.names[name_key]})", ""))
+        pairing.left.append(("unused_name", f"no mask is named by {name_key:.80} ({names.names[name_key]:.80})", ""))
     return pairing
 
 
@@ -144,7 +144,7 @@ def _meant(folder: Path, relative: str, pictures: _Images, names: Names, pairing
     key, token = match
     if names.kind == "value":
         named = None if token else ""
-        message = f"it ends in {token!r}, and a label map has its image's name"
+        message = f"it ends in {token!r:.80}, and a label map has its image's name"
     else:
         by_name = names.of_file(folder, relative) if names.kind == "file" else _class_of(token, names)
         named = by_name or next((name for name in classes if name is not None), None)
@@ -164,7 +164,7 @@ def _nameless(token: str, relative: str, names: Names) -> str:
     if names.kind == "file":
         return f"the table of names does not list {relative}"
     if token:
-        return f"nothing in the table of names is {token!r}"
+        return f"nothing in the table of names is {token!r:.80}"
     return "its name says no class: lay it into a folder of the class (liver/a.png), or name pixel values (value,name)"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,15 +59,33 @@ def region_check(seed: int, key: str, name: str, path: str, others: Sequence[str
     return _record("region", "region_check", asked, "Yes" if right else "No", "closed", shown)
 
 
-def unrelated(names: Sequence[str], present: Sequence[str]) -> list[str]:
-    """Those of ``names`` that mean something else than each of ``present``: a "left lung" is a "lung" too."""
-    words = [frozenset(name.casefold().split()) for name in present]
-    found = []
+_PLACES = frozenset(
+    ("left", "right", "upper", "lower", "middle", "anterior", "posterior", "superior", "inferior", "medial", "lateral")
+)
+
+
+def unrelated(names: Sequence[str], present: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Those of ``names`` that mean something else than each of ``present``; the others, each with what it may mean.
+
+    Beside a "liver" the absence of a "liver tumour" is clear. Beside a "liver tumour" that of a "liver" is not, nor
+    that of a "left lung" beside a "lung", for a place is no other thing.
+    """
+    kept, clashing = [], []
     for name in names:
-        own = frozenset(name.casefold().split())
-        if not any(own <= other or other <= own for other in words):
-            found.append(name)
-    return found
+        own = _words(name)
+        others = [
+            other for other in present if own <= (theirs := _words(other)) or (theirs < own and own - theirs <= _PLACES)
+        ]
+        if others:
+            clashing.append((name, others[0]))
+        else:
+            kept.append(name)
+    return kept, clashing
+
+
+def _words(name: str) -> frozenset[str]:
+    """Words of a name, in the singular."""
+    return frozenset(word.removesuffix("s") for word in re.findall(r"[^\W_]+", name.casefold()))
 
 
 def _one_of(wordings: Sequence[str], seed: int, *words: str) -> str:

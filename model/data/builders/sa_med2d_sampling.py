@@ -76,7 +76,7 @@ class Quota:
             name, sign, number = (word.strip() for word in entry.rpartition("="))
             if not number.isdecimal() or (sign and name not in MODALITIES):
                 raise MedPLIBError(
-                    f"--per-modality holds {entry!r}; give a number such as 2000, or ct=5000,mr=2000 with modalities "
+                    f"--per-modality holds {entry!r:.80}; give a number as 2000, or ct=5000,mr=2000 with modalities "
                     f"of {', '.join(MODALITIES)}"
                 )
             if sign:

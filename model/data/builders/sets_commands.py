@@ -84,8 +84,8 @@ def _add_folder(builders: argparse._SubParsersAction) -> None:
         "--case-pattern",
         default="",
         metavar="REGEX",
-        help="its first group is the case in an image's path, so that no case is in two splits; when absent, "
-        "the path up to the last of several numbers in a name, else the nearest folder with a number in it",
+        help="its first group is the case in an image's path, so that no case is in two splits; docs/data.md "
+        "says what is taken when absent",
     )
     command.add_argument(
         "--splits", metavar="SHARES", help="shares of the cases, such as train=0.8,validation=0.1,test=0.1"

@@ -65,7 +65,7 @@ def parse_splits(text: str) -> dict[str, float]:
         except ValueError:
             share = math.nan
         if not name.isidentifier() or name in shares or not 0 < share <= 1 or name == ZERO_SHOT:
-            raise MedPLIBError(f"--splits holds {entry!r}; give shares such as train=0.9,validation=0.05,test=0.05")
+            raise MedPLIBError(f"--splits holds {entry!r:.80}; give shares such as train=0.9,validation=0.05,test=0.05")
         shares[name] = share
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
         raise MedPLIBError(f"--splits sums to {sum(shares.values()):g}; give shares that sum to 1")
@@ -80,6 +80,18 @@ def fraction(seed: int, *words: str) -> float:
 def draw(seed: int, *words: str) -> int:
     """The same as an integer of 64 bits."""
     return int.from_bytes(blake2b("\0".join((str(seed), *words)).encode(), digest_size=8).digest(), "big")
+
+
+def exact_sizes(shares: Mapping[str, float], count: int) -> dict[str, int]:
+    """How many of ``count`` things each split gets: its share rounded; one each first, to the largest shares first."""
+    if count < len(shares):
+        return {name: int(name in sorted(shares, key=lambda one: -shares[one])[:count]) for name in shares}
+    sizes = {name: max(int(share * count + 1e-9), 1) for name, share in shares.items()}
+    while (missing := count - sum(sizes.values())) != 0:  # to whom most is owed, from who has most too much
+        change = 1 if missing > 0 else -1
+        able = [name for name in shares if change > 0 or sizes[name] > 1]
+        sizes[max(able, key=lambda name: change * (shares[name] * count - sizes[name]))] += change
+    return sizes
 
 
 def spread(wanted: int, available: Iterable[int]) -> list[int]:

@@ -16,8 +16,9 @@ from typing import Any
 
 from model.data.builders.work import Part, Piece
 from model.data.image_io import ReadLimits
-from model.data.schema import Finding, Sample, inspect_record
+from model.data.schema import Finding, Sample, canonical, inspect_record, record_id, with_seg_spelled
 from model.data.validate import PixelCheck
+from model.errors import shown
 
 PIECE = 2_000
 """Records of one piece of a build: a second of work or more, and few enough that a killed build loses little."""
@@ -38,45 +39,46 @@ class Vetting:
     """
 
     def __init__(self, images_root: Path, *, check_pixels: bool = True) -> None:
-        self._root = images_root
+        self.root = images_root
         self._pixels = PixelCheck(ReadLimits()) if check_pixels else None
 
     def __call__(self, record: Mapping[str, Any]) -> tuple[Sample | None, list[Finding]]:
         """What the record comes to, None if it cannot be trained on; and all that was found."""
-        sample, findings = inspect_record(record, self._root)
+        sample, findings = inspect_record(record, self.root)
         if sample is not None and self._pixels is not None:
             findings = findings + self._pixels(sample)
         bad = any(finding.severity == "error" for finding in findings)
         return (None if bad else sample), findings
 
 
-def mended(record: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
-    """The record with ``.png`` put back where the files have it, and its conversation under the known key."""
-    whole = {("conversations" if key == "conversatons" else key): value for key, value in record.items()}
+def mended(record: Mapping[str, Any], sample: Sample, root: Path) -> dict[str, Any]:
+    """The record in the published layout, with paths (below ``root``) and ``<SEG>`` as ``sample`` has them."""
+    whole = dict(canonical(record))
     if not sample.repairs or sample.examples:
         return whole
     if "image" in whole:
-        names = whole["image"]
-        listed = [names] if isinstance(names, str) else list(names)
-        fixed = [_as_found(name, path) for name, path in zip(listed, sample.images, strict=True)]
-        whole["image"] = fixed[0] if isinstance(names, str) else fixed
+        names = whole["image"] if isinstance(whole["image"], list) else [whole["image"]]
+        fixed = [_as_found(name, path, root) for name, path in zip(names, sample.images, strict=True)]
+        whole["image"] = fixed if isinstance(whole["image"], list) else fixed[0]
     found = {"human": iter(sample.regions), "gpt": iter(sample.masks)}
 
     def put_back(match: re.Match[str]) -> str:
-        return f"{match[1]}{_as_found(match[2], next(found[side]))}{match[3]}"
+        return f"{match[1]}{_as_found(match[2], next(found[side]), root)}{match[3]}"
 
     turns = []
     for turn in whole["conversations"]:
         side = turn["from"]
-        text = turn["value"]
-        turns.append({**turn, "value": _PATHS[side].sub(put_back, text)} if isinstance(text, str) else turn)
+        text = with_seg_spelled(turn["value"]) if side == "gpt" else turn["value"]
+        turns.append({**turn, "value": _PATHS[side].sub(put_back, text)})
     whole["conversations"] = turns
     return whole
 
 
-def _as_found(name: str, path: Path) -> str:
-    stem = name.strip()
-    return f"{stem}.png" if path.name == f"{Path(stem).name}.png" else name
+def _as_found(name: Any, path: Path, root: Path) -> Any:
+    """A path as it was written where that is the file; else that of the file below ``root``."""
+    if isinstance(name, str) and root / name.strip() == path:
+        return name
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def write_vetted(
@@ -95,12 +97,12 @@ def write_vetted(
         What was written, None if nothing was.
     """
     sample, findings = vetting(record)
-    name = str(record.get("id") or "")
+    name = shown(record_id(record), quoted=False)
     for finding in findings:
         part.find(finding.kind, told(finding.message, name, where), id=name, **where, dropped=sample is None)
     part.count("records", "dropped" if sample is None else "kept")
     if sample is not None:
-        part.write(output, mended(record, sample))
+        part.write(output, mended(record, sample, vetting.root))
         part.count(output, f"{sample.modality} {sample.task}" if sample.modality else sample.task)
         part.count("answer type", sample.answer_type or "unknown")
     return sample
@@ -159,7 +161,8 @@ def repeated(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
     for number, record in enumerate(records):
         if not record:
             continue
-        said = [record.get("image"), record.get("conversations", record.get("conversatons"))]
+        whole = canonical(record)
+        said = [whole.get("image"), whole.get("conversations")]
         key = hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).digest()
         earlier = first.setdefault(key, number)
         if earlier != number:

@@ -164,7 +164,7 @@ def pmc_vqa(row: Row) -> dict[str, Any]:
     letter = re.match(r"([A-D])\s*(?:[:.)]|$)", told.upper())
     named = [letter[1]] if letter else [key for key, text in choices.items() if text.casefold() == told.casefold()]
     if not named or not choices[named[0]]:
-        raise ValueError(f"the answer {told!r} is not one of the choices A to D")
+        raise ValueError(f"the answer {told!r:.80} is not one of the choices A to D")
     options = [text for text in choices.values() if text]
     return question_record("", row["Figure_path"], with_options(row["Question"], options), choices[named[0]], "closed")
 

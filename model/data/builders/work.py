@@ -57,7 +57,7 @@ from tqdm import tqdm
 from model.data.builders.work_files import Output, Part, Tally, join_parts, read_json, write_json
 from model.data.builders.work_report import BuildReport
 from model.data.builders.work_source import difference, fingerprint
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 
 __all__ = [
     "Build",
@@ -348,7 +348,7 @@ def _forget_parts(build: Build) -> None:
 
 
 def _told(error: OSError, out: Path) -> MedPLIBError:
-    where = error.filename or out
+    where = shown(error.filename or out, quoted=False)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MedPLIBError(
             f"the disk of {out} is full; what is done is kept: free some space and run the same command again"

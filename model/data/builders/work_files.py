@@ -183,7 +183,12 @@ class _Lines:
         self._stream: IO[bytes] = self.temporary.open("wb")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        try:
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        except ValueError:  # NaN of a key that nobody reads, which JSON has no word for
+            plain = json.loads(json.dumps(record), parse_constant=lambda _: None)
+            line = json.dumps(plain, ensure_ascii=False)
+        self._stream.write(line.encode() + b"\n")
 
     def finish(self) -> None:
         self._stream.close()

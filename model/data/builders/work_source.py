@@ -82,4 +82,4 @@ def _is_path(value: Any) -> bool:
 
 
 def _told(key: str, old: Any, new: Any) -> str:
-    return f"{key} = {old!r} where this run has {new!r}"
+    return f"{key} = {old!r:.80} where this run has {new!r:.80}"

@@ -136,7 +136,7 @@ def _slots(given: Mapping[str, Any]) -> int:
 
 def _dtype(value: Any) -> torch.dtype:
     if str(value) not in DTYPES:
-        raise MedPLIBError(f"dtype is {value!r}; give fp32 or bf16")
+        raise MedPLIBError(f"dtype is {value!r:.80}; give fp32 or bf16")
     return DTYPES[str(value)]
 
 
@@ -181,7 +181,7 @@ def read_generation(values: Mapping[str, Any], arguments: ModelArguments) -> Gen
         stop=_stop(given.get("until", ())),
     )
     if given.get("masks", "rle") != "rle":
-        raise MedPLIBError(f"masks is {given['masks']!r}; the masks of an answer are written as rle")
+        raise MedPLIBError(f"masks is {given['masks']!r:.80}; the masks of an answer are written as rle")
     return Generation(settings, "masks" in given, ignored)
 
 

@@ -116,7 +116,7 @@ class Comparison:
         if dimension is None:
             return {"all": self._compare_rows(np.arange(len(self.first.keys)))}
         if dimension not in self.first.groups:
-            raise MedPLIBError(f"there is no dimension {dimension!r}; choose of {', '.join(self.first.groups)}")
+            raise MedPLIBError(f"there is no dimension {dimension!r:.80}; choose of {', '.join(self.first.groups)}")
         codes, names = self.first.groups[dimension]
         numbered = sorted(enumerate(names), key=lambda pair: pair[1])
         return {name: self._compare_rows(np.flatnonzero(codes == code)) for code, name in numbered}

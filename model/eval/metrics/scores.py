@@ -152,7 +152,7 @@ class Scores:
         """
         metric = next((metric for metric in self.metrics if metric.name == name), None)
         if metric is None:
-            raise MedPLIBError(f"there is no metric {name!r}; choose of {', '.join(m.name for m in self.metrics)}")
+            raise MedPLIBError(f"there is no metric {name!r:.80}; choose of {', '.join(m.name for m in self.metrics)}")
         sums = self.sums_of(self.data)
         return np.where(sums(metric.count) > 0, metric.compute(sums), np.nan)
 
@@ -220,7 +220,7 @@ class Scores:
 
     def _split(self, dimension: str) -> tuple[dict[str, Measures], Measures]:
         if dimension not in self.groups:
-            raise MedPLIBError(f"there is no dimension {dimension!r}; choose of {', '.join(DIMENSIONS)}")
+            raise MedPLIBError(f"there is no dimension {dimension!r:.80}; choose of {', '.join(DIMENSIONS)}")
         if dimension not in self._found:
             self._found[dimension] = self._measure_groups(dimension)
         return self._found[dimension]

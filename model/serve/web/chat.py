@@ -135,7 +135,7 @@ def build_request(
 def _read_seed(typed: str) -> int | None:
     text = typed.strip()
     if text and not (text.isascii() and text.isdigit() and int(text) < 2**63):
-        raise MedPLIBError(f"the seed is {text!r}; give a whole number from 0 on, or leave it empty")
+        raise MedPLIBError(f"the seed is {text!r:.80}; give a whole number from 0 on, or leave it empty")
     return int(text) if text else None
 
 

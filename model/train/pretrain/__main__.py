@@ -8,12 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.train.pretrain.workshop import STEPS, Workshop
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run pre-training steps in the order given; returns the exit code."""
+    escape_unprintable()
     parser = argparse.ArgumentParser(prog="python -m model.train.pretrain", description=__doc__)
     parser.add_argument("steps", nargs="+", choices=[*STEPS, "all"], help="what to make, in this order")
     parser.add_argument("--config", type=Path, default=Path("configs/nano/pretrain.yaml"), help="sizes and lengths")
