@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from model.train.recipe import Optimiser
+from model.train.recipe import Optimiser, Schedule
+
+
+def total_steps(schedule: Schedule, steps_per_epoch: float) -> int:
+    """Optimiser steps of a run: ``max_steps`` where it is set, else those of all epochs."""
+    return schedule.max_steps or math.ceil(schedule.epochs * steps_per_epoch)
 
 
 def warmup_steps(optimiser: Optimiser, steps_per_epoch: float) -> int:

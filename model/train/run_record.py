@@ -28,6 +28,7 @@ RUN_FILE = "run.json"
 """``stage``, ``status``, ``reason``, ``step``, ``total_steps``, ``data`` and a list of ``attempts``."""
 LOCK_FILE = ".lock"
 """Held by rank 0 of a run that is going on; the system lets go of it when the process ends, however it ends."""
+_RESERVED = 1 << 16  # bytes of the lock, given back to write run.json where the disk became full
 
 Status = Literal["running", "preempted", "interrupted", "finished", "failed"]
 
@@ -73,6 +74,7 @@ class RunRecord:
     def end(self, status: Status, reason: str, step: int) -> None:
         """Note how the attempt ended; a disk that is full must not hide why."""
         if self.content["attempts"]:
+            self._lock.truncate(0)
             self.content["attempts"][-1] |= {"ended": _now(), "status": status, "step": step}
             self.content |= {"status": status, "reason": reason, "step": step}
             with suppress(OSError):
@@ -143,6 +145,9 @@ def _hold(folder: Path) -> IO[bytes]:
         raise MedPLIBError(told_as_taken(folder)) from None
     except OSError:  # a file system without locks
         logger.debug("%s cannot be locked on %s", folder, socket.gethostname())
+    stream.write(bytes(max(0, _RESERVED - os.fstat(stream.fileno()).st_size)))
+    stream.flush()
+    os.fsync(stream.fileno())
     return stream
 
 

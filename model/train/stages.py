@@ -7,7 +7,10 @@ here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.train.recipe import Recipe
 
 ATTENTION_AND_FFN = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -55,4 +58,30 @@ _MIXTURE: Mapping[str, Any] = {
 PUBLISHED: Mapping[int, Mapping[str, Any]] = {1: _ALIGNMENT, 2: _VQA_EXPERT, 3: _GROUNDING_EXPERT, 4: _MIXTURE}
 """Published settings of each stage, as a recipe's nested values; what is not named is the recipe's plain default."""
 
+PUBLISHED_GPUS = 4
+"""That the published settings were used on."""
+
 STAGE_NAMES: Mapping[int, str] = {1: "alignment", 2: "VQA expert", 3: "grounding expert", 4: "mixture of experts"}
+
+
+def schedule_notes(recipe: Recipe, processes: int, steps_per_epoch: float) -> list[str]:
+    """What is worth knowing about a run's length and batch: epochs that do not count, a batch unlike the published."""
+    schedule, notes = recipe.schedule, []
+    if schedule.max_steps:
+        epochs = schedule.max_steps / steps_per_epoch
+        notes.append(f"schedule.max_steps={schedule.max_steps} is {epochs:.3g} epochs; schedule.epochs is not used")
+    settings = PUBLISHED[recipe.stage]["schedule"]
+    published = PUBLISHED_GPUS * settings["batch_size"] * settings["accumulation"]
+    forward = schedule.batch_size * processes
+    if forward * schedule.accumulation != published:
+        if published % forward == 0:
+            advice = f"schedule.accumulation={published // forward} gives that"
+        elif published % processes == 0:
+            advice = f"schedule.batch_size={published // processes} schedule.accumulation=1 gives that"
+        else:
+            advice = f"no batch size gives that in {processes} processes"
+        notes.append(
+            f"global batch {forward * schedule.accumulation} ({schedule.batch_size} records × {schedule.accumulation} "
+            f"accumulated × {processes} processes); published for stage {recipe.stage}: {published}; {advice}"
+        )
+    return notes
