@@ -183,8 +183,8 @@ class Validator:
                 output = engine.forward(batch)
             losses = output.row_losses.ce.tolist(), output.row_losses.tokens.tolist()
             for index, loss, tokens in zip(own, *losses, strict=False):
-                for name in ("ce", *(f"ce/{label}" for label in self._labels[index][not self.by_file :])):
-                    _add(sums, TEACHER_FORCED + name, loss, tokens)
+                for name in self._loss_names(index):
+                    _add(sums, name, loss, tokens)
             for row, threshold, dice in _dices(output, batch, self.settings.thresholds):
                 if row < len(own):
                     _add(sums, f"{TEACHER_FORCED}dice@{threshold:g}", dice)
@@ -279,9 +279,14 @@ class Validator:
         file, _, modality = self._labels[index]
         return [name, *([f"{name}/{file}"] * self.by_file), *([f"{name}/{modality}"] * (name == "mDice"))]
 
+    def _loss_names(self, index: int) -> list[str]:
+        """The loss of a record, by file where there are several, task and modality."""
+        labels = self._labels[index][not self.by_file :]
+        return [f"{TEACHER_FORCED}ce", *(f"{TEACHER_FORCED}ce/{label}" for label in labels)]
+
     def names(self) -> list[str]:
         """Scores that the drawn records give, those to choose a checkpoint by."""
-        found = {f"{TEACHER_FORCED}ce": None}
+        found = {name: None for index in self.indices for name in self._loss_names(index)}
         for index in self.indices if self.generates else ():
             sample = self.dataset.sample(index)
             for question in questions_of(sample):
