@@ -454,5 +454,8 @@ class Trainer:
         if self.journal is not None:
             self.journal.close()
         self.stop.release()
+        # The loader's processes end now, whatever else refers to it (an error of theirs does): collected as garbage, it
+        # would close the queues through which it ends them.
+        getattr(self._batches, "_shutdown_workers", lambda: None)()
         self._batches = self._loader = None
         leave()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,10 @@ def short(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("short")
     made: dict[str, list[dict[str, Any]]] = {"masks": [], "words": []}
     for record in json.loads((phantoms / "grounding.json").read_text()):
-        _, mask, _ = (
-            (record["conversations"][1]["value"] + "<mask></mask>").replace("</mask>", "<mask>").split("<mask>")[:3]
-        )
+        mask = (re.findall("<mask>(.*)</mask>", record["conversations"][1]["value"]) or [""])[0]
         shared = {"image": record["image"], "modality": record["modality"]}
-        present = (
-            ("Please segment the liver.", f"<SEG><mask>{mask}</mask>") if mask else ("Please segment the tumour.", "no")
-        )
-        made["masks"].append(shared | {"task": "grounding", **talk(*present)})
+        target, answer = ("liver", f"<SEG><mask>{mask}</mask>") if mask else ("tumour", "no")
+        made["masks"].append(shared | {"task": "grounding", **talk(f"Please segment the {target}.", answer)})
         if mask:
             made["words"] += [
                 shared | {"answer_type": "closed", **talk("Is there a kidney?", "yes")},
