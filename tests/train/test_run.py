@@ -23,6 +23,7 @@ from model.train import recipe_from, run, save_recipe
 from model.train.__main__ import main
 from model.train.handover import network_of_run
 from model.train.loop import Trainer
+from tests.train.launching import begin, wait_until
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -213,3 +214,19 @@ def test_script_without_its_paths_says_which(tmp_path: Path) -> None:
     ended = subprocess.run(["sh", "scripts/train_stage2.sh"], cwd=root, env=environment, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "MEDPLIB_LLAVA" in ended.stderr and "MEDPLIB_IMAGES" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_sigterm_while_libraries_are_imported_ends_with_0(tmp_path: Path) -> None:
+    running = begin(["-m", "model.train", str(tmp_path / "recipe.yaml")])
+    status = Path(f"/proc/{running.pid}/status")
+
+    def catches() -> bool:
+        caught = re.search(r"SigCgt:\s*(\w+)", status.read_text())
+        return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+    if not status.is_file():
+        pytest.skip("only Linux says which signals a process catches")
+    wait_until(catches, running)
+    running.terminate()
+    assert "stopped before the first step" in running.communicate(timeout=60)[0]
+    assert running.returncode == 0
