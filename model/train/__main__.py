@@ -15,6 +15,7 @@ from model.errors import MedPLIBError
 from model.train.signals import end_at_once_on_signals
 
 if TYPE_CHECKING:
+    from model.data.validate import RecordFacts
     from model.train.recipe import Recipe
 
 
@@ -80,7 +81,8 @@ def _train(options: argparse.Namespace) -> int:
     from model.train.readiness import launched_processes, plan_lines, record_problems, start_problems
     from model.train.signals import RunStopped
 
-    processes, facts = options.processes or launched_processes(), {}
+    processes = options.processes or launched_processes()
+    facts: dict[str, list[RecordFacts]] = {}
 
     def problems(recipe: Recipe) -> list[str]:
         found = start_problems(recipe, resume=options.resume, processes=processes)

@@ -18,7 +18,6 @@ from model.checkpoint import export_published, save
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.bad_steps import BadSteps
 from model.train.balance import draw_table, draw_weights, told
 from model.train.checkpoints import (
     checkpoint_of,
@@ -33,26 +32,24 @@ from model.train.checkpoints import (
     step_of,
 )
 from model.train.datasets import item_lengths, open_dataset
-from model.train.disk import check_room
 from model.train.durable import disk_faults, sync_tree
-from model.train.engine import StepResult, make_engine
+from model.train.engine import BadSteps, StepResult, make_engine
 from model.train.features import cached_features
 from model.train.feeding import Feed, in_shared_memory, taken_from
 from model.train.fingerprint import Fingerprint, check_unchanged, fingerprint, save_marks
 from model.train.handover import merged_network, remove_half_merged
 from model.train.journal import VALIDATION_FILE, Journal, read_rows
-from model.train.learning_rate import rate_factor, total_steps
 from model.train.meters import Meters
 from model.train.process import join, leave, resolved
-from model.train.readiness import check_start
+from model.train.readiness import check_room, check_start
 from model.train.recipe import Recipe
 from model.train.recipe_io import save_recipe
 from model.train.run_record import RunRecord, status_of
 from model.train.signals import HEEDED, RunStopped, StopRequest, leave_signals_to_the_parent
-from model.train.stages import STAGE_NAMES, schedule_notes
+from model.train.stages import STAGE_NAMES, rate_factor, schedule_notes, total_steps
 from model.train.starting import starting_network
 from model.train.trainable import count_trainable
-from model.train.validation import Best, Validator, is_better
+from model.train.validation import Best, Validator, best_of, is_better
 
 logger = logging.getLogger(__name__)
 
@@ -193,11 +190,8 @@ class Trainer:
         """The best validation whose checkpoint is there, and how many came after it."""
         folder, metric = self.recipe.folder, self.recipe.saving.best
         kept = {step_of(path) for path in list_checkpoints(folder)}
-        rows = [row for row in read_rows(folder / VALIDATION_FILE) if isinstance(row.get(metric), int | float)]
-        best: Best | None = None
-        for row in rows:
-            if row["step"] in kept and is_better(metric, row[metric], best):
-                best = Best(row["step"], metric, row[metric])
+        rows = [row for row in read_rows(folder / VALIDATION_FILE) if metric in row]
+        best = best_of(rows, metric, kept)
         return best, sum(best is None or row["step"] > best.step for row in rows)
 
     def _log_plan(self) -> None:

@@ -4,11 +4,14 @@ they are asked about; all told at once.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,16 +25,17 @@ from model.data.progress import record_bar
 from model.data.validate import RecordFacts
 from model.errors import MedPLIBError
 from model.train.balance import labels_by_kind, share_problems
+from model.train.checkpoints import list_checkpoints, read_progress
 from model.train.datasets import check_template, data_files, open_dataset
-from model.train.engine import deepspeed_config, make_engine
-from model.train.learning_rate import total_steps
+from model.train.engine import TrainingEngine, deepspeed_config, make_engine
+from model.train.journal import METRICS_FILE
 from model.train.plan_network import find_sizes, planned_network
 from model.train.process import Process
 from model.train.recipe import Data, Recipe
 from model.train.recipe_checks import check_values
-from model.train.recipe_io import told_together
-from model.train.run_folder import check_run_folder
-from model.train.stages import STAGE_NAMES, schedule_notes
+from model.train.recipe_io import RECIPE_FILE, differences, load_recipe, told_together
+from model.train.run_record import is_locked, told_as_taken
+from model.train.stages import STAGE_NAMES, schedule_notes, total_steps
 from model.train.starting import merged_of, path_problems, starting_network
 from model.train.trainable import count_trainable
 from model.train.validation import even_shares
@@ -39,6 +43,9 @@ from model.train.validation import even_shares
 if TYPE_CHECKING:
     from model.processing.processor import MedPLIBProcessor
 
+logger = logging.getLogger(__name__)
+
+_MASTER, _MOMENTS = 4, 8  # bytes a trained weight: its float32 value, and AdamW's two means
 _WEIGHTS = (".safetensors", ".bin")
 _TIMED_BYTES = 2 << 30
 """Weights of a starting point that ``--check`` loads to time a pass."""
@@ -133,6 +140,88 @@ def _with_sound_shares(recipe: Recipe) -> Data:
     empty: dict[str, Any] = {"shares": (), "task_shares": {}, "modality_shares": {}}
     wrong = [name for name in empty if any(problem.startswith(f"data.{name}") for problem in told)]
     return replace(recipe.data, **{name: empty[name] for name in wrong})
+
+
+def check_run_folder(recipe: Recipe, *, resume: bool, processes: int) -> None:
+    """Refuse to write over a run, or to go on with one of another recipe or number of processes.
+
+    A run that left no checkpoint has nothing to go on with, so it may begin anew with any recipe.
+
+    Raises:
+        MedPLIBError: naming the folder, and the settings that differ or why it cannot be written.
+    """
+    folder = recipe.folder
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise MedPLIBError(f"{folder} cannot be written, because {place} is no folder to write to; name another output")
+    if is_locked(folder):
+        raise MedPLIBError(told_as_taken(folder))
+    begun = [name for name in (METRICS_FILE, RECIPE_FILE) if (folder / name).exists()]
+    if begun and not resume:
+        raise MedPLIBError(f"{folder} holds a run already; add --resume to go on with it, or name another output")
+    checkpoints = list_checkpoints(folder)
+    if resume and (folder / RECIPE_FILE).is_file() and checkpoints:
+        before = processes
+        with suppress(MedPLIBError):  # a damaged one is put aside when the run begins
+            before = read_progress(checkpoints[-1]).get("world_size", processes)
+        if before != processes:
+            raise MedPLIBError(
+                f"{folder} was begun with {_processes(before)}, now {processes}; resume with {before}, or begin a new "
+                f"run in another output whose model.base is what `medplib export {folder} DIR` writes (weights go on; "
+                "optimiser, learning rate and data order begin anew)"
+            )
+        former = load_recipe(folder / RECIPE_FILE)
+        if recipe.engine.kind == "auto":  # not decided yet, in a check before the launcher
+            recipe = replace(recipe, engine=replace(recipe.engine, kind=former.engine.kind))
+        changed = differences(former, recipe)
+        if changed:
+            raise MedPLIBError(f"{folder} was begun with other values of {', '.join(changed)}; resume with the same")
+
+
+def _processes(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
+
+
+def check_room(recipe: Recipe, engine: TrainingEngine) -> None:
+    """Warn where the disk has less room than the run will need, and refuse where not even one checkpoint fits.
+
+    Sizes are estimates from the number of weights; other programs fill disks too. Called by every rank.
+
+    Raises:
+        MedPLIBError: not even one checkpoint, or nothing beside the one that is there, would fit.
+    """
+    checkpoint, merged = expected_sizes(engine.network)
+    place = next(path for path in (recipe.folder.absolute(), *recipe.folder.absolute().parents) if path.is_dir())
+    free, there = engine.process.on_first(lambda: (shutil.disk_usage(place).free, len(list_checkpoints(recipe.folder))))
+    results = merged * (1 + recipe.saving.published)
+    needed = checkpoint * max(1, recipe.saving.keep + 1 - there) + (0 if recipe.merged.is_dir() else results)
+    if free < checkpoint:
+        raise MedPLIBError(
+            f"{place} has {_as_size(free)} free, and one checkpoint of this run takes about "
+            f"{_as_size(checkpoint)}; make room or name another output"
+        )
+    if free < needed and engine.process.is_first:
+        logger.warning(
+            "%s has %s free, but this run will need about %s for %d checkpoints and its result; make room",
+            *(place, _as_size(free), _as_size(needed), recipe.saving.keep + 1),
+        )
+
+
+def expected_sizes(network: nn.Module) -> tuple[int, int]:
+    """Bytes of one checkpoint to resume from, and of the merged result."""
+    checkpoint = merged = 0
+    for parameter in network.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 keeps the true size apart
+        size = count * parameter.element_size()
+        merged += size
+        if parameter.requires_grad:
+            # The weights lie in it twice, for resuming and for export, and in bf16 a float32 copy beside them.
+            checkpoint += count * _MOMENTS + 2 * size + (0 if parameter.dtype == torch.float32 else count * _MASTER)
+    return checkpoint, merged
+
+
+def _as_size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def plan_lines(recipe: Recipe, path: Path, facts_of: Mapping[str, list[RecordFacts]], processes: int) -> list[str]:

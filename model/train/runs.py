@@ -19,7 +19,7 @@ from model.train.journal import METRICS_FILE, VALIDATION_FILE, read_rows, score_
 from model.train.recipe import MERGED, TEACHER_FORCED
 from model.train.recipe_io import RECIPE_FILE
 from model.train.run_record import RUN_FILE, is_locked, read_record
-from model.train.validation import Best, is_better
+from model.train.validation import best_of
 
 _TAIL = 65536  # bytes at the end of metrics.jsonl that surely hold a whole row
 _DEPTH = 4  # levels of folders below the given one that are looked through
@@ -92,10 +92,7 @@ class Run:
         rows = [row for row in self.validations if row["step"] in steps]
         saving = self.recipe.get("saving")
         metric = str(saving.get("best") or "") if isinstance(saving, Mapping) else ""
-        best: Best | None = None
-        for row in rows:
-            if isinstance(row.get(metric), int | float) and is_better(metric, row[metric], best):
-                best = Best(row["step"], metric, row[metric])
+        best = best_of(rows, metric, steps)
         found = [row for row in rows if best is None or row["step"] == best.step]
         return found[-1] if found else {}
 

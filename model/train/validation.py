@@ -7,7 +7,7 @@ over the reference answer instead: they show how the loss generalizes, not what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,16 @@ class Best:
     value: float
 
 
+def best_of(rows: Iterable[Mapping[str, Any]], metric: str, steps: Container[int]) -> Best | None:
+    """The best of the validations after these steps by a score."""
+    best: Best | None = None
+    for row in rows:
+        value = row.get(metric)
+        if row["step"] in steps and isinstance(value, int | float) and is_better(metric, value, best):
+            best = Best(row["step"], metric, value)
+    return best
+
+
 def is_better(metric: str, value: float, best: Best | None) -> bool:
     """Whether a value, which may be NaN, is better than the best one before it; equal is not."""
     if best is None:
@@ -63,24 +73,14 @@ def is_better(metric: str, value: float, best: Best | None) -> bool:
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """One question of a held-out record.
+    """One question of a held-out record."""
 
-    Attributes:
-        text: what is asked, without ``<image>``.
-        reference: right answer, ``<SEG>`` where it segments.
-        history: earlier questions of the record with their reference answers.
-        regions: number of the record's regions that are shown.
-        masks: which of the record's masks the reference answer has; none for an absent target.
-        task: ``vqa``, ``region``, ``grounding`` or ``caption``.
-        closed: whether it is a closed question.
-    """
-
-    text: str
-    reference: str
-    history: tuple[tuple[str, str], ...]
-    regions: int
-    masks: range
-    task: str
+    text: str  # what is asked, without <image>
+    reference: str  # right answer, <SEG> where it segments
+    history: tuple[tuple[str, str], ...]  # earlier questions with their reference answers
+    regions: int  # of the record's regions so many are shown
+    masks: range  # of the record's masks those of the reference answer; none for an absent target
+    task: str  # vqa, region, grounding or caption
     closed: bool
 
 
@@ -206,7 +206,8 @@ class Validator:
         answering = None
         try:
             if network is not None:
-                answering = Engine(network.to(process.device) if apart else network, self.processor, settings)
+                network = network.to(process.device) if apart else network  # type: ignore[arg-type]
+                answering = Engine(network, self.processor, settings)  # type: ignore[arg-type]
             for start in range(0, len(self.indices), size * ranks):
                 if should_stop():
                     return False
@@ -301,15 +302,10 @@ class Validator:
     def plan(self) -> str:
         """What is validated, in a sentence."""
         what = ", ".join(f"{count} of {name}" for name, count in self.counts.items())
+        how = f"answers of up to {self.settings.max_new_tokens} tokens are generated; each validation logs its time"
         if not self.generates:
-            return (
-                f"validation: {what}; the template {self.processor.settings.template} writes no questions, so no "
-                "answers are generated and scores are those given the reference"
-            )
-        return (
-            f"validation: records {what}; answers of up to {self.settings.max_new_tokens} tokens are generated "
-            f"(each validation reports its time; fewer validation.samples, or a larger validation.every, cost less)"
-        )
+            how = f"the template {self.processor.settings.template} writes no questions, so no answers are generated"
+        return f"validation: records {what}; {how}"
 
 
 def _dice(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Iterator[float]:

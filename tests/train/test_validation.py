@@ -55,7 +55,7 @@ def short(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("short")
     made: dict[str, list[dict[str, Any]]] = {"masks": [], "words": []}
     for record in json.loads((phantoms / "grounding.json").read_text()):
-        mask = (re.findall("<mask>(.*)</mask>", record["conversations"][1]["value"]) or [""])[0]
+        mask = (re.findall("<mask>(.*?)</mask>", record["conversations"][1]["value"]) or [""])[0]
         shared = {"image": record["image"], "modality": record["modality"]}
         target, answer = ("liver", f"<SEG><mask>{mask}</mask>") if mask else ("tumour", "no")
         made["masks"].append(shared | {"task": "grounding", **talk(f"Please segment the {target}.", answer)})
