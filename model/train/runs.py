@@ -88,7 +88,9 @@ class Run:
         """The validation of weights that exist: of merged/, else the best or newest checkpoint; empty without one."""
         merged = self.record.get("merged")
         step = merged.get("step") if isinstance(merged, Mapping) else self.record.get("step")
-        steps = [step] if (self.folder / MERGED).is_dir() else [step_of(path) for path in list_checkpoints(self.folder)]
+        steps: list[Any] = (
+            [step] if (self.folder / MERGED).is_dir() else [step_of(path) for path in list_checkpoints(self.folder)]
+        )
         rows = [row for row in self.validations if row["step"] in steps]
         saving = self.recipe.get("saving")
         metric = str(saving.get("best") or "") if isinstance(saving, Mapping) else ""
