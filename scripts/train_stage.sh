@@ -29,7 +29,7 @@ train_stage() {
     '' | *[!0-9]*) echo "NPROC or NUM_GPUS is '$processes'; expected a whole number" >&2; return 2 ;;
   esac
   case " $* " in
-    *" --check "*) processes=1 nodes=1 ;;
+    *" --check "*) exec python -m model.train "$recipe" "$@" --processes "$((processes > 0 ? processes * nodes : 1))" ;;
   esac
   # exec: a termination signal reaches the run, which saves before it ends, and not a shell that waits for it.
   if [ "$processes" -le 1 ] && [ "$nodes" -le 1 ]; then
@@ -45,7 +45,7 @@ train_stage() {
     place=--standalone
   fi
   # Check first, in one process: what is wrong is told once, not by every rank, and before any launcher starts.
-  python -m model.train "$recipe" "$@" --check || return $?
+  python -m model.train "$recipe" "$@" --check --quiet --processes "$((processes * nodes))" || return $?
   # Many processes of many threads each are ruinous; one thread a process unless told otherwise. The launcher is torch's:
   # DeepSpeed's own would use the first GPUs of the machine whatever CUDA_VISIBLE_DEVICES says.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -151,6 +151,16 @@ class MedPLIBDataset(Dataset):
         sample = parse_record(self.records[number], self.images_root)
         return sample if sample.id else replace(sample, id=str(number))
 
+    def load(self, index: int) -> LoadedSample:
+        """Item ``index`` with its pixels, at the size of their files.
+
+        Raises:
+            MedPLIBError: names the record whose file is unreadable or whose mask is empty or not of its image's size.
+        """
+        sample = self.sample(index)
+        with self._naming(index, sample):
+            return load_sample(sample)
+
     def use_features(self, features: CachedFeatures | None) -> None:
         """Let features stand for the pixels of encoded items from now on."""
         self.features = features
@@ -350,6 +360,11 @@ class MixedDataset(Dataset):
         """The validated record of item ``index``, without pixels."""
         dataset, inner = self._locate(index)
         return dataset.sample(inner)
+
+    def load(self, index: int) -> LoadedSample:
+        """Item ``index`` with its pixels; see ``MedPLIBDataset.load``."""
+        dataset, inner = self._locate(index)
+        return dataset.load(inner)
 
     def __getitem__(self, index: int) -> Any:
         dataset, inner = self._locate(index)

@@ -6,13 +6,16 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import MedPLIBError, escape_unprintable, shown
+from model.train.signals import end_at_once_on_signals
 
 if TYPE_CHECKING:
+    from model.data.validate import RecordFacts
     from model.train.recipe import Recipe
 
 
@@ -27,13 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="YAML file; the project's own are in configs/stages")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimiser.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
-    parser.add_argument("--check", action="store_true", help="check the recipe, its paths and its records, and stop")
+    parser.add_argument("--check", action="store_true", help="check recipe, paths and records, print the plan")
+    parser.add_argument("--quiet", action="store_true", help="of --check: no plan")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of --check: processes of the run; default: this launch's",
+    )
     parser.add_argument("--on-bad-record", choices=("refuse", "skip"), help="the same as data.on_bad_record=…")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument(
         "--allow-changed-data", action="store_true", help="resume although the data set is not what it was"
     )
     options = parser.parse_intermixed_args(arguments)
+    end_at_once_on_signals()
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     if options.on_bad_record:
@@ -49,8 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{where}{error.strerror or error}; mend that and go on with --resume\n")
         return 2
     except RuntimeError as error:
+        from model.train.feeding import short_of_shared_memory
         from model.train.run_record import has_lost_ranks, told_as_lost
 
+        if short := short_of_shared_memory(error):
+            sys.stderr.write(f"{short}\n")
+            return 2
         if not has_lost_ranks(error):
             raise
         sys.stderr.write(f"{told_as_lost()}\n")
@@ -63,17 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     from model.train import load_recipe, run
     from model.train.plan import network_problems
-    from model.train.readiness import record_problems, start_problems
+    from model.train.readiness import launched_processes, plan_lines, record_problems, start_problems
     from model.train.signals import RunStopped
 
+    processes = options.processes or launched_processes()
+    facts: dict[str, list[RecordFacts]] = {}
+
     def problems(recipe: Recipe) -> list[str]:
-        found = start_problems(recipe, resume=options.resume)
+        found = start_problems(recipe, resume=options.resume, processes=processes)
         if options.check:
-            found += network_problems(recipe, Path(options.recipe)) + record_problems(recipe)
+            found += network_problems(recipe, Path(options.recipe)) + record_problems(recipe, facts)
         return found
 
     recipe = load_recipe(options.recipe, options.overrides, also=problems)
     if options.check:
+        if not options.quiet:
+            sys.stdout.write("\n".join(plan_lines(recipe, Path(options.recipe), facts, processes)) + "\n")
         return 0
     try:
         run(recipe, options.resume, options.allow_changed_data)
@@ -89,6 +110,8 @@ def _set_up_logging() -> None:
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("model").setLevel(logging.INFO if first else logging.WARNING)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # for the developers of the libraries
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,24 +38,27 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 """Folder inside a run that holds them, one ``step_…`` folder each."""
 _STEP = re.compile(r"step_(\d+)")
-_WEIGHTS = "trainable.safetensors"
+WEIGHTS = "trainable.safetensors"
 _PROGRESS = "progress.json"
 
 
-def save_checkpoint(engine: TrainingEngine, run_folder: Path, progress: Mapping[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    engine: TrainingEngine, run_folder: Path, progress: Mapping[str, Any], keep: int, best: int | None = None
+) -> Path:
     """Write a checkpoint under another name until it is whole and on the disk, then remove the oldest beyond ``keep``.
 
     The newest one that was written after a good step stays, however many came after it. Called by every rank.
 
     Args:
         progress: ``step``, and whatever a resumed run wants to know.
-        keep: checkpoints that stay.
+        keep: newest checkpoints that stay.
+        best: step of one that stays besides.
 
     Raises:
         MedPLIBError: the disk is full or the folder cannot be written; what was there before is untouched.
     """
     process, step = engine.process, progress["step"]
-    final = run_folder / FOLDER / f"step_{step:07d}"
+    final = checkpoint_of(run_folder, step)
     partial = final.with_suffix(".partial")
     kept = next((path.name for path in reversed(list_checkpoints(run_folder))), "none")
     with disk_faults(f"the checkpoint of step {step} in {final.parent} (newest whole one there: {kept})"):
@@ -64,11 +69,14 @@ def save_checkpoint(engine: TrainingEngine, run_folder: Path, progress: Mapping[
             process.barrier()
             _write(engine, partial, {**progress, "world_size": process.world_size})
         except Exception:
-            shutil.rmtree(partial, ignore_errors=True)  # frees what it took, and misleads nobody
+            with suppress(OSError):
+                for path in file_names(partial):  # a writer that failed may hold its file open, removed or not
+                    os.truncate(partial / path, 0)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
         if process.is_first:
             _put_in_place(partial, final)
-            _rotate(run_folder, keep)
+            rotate(run_folder, keep, best)
     process.barrier()
     return final
 
@@ -79,7 +87,7 @@ def _write(engine: TrainingEngine, folder: Path, progress: Mapping[str, Any]) ->
     torch.save(random_state(), folder / _random_file(process))
     weights = engine.gather(trainable_only=True)
     if process.is_first:
-        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, folder / _WEIGHTS)
+        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, folder / WEIGHTS)
         (folder / _PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
     process.barrier()
     own = facts_of(folder, file_names(folder)[process.rank :: process.world_size])
@@ -98,10 +106,10 @@ def _put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _rotate(run_folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` and the newest that followed a good step."""
+def rotate(run_folder: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the newest ``keep``, the newest that followed a good step, and that of step ``best``."""
     found = list_checkpoints(run_folder)
-    staying = set(found[-keep:])
+    staying = {*found[-keep:], *(path for path in found if step_of(path) == best)}
     staying.update(next(([path] for path in reversed(found) if _followed_a_good_step(path)), []))
     for old in found:
         if old not in staying:
@@ -191,16 +199,10 @@ def load_checkpoint(engine: TrainingEngine, folder: Path) -> dict[str, Any]:
     """Take up a checkpoint and return its progress. Called by every rank.
 
     Raises:
-        MedPLIBError: it was written by another number of processes or another engine, or is damaged.
+        MedPLIBError: it was written by another engine, or is damaged.
     """
     process = engine.process
     progress = process.on_first(lambda: read_progress(folder))
-    if progress["world_size"] != process.world_size:
-        raise MedPLIBError(
-            f"{folder} was written by {progress['world_size']} processes, this run has {process.world_size}; resume "
-            f"with {progress['world_size']}, or begin a new run in another output whose model.base is what medplib "
-            f"export {folder} DIR writes (weights go on; optimiser, learning rate and data order begin anew)"
-        )
     engine.load(folder)
     restore_random_state(torch.load(folder / _random_file(process), weights_only=True))
     return progress
@@ -212,7 +214,7 @@ def load_trainable(network: torch.nn.Module, folder: Path) -> None:
     Raises:
         MedPLIBError: the weights are not the network's trainable ones.
     """
-    weights = load_file(folder / _WEIGHTS)
+    weights = load_file(folder / WEIGHTS)
     expected = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if set(weights) != expected:
         odd = sorted(set(weights) ^ expected)[0]
@@ -224,7 +226,17 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     folder = run_folder / FOLDER
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def checkpoint_of(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_folder / FOLDER / f"step_{step:07d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _random_file(process: Process) -> str:

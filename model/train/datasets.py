@@ -45,6 +45,8 @@ def item_lengths(recipe: Recipe, dataset: MixedDataset, config: MedPLIBConfig) -
 def data_files(recipe: Recipe, *, training: bool) -> list[tuple[str, str]]:
     """Record files, each with the folder of its images."""
     data = recipe.data
-    if training:
-        return [(path, data.images) for path in data.train]
-    return [(path, data.validation_images or data.images) for path in data.validation if recipe.validation.samples]
+    files, roots = (data.train, data.images) if training else (data.validation, data.validation_images or data.images)
+    if not training and not recipe.validation.samples:
+        return []
+    each = roots if len(roots) > 1 else (roots or ("",)) * len(files)
+    return list(zip(files, each, strict=False))  # as many, see recipe_checks

@@ -39,6 +39,45 @@ class StepResult:
     skipped: bool = False
 
 
+IN_ALL = 10
+"""A run may take so many times more bad steps in all than in a row."""
+
+
+@dataclass
+class BadSteps:
+    """Counts of one run.
+
+    Attributes:
+        limit: so many in a row end the run, and ``IN_ALL`` times as many in all.
+        total: so far.
+        in_a_row: up to now.
+    """
+
+    limit: int
+    total: int = 0
+    in_a_row: int = 0
+
+    def note(self, *, skipped: bool) -> bool:
+        """Count one step; True where it is the first bad one, which is worth a sentence."""
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        return skipped and self.total == 1
+
+    def check(self, step: int) -> None:
+        """End a run that does not recover.
+
+        Raises:
+            MedPLIBError: telling how many steps were bad and what helps.
+        """
+        if self.in_a_row < self.limit and self.total < IN_ALL * self.limit:
+            return
+        counted = f"{self.in_a_row} in a row" if self.in_a_row >= self.limit else f"{self.total} in all"
+        raise MedPLIBError(
+            f"stopped at step {step}: losses or gradients were not finite in too many steps ({counted}), none of "
+            "which moved the weights; begin again with a lower optimiser.lr or engine.precision=fp32, or check the data"
+        )
+
+
 class TrainingEngine(ABC):
     """Forward, backward and update of one network.
 
@@ -128,7 +167,7 @@ class TorchEngine(TrainingEngine):
         self.network.load_state_dict(state["weights"], strict=False)
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.last_epoch = state["step"]
-        self.schedule._last_lr = [group["lr"] for group in self.optimiser.param_groups]
+        _set_rate(self.schedule, self.factor)
 
     def gather(self, trainable_only: bool) -> dict[str, Tensor]:
         return _state(self.network, trainable_only)
@@ -196,6 +235,7 @@ class DeepSpeedEngine(TrainingEngine):
         if not (folder / _TAG).is_dir():
             raise MedPLIBError(f"{folder} was not written by DeepSpeed; resume with the engine of the first run")
         self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        _set_rate(self.engine.lr_scheduler, self.factor)
         if self._shares_experts:  # DeepSpeed's file of weights is rank 0's; the optimiser's are every rank's own
             self.engine.optimizer.update_lp_params()
         if self.recipe.engine.zero_stage == 3:
@@ -331,6 +371,14 @@ def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> Skip
         fused=process.device.type == "cuda"
         or recipe.engine.offload != "none",  # what is offloaded is updated on the host
     )
+
+
+def _set_rate(schedule: LambdaLR, factor: Callable[[int], float]) -> None:
+    """Let the next step have the learning rate of this schedule; it may be longer than when it was saved."""
+    rates = [base * factor(schedule.last_epoch) for base in schedule.base_lrs]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:

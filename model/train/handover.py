@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import nn
 
 from model.checkpoint import merge_lora
@@ -16,7 +17,7 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-from model.train.checkpoints import FOLDER, list_checkpoints, load_trainable
+from model.train.checkpoints import FOLDER, WEIGHTS, list_checkpoints, load_trainable
 from model.train.engine import TrainingEngine
 from model.train.quantised import is_quantised, merge_quantised
 from model.train.recipe import Recipe
@@ -24,18 +25,35 @@ from model.train.recipe_io import RECIPE_FILE, load_recipe
 from model.train.starting import starting_network
 
 
-def merged_network(engine: TrainingEngine, config: MedPLIBConfig, recipe: Recipe) -> MedPLIBForCausalLM | None:
-    """The trained network without LoRA on rank 0, None elsewhere; the engine cannot train any more.
+def shares_weights(recipe: Recipe) -> bool:
+    """Whether a rank's network holds only a share of the weights."""
+    return recipe.engine.kind == "deepspeed" and (recipe.engine.zero_stage == 3 or recipe.engine.expert_parallel > 1)
 
-    Called by every rank.
+
+def merged_network(
+    engine: TrainingEngine, config: MedPLIBConfig, recipe: Recipe, checkpoint: Path | None = None
+) -> MedPLIBForCausalLM | None:
+    """The trained network without LoRA on rank 0, None elsewhere. Called by every rank.
+
+    Where ranks share weights out it is a copy; elsewhere it is the engine's network, which cannot train any more.
+
+    Args:
+        engine, config, recipe: of the run.
+        checkpoint: one of the run's, whose learnt weights are taken instead of the engine's.
     """
-    if recipe.engine.kind == "deepspeed" and (recipe.engine.zero_stage == 3 or recipe.engine.expert_parallel > 1):
-        state = engine.gather(trainable_only=False)  # the network itself holds only a share of each weight
+    if shares_weights(recipe):
+        state = engine.gather(trainable_only=False)
         if not engine.process.is_first:
             return None
+        if checkpoint is not None:
+            state |= load_file(checkpoint / WEIGHTS)
         scaling = recipe.lora.alpha / recipe.lora.rank if recipe.lora.rank else 1.0
         return finish(empty_network(config), merge_lora_state(state, scaling))
-    return _merged(engine.network) if engine.process.is_first else None
+    if not engine.process.is_first:
+        return None
+    if checkpoint is not None:
+        load_trainable(engine.network, checkpoint)
+    return _merged(engine.network)
 
 
 def network_of_run(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard, a progress bar; rank 0 alone writes."""
+"""Log of a run: metrics.jsonl, validation.jsonl, TensorBoard, and a progress bar or lines; rank 0 alone writes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from model.train.recipe import Logging
+from model.train.recipe import SCORES, TEACHER_FORCED, Logging
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +41,12 @@ class Journal:
     def __init__(self, folder: Path, settings: Logging, total_steps: int, first_step: int, writes: bool) -> None:
         self.folder, self.writes = folder, writes
         self.last_validation = 0  # step of the newest row
+        shown, terminal = writes and settings.progress, sys.stderr.isatty()
         self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            disable=not (writes and settings.progress),
-            smoothing=0.1,
+            total=total_steps, initial=first_step, unit="step", disable=not (shown and terminal), smoothing=0.1
         )
+        self._lines_every = settings.every if shown and not terminal else 0
+        self._first_step, self._total_steps, self._begun = first_step, total_steps, time.monotonic()
         self.board = _tensorboard(folder, first_step) if writes and settings.tensorboard else None
         if writes:
             kept = [_cut_after(folder / name, first_step) for name in (METRICS_FILE, ROUTER_FILE, VALIDATION_FILE)]
@@ -55,14 +57,27 @@ class Journal:
         self._write(METRICS_FILE, row, "train")
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", refresh=False)
         self.bar.update()
+        step, last = row["step"], self._total_steps
+        if self._lines_every and (step % self._lines_every == 0 or step == last):
+            pace = (time.monotonic() - self._begun) / (step - self._first_step)
+            left = timedelta(seconds=round(pace * (last - step)))
+            self.say(
+                f"step {step}/{last}: loss {row['loss']:.4f}, lr {row['lr']:.1e}, {pace:.2f} s a step, {left} left"
+            )
 
-    def validation(self, row: Mapping[str, Any]) -> None:
-        """Note the scores of one validation."""
+    def validation(self, row: Mapping[str, Any], files: Sequence[str], note: str) -> None:
+        """Note the scores of one validation.
+
+        Args:
+            row: its step and scores.
+            files: names of several validation files, each of which gets a line.
+            note: said behind the scores.
+        """
         self._write(VALIDATION_FILE, row, "validation")
         if self.writes:
-            whole = {name: value for name, value in row.items() if "/" not in name and isinstance(value, float)}
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in whole.items())
-            self.say(f"step {row['step']}: {scores}")
+            for line in score_lines(row, files):
+                self.say(f"step {row['step']}: {line}")
+            self.say(f"step {row['step']}: {note}")
 
     def router(self, row: Mapping[str, Any] | None) -> None:
         """Note what routers did, if there is anything to note."""
@@ -114,6 +129,24 @@ class Journal:
             for key, value in row.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{group}/{key}", value, row["step"])
+
+
+def score_lines(row: Mapping[str, Any], files: Sequence[str] = ()) -> list[str]:
+    """Scores of a validation: those of generated answers, of each file too, then those given the reference answer."""
+
+    def told(names: Mapping[str, str]) -> str:
+        found = ((name, row.get(key)) for key, name in names.items())
+        return ", ".join(f"{name} {value:.3f}" for name, value in found if isinstance(value, int | float))
+
+    by_file = [told({f"{name}/{file}": name for name in SCORES}) for file in files]
+    forced = {name: name.removeprefix(TEACHER_FORCED) for name in row if name.startswith(TEACHER_FORCED)}
+    forced = {key: name for key, name in forced.items() if "/" not in name}
+    if not any(name in row for name in SCORES) and not forced:  # written before answers were generated
+        forced = {name: name for name in row if name != "step" and "/" not in name}
+    lines = [told({name: name for name in SCORES})]
+    lines += [f"{file}: {scores}" for file, scores in zip(files, by_file, strict=True) if scores]
+    lines += [f"teacher-forced, not the model's own answers: {told(forced)}"] if forced else []
+    return [line for line in lines if line]
 
 
 def read_rows(path: Path, tail: int = 0) -> list[dict[str, Any]]:

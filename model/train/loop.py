@@ -18,37 +18,38 @@ from model.checkpoint import export_published, save
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.bad_steps import BadSteps
 from model.train.balance import draw_table, draw_weights, told
 from model.train.checkpoints import (
+    checkpoint_of,
     find_whole_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     random_state,
     read_progress,
     restore_random_state,
+    rotate,
     save_checkpoint,
+    step_of,
 )
 from model.train.datasets import item_lengths, open_dataset
-from model.train.disk import check_room
 from model.train.durable import disk_faults, sync_tree
-from model.train.engine import StepResult, make_engine
+from model.train.engine import BadSteps, StepResult, make_engine
 from model.train.features import cached_features
-from model.train.feeding import Feed, taken_from
+from model.train.feeding import Feed, in_shared_memory, taken_from
 from model.train.fingerprint import Fingerprint, check_unchanged, fingerprint, save_marks
 from model.train.handover import merged_network, remove_half_merged
-from model.train.journal import Journal
-from model.train.learning_rate import rate_factor
+from model.train.journal import VALIDATION_FILE, Journal, read_rows
 from model.train.meters import Meters
 from model.train.process import join, leave, resolved
-from model.train.readiness import check_start
+from model.train.readiness import check_room, check_start
 from model.train.recipe import Recipe
 from model.train.recipe_io import save_recipe
 from model.train.run_record import RunRecord, status_of
 from model.train.signals import HEEDED, RunStopped, StopRequest, leave_signals_to_the_parent
-from model.train.stages import STAGE_NAMES
+from model.train.stages import STAGE_NAMES, rate_factor, schedule_notes, total_steps
 from model.train.starting import starting_network
 from model.train.trainable import count_trainable
-from model.train.validation import Validator
+from model.train.validation import Best, Validator, best_of, is_better
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ class Trainer:
         self.stop = StopRequest()
         self.journal: Journal | None = None
         self.record: RunRecord | None = None  # on rank 0
+        self.best: Best | None = None  # by saving.best
+        self.waited = 0  # validations since then
+        self.seconds_validating = 0.0
+        self._former_total = 0  # steps of the schedule that a resumed run had before
+        self.begun = time.monotonic()
         self._saved_at = -1
         self._loader: DataLoader | None = None
         self._batches: Iterator[dict[str, Any]] | None = None
@@ -93,7 +99,10 @@ class Trainer:
         if checkpoint is not None:
             self._take_up(checkpoint)
         self._begin_record()
-        self._tell_plan()
+        if self.recipe.saving.best:
+            self.process.on_first(self._check_best)
+            self.best, self.waited = self.process.on_first(self._best_so_far)
+        self._log_plan()
         self.stop.defer()
 
     def _set_up_data(self) -> None:
@@ -111,8 +120,7 @@ class Trainer:
             group_by_length=data.group_by_length,
         )
         self.steps_per_epoch = len(self.sampler) / schedule.accumulation
-        every_epoch = math.ceil(schedule.epochs * self.steps_per_epoch)
-        self.total_steps = min(schedule.max_steps or every_epoch, every_epoch)
+        self.total_steps = total_steps(schedule, self.steps_per_epoch)
         self.validator: Validator | None = None
         if data.validation and self.recipe.validation.samples:
             held_out = open_dataset(self.recipe, self.processor, training=False, shown=shown)
@@ -165,11 +173,28 @@ class Trainer:
         folder = self.recipe.folder
         folder.mkdir(parents=True, exist_ok=True)
         self.record = RunRecord(folder, self.recipe.stage)
+        self._former_total = int(self.record.content.get("total_steps") or 0) if self.step_number else 0
         save_recipe(self.recipe, folder)
         save_marks(self.dataset.datasets, folder)
         self.record.begin(self.process.world_size, self.step_number, self.total_steps, self.data)
 
-    def _tell_plan(self) -> None:
+    def _check_best(self) -> None:
+        assert self.validator is not None
+        names, best = self.validator.names(), self.recipe.saving.best
+        if best not in names:
+            raise MedPLIBError(
+                f"saving.best is {best}, which the records of data.validation do not give; they give {', '.join(names)}"
+            )
+
+    def _best_so_far(self) -> tuple[Best | None, int]:
+        """The best validation whose checkpoint is there, and how many came after it."""
+        folder, metric = self.recipe.folder, self.recipe.saving.best
+        kept = {step_of(path) for path in list_checkpoints(folder)}
+        rows = [row for row in read_rows(folder / VALIDATION_FILE) if metric in row]
+        best = best_of(rows, metric, kept)
+        return best, sum(best is None or row["step"] > best.step for row in rows)
+
+    def _log_plan(self) -> None:
         assert self.journal is not None
         counts = count_trainable(self.engine.network)
         parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
@@ -177,8 +202,18 @@ class Trainer:
             f"stage {self.recipe.stage} ({STAGE_NAMES[self.recipe.stage]}): {len(self.dataset)} records, "
             f"{self.total_steps} steps of {self._samples_per_step} records; training {parts} parameters"
         )
+        for line in schedule_notes(self.recipe, self.process.world_size, self.steps_per_epoch):
+            self.journal.say(line)
         if self.step_number:
             self.journal.say(f"going on after step {self.step_number}, from its checkpoint")
+        former = self._former_total
+        if former not in (0, self.total_steps):
+            self.journal.say(
+                f"the schedule has {self.total_steps} steps now, it had {former}: from here on the learning rate is "
+                "that of the new length, so the run is not the one that had it from the beginning"
+            )
+        if self.validator is not None:
+            self.journal.say(self.validator.plan())
         draws = self.total_steps * self._samples_per_step
         for line in told(draw_table(self.dataset, self.sampler.weights, draws)):
             self.journal.say(line)
@@ -201,7 +236,7 @@ class Trainer:
         """
         if self._lacks_validation():
             self.validate()
-        while self.step_number < self.total_steps:
+        while self.step_number < self.total_steps and not self.is_out_of_patience():
             self.train_step()
             if self.is_due(self.recipe.saving.every):
                 self.save()
@@ -209,6 +244,10 @@ class Trainer:
                 self.validate()
             self.end_if_told()
         return self.hand_over()
+
+    def is_out_of_patience(self) -> bool:
+        """Whether ``validation.patience`` validations in a row were no better than the best before them."""
+        return 0 < self.recipe.validation.patience <= self.waited
 
     def train_step(self) -> None:
         """One optimiser step over ``accumulation`` micro-batches."""
@@ -242,7 +281,7 @@ class Trainer:
         return DataLoader(
             self.dataset,
             batch_sampler=self.sampler,  # type: ignore[arg-type]
-            collate_fn=partial(self.processor.collate, share_images=True),
+            collate_fn=partial(in_shared_memory, partial(self.processor.collate, share_images=True)),
             num_workers=self.recipe.data.workers,
             persistent_workers=self.recipe.data.workers > 0,
             pin_memory=self.process.device.type == "cuda",
@@ -288,12 +327,35 @@ class Trainer:
         if self.validator is None:
             return {}
         assert self.journal is not None
-        before = random_state()
+        before, begun = random_state(), time.monotonic()
         scores = self.validator.run(self.engine, self.config, self.should_stop)
         restore_random_state(before)
         if scores:
-            self.journal.validation({"step": self.step_number, **scores})
+            self._keep_best(scores)
+            seconds = time.monotonic() - begun
+            self.seconds_validating += seconds
+            share = self.seconds_validating / max(time.monotonic() - self.begun, 1e-9)
+            note = f"validation took {seconds:.1f} s; validations are {share:.0%} of this run's time so far"
+            if self.validator.errors:
+                note += (
+                    f"; {len(self.validator.errors)} questions failed on rank 0, the first: {self.validator.errors[0]}"
+                )
+            names = list(self.validator.counts) if self.validator.by_file else []
+            self.journal.validation({"step": self.step_number, **scores}, names, note)
         return scores
+
+    def _keep_best(self, scores: dict[str, float]) -> None:
+        """Let the checkpoint of this step stay where the score of ``saving.best`` has no better one."""
+        metric = self.recipe.saving.best
+        if not metric:
+            return
+        value = scores.get(metric, math.nan)
+        self.waited += 1
+        if is_better(metric, value, self.best):
+            self.best, self.waited = Best(self.step_number, metric, value), 0
+            if self._saved_at != self.step_number:
+                self.save()  # so a resumed run never begins before its best checkpoint
+            self.process.on_first(lambda: rotate(self.recipe.folder, self.recipe.saving.keep, self.step_number))
 
     def _lacks_validation(self) -> bool:
         """Whether the run was ended between the newest checkpoint and the validation of its step."""
@@ -313,7 +375,8 @@ class Trainer:
             "meters": self.meters.state_dict(self.process),
         }
         self.journal.write_through()
-        save_checkpoint(self.engine, self.recipe.folder, progress, self.recipe.saving.keep)
+        best = None if self.best is None else self.best.step
+        save_checkpoint(self.engine, self.recipe.folder, progress, self.recipe.saving.keep, best)
         self._saved_at = self.step_number
 
     def should_stop(self) -> bool:
@@ -340,10 +403,12 @@ class Trainer:
     # --- after ------------------------------------------------------------------------------------------------------
 
     def hand_over(self) -> Path:
-        """Merge LoRA and write the directory that the next stage starts from."""
+        """Merge LoRA and write the directory that the next stage starts from, of the best checkpoint if one is kept."""
+        best = self.best if self.best is not None and self.best.step != self.step_number else None
+        checkpoint = None if best is None else checkpoint_of(self.recipe.folder, best.step)
         skipped = self.dataset.rejected + self._noted(self.dataset.unreadable)
         shortened = self._noted(self.dataset.shortened)
-        network = merged_network(self.engine, self.config, self.recipe)
+        network = merged_network(self.engine, self.config, self.recipe, checkpoint)
         if network is not None:
             remove_half_merged(self.recipe.folder)
             with disk_faults(f"the merged result {self.recipe.merged}"):
@@ -355,6 +420,15 @@ class Trainer:
                 "wrote %s; %d records were skipped, %d answers cut off at %d tokens",
                 *(self.recipe.merged, skipped, shortened, self.recipe.data.max_length),
             )
+            result: dict[str, Any] = {"step": self.step_number}
+            if self.best is not None:
+                result = {"step": self.best.step, "metric": self.best.metric, "value": self.best.value}
+                logger.info("it is the checkpoint of step %d, with the best %s, %.4f", *result.values())
+            if self.is_out_of_patience():
+                result["ended"] = f"{self.waited} validations without a better {self.recipe.saving.best}"
+                logger.info("the run ended at step %d, after %s", self.step_number, result["ended"])
+            if self.record is not None:
+                self.record.content["merged"] = result
         self.process.barrier()
         return self.recipe.merged
 
@@ -374,5 +448,8 @@ class Trainer:
         if self.journal is not None:
             self.journal.close()
         self.stop.release()
+        # The loader's processes end now, whatever else refers to it (an error of theirs does): collected as garbage, it
+        # would close the queues through which it ends them.
+        getattr(self._batches, "_shutdown_workers", lambda: None)()
         self._batches = self._loader = None
         leave()

@@ -12,6 +12,11 @@ from typing import Literal
 
 from model.checkpoint.directories import MERGED
 
+SCORES = ("mDice", "false_masks", "seg_said", "closed", "open", "region")
+"""Scores of answers generated in validation; ``mDice@T`` of each threshold besides."""
+TEACHER_FORCED = "teacher_forced/"
+"""Begins the names of scores given the reference answer."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -30,9 +35,9 @@ class Data:
     """Which records are learnt from, and how they become sequences."""
 
     train: tuple[str, ...] = ()  # record files: JSON, JSONL or Parquet
-    images: str = ""  # folder that the records' image and mask paths start from
+    images: tuple[str, ...] = ()  # folder that the records' image and mask paths start from: of all files, or of each
     validation: tuple[str, ...] = ()  # record files that are never trained on
-    validation_images: str = ""  # folder of theirs; empty means the same as images
+    validation_images: tuple[str, ...] = ()  # folder of theirs, or of each; empty means the same as images
     shares: tuple[float, ...] = ()  # share of the draws of each train file; empty means in proportion to their sizes
     task_shares: dict[str, float] = field(default_factory=dict)  # share of the draws of each task; empty: by size
     modality_shares: dict[str, float] = field(default_factory=dict)  # the same by modality; other: all not named
@@ -51,7 +56,7 @@ class Schedule:
     epochs: int = 1
     batch_size: int = 16  # records per device and forward pass
     accumulation: int = 1  # forward passes per optimiser step
-    max_steps: int = 0  # stop after this many optimiser steps; 0 means all epochs
+    max_steps: int = 0  # optimiser steps, whatever epochs says; 0 means all epochs
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,11 @@ class Validation:
     """Scores on held-out records while training."""
 
     every: int = 0  # optimiser steps between two validations, the end apart; 0 means once an epoch
-    samples: int = 200  # records drawn from the validation files, the same ones every time; 0 turns it off
+    samples: int = 200  # records drawn, as many of each file as it has, the same ones every time; 0 turns it off
     batch_size: int = 4  # records per device
+    max_new_tokens: int = 128  # hard end of a generated answer
     thresholds: tuple[float, ...] = (0.1, 0.5)  # mask read-out thresholds, published and plain
+    patience: int = 0  # validations without a better saving.best after which the run ends; 0: never
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ class Saving:
 
     every: int = 0  # optimiser steps between two checkpoints to resume from, the end apart; 0 means once an epoch
     keep: int = 2  # newest checkpoints that stay
+    best: str = ""  # score whose best checkpoint stays besides and becomes merged/, such as mDice; empty: the last step
     published: bool = False  # also export the merged result in the published layout
 
 
@@ -152,6 +160,7 @@ class Logging:
 
     progress: bool = True  # bar with rate and time left on rank 0
     tensorboard: bool = True
+    every: int = 10  # steps between two lines of a log, where the bar has no terminal
     router_every: int = 50  # steps that a row of router statistics, and of losses by modality, covers; 0: none
 
 

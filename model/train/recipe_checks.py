@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.train.balance import check_shares
-from model.train.recipe import Mixture, Recipe
+from model.train.recipe import SCORES, TEACHER_FORCED, Mixture, Recipe
 from model.train.trainable import LORA_TARGETS, PARTS
 from model.yaml_files import unknown_key
 
@@ -46,9 +46,12 @@ _LOWEST: Mapping[str, float] = {
     "validation.every": 0,
     "validation.samples": 0,
     "validation.batch_size": 1,
+    "validation.max_new_tokens": 1,
+    "validation.patience": 0,
     "validation.thresholds": 0,
     "saving.every": 0,
     "saving.keep": 1,
+    "logging.every": 1,
     "logging.router_every": 0,
 }
 _SHARES = ("optimiser.betas", "optimiser.warmup", "lora.dropout", "validation.thresholds")
@@ -81,7 +84,21 @@ def check_values(recipe: Recipe) -> list[str]:
     problems += [
         f"trainable pattern {part} is no regular expression" for part in recipe.trainable if not _compiles(part)
     ]
-    return problems + _check_ranges(recipe) + _check_mixture(recipe) + _check_scale(recipe)
+    return problems + _check_best(recipe) + _check_ranges(recipe) + _check_mixture(recipe) + _check_scale(recipe)
+
+
+def _check_best(recipe: Recipe) -> list[str]:
+    """A best checkpoint, or an end without one, that no validation could find."""
+    best, problems = recipe.saving.best, []
+    if recipe.validation.patience and not best:
+        problems.append("validation.patience is set, but saving.best names no score; give saving.best=mDice, say")
+    if best and not (recipe.data.validation and recipe.validation.samples):
+        problems.append(f"saving.best is {best}, which needs data.validation and validation.samples")
+    known = [*SCORES, f"{TEACHER_FORCED}ce"]
+    known += [f"{name}@{t:g}" for name in ("mDice", f"{TEACHER_FORCED}dice") for t in recipe.validation.thresholds]
+    if best and best not in known and not any(best.startswith(f"{name}/") for name in known):
+        problems.append(unknown_key(f"saving.best {best}", (f"saving.best {name}" for name in known)))
+    return problems
 
 
 def _compiles(part: str) -> bool:
@@ -102,6 +119,15 @@ def _check_ranges(recipe: Recipe) -> list[str]:
     problems += [
         f"{name} is {value:g}, expected at most 1" for name in _SHARES for value in _values(recipe, name) if value > 1
     ]
+    data = recipe.data
+    for name, roots, files in (
+        ("images", data.images, len(data.train)),
+        ("validation_images", data.validation_images, len(data.validation)),
+    ):
+        if len(roots) not in (0, 1, files):
+            problems.append(f"data.{name} has {len(roots)} folders for {files} files; give one, or one each")
+    if len(data.images) > 1 and data.validation and not data.validation_images:
+        problems.append("data.images has a folder for each train file, so data.validation_images must be given, too")
     shares = recipe.data.shares
     if shares and len(shares) != len(recipe.data.train):
         problems.append(f"data.shares has {len(shares)} numbers for {len(recipe.data.train)} train files")

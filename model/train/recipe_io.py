@@ -72,7 +72,7 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
 
 _MAY_CHANGE = (
     *("output", "logging", "saving", "validation"),
-    *("data.workers", "data.feature_cache", "optimiser.max_bad_steps"),
+    *("data.workers", "data.feature_cache", "optimiser.max_bad_steps", "schedule.epochs", "schedule.max_steps"),
     *("engine.device", "engine.attention"),
 )
 

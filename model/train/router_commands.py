@@ -78,7 +78,8 @@ def _data_of(options: argparse.Namespace) -> tuple[list[Path], Path]:
         )
     images = options.images
     if images is None and recipe is not None and not options.data:
-        images = Path(recipe.validation_images or recipe.images if recipe.validation else recipe.images)
+        roots = set(recipe.validation_images or recipe.images if recipe.validation else recipe.images)
+        images = Path(roots.pop()) if len(roots) == 1 else None
     if images is None:
         raise MedPLIBError("--images is missing; give the folder that the records' paths start from")
     return files, images

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import re
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +19,6 @@ from typing import IO, Any, Literal
 
 from model.errors import MedPLIBError
 from model.train.durable import write_through
-from model.train.environment import command_line, git_state, machine, versions
 from model.train.journal import METRICS_FILE
 from model.train.signals import RunStopped
 
@@ -28,6 +31,56 @@ RUN_FILE = "run.json"
 """``stage``, ``status``, ``reason``, ``step``, ``total_steps``, ``data`` and a list of ``attempts``."""
 LOCK_FILE = ".lock"
 """Held by rank 0 of a run that is going on; the system lets go of it when the process ends, however it ends."""
+_RESERVED = 1 << 16  # bytes of the lock, given back to write run.json where the disk became full
+
+_PACKAGES = ("medplib", "torch", "transformers", "tokenizers", "safetensors", "peft", "deepspeed", "numpy", "pillow")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def git_state(root: Path = _ROOT) -> dict[str, Any] | None:
+    """``commit``, ``dirty`` and, where it is, ``changes`` (lines of ``git diff --stat``); None without a repository."""
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    state: dict[str, Any] = {"commit": commit, "dirty": bool(changed)}
+    if changed:
+        state["changes"] = (_git(root, "diff", "HEAD", "--stat") or "").splitlines()[-20:]
+    return state
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    if not (root / ".git").exists():  # a repository further up is another project's
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        ended = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+        return ended.stdout.strip()
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the platform and the packages that training uses; what is not installed is left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """``host``, and what computes there: ``cpus`` and the names of all GPUs that this process sees."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"host": socket.gethostname(), "cpus": torch.get_num_threads(), "gpus": gpus, "cuda": torch.version.cuda}
+
+
+def command_line() -> list[str]:
+    """How this process was started."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
 
 Status = Literal["running", "preempted", "interrupted", "finished", "failed"]
 
@@ -73,6 +126,7 @@ class RunRecord:
     def end(self, status: Status, reason: str, step: int) -> None:
         """Note how the attempt ended; a disk that is full must not hide why."""
         if self.content["attempts"]:
+            self._lock.truncate(0)
             self.content["attempts"][-1] |= {"ended": _now(), "status": status, "step": step}
             self.content |= {"status": status, "reason": reason, "step": step}
             with suppress(OSError):
@@ -143,6 +197,9 @@ def _hold(folder: Path) -> IO[bytes]:
         raise MedPLIBError(told_as_taken(folder)) from None
     except OSError:  # a file system without locks
         logger.debug("%s cannot be locked on %s", folder, socket.gethostname())
+    stream.write(bytes(max(0, _RESERVED - os.fstat(stream.fileno()).st_size)))
+    stream.flush()
+    os.fsync(stream.fileno())
     return stream
 
 

@@ -14,15 +14,18 @@ from typing import Any
 import yaml
 
 from model.errors import MedPLIBError
-from model.train.journal import METRICS_FILE, VALIDATION_FILE, read_rows
+from model.train.checkpoints import list_checkpoints, step_of
+from model.train.journal import METRICS_FILE, VALIDATION_FILE, read_rows, score_lines
+from model.train.recipe import MERGED, TEACHER_FORCED
 from model.train.recipe_io import RECIPE_FILE
 from model.train.run_record import RUN_FILE, is_locked, read_record
+from model.train.validation import best_of
 
 _TAIL = 65536  # bytes at the end of metrics.jsonl that surely hold a whole row
 _DEPTH = 4  # levels of folders below the given one that are looked through
 
 HEADINGS: tuple[str, ...] = (
-    *("RUN", "STAGE", "STATUS", "STEP", "LOSS", "BEST SCORES", "STARTED (UTC)", "TIME", "COMMIT"),
+    *("RUN", "STAGE", "STATUS", "STEP", "LOSS", "STARTED (UTC)", "TIME", "COMMIT", "SCORES OF ITS WEIGHTS"),
 )
 """Of what ``cells_of`` gives."""
 
@@ -81,15 +84,25 @@ class Run:
         return path.stat().st_mtime if path.is_file() else time.time()
 
     @property
+    def scored(self) -> Mapping[str, Any]:
+        """The validation of weights that exist: of merged/, else the best or newest checkpoint; empty without one."""
+        merged = self.record.get("merged")
+        step = merged.get("step") if isinstance(merged, Mapping) else self.record.get("step")
+        steps: list[Any] = (
+            [step] if (self.folder / MERGED).is_dir() else [step_of(path) for path in list_checkpoints(self.folder)]
+        )
+        rows = [row for row in self.validations if row["step"] in steps]
+        saving = self.recipe.get("saving")
+        metric = str(saving.get("best") or "") if isinstance(saving, Mapping) else ""
+        best = best_of(rows, metric, steps)
+        found = [row for row in rows if best is None or row["step"] == best.step]
+        return found[-1] if found else {}
+
+    @property
     def best(self) -> dict[str, float]:
-        """The best value of every validation score; ``ce`` and ``false_masks`` are better when smaller."""
-        best: dict[str, float] = {}
-        for row in self.validations:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)) and "/" not in name:
-                    better = min if name in ("ce", "false_masks") else max
-                    best[name] = better(best.get(name, value), value)
-        return best
+        """Scores of ``scored``, those of all records together."""
+        numbers = {name: value for name, value in self.scored.items() if isinstance(value, int | float)}
+        return {name: value for name, value in numbers.items() if "/" not in name.removeprefix(TEACHER_FORCED)}
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -169,9 +182,8 @@ def list_text(runs: Sequence[Run]) -> str:
 def cells_of(run: Run) -> tuple[str, ...]:
     """How a run stands, a text for each of ``HEADINGS``."""
     step, total = run.last.get("step", run.record.get("step", 0)), run.record.get("total_steps", "?")
-    dice = [name for name in run.best if name.startswith("dice@")][-1:]
-    # A line has room for a score of each kind of answer; compare shows all.
-    scores = [f"{name} {run.best[name]:.3f}" for name in ("ce", *dice, "closed", "open", "region") if name in run.best]
+    files = sorted({key.partition("/")[2] for key in run.scored if key.startswith(("seg_said/", "closed/", "open/"))})
+    scores = f"step {run.scored['step']}: {'; '.join(score_lines(run.scored, files))}" if run.scored else "-"
     attempts = run.record.get("attempts") or [{}]
     started = str(attempts[0].get("started", "")) if isinstance(attempts[0], dict) else ""
     return (
@@ -180,10 +192,10 @@ def cells_of(run: Run) -> tuple[str, ...]:
         run.status,
         f"{step}/{total}",
         _number(run.last.get("loss")),
-        " ".join(scores) or "-",
         started[:16].replace("T", " ") or "-",
         _time(run.seconds),
         run.commit or "-",
+        scores,
     )
 
 

@@ -15,6 +15,25 @@ HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that end a run in good order."""
 
 
+_BEFORE = "stopped before the first step; nothing was lost"
+
+
+def end_at_once_on_signals() -> None:
+    """Until ``StopRequest.listen``, while libraries are imported, let a signal end the process as if it had come later.
+
+    It ends without unwinding: an exception raised inside an import may be swallowed by what imports.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"{_BEFORE}\n".encode())
+        os._exit(int(str(RunStopped(number, _BEFORE).code)))
+
+    if threading.current_thread() is threading.main_thread():
+        for number in HEEDED:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nobody else's
+                signal.signal(number, end)
+
+
 class RunStopped(SystemExit):
     """The run was told to end and did so in good order: code 0 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
 
@@ -61,7 +80,7 @@ class StopRequest:
         if self.number is None:
             self.number, self._since = number, now
             if not self._deferred:
-                raise RunStopped(number, "stopped before the first step; nothing was lost")
+                raise RunStopped(number, _BEFORE)
         elif number == signal.SIGINT and now - self._since > _ECHO_SECONDS:
             raise KeyboardInterrupt
 

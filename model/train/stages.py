@@ -1,4 +1,4 @@
-"""What each stage trains and with which settings: the published table (reference §6, arXiv 2412.09278).
+"""Settings of each stage: the published table (reference §6, arXiv 2412.09278), and a run's steps and learning rates.
 
 The recipes under ``configs/stages`` repeat these values for the reader; a recipe file that leaves one out gets it from
 here.
@@ -6,8 +6,12 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.train.recipe import Optimiser, Recipe, Schedule
 
 ATTENTION_AND_FFN = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -55,4 +59,62 @@ _MIXTURE: Mapping[str, Any] = {
 PUBLISHED: Mapping[int, Mapping[str, Any]] = {1: _ALIGNMENT, 2: _VQA_EXPERT, 3: _GROUNDING_EXPERT, 4: _MIXTURE}
 """Published settings of each stage, as a recipe's nested values; what is not named is the recipe's plain default."""
 
+PUBLISHED_GPUS = 4
+"""That the published settings were used on."""
+
 STAGE_NAMES: Mapping[int, str] = {1: "alignment", 2: "VQA expert", 3: "grounding expert", 4: "mixture of experts"}
+
+
+def schedule_notes(recipe: Recipe, processes: int, steps_per_epoch: float) -> list[str]:
+    """What is worth knowing about a run's length and batch: epochs that do not count, a batch unlike the published."""
+    schedule, notes = recipe.schedule, []
+    if schedule.max_steps:
+        epochs = schedule.max_steps / steps_per_epoch
+        notes.append(f"schedule.max_steps={schedule.max_steps} is {epochs:.3g} epochs; schedule.epochs is not used")
+    settings = PUBLISHED[recipe.stage]["schedule"]
+    published = PUBLISHED_GPUS * settings["batch_size"] * settings["accumulation"]
+    forward = schedule.batch_size * processes
+    if forward * schedule.accumulation != published:
+        if published % forward == 0:
+            advice = f"schedule.accumulation={published // forward} gives that"
+        elif published % processes == 0:
+            advice = f"schedule.batch_size={published // processes} schedule.accumulation=1 gives that"
+        else:
+            advice = f"no batch size gives that in {processes} processes"
+        notes.append(
+            f"global batch {forward * schedule.accumulation} ({schedule.batch_size} records × {schedule.accumulation} "
+            f"accumulated × {processes} processes); published for stage {recipe.stage}: {published}; {advice}"
+        )
+    return notes
+
+
+def total_steps(schedule: Schedule, steps_per_epoch: float) -> int:
+    """Optimiser steps of a run: ``max_steps`` where it is set, else those of all epochs."""
+    return schedule.max_steps or math.ceil(schedule.epochs * steps_per_epoch)
+
+
+def warmup_steps(optimiser: Optimiser, steps_per_epoch: float) -> int:
+    """Steps of rising learning rate: a share of one epoch's, at least one where the share is not zero."""
+    return max(1, int(optimiser.warmup * steps_per_epoch)) if optimiser.warmup else 0
+
+
+def rate_factor(optimiser: Optimiser, steps_per_epoch: float, total_steps: int) -> Callable[[int], float]:
+    """What the peak learning rate is multiplied by at each step, for ``torch.optim.lr_scheduler.LambdaLR``.
+
+    Step 0 is the first one and already learns; the last step, ``total_steps - 1``, still does.
+
+    Returns:
+        A function of the step, in (0, 1].
+    """
+    warmup = warmup_steps(optimiser, steps_per_epoch)
+    decaying = max(1, total_steps - warmup + (warmup > 0))  # the last warm-up step is the peak itself
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if optimiser.decay == "constant":
+            return 1.0
+        left = max(0.0, (total_steps - step) / decaying)
+        return left if optimiser.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+    return factor

@@ -109,8 +109,8 @@ def _data_paths(recipe: Recipe) -> dict[str, str]:
     """What training reads besides weights, by recipe key."""
     data = recipe.data
     return {
-        "data.images": data.images,
-        "data.validation_images": data.validation_images,
+        **{f"data.images[{index}]": path for index, path in enumerate(data.images)},
+        **{f"data.validation_images[{index}]": path for index, path in enumerate(data.validation_images)},
         **{f"data.train[{index}]": path for index, path in enumerate(data.train)},
         **{f"data.validation[{index}]": path for index, path in enumerate(data.validation)},
         "engine.deepspeed": recipe.engine.deepspeed,

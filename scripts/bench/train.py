@@ -87,12 +87,12 @@ def read_recipe(options: argparse.Namespace, folder: Path, device: torch.device)
         for name in re.findall(r"\$\{(\w+)", options.recipe.read_text(encoding="utf-8")):
             environment.setdefault(name, f"{name}-is-not-needed")
     recipe = load_recipe(options.recipe, options.overrides, environment)
-    data = replace(recipe.data, validation=(), validation_images="")
+    data = replace(recipe.data, validation=(), validation_images=())
     if options.mix:
         at = ROOT / "assets" / "medplib-nano" if options.random else resolve(recipe.model.base)
         count = (options.steps + 1) * recipe.schedule.batch_size * recipe.schedule.accumulation
         train = write_records(folder, count, build_tokenizer(at))
-        data = replace(data, train=(str(train),), images=str(SAMPLE), shares=(), task_shares={}, modality_shares={})
+        data = replace(data, train=(str(train),), images=(str(SAMPLE),), shares=(), task_shares={}, modality_shares={})
     engine = replace(recipe.engine, kind="torch", device=device.type, deepspeed="")
     logged = replace(recipe.logging, progress=False)
     recipe = replace(recipe, data=data, engine=engine, logging=logged)

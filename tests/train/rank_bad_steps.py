@@ -35,7 +35,7 @@ def main() -> None:
 def steps_of(recipe: Recipe, process: Process, fault: str) -> list[dict[str, Any]]:
     network, processor = starting_network(recipe)
     engine = make_engine(network.train(), recipe, process, lambda step: 1.0 / (step + 1))
-    data = MedPLIBDataset(recipe.data.train[0], recipe.data.images, processor, training=True)
+    data = MedPLIBDataset(recipe.data.train[0], recipe.data.images[0], processor, training=True)
     rows = []
     for number in range(3):
         before = engine.gather(trainable_only=True)

@@ -38,7 +38,7 @@ def gradients_of(recipe: Recipe, process: Process) -> dict[str, torch.Tensor]:
     engine = make_engine(network.train(), recipe, process, lambda step: 1.0)
     kinds = recipe.data.train if process.world_size == 1 else [recipe.data.train[process.rank]]
     for path in kinds:
-        data = MedPLIBDataset(path, recipe.data.images, processor, training=True)
+        data = MedPLIBDataset(path, recipe.data.images[0], processor, training=True)
         engine.accumulate(processor.collate([data[0], data[1]]))
     return read_gradients(engine)
 

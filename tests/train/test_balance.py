@@ -211,8 +211,8 @@ def test_recomputed_layers_are_counted_once_and_validation_not_at_all(values: An
         assert sum(projector["probability"]) == pytest.approx(1, abs=2e-4)
         assert 0 < projector["entropy"] <= math.log(2) + 1e-4 and projector["dropped"] == 0
     scores = metrics(recipe.folder, "validation.jsonl")[0]
-    assert scores["ce/grounding"] == pytest.approx(scores["ce"], rel=1e-4)
-    by_modality = [name for name in scores if name.startswith("dice@0.5/")]
+    assert scores["teacher_forced/ce/grounding"] == pytest.approx(scores["teacher_forced/ce"], rel=1e-4)
+    by_modality = [name for name in scores if name.startswith("mDice/")]
     assert by_modality and all(0 <= scores[name] <= 1 for name in by_modality)
     assert {f"ce/{task}" for task in ("vqa", "grounding")} & set(metrics(recipe.folder)[0])
 

@@ -88,6 +88,8 @@ SAVING_MEMORY: dict[str, dict[str, Any]] = {  # stage of training, and what diff
     "4_zero3_offload_cached": {"zero_stage": 3, "offload": "all", "gradient_checkpointing": True},
 }
 """Each ZeRO stage with LoRA and full weights (stage II) and in a mixture (stage IV), both ways of offloading."""
+VALIDATED = ("2_zero1", "2_zero3_offload", "4_zero2", "4_zero3")
+"""Those that answer held-out questions, too: each rank by itself, or rank 0 on a whole copy."""
 
 
 @pytest.mark.slow
@@ -99,17 +101,25 @@ def test_two_ranks_take_the_steps_of_one_process(values: Any, phantoms: Path, tm
     """
     files = [str(phantoms / f"{name}.json") for name in ("vqa", "region", "grounding")]
     data = {"train": [*files, str(questions_without_images(tmp_path))]}
-    expected = {stage: one_process(values, stage, tmp_path, data=data) for stage in (2, 4)}
+    held_out = {"validation": [str(phantoms / f"{name}.json") for name in ("grounding", "region")]}
+    asked = {"samples": 5, "batch_size": 2, "max_new_tokens": 4, "every": 3}  # no two ranks have as many
+    expected = {stage: one_process(values, stage, tmp_path, data=data | held_out, validation=asked) for stage in (2, 4)}
     recipes = {}
     for name, engine in SAVING_MEMORY.items():
         cache = str(tmp_path / "cache") if name.endswith("cached") else ""
         sections = {"data": {**data, "feature_cache": cache}}
+        if name in VALIDATED:
+            sections = {"data": {**data, **held_out}, "validation": asked}
         recipes[name] = two_ranks(values, int(name[0]), tmp_path / name, sections, **engine)
     given = [recipe_file(recipe, tmp_path / "given" / name) for name, recipe in recipes.items()]
     ended = launch(["tests/train/rank_runs.py", *given], processes=2)
     assert ended.returncode == 0, ended.stderr
     for name, recipe in recipes.items():
         same_steps(expected[int(name[0])], recipe, name)
+        if name in VALIDATED:
+            (scores,) = read_rows(expected[int(name[0])], "validation.jsonl")
+            assert {"mDice", "seg_said", "region/region.json", "teacher_forced/ce"} <= set(scores)
+            assert read_rows(recipe, "validation.jsonl") == [pytest.approx(scores, rel=1e-5)], name
     assert {path.name[:4] for path in (tmp_path / "cache").iterdir()} == {"clip", "sam-"}
 
 

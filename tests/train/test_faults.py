@@ -77,6 +77,8 @@ def test_a_full_disk_ends_in_a_sentence_and_spares_the_last_checkpoint(
     assert main([given]) == 2
     told = capsys.readouterr().err
     assert "could not be written" in told and "--resume" in told and "Traceback" not in told
+    record = read_record(recipe.folder)
+    assert record["status"] == "failed" and "could not be written" in record["reason"]
     kept = list_checkpoints(recipe.folder)
     assert kept and all(not damage(folder, read_manifest(folder)) for folder in kept)
     assert not list((recipe.folder / "checkpoints").glob("*.partial"))
@@ -87,6 +89,15 @@ def test_a_full_disk_ends_in_a_sentence_and_spares_the_last_checkpoint(
     assert "iB free" in told or "No space left" in told
     (small_disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    trainer = Trainer(recipe)
+    trainer.set_up(resume=True)
+    fill(small_disk / "filler")
+    with pytest.raises((MedPLIBError, OSError), match="No space left") as caught:  # of a row of metrics.jsonl
+        for _ in range(300):
+            trainer.journal.step({"step": 12, "loss": 1.0, "lr": 0.1})
+    trainer.close(caught.value)
+    assert read_record(recipe.folder)["status"] == "failed" and "No space" in read_record(recipe.folder)["reason"]
+    (small_disk / "filler").unlink()
     assert main([given, "--resume"]) == 0
     assert [json.loads(line)["step"] for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()] == [
         *range(1, 13)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model.errors import MedPLIBError
 from model.train import recipe_from, run
 from model.train.loop import Trainer
 
@@ -51,3 +56,23 @@ def test_loader_processes_change_nothing(values: Any, tmp_path: Path, stop: bool
         losses[workers] = [row["loss"] for row in rows(recipe.folder)]
     assert losses[0] == losses[2]
     assert len(losses[0]) > 6
+
+
+def test_full_shared_memory_ends_in_a_sentence(values: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(value: Any) -> None:
+        raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+
+    monkeypatch.setattr("model.train.feeding._share", fails)  # loader processes are forks of this one
+    begun = time.monotonic()
+    with pytest.raises(MedPLIBError, match=r"shared memory is full: .* data\.workers=0"):
+        run(recipe_from(values(1, data={"workers": 2})))
+    assert not multiprocessing.active_children() and time.monotonic() - begun < 60
+
+
+def test_a_log_gets_a_line_every_so_many_steps(values: Any, caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
+    shown = {"logging": {"progress": True, "every": 2}, "schedule": {"batch_size": 2, "max_steps": 5}}
+    with caplog.at_level(logging.INFO, logger="model"):
+        run(recipe_from(values(1, **shown)))
+    lines = re.findall(r"step (\d)/5: loss [\d.]+, lr \S+, [\d.]+ s a step, 0:00:\d\d left", caplog.text)
+    assert lines == ["2", "4", "5"]
+    assert "\r" not in capsys.readouterr().err, "no bar where nobody looks"

@@ -12,8 +12,8 @@ from model.errors import MedPLIBError
 from model.train import load_recipe, recipe_from, save_recipe
 from model.train.__main__ import main
 from model.train.engine import deepspeed_config
-from model.train.learning_rate import rate_factor
 from model.train.recipe import Optimiser
+from model.train.stages import rate_factor
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = {

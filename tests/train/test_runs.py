@@ -45,7 +45,7 @@ def test_runs_are_listed_and_compared(folder: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     status = {Path(line.split()[0]).name: line for line in lines[1:6]}
     assert set(status) == {"a", "b", "failed", "killed", "broken"}
-    assert "finished" in status["a"] and "2/2" in status["a"] and "ce " in status["a"]
+    assert "finished" in status["a"] and "2/2" in status["a"] and "not the model's own answers: ce " in status["a"]
     assert "closed " in status["a"] and "false_masks" not in status["a"]
     assert "failed" in status["failed"] and "killed" in status["killed"] and "4/?" in status["broken"]
     assert any("not finite in too many steps" in line for line in lines[6:])
@@ -53,7 +53,7 @@ def test_runs_are_listed_and_compared(folder: Path, capsys: pytest.CaptureFixtur
 
     assert main(["runs", "compare", str(folder / "a"), str(folder / "b")]) == 0
     told = capsys.readouterr().out
-    assert "optimiser.lr" in told and "data: the same" in told and "best ce" in told
+    assert "optimiser.lr" in told and "data: the same" in told and "best teacher_forced/ce" in told
     assert "schedule.batch_size" not in told
 
     assert main(["runs", str(folder), "--json"]) == 0
