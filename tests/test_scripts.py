@@ -102,16 +102,16 @@ def test_a_stage_uses_every_visible_gpu_through_one_launcher(project: Path, shel
     assert ended.returncode == 0, ended.stderr
     recipe = "configs/stages/stage2_7b.yaml optimiser.lr=1e-5"
     assert calls[1:] == [
-        f"python -m model.train {recipe} --check",
+        f"python -m model.train {recipe} --check --quiet --processes 4",
         f"python -m torch.distributed.run --standalone --nproc_per_node 4 -m model.train {recipe}",
     ]
     _, calls = call(project, shell, script, GPUS="4", NUM_GPUS="1")
     assert calls[1:] == [f"python -m model.train {recipe}"]
     _, calls = call(project, shell, f"{script} --check", GPUS="4")
-    assert calls[1:] == [f"python -m model.train {recipe} --check"]
+    assert calls[1:] == [f"python -m model.train {recipe} --check --processes 4"]
     _, calls = call(project, shell, f"{shell} scripts/train_stage4.sh my.yaml --resume", NPROC="2")
     assert calls[1:] == [
-        "python -m model.train my.yaml --resume --check",
+        "python -m model.train my.yaml --resume --check --quiet --processes 2",
         "python -m torch.distributed.run --standalone --nproc_per_node 2 -m model.train my.yaml --resume",
     ]
 
@@ -124,7 +124,7 @@ def test_a_stage_takes_its_place_among_machines(project: Path) -> None:
     place = "--nnodes 2 --node_rank 1 --master_addr gpu-01 --master_port 29500"
     assert calls[-1] == f"python -m torch.distributed.run {place} --nproc_per_node 1 -m model.train my.yaml"
     _, calls = call(project, "sh", f"{script} --check", GPUS="4", **there)
-    assert calls[1:] == ["python -m model.train my.yaml --check"]
+    assert calls[1:] == ["python -m model.train my.yaml --check --processes 8"]
     ended, calls = call(project, "sh", script, GPUS="4", NNODES="2")
     assert ended.returncode == 2 and "set NODE_RANK (0 to 1) and MASTER_ADDR" in ended.stderr
     assert not any("model.train" in one for one in calls)

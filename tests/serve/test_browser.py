@@ -341,7 +341,7 @@ def test_faults_are_sentences(arrive: Arrive, real_page: str, tmp_path: Path) ->
     visitor.tab.wait_for_selector(".notice", state="hidden")
     visitor.tab.fill("#question textarea", "why " * 2500)  # not a part of it, unnoticed
     visitor.tab.press("#question textarea", "Enter")
-    visitor.tab.wait_for_selector(".notice:has-text('The question has 9,999 characters')")
+    visitor.tab.wait_for_selector(".notice:has-text('it has 9,999 characters')")
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------

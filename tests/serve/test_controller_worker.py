@@ -113,12 +113,13 @@ def test_what_is_wrong_with_an_image_is_told_by_the_worker(serving, images):
     assert chunk.error_code == ErrorCode.BAD_INPUT and "image" in chunk.text and not engine.tickets
 
 
-def test_worker_and_controller_need_one_key(serving):
+def test_worker_and_controller_need_one_key(serving, caplog):
     with stack(serving, ScriptedEngine(), controller_key="one", key="one") as (address, _, _):
         assert ask(address, message())[-1].answer == "A CT."
     with stack(serving, ScriptedEngine(), controller_key="one", key="other") as (address, _, _):
         (chunk,) = ask(address, message())
-        assert chunk.error_code == ErrorCode.FAILED and "--api-key" in chunk.text
+        assert chunk.error_code == ErrorCode.FAILED and "takes no requests" in chunk.text
+        assert "--api-key" in caplog.text and "--api-key" not in chunk.text  # for operators alone
         refreshed = httpx.post(f"{address}/refresh_all_workers")
         assert refreshed.status_code == 200
 

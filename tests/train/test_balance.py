@@ -175,7 +175,7 @@ def test_recomputed_layers_are_counted_once_and_validation_not_at_all(values: An
                 model={"base": base, "grounding": base},
                 data={"validation": [str(phantoms / "grounding.json")]},
                 schedule={"batch_size": 4, "max_steps": 3},
-                validation={"samples": 2, "every": 1},
+                validation={"samples": 2, "every": 1, "max_new_tokens": 4},
                 mixture={"projector_experts": 2},
                 trainable=["router", "projector"],
                 engine={"gradient_checkpointing": checkpointing},

@@ -193,6 +193,6 @@ def test_tensorboard_gets_losses_by_task_and_routers(values: Any, phantoms: Path
             assert f"router_{measure}/{place}{expert}" in tags
     shown = [event.value for event in board.Scalars("router_load/text/layer 3/expert 1")]
     assert shown == pytest.approx([row["kinds"]["text"]["load"][3][1] for row in rows])
-    assert {"train/loss", "train/ce/grounding", "train/dice/grounding", "validation/dice@0.5"} <= tags
+    assert {"train/loss", "train/ce/grounding", "train/dice/grounding", "validation/mDice@0.5"} <= tags
     assert main(["router-report", str(recipe.folder), "--out", str(tmp_path / "r.html"), "--samples", "2"]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["layers"] == rows[0]["layers"]
