@@ -339,9 +339,9 @@ def test_faults_are_sentences(arrive: Arrive, real_page: str, tmp_path: Path) ->
         visitor.tab.wait_for_selector(f".notice:has-text('{sentence}')")
     visitor.pick("CT")
     visitor.tab.wait_for_selector(".notice", state="hidden")
-    visitor.tab.fill("#question textarea", "why " * 2500)  # not a part of it, unnoticed
+    visitor.tab.fill("#question textarea", "why " * 3000)  # not a part of it, unnoticed
     visitor.tab.press("#question textarea", "Enter")
-    visitor.tab.wait_for_selector(".notice:has-text('it has 9,999 characters')")
+    visitor.tab.wait_for_selector(".notice:has-text('it has 11,999 characters')")
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------
