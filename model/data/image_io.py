@@ -253,7 +253,7 @@ def _read_one_mask(source: ImageSource, limits: ReadLimits) -> MaskData:
 def _foreground(values: np.ndarray, opened: _Opened) -> MaskData:
     if values.dtype.kind == "f":
         values = np.nan_to_num(values, nan=0.0)
-    if values.ndim == 3 and values.shape[2] in (2, 4):  # painted on a transparent sheet, unless nothing of it is
+    if values.ndim == 3 and values.shape[2] in (2, 4):  # drawn on transparency, unless no pixel is transparent
         alpha = values[..., -1]
         values = alpha if (alpha == 0).any() else values[..., :-1]
     if values.ndim == 3 and (opened.lossy or (values == values[..., :1]).all()):

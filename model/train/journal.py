@@ -134,18 +134,18 @@ class Journal:
 def score_lines(row: Mapping[str, Any], files: Sequence[str] = ()) -> list[str]:
     """Scores of a validation: those of generated answers, of each file too, then those given the reference answer."""
 
-    def told(names: Mapping[str, str]) -> str:
+    def shown(names: Mapping[str, str]) -> str:
         found = ((name, row.get(key)) for key, name in names.items())
         return ", ".join(f"{name} {value:.3f}" for name, value in found if isinstance(value, int | float))
 
-    by_file = [told({f"{name}/{file}": name for name in SCORES}) for file in files]
+    by_file = [shown({f"{name}/{file}": name for name in SCORES}) for file in files]
     forced = {name: name.removeprefix(TEACHER_FORCED) for name in row if name.startswith(TEACHER_FORCED)}
     forced = {key: name for key, name in forced.items() if "/" not in name}
     if not any(name in row for name in SCORES) and not forced:  # written before answers were generated
         forced = {name: name for name in row if name != "step" and "/" not in name}
-    lines = [told({name: name for name in SCORES})]
+    lines = [shown({name: name for name in SCORES})]
     lines += [f"{file}: {scores}" for file, scores in zip(files, by_file, strict=True) if scores]
-    lines += [f"teacher-forced, not the model's own answers: {told(forced)}"] if forced else []
+    lines += [f"teacher-forced, not the model's own answers: {shown(forced)}"] if forced else []
     return [line for line in lines if line]
 
 

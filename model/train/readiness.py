@@ -119,7 +119,7 @@ def record_problems(recipe: Recipe, facts_of: dict[str, list[RecordFacts]] | Non
 
 
 def _lengths(recipe: Recipe) -> LengthCheck | None:
-    """Counts tokens as the recipe's run will; what is wrong with its tokenizer or template is told elsewhere."""
+    """Counts tokens as the recipe's run will; what is wrong with its tokenizer or template is reported elsewhere."""
     tokenizer = None
     with suppress(MedPLIBError):
         tokenizer = build_tokenizer(resolve(recipe.model.base))
