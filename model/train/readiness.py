@@ -5,7 +5,6 @@ they are asked about; all told at once.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import time
@@ -39,7 +38,7 @@ from model.train.recipe import Data, Recipe
 from model.train.recipe_checks import check_values
 from model.train.recipe_io import RECIPE_FILE, differences, load_recipe, told_together
 from model.train.run_record import is_locked, told_as_taken
-from model.train.stages import STAGE_NAMES, schedule_notes, total_steps
+from model.train.stages import STAGE_NAMES, epoch_steps, schedule_notes, total_steps
 from model.train.starting import path_problems, starting_network
 from model.train.trainable import count_trainable
 from model.train.validation import even_shares
@@ -247,7 +246,7 @@ def plan_lines(recipe: Recipe, path: Path, facts_of: Mapping[str, list[RecordFac
     schedule = recipe.schedule
     train = [facts_of[name] for name in recipe.data.train]
     records = sum(map(len, train))
-    per_epoch = math.ceil(records / (schedule.batch_size * processes)) / schedule.accumulation
+    per_epoch = epoch_steps(schedule, records, processes)
     steps = total_steps(schedule, per_epoch)
     tasks = Counter(fact.task for facts in train for fact in facts)
     rows = {
