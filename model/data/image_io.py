@@ -280,12 +280,11 @@ def _content(source: str | Path | bytes | BinaryIO, limits: ReadLimits) -> tuple
     if isinstance(source, str | Path):
         path, name = Path(source), str(source)
         try:
-            if path.is_dir():
-                raise MedPLIBError(f"{name} is a folder; give one image file")
             with path.open("rb") as stream:
                 content = stream.read(limits.max_bytes + 1)
         except OSError as error:
-            raise MedPLIBError(f"cannot open the image {name}: {error.strerror or 'it cannot be read'}") from error
+            reason = error.strerror or "it cannot be read"
+            raise MedPLIBError(f"cannot open the image {name}: {reason}; give one image file") from error
         except ValueError as error:
             raise MedPLIBError(f"{name!r} is not a file name: {error}") from error
     elif isinstance(source, bytes):
