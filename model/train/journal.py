@@ -89,10 +89,8 @@ class Journal:
         for group, found in {**row["kinds"], **row["tasks"], "projector": row.get("projector")}.items():
             for measure in ("load", "probability", "entropy", "dropped") if found else ():
                 values = [found[measure]] if group == "projector" else found[measure]
-                places = (
-                    ["projector"] if group == "projector" else [f"{group}/layer {layer}" for layer in row["layers"]]
-                )
-                for place, value in zip(places, values, strict=True):
+                layers = [f"{group}/layer {layer}" for layer in row["layers"]]
+                for place, value in zip(["projector"] if group == "projector" else layers, values, strict=True):
                     for expert, one in enumerate(value if isinstance(value, list) else [value]):
                         tag = f"router_{measure}/{place}" + f"/expert {expert}" * isinstance(value, list)
                         if one is not None:

@@ -263,11 +263,8 @@ def plan_lines(recipe: Recipe, path: Path, facts_of: Mapping[str, list[RecordFac
         rows["validation"] = f"{', '.join(f'{count} of {name}' for (name, _), count in drawn)}, {every} and at the end"
     else:
         rows["validation"] = "none; give data.validation records of cases that are not trained on"
-    rows["best"] = (
-        f"merged/ is the checkpoint with the best {recipe.saving.best}"
-        if recipe.saving.best
-        else ("merged/ is the last step (saving.best names a score to choose by)")
-    )
+    best = f"the checkpoint with the best {recipe.saving.best}" if recipe.saving.best else "the last step"
+    rows["best"] = f"merged/ is {best}" + " (saving.best names a score to choose by)" * (not recipe.saving.best)
     rows["memory"] = f"not estimated here; `medplib plan {path}` does"
     weights = sum(file.stat().st_size for file in resolve(recipe.model.base).iterdir() if file.suffix in _WEIGHTS)
     if weights > _TIMED_BYTES:
