@@ -240,6 +240,8 @@ def test_a_run_folder_is_taken_for_its_network(
     assert main(["chat", str(picture), *short]) == 0
     assert main(["describe", str(run)]) == 0
     assert main(["export", str(run), str(tmp_path / "native")]) == 0
+    sample = Path(__file__).resolve().parents[1] / "data" / "sample"
+    assert main(["data", "check", str(sample / "vqa.json"), "--images", str(sample), "--model", str(run)]) == 0
     capsys.readouterr()
     assert check_checkpoint(run) == check_checkpoint(run / "merged")
     options = parse_flags(make_parser(), ["--model-path", str(run)])

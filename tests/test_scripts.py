@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -144,3 +146,10 @@ def test_a_termination_signal_reaches_the_run(project: Path) -> None:
     )
     ended, _ = call(project, "sh", 'echo "shell $$"; exec sh scripts/train_stage1.sh')
     assert [line.split()[1] for line in ended.stdout.splitlines()] == [ended.stdout.split()[1]] * 2, ended.stdout
+
+
+def test_benchmarks_import_only_modules_that_are_there() -> None:
+    folder = ROOT / "scripts" / "bench"
+    for path in folder.glob("*.py"):
+        for module in re.findall(r"^from (\w+)", path.read_text(), re.MULTILINE):
+            assert (folder / f"{module}.py").is_file() or importlib.util.find_spec(module), f"{path.name}: {module}"

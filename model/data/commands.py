@@ -46,11 +46,12 @@ def run_data_check(options: argparse.Namespace) -> int:
 
     lengths = None
     if options.model is not None:
+        from model.checkpoint.directories import resolve
         from model.data.lengths import LengthCheck
         from model.processing.processor import MedPLIBProcessor
 
         changes = {} if options.max_length is None else {"max_length": options.max_length}
-        lengths = LengthCheck.of(MedPLIBProcessor.from_pretrained(options.model, **changes))
+        lengths = LengthCheck.of(MedPLIBProcessor.from_pretrained(resolve(options.model), **changes))
     elif options.max_length is not None:
         raise MedPLIBError("--max-length counts tokens; give --model DIR, whose tokenizer makes them")
     with record_bar("checking") as progress:

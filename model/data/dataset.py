@@ -132,7 +132,7 @@ class MedPLIBDataset(Dataset):
 
     @property
     def repaired(self) -> int:
-        """Usable records that were mended on the way (a missing ``.png``)."""
+        """Usable records that were mended on the way (the spelling of a path, say)."""
         usable = set(self.indices.tolist())
         return len({p.record for p in self.problems if p.severity == "repaired" and p.record in usable})
 

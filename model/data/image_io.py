@@ -253,7 +253,7 @@ def _read_one_mask(source: ImageSource, limits: ReadLimits) -> MaskData:
 def _foreground(values: np.ndarray, opened: _Opened) -> MaskData:
     if values.dtype.kind == "f":
         values = np.nan_to_num(values, nan=0.0)
-    if values.ndim == 3 and values.shape[2] in (2, 4):  # painted on a transparent sheet, unless nothing of it is
+    if values.ndim == 3 and values.shape[2] in (2, 4):  # drawn on transparency, unless no pixel is transparent
         alpha = values[..., -1]
         values = alpha if (alpha == 0).any() else values[..., :-1]
     if values.ndim == 3 and (opened.lossy or (values == values[..., :1]).all()):
@@ -280,12 +280,11 @@ def _content(source: str | Path | bytes | BinaryIO, limits: ReadLimits) -> tuple
     if isinstance(source, str | Path):
         path, name = Path(source), str(source)
         try:
-            if path.is_dir():
-                raise MedPLIBError(f"{name} is a folder; give one image file")
             with path.open("rb") as stream:
                 content = stream.read(limits.max_bytes + 1)
         except OSError as error:
-            raise MedPLIBError(f"cannot open the image {name}: {error.strerror or 'it cannot be read'}") from error
+            reason = error.strerror or "it cannot be read"
+            raise MedPLIBError(f"cannot open the image {name}: {reason}; give one image file") from error
         except ValueError as error:
             raise MedPLIBError(f"{name!r} is not a file name: {error}") from error
     elif isinstance(source, bytes):

@@ -38,8 +38,8 @@ class LengthCheck:
         ``too_long`` (an error), ``answer_cut`` (a warning), ``region_not_asked`` (the template writes no questions).
         """
         if sample.regions and not get_template(self._template).chat:
-            told = f"it asks about regions, but the template {self._template} writes no questions"
-            return 0, [Finding("region_not_asked", told)]
+            message = f"it asks about regions, but the template {self._template} writes no questions"
+            return 0, [Finding("region_not_asked", message)]
         tokens, longest = self._count(render(sample.turns, self._template)), self._max_length
         if self._tokenizer is None or longest is None or tokens <= longest:
             return tokens, []
@@ -47,8 +47,8 @@ class LengthCheck:
             truncate(self._tokenizer, *tokenize_conversation(self._tokenizer, sample.turns, self._template), longest)
         except MedPLIBError as error:
             return tokens, [Finding("too_long", str(error))]
-        told = f"the conversation has {tokens} tokens; its last answer is cut off after the first {longest}"
-        return longest, [Finding("answer_cut", told, "warning")]
+        message = f"the conversation has {tokens} tokens; its last answer is cut off after the first {longest}"
+        return longest, [Finding("answer_cut", message, "warning")]
 
 
 def row_lengths(batch: Mapping[str, Any], visual_tokens: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ def open_records(path: str | Path) -> Records:
         path: a JSON list of records, JSON lines (one record a line) or Parquet; UTF-8, byte-order mark allowed.
 
     Raises:
-        MedPLIBError: the file is absent, empty, of another form, or its records cannot be told apart.
+        MedPLIBError: the file is absent, empty, of another form, or its records cannot be message apart.
     """
     path = Path(path)
     try:
@@ -228,7 +228,7 @@ class _JsonLinesRecords(_JsonRecords):
         return np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
 
     def _refuse_one_object(self, ranges: list[int]) -> None:
-        """A pretty-printed object would otherwise be told as hundreds of broken lines."""
+        """A pretty-printed object would otherwise be message as hundreds of broken lines."""
         space = _SPACE.match(self._map, ranges[0])
         whole = _OBJECT.match(self._map, space.end() if space else ranges[0])
         if whole and whole.end() > ranges[1]:
@@ -248,8 +248,8 @@ class _ParquetRecords(Records):
         self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
         names = self._file.schema_arrow.names
         if not {"conversations", "messages", "icl_examples"} & set(names):
-            told = f"{path} has no column 'conversations' or 'messages'"
-            raise MedPLIBError(f"{told} (columns: {shown(', '.join(names))}); expected MedPLIB records")
+            message = f"{path} has no column 'conversations' or 'messages'"
+            raise MedPLIBError(f"{message} (columns: {shown(', '.join(names))}); expected MedPLIB records")
 
     def _connect(self) -> None:
         import pyarrow.parquet as parquet

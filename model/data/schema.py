@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,9 +35,7 @@ CONVERSATION_KEYS = ("conversations", "conversatons", "messages")  # published, 
 _ROLES = {"user": "human", "assistant": "gpt"}
 _LABELS = ("id", "question_id", "answer_type", "modality", "task", "kind", "about", "structure", "dataset")
 _PUBLISHED_ROOT = "SAMed2D_v1"
-_TOKENS = re.compile(
-    "|".join((*CONTROL_TOKENS, r"</?ref>", r"</?sr>", r"<gen_\d+>"))
-)  # others have places of their own
+_TOKENS = re.compile("|".join((*CONTROL_TOKENS, r"</?ref>", r"</?sr>", r"<gen_\d+>")))  # others are checked apart
 _OTHER_SEG = re.compile(r"\[SEG\]|<seg>")  # LISA's spelling, and small letters
 _BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -193,8 +192,8 @@ def _joined_parts(parts: list[Any], images: list[Any]) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a field holds a number that can be written out; NaN, infinities and truth values are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number within the range of a float; NaN, infinities and truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def record_id(raw: Mapping[str, Any]) -> str:
@@ -217,7 +216,7 @@ class _Inspection:
 
     def run(self) -> tuple[Sample | None, list[Finding]]:
         examples, images = self._images()
-        conversations = self.raw.get("conversations", self.raw.get("conversatons"))
+        conversations = self.raw.get("conversations")
         target = self._in_context_target() if examples else None
         if examples and not conversations:
             conversations = _default_in_context_turns(len(examples))
@@ -308,8 +307,8 @@ class _Inspection:
         """The file that ``name`` means, in another spelling where only that exists: see ``_spellings``."""
         name = name.get("path") if isinstance(name, Mapping) and not name.get("bytes") else name
         if isinstance(name, Mapping | bytes) or (isinstance(name, str) and name.startswith("data:")):
-            told = f"the {what} lies inside the file as encoded bytes; write it as a file and give its path"
-            self._report(f"missing_{kind}", told)
+            message = f"the {what} lies inside the file as encoded bytes; write it as a file and give its path"
+            self._report(f"missing_{kind}", message)
             return self.root
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             fault = f"missing_{kind}" if isinstance(name, str | None) else "bad_field"
@@ -319,11 +318,11 @@ class _Inspection:
         for spelling, path in enumerate(_spellings(self.root, name.strip())):
             if is_file(path) or (kind != "image" and mask_files(path)):
                 if spelling == 1:
-                    told = f"the {what} {named} lacks .png; {shown(path.name, quoted=False)} is used"
-                    self._report("suffix_missing", told, "repaired")
+                    message = f"the {what} {named} lacks .png; {shown(path.name, quoted=False)} is used"
+                    self._report("suffix_missing", message, "repaired")
                 elif spelling:
-                    told = f"the {what} {named} is spelled otherwise on disk (accents, slashes, folders or suffix)"
-                    self._report("path_spelling", f"{told}; {shown(path, quoted=False)} is used", "repaired")
+                    message = f"the {what} {named} is spelled otherwise on disk (accents, slashes, folders or suffix)"
+                    self._report("path_spelling", f"{message}; {shown(path, quoted=False)} is used", "repaired")
                 return path
         self._report(f"missing_{kind}", f"the {what} {named} does not exist under {self.root}")
         return self.root / name.strip()
@@ -393,8 +392,8 @@ class _Inspection:
         if _OTHER_SEG.search(text):
             mended = with_seg_spelled(text)
             note = f"{SEG_TOKEN} is used" if mended != text else "which is no mask's place without a <mask> for each"
-            told = f"the answer of turn {number} holds {_OTHER_SEG.findall(text)[0]}, {note}"
-            self._report("seg_spelling", told, "repaired" if mended != text else "warning")
+            message = f"the answer of turn {number} holds {_OTHER_SEG.findall(text)[0]}, {note}"
+            self._report("seg_spelling", message, "repaired" if mended != text else "warning")
             text = mended
         names = _PATH_TAG["mask"].findall(text)
         clean = _PATH_TAG["mask"].sub("", text)

@@ -169,16 +169,16 @@ def inspect_all(
         name, tokens = shown(record_id(raw), quoted=False), 0
         if sample is not None:
             if sample.examples and not in_context:
-                told = "the record shows solved examples, which this data set does not read"
-                findings.append(Finding("in_context", told))
+                message = "the record shows solved examples, which this data set does not read"
+                findings.append(Finding("in_context", message))
             findings += pixels(sample) if pixels is not None else []
             tokens, found = lengths(sample) if lengths is not None else (0, [])
             findings += found
         problems = [Problem(number, finding.kind, finding.message, name, finding.severity) for finding in findings]
         if sample is None or any(problem.severity == "error" for problem in problems):
             return number, None, problems
-        told_of = sample.task, sample.modality, sample.answer_type
-        return number, RecordFacts(name, *told_of, _files_mark(sample, root), len(sample.images), tokens), problems
+        labels = sample.task, sample.modality, sample.answer_type
+        return number, RecordFacts(name, *labels, _files_mark(sample, root), len(sample.images), tokens), problems
 
     count, threads = len(records), workers or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(max_workers=threads) as pool:

@@ -33,9 +33,11 @@ refuse() {
 }
 
 stem=$(basename -- "$DATA")
-name=$(basename -- "$(CDPATH='' cd -- "$MODEL" 2>/dev/null && pwd -P || printf '%s' "$MODEL")")
-if [ "$name" = merged ]; then name=$(basename -- "$(CDPATH='' cd -- "$MODEL/.." && pwd -P)"); fi
-ANSWERS=${ANSWERS:-runs/infer/$name/${stem%.*}.jsonl}
+if [ -z "${ANSWERS:-}" ]; then
+    name=$("$PYTHON" -c 'import sys; from model.checkpoint.directories import checkpoint_name as name; print(name(sys.argv[1]))' \
+        "$MODEL") || refuse "the answers' folder has no name; set ANSWERS"
+    ANSWERS=runs/infer/$name/${stem%.*}.jsonl
+fi
 overwrite=
 scores=
 for flag in "$@"; do

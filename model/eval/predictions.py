@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from model.data.schema import is_number
 from model.errors import MedPLIBError
 from model.eval.references import Reference, Turns, references_of
 
@@ -370,11 +370,6 @@ def _spacing(value: Any) -> tuple[float, float] | None:
     if len(value) != 2 or not all(is_number(side) and 0 < side < _LARGEST_SPACING for side in value):
         raise MedPLIBError(f"spacing_mm is {value!r:.60}, expected [row, column] in mm")
     return float(value[0]), float(value[1])
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a row is a number that can be computed with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _mask_object(value: Any, name: str) -> dict[str, Any]:

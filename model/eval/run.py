@@ -317,7 +317,7 @@ def _join(
     return Outcome(options.answers, whole.rows, whole.errors, first_error, whole.seconds)
 
 
-# --- joining ----------------------------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
 def rows_of(records: Records, number: int, turns: Turns) -> list[Key]:
@@ -377,7 +377,7 @@ def write_lines(target: Path, lines: Iterable[bytes]) -> int:
 # --- reporting --------------------------------------------------------------------------------------------------------
 
 
-def told(outcome: Outcome, options: InferenceOptions) -> Iterator[str]:
+def summary_lines(outcome: Outcome, options: InferenceOptions) -> Iterator[str]:
     """Lines about a run: how much, how fast, the scores that were asked for, and what failed."""
     if outcome.was_finished:
         yield f"{outcome.answers} is finished already: {outcome.rows} answers; --overwrite starts anew"
@@ -438,13 +438,13 @@ class _Lines:
 
     def __init__(self, what: str) -> None:
         self.what, self.begun = what, time.monotonic()
-        self.told, self.done = self.begun, 0
+        self.reported, self.done = self.begun, 0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == self.done or (now - self.told < _EVERY and done < total):
+        if done == self.done or (now - self.reported < _EVERY and done < total):
             return
-        self.told, self.done = now, done
+        self.reported, self.done = now, done
         rate = done / max(now - self.begun, 1e-9)
         left = _clock((total - done) / rate) if rate else "?"
         logger.info("%s: %d of %d records, %.2f a second, %s left", self.what, done, total, rate, left)

@@ -14,10 +14,11 @@ import numpy as np
 
 from model.data.builders.blind import blind_baseline, position_prior_dice
 from model.data.records import open_records
+from model.data.schema import is_number
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import mark
 from model.eval.metrics.scores import Scores, score_predictions
-from model.eval.predictions import Prediction, is_number, read_predictions
+from model.eval.predictions import Prediction, read_predictions
 from model.eval.report import plain_cell
 from model.eval.report_data import BlindScores, SetResult, Shown
 from model.eval.report_failures import FailureCounter, RowScore

@@ -44,14 +44,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     options, local_rank = parse_flags(arguments)  # before anything that takes long to import
 
     from model.eval.places import Place
-    from model.eval.run import run_inference, told
+    from model.eval.run import run_inference, summary_lines
 
     place = Place.from_environment(local_rank)
     _set_up_logging(place.is_first)
     outcome = run_inference(options, place)
     if not place.is_first:  # the first one reports; a launcher would end the others at the sight of a failure
         return 0
-    for line in told(outcome, options):
+    for line in summary_lines(outcome, options):
         sys.stdout.write(f"{line}\n")
     return FAILED_QUESTIONS if outcome.errors else 0
 
@@ -62,7 +62,7 @@ def _who() -> str:
 
 
 def _set_up_logging(first: bool) -> None:
-    """What the first process does is told; the others only warn."""
+    """What the first process does is summary_lines; the others only warn."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("model.eval").setLevel(logging.INFO if first else logging.WARNING)
 

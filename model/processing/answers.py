@@ -12,6 +12,9 @@ import regex
 SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー]"
 """Characters of scripts that are compared one by one: most of them set no blanks between words."""
 
+CLOSED_TYPES = frozenset(("closed", "yes/no"))
+"""Values of ``answer_type`` (lower case) that ask for ``closed_match``; all others ask for ``exact_match``."""
+
 LETTERS = rf"(?:(?!{SPACELESS})\p{{L}}\p{{M}}*)+"
 """A run of letters of any other script, with the marks that belong to them."""
 
@@ -93,6 +96,13 @@ def closed_match(answer: str, reference: str, options: Sequence[str] = ()) -> bo
     if wanted is not None:
         return _verdict(answer) == wanted
     return any(exact_match(part, reference) for part in (answer, *_conclusion(_plain(answer))))
+
+
+def options_of(question: str) -> list[str]:
+    """Texts of the options that a question letters from A on; none where it does not letter at least two in order."""
+    found = _LISTED.findall(question)
+    lettered = len(found) > 1 and [letter for letter, _ in found] == list(string.ascii_uppercase[: len(found)])
+    return [text for _, text in found] if lettered else []
 
 
 def _plain(text: str) -> str:
@@ -188,6 +198,7 @@ def _conclusion(plain: str) -> list[str]:
 
 # --- options --------------------------------------------------------------------------------------------------------
 
+_LISTED = regex.compile(r"(?:^|[\s;,])\(?([A-J])[).:]\s*(.+?)[\s;,]*(?=[\s;,]\(?[A-J][).:]|$)", regex.DOTALL)
 _LABEL = regex.compile(r"[\W_]*([A-J])(?:[).:\]、]+\s*(.*)|\s*)$", regex.DOTALL | regex.IGNORECASE)
 _LETTER = regex.compile(r"[\W_]*([A-Z])[\W_]*$", regex.IGNORECASE)
 _CHOICE = regex.compile(

@@ -67,7 +67,7 @@ class BadSteps:
         """End a run that does not recover.
 
         Raises:
-            MedPLIBError: telling how many steps were bad and what helps.
+            MedPLIBError: with the number of bad steps and what helps.
         """
         if self.in_a_row < self.limit and self.total < IN_ALL * self.limit:
             return

@@ -89,10 +89,8 @@ class Journal:
         for group, found in {**row["kinds"], **row["tasks"], "projector": row.get("projector")}.items():
             for measure in ("load", "probability", "entropy", "dropped") if found else ():
                 values = [found[measure]] if group == "projector" else found[measure]
-                places = (
-                    ["projector"] if group == "projector" else [f"{group}/layer {layer}" for layer in row["layers"]]
-                )
-                for place, value in zip(places, values, strict=True):
+                layers = [f"{group}/layer {layer}" for layer in row["layers"]]
+                for place, value in zip(["projector"] if group == "projector" else layers, values, strict=True):
                     for expert, one in enumerate(value if isinstance(value, list) else [value]):
                         tag = f"router_{measure}/{place}" + f"/expert {expert}" * isinstance(value, list)
                         if one is not None:
@@ -134,18 +132,18 @@ class Journal:
 def score_lines(row: Mapping[str, Any], files: Sequence[str] = ()) -> list[str]:
     """Scores of a validation: those of generated answers, of each file too, then those given the reference answer."""
 
-    def told(names: Mapping[str, str]) -> str:
+    def shown(names: Mapping[str, str]) -> str:
         found = ((name, row.get(key)) for key, name in names.items())
         return ", ".join(f"{name} {value:.3f}" for name, value in found if isinstance(value, int | float))
 
-    by_file = [told({f"{name}/{file}": name for name in SCORES}) for file in files]
+    by_file = [shown({f"{name}/{file}": name for name in SCORES}) for file in files]
     forced = {name: name.removeprefix(TEACHER_FORCED) for name in row if name.startswith(TEACHER_FORCED)}
     forced = {key: name for key, name in forced.items() if "/" not in name}
     if not any(name in row for name in SCORES) and not forced:  # written before answers were generated
         forced = {name: name for name in row if name != "step" and "/" not in name}
-    lines = [told({name: name for name in SCORES})]
+    lines = [shown({name: name for name in SCORES})]
     lines += [f"{file}: {scores}" for file, scores in zip(files, by_file, strict=True) if scores]
-    lines += [f"teacher-forced, not the model's own answers: {told(forced)}"] if forced else []
+    lines += [f"teacher-forced, not the model's own answers: {shown(forced)}"] if forced else []
     return [line for line in lines if line]
 
 

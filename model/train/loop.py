@@ -219,7 +219,7 @@ class Trainer:
             self.journal.say(line)
         if self.dataset.rejected or self.dataset.repaired:
             rejected, repaired = self.dataset.rejected, self.dataset.repaired
-            self.journal.say(f"{rejected} bad records are skipped, {repaired} that lack .png in a path are used")
+            self.journal.say(f"{rejected} bad records are skipped, {repaired} that were mended are used")
 
     @property
     def _samples_per_step(self) -> int:

@@ -568,13 +568,13 @@ def records_of(recipe: Recipe, tokens: int | None = None, supervised: float = 0.
 def _steps(recipe: Recipe, machine: Machine) -> int | None:
     """Optimizer steps of the run; None where its records are not here."""
     from model.data.records import open_records
+    from model.train.stages import epoch_steps, total_steps
 
-    paths, schedule = [Path(path) for path in recipe.data.train], recipe.schedule
+    paths = [Path(path) for path in recipe.data.train]
     if not paths or not all(path.is_file() for path in paths):
         return None
-    passes = math.ceil(sum(len(open_records(path)) for path in paths) / (schedule.batch_size * machine.ranks))
-    steps = math.ceil(schedule.epochs * passes / schedule.accumulation)
-    return min(schedule.max_steps or steps, steps)
+    records = sum(len(open_records(path)) for path in paths)
+    return total_steps(recipe.schedule, epoch_steps(recipe.schedule, records, machine.ranks))
 
 
 def _lines(plan: dict[str, Any], recipe: Recipe, machine: Machine, memory: Memory) -> list[str]:

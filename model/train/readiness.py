@@ -5,7 +5,6 @@ they are asked about; all told at once.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import time
@@ -39,7 +38,7 @@ from model.train.recipe import Data, Recipe
 from model.train.recipe_checks import check_values
 from model.train.recipe_io import RECIPE_FILE, differences, load_recipe, told_together
 from model.train.run_record import is_locked, told_as_taken
-from model.train.stages import STAGE_NAMES, schedule_notes, total_steps
+from model.train.stages import STAGE_NAMES, epoch_steps, schedule_notes, total_steps
 from model.train.starting import path_problems, starting_network
 from model.train.trainable import count_trainable
 from model.train.validation import even_shares
@@ -119,7 +118,7 @@ def record_problems(recipe: Recipe, facts_of: dict[str, list[RecordFacts]] | Non
 
 
 def _lengths(recipe: Recipe) -> LengthCheck | None:
-    """Counts tokens as the recipe's run will; what is wrong with its tokenizer or template is told elsewhere."""
+    """Counts tokens as the recipe's run will; what is wrong with its tokenizer or template is reported elsewhere."""
     tokenizer = None
     with suppress(MedPLIBError):
         tokenizer = build_tokenizer(resolve(recipe.model.base))
@@ -247,7 +246,7 @@ def plan_lines(recipe: Recipe, path: Path, facts_of: Mapping[str, list[RecordFac
     schedule = recipe.schedule
     train = [facts_of[name] for name in recipe.data.train]
     records = sum(map(len, train))
-    per_epoch = math.ceil(records / (schedule.batch_size * processes)) / schedule.accumulation
+    per_epoch = epoch_steps(schedule, records, processes)
     steps = total_steps(schedule, per_epoch)
     tasks = Counter(fact.task for facts in train for fact in facts)
     rows = {
@@ -264,11 +263,8 @@ def plan_lines(recipe: Recipe, path: Path, facts_of: Mapping[str, list[RecordFac
         rows["validation"] = f"{', '.join(f'{count} of {name}' for (name, _), count in drawn)}, {every} and at the end"
     else:
         rows["validation"] = "none; give data.validation records of cases that are not trained on"
-    rows["best"] = (
-        f"merged/ is the checkpoint with the best {recipe.saving.best}"
-        if recipe.saving.best
-        else ("merged/ is the last step (saving.best names a score to choose by)")
-    )
+    best = f"the checkpoint with the best {recipe.saving.best}" if recipe.saving.best else "the last step"
+    rows["best"] = f"merged/ is {best}" + " (saving.best names a score to choose by)" * (not recipe.saving.best)
     rows["memory"] = f"not estimated here; `medplib plan {path}` does"
     weights = sum(file.stat().st_size for file in resolve(recipe.model.base).iterdir() if file.suffix in _WEIGHTS)
     if weights > _TIMED_BYTES:

@@ -97,7 +97,7 @@ def _check_best(recipe: Recipe) -> list[str]:
     known = [*SCORES, f"{TEACHER_FORCED}ce"]
     known += [f"{name}@{t:g}" for name in ("mDice", f"{TEACHER_FORCED}dice") for t in recipe.validation.thresholds]
     if best and best not in known and not any(best.startswith(f"{name}/") for name in known):
-        problems.append(unknown_key(f"saving.best {best}", (f"saving.best {name}" for name in known)))
+        problems.append(f"saving.best is {best:.80}, expected {', '.join(known)}, or mDice/ct, mDice/FILE …")
     return problems
 
 

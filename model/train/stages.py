@@ -88,6 +88,11 @@ def schedule_notes(recipe: Recipe, processes: int, steps_per_epoch: float) -> li
     return notes
 
 
+def epoch_steps(schedule: Schedule, records: int, processes: int) -> float:
+    """Optimizer steps of one pass over so many records; the last batch of a pass is filled up."""
+    return math.ceil(records / (schedule.batch_size * processes)) / schedule.accumulation
+
+
 def total_steps(schedule: Schedule, steps_per_epoch: float) -> int:
     """Optimiser steps of a run: ``max_steps`` where it is set, else those of all epochs."""
     return schedule.max_steps or math.ceil(schedule.epochs * steps_per_epoch)

@@ -22,7 +22,7 @@ from model.inference.answer import Answer
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.modeling.configuration import MedPLIBConfig
-from model.processing.answers import closed_match, exact_match
+from model.processing.answers import CLOSED_TYPES, closed_match, exact_match, options_of
 from model.processing.conversation import TEMPLATES
 from model.processing.masks import decode_rle
 from model.processing.processor import MedPLIBProcessor
@@ -33,7 +33,6 @@ from model.train.handover import merged_network, shares_weights
 from model.train.recipe import SCORES, TEACHER_FORCED, Validation
 
 _LOWER_IS_BETTER = ("false_masks", f"{TEACHER_FORCED}ce")
-_CLOSED = ("closed", "yes/no")
 _BATCHES_A_ROUND = 4  # generated between two questions whether the run is to end
 
 Sums = dict[str, list[float]]
@@ -98,7 +97,7 @@ def questions_of(sample: Sample) -> list[HeldOutQuestion]:
         masks = range(_count(answers[:number], SEG_TOKEN), _count(answers[: number + 1], SEG_TOKEN))
         history = tuple(zip(asked[:number], answers[:number], strict=True))
         regions = _count(asked[: number + 1], REGION_MARKER)
-        closed = (sample.answer_type or "").lower() in _CLOSED
+        closed = sample.answer_type in CLOSED_TYPES
         found.append(HeldOutQuestion(text, answer, history, regions, masks, task, closed))
     return found
 
@@ -260,8 +259,9 @@ class Validator:
     ) -> Iterator[tuple[str, float]]:
         """Names and values that an answer adds; one that could not be given, None, is wrong."""
         if question.task != "grounding":
-            match = closed_match if question.closed else exact_match
-            right = float(answer is not None and match(answer.text, question.reference))
+            given = ("" if answer is None else answer.text), question.reference
+            same = closed_match(*given, options_of(question.text)) if question.closed else exact_match(*given)
+            right = float(same and answer is not None)
             yield "closed" if question.closed else "open", right
             if question.task == "region":
                 yield "region", right
@@ -347,7 +347,7 @@ def even_shares(sizes: Sequence[int], total: int) -> list[int]:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """File names, with as many folders before them as tell them apart."""
+    """File names, with as many folders before them as make them distinct."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):

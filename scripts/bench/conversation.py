@@ -7,14 +7,12 @@ the same ones. Answers are freely generated; remembered are the model's own.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from arguments import positive
-from tables import table
+from tables import positive, table
 
 from model import Predictor
 from model.cli import default_model
@@ -22,6 +20,7 @@ from model.data.builders.phantom import PhantomStream
 from model.data.builders.phantom_questions import Question
 from model.data.builders.phantom_scenes import Scene
 from model.inference.answer import Answer
+from model.processing.answers import closed_match, exact_match
 
 KINDS = (
     ("modality", "presence"),
@@ -34,8 +33,8 @@ KINDS = (
 def judge(answer: Answer, question: Question, scene: Scene) -> tuple[bool, float | None]:
     """Whether an answer is right, and the Dice of its mask where there is something to segment."""
     if question.task != "grounding":
-        said, right = (re.sub(r"[^\w ]", "", text).casefold().strip() for text in (answer.text, question.answer))
-        return said == right, None
+        match = closed_match if question.answer_type == "closed" else exact_match
+        return match(answer.text, question.answer), None
     if not question.targets:
         return not answer.masks, None
     if len(answer.masks) != 1:
@@ -67,12 +66,12 @@ def main() -> int:
         image = predictor.set_image(scene.image)
         for first in range(len(chosen)):
             history: list[tuple[str, str]] = []
-            told: list[np.ndarray] = []
+            marks: list[np.ndarray] = []
             for turn, question in enumerate(chosen[first:] + chosen[:first], start=1):
                 marked = [scene.structure(name).mask for name in question.regions]
                 alone = predictor.ask(image, question.question, marked)
-                told += marked
-                answer = predictor.ask(image, question.question, told, history=history) if history else alone
+                marks += marked
+                answer = predictor.ask(image, question.question, marks, history=history) if history else alone
                 history.append((question.question, answer.text))
                 for remembered, given in ((True, answer), (False, alone)):
                     results[remembered, turn].append(judge(given, question, scene))

@@ -143,10 +143,11 @@ def test_what_is_absent_can_be_asked_for(own: Own) -> None:
     }
     assert all("<SEG>" not in said(record)[1] for record in grounding if record["kind"] == "grounding_absent")
     checks = {record["image"][-5] for record in region if record["kind"] == "region_check"}
-    told = [row["message"].split(": ", 1)[1] for row in findings(own.out, "folder") if row["kind"] == "ambiguous_name"]
+    listed = [row["message"] for row in findings(own.out, "folder") if row["kind"] == "ambiguous_name"]
+    messages = [message.split(": ", 1)[1] for message in listed]
     assert checks == {"a", "b", "c"}
-    assert "grounding_absent does not ask for left liver, which may mean liver too" in told
-    assert "region_check of liver tumour does not ask for liver, which may mean liver tumour too" in told
+    assert "grounding_absent does not ask for left liver, which may mean liver too" in messages
+    assert "region_check of liver tumour does not ask for liver, which may mean liver tumour too" in messages
 
 
 def test_patients_stay_in_one_split_and_are_counted(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,8 +172,8 @@ def test_images_without_cases_are_warned_about(own: Own, capsys: pytest.CaptureF
         own.image(f"{name}.png")
         mask(own.masks / "liver" / f"{name}.png")
     assert build(*own.words()) == 0
-    told = capsys.readouterr().out
-    assert "3 images are 3 cases and each image is a case of its own" in told and "--case-pattern" in told
+    printed = capsys.readouterr().out
+    assert "3 images are 3 cases and each image is a case of its own" in printed and "--case-pattern" in printed
     assert own.kinds() == ["cases_in_doubt"]
 
 

@@ -54,7 +54,7 @@ def written(data: Any) -> bytes:
 
 
 def slices(count: int = 3, side: int = 8) -> FileDataset:
-    """An enhanced MR image whose frames differ in rescaling and window, told by functional groups."""
+    """An enhanced MR image whose frames differ in rescaling and window, given by functional groups."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
@@ -351,9 +351,9 @@ def test_nothing_of_the_header_is_kept_but_what_is_named() -> None:
     private.PatientBirthDate, private.InstitutionName = "19700101", "Secret Hospital"
     private.private_block(0x0011, "Secret vendor", create=True).add_new(1, "LO", "Secret note")
     for opened in (frames(written(private)), frames(shipped("CT_small.dcm"))):
-        told = f"{opened._data}\n{opened.reference()}"
+        text = f"{opened._data}\n{opened.reference()}"
         for secret in ("Secret", "CompressedSamples", "19700101", "JFK IMAGING"):
-            assert secret not in told
+            assert secret not in text
         allowed = {*IDENTIFIERS, *PLACE, "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"}
         allowed |= {"PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence"}
         assert {item.keyword for item in opened.reference().iterall()} <= allowed
@@ -361,7 +361,7 @@ def test_nothing_of_the_header_is_kept_but_what_is_named() -> None:
 
 
 def lying_jpeg() -> bytes:
-    """A compressed frame that is larger than the header tells."""
+    """A compressed frame that is larger than the header says."""
     encoded = io.BytesIO()
     Image.new("L", (640, 480)).save(encoded, "JPEG")
     return compressed(encoded.getvalue())
@@ -397,7 +397,7 @@ def deflated_bomb() -> bytes:
 
 
 def many_scans() -> bytes:
-    """A compressed frame whose last scan is told again and again."""
+    """A compressed frame whose last scan is sent again and again."""
     encoded = io.BytesIO()
     Image.new("L", (64, 64)).save(encoded, "JPEG", progressive=True)
     jpeg = encoded.getvalue()
@@ -424,8 +424,8 @@ def refused() -> dict[str, tuple[Callable[[], bytes], str]]:
         "no pixels": (lambda: altered("MR_small.dcm", PixelData=None), "holds no DICOM image"),
         "cut in the header": (lambda: small[:700], ""),
         "cut in the pixels": (lambda: small[:9000], "cut short"),
-        "a frame larger than told": (lying_jpeg, "480 × 640"),
-        "a lossless frame larger than told": (lambda: compressed(LOSSLESS + bytes(99)), "9000 × 8000"),
+        "a frame larger than its header": (lying_jpeg, "480 × 640"),
+        "a lossless frame larger than its header": (lambda: compressed(LOSSLESS + bytes(99)), "9000 × 8000"),
         "a frame of many scans": (many_scans, "a JPEG of"),
         "a deflation bomb": (deflated_bomb, "inflates to more than 256 MiB"),
         "no image at all": (lambda: shipped("rtplan.dcm"), "holds no DICOM image"),

@@ -134,6 +134,8 @@ def test_every_malformed_file_ends_in_one_sentence_that_names_it(tmp_path: Path)
         read_image(sources["pages.tiff"])
     with pytest.raises(MedPLIBError, match="cut short"):
         read_image(sources["cut.png"])
+    with pytest.raises(MedPLIBError, match=r"^cannot open the image .*; give one image file$"):
+        read_image(tmp_path)
     for wrong in (np.zeros((2, 2, 2)), np.zeros(4), np.zeros((0, 3)), np.array([["a"]]), 7, b"junk"):
         with pytest.raises(MedPLIBError):
             read_image(wrong)  # type: ignore[arg-type]

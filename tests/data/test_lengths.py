@@ -1,4 +1,4 @@
-"""Lengths that are told without pixels are those that the network sees, and like ones make small padding."""
+"""Lengths that are counted without pixels are those that the network sees, and like ones make small padding."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_lengths_are_those_of_the_encoded_samples(folder: Any, tokenizer: Any, t
         records = [record for number, record in enumerate(records) if number not in (1, 5)]  # it drops the questions
     path, lengths = folder.write_records(records), LengthCheck.of(processor)
     dataset = MedPLIBDataset(path, folder.root, processor, training=True, lengths=lengths)
-    told = (dataset.tokens + dataset.images * (PLACES - 1)).tolist()
+    counted = (dataset.tokens + dataset.images * (PLACES - 1)).tolist()
 
     batch = processor.collate([dataset[index] for index in range(len(dataset))])
     images = int((batch["input_ids"] == IMAGE_PLACEHOLDER).sum())
     plan = plan_splice(batch["input_ids"], batch["attention_mask"], [PLACES] * images)
-    assert told == plan.attention_mask.sum(dim=1).tolist()
-    assert real_tokens(batch, PLACES) == (sum(told), plan.attention_mask.numel())
+    assert counted == plan.attention_mask.sum(dim=1).tolist()
+    assert real_tokens(batch, PLACES) == (sum(counted), plan.attention_mask.numel())
     assert bool(dataset.shortened.any()) == (longest == 230)
 
 

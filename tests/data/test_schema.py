@@ -160,7 +160,7 @@ def turns(*values: tuple[str, Any]) -> dict[str, Any]:
         ([1, 2], ["bad_field"]),
         *(
             (turns(("human", "<image>?"), ("gpt", value)), ["bad_field"])
-            for value in (NAN, 1e999, True, ["x"], {"a": 1})
+            for value in (NAN, 1e999, 10**400, True, ["x"], {"a": 1})
         ),
         (turns(("human", ["<image>?"]), ("gpt", "x")), ["bad_field", "image_count"]),
         (turns(("human", "<image>?"), ("gpt", "half \ud800")), ["bad_field"]),

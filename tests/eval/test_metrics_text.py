@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from model.eval.metrics.published_text import format_table, most_similar
-from model.eval.metrics.text import closed_correct, ngram_matches, rouge_l, token_overlap, words
+from model.eval.metrics.text import ngram_matches, rouge_l, token_overlap, words
 
 
 @pytest.mark.parametrize(
@@ -25,20 +25,6 @@ from model.eval.metrics.text import closed_correct, ngram_matches, rouge_l, toke
 )
 def test_words(text: str, found: list[str]) -> None:
     assert words(text) == found
-
-
-@pytest.mark.parametrize(
-    ("answer", "question", "right"),
-    [
-        ("MR", "Which modality? A. CT B. MR", True),
-        ("B. MR", "Which modality?\nA) CT\nB) MR", True),
-        ("B. CT", "Which modality?\n(A) CT\n(B) MR", False),
-        ("MR", "Which modality?", False),
-        ("B", "Is hepatitis A. or B. meant?", True),
-    ],
-)
-def test_closed_answers_with_the_options_of_the_question(answer: str, question: str, right: bool) -> None:
-    assert closed_correct(answer, "B", question) is right
 
 
 def test_scripts_without_blanks_are_scored_by_characters() -> None:

@@ -190,11 +190,11 @@ ANSWERED = [
 
 
 def test_predictions_meet_their_questions_in_any_order(caplog: pytest.LogCaptureFixture):
-    for order, told in (([0, 1, 2], ""), ([2, 0, 1], "3 predictions stand in another order than the data file")):
+    for order, warning in (([0, 1, 2], ""), ([2, 0, 1], "3 predictions stand in another order than the data file")):
         caplog.clear()
         pairs = list(match_references([ANSWERED[place] for place in order], RECORDS))
         assert {(p.key, r.key, p.gt) for p, r in pairs} == {(a.key, a.key, a.gt) for a in ANSWERED}
-        assert told in caplog.text and bool(told) == bool(caplog.text)
+        assert warning in caplog.text and bool(warning) == bool(caplog.text)
     assert next(match_references(ANSWERED, RECORDS))[1].prompt == "What?"
     assert len(list(match_references(ANSWERED[:2], RECORDS, turns="first"))) == 2
 

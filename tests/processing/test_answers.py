@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from model.processing.answers import closed_match, exact_match
+from model.processing.answers import closed_match, exact_match, options_of
 
 EXACT = {
     "numbers and signs": [
@@ -299,3 +299,17 @@ def test_closed_match(answer: str, reference: str, right: bool) -> None:
 )
 def test_closed_match_with_options(answer: str, reference: str, options: tuple[str, ...], right: bool) -> None:
     assert closed_match(answer, reference, options) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "question", "right"),
+    [
+        ("MR", "Which modality? A. CT B. MR", True),
+        ("B. MR", "Which modality?\nA) CT\nB) MR", True),
+        ("B. CT", "Which modality?\n(A) CT\n(B) MR", False),
+        ("MR", "Which modality?", False),
+        ("B", "Is hepatitis A. or B. meant?", True),
+    ],
+)
+def test_closed_answers_with_the_options_of_the_question(answer: str, question: str, right: bool) -> None:
+    assert closed_match(answer, "B", options_of(question)) is right

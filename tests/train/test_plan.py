@@ -129,8 +129,9 @@ def test_steps_are_those_that_training_takes(records: int, ranks: int, accumulat
     recipe = load_recipe(STAGES / "stage2_nano.yaml", [f"data.train=[{tmp_path / 'records.json'}]"])
     schedule = replace(recipe.schedule, epochs=3, batch_size=4, accumulation=accumulation, max_steps=0)
     sampler = ResumableSampler([1] * records, seed=0, batch_size=4, world_size=ranks)
-    steps = planning._steps(replace(recipe, schedule=schedule), Machine(ranks))
-    assert steps == math.ceil(3 * len(sampler) / accumulation)
+    for longest, steps in ((0, math.ceil(3 * len(sampler) / accumulation)), (1000, 1000)):
+        planned = replace(recipe, schedule=replace(schedule, max_steps=longest))
+        assert planning._steps(planned, Machine(ranks)) == steps
 
 
 def test_command_prints_one_screen_and_exits_by_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,18 +33,18 @@ def test_the_check_prints_the_plan(values: Any, phantoms: Path, tmp_path: Path, 
     data = {**values(3)["data"], **held_out}
     recipe = recipe_from(values(3, data=data, schedule={"batch_size": 4, "max_steps": 7}, validation={"samples": 5}))
     assert main([str(save_recipe(recipe, tmp_path / "given")), "--check", "--processes", "2"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     counts = Counter()
     for name in ("vqa", "region", "grounding"):
         counts[name] = len(json.loads((phantoms / f"{name}.json").read_text()))
-    assert ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) in told
+    assert ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) in printed
     epoch = -(-sum(counts.values()) // 8)
-    assert f"7 of 2 x 4 x 1 = 8 records; {epoch} steps are an epoch" in told
-    assert f"max_steps=7 is {7 / epoch:.3g} epochs" in told
-    assert "published for stage 3: 128; schedule.accumulation=16 gives that" in told
-    assert f"5 of {phantoms / 'grounding.json'}, once an epoch" in told
-    assert re.search(r"trainable +lora [\d,]+, .*total [\d,]+ parameters", told)
-    assert re.search(r"time +about \d+:\d\d:\d\d, an estimate from one forward and backward pass of 4 records", told)
+    assert f"7 of 2 x 4 x 1 = 8 records; {epoch} steps are an epoch" in printed
+    assert f"max_steps=7 is {7 / epoch:.3g} epochs" in printed
+    assert "published for stage 3: 128; schedule.accumulation=16 gives that" in printed
+    assert f"5 of {phantoms / 'grounding.json'}, once an epoch" in printed
+    assert re.search(r"trainable +lora [\d,]+, .*total [\d,]+ parameters", printed)
+    assert re.search(r"time +about \d+:\d\d:\d\d, an estimate from one forward and backward pass of 4 records", printed)
     assert not recipe.folder.exists()
 
 
@@ -57,12 +57,12 @@ def test_another_number_of_processes_is_refused_in_a_sentence(
     assert main([given, "--resume", "--check", "--quiet"]) == 0
     capsys.readouterr()
     assert main([given, "--resume", "--check", "--processes", "2"]) == 2
-    told = capsys.readouterr().err
-    assert f"{recipe.folder} was begun with 1 process, now 2; resume with 1" in told and len(told.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert f"{recipe.folder} was begun with 1 process, now 2; resume with 1" in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("sizes", "stage", "told"),
+    ("sizes", "stage", "advice"),
     [
         ((8, 16, 2), 2, "schedule.accumulation=1"),
         ((8, 32, 1), 1, "batch_size=16 schedule.accumulation=1"),
@@ -70,11 +70,13 @@ def test_another_number_of_processes_is_refused_in_a_sentence(
         ((3, 4, 8), 4, "no batch size"),
     ],
 )
-def test_a_batch_unlike_the_published_is_noted(values: Any, sizes: tuple[int, int, int], stage: int, told: str) -> None:
+def test_a_batch_unlike_the_published_is_noted(
+    values: Any, sizes: tuple[int, int, int], stage: int, advice: str
+) -> None:
     processes, batch, accumulation = sizes
     recipe = recipe_from(values(stage, schedule={"batch_size": batch, "accumulation": accumulation, "max_steps": 0}))
     (note,) = schedule_notes(recipe, processes, 10)
-    assert told in note and f"published for stage {stage}: 128" in note
+    assert advice in note and f"published for stage {stage}: 128" in note
     assert not schedule_notes(recipe, 4, 10)
 
 

@@ -52,9 +52,9 @@ def test_runs_are_listed_and_compared(folder: Path, capsys: pytest.CaptureFixtur
     assert any("run.json is damaged, recipe.yaml is damaged" in line for line in lines[6:])
 
     assert main(["runs", "compare", str(folder / "a"), str(folder / "b")]) == 0
-    told = capsys.readouterr().out
-    assert "optimiser.lr" in told and "data: the same" in told and "best teacher_forced/ce" in told
-    assert "schedule.batch_size" not in told
+    printed = capsys.readouterr().out
+    assert "optimiser.lr" in printed and "data: the same" in printed and "best teacher_forced/ce" in printed
+    assert "schedule.batch_size" not in printed
 
     assert main(["runs", str(folder), "--json"]) == 0
     assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 5

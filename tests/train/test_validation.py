@@ -19,11 +19,12 @@ from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.predictions import read_predictions
 from model.eval.run import run_inference
+from model.inference.answer import Answer
 from model.train import recipe_from, run
 from model.train.checkpoints import checkpoint_of, list_checkpoints, step_of
 from model.train.handover import network_of_run
 from model.train.run_record import read_record
-from model.train.validation import even_shares
+from model.train.validation import HeldOutQuestion, Validator, even_shares
 
 LEARNS = ["decoder", "lm_head", "projector", "region_adapter", "mask_decoder", "mask_head"]
 
@@ -108,6 +109,13 @@ def test_scores_are_those_of_the_evaluation(learning: Any, short: Path, phantoms
             assert found[name] == found[f"{name}/{file}"] == pytest.approx(value, abs=1e-9), name
 
 
+@pytest.mark.parametrize(("text", "right"), [("MR", 1.0), ("B. MR", 1.0), ("CT", 0.0)])
+def test_options_of_the_question_count_as_in_the_evaluation(text: str, right: float) -> None:
+    question = HeldOutQuestion("Which is it? A. CT B. MR", "B", (), 0, range(0), "vqa", closed=True)
+    scores: Any = Validator._scores
+    assert dict(scores(None, question, [], Answer(text, [], {}, "end", 0))) == {"closed": right}
+
+
 def test_validation_leaves_the_training_as_it_was(learning: Any, tmp_path: Path) -> None:
     losses = []
     for samples in (0, 8):
@@ -152,9 +160,9 @@ def test_the_best_checkpoint_is_kept_and_merged(
     more = learning(**sections | {"validation": {**sections["validation"], "patience": 4}})
     run(more, resume=True)  # goes on counting where it was
     assert max(row["step"] for row in rows(recipe.folder)) == best + 4
-    told = "saving.best is region/masks.json, which the records of data.validation do not give; they give "
+    message = "saving.best is region/masks.json, which the records of data.validation do not give; they give "
     sections["saving"]["best"] = "region/masks.json"
-    with pytest.raises(MedPLIBError, match=told):
+    with pytest.raises(MedPLIBError, match=message):
         run(learning(output=f"{recipe.folder}-2", **sections))
 
 
@@ -177,14 +185,14 @@ def test_files_share_the_draw_evenly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "told"),
+    ("sections", "message"),
     [
         ({"validation": {"patience": 2}}, "validation.patience is set, but saving.best names no score"),
-        ({"saving": {"best": "dice"}}, r"saving.best dice is not a key \(nearest: saving.best mDice\)"),
+        ({"saving": {"best": "dice"}}, "saving.best is dice, expected mDice, false_masks, seg_said, closed, "),
         ({"saving": {"best": "mDice"}, "validation": {"samples": 0}}, "which needs data.validation and"),
         ({"data": {"images": ["a", "b", "c"]}}, "data.images has 3 folders for 2 files"),
     ],
 )
-def test_validation_that_cannot_be_is_refused(learning: Any, sections: dict[str, Any], told: str) -> None:
-    with pytest.raises(MedPLIBError, match=told):
+def test_validation_that_cannot_be_is_refused(learning: Any, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(MedPLIBError, match=message):
         learning(**sections)

@@ -25,7 +25,7 @@ DEFAULT_SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 MASKS = "masks"
 """Folder of the results where masks go."""
 _IMAGES_OF_A_PIECE = 50
-_GIVE = "if several are of one patient, say how their names tell it with --case-pattern 'REGEX' (docs/data.md)"
+_GIVE = "if several are of one patient, give the part of the name that shows it: --case-pattern REGEX (docs/data.md)"
 _DOUBT = "cases_in_doubt"
 _FEW_CASES = 1000  # up to so many, splits get exact shares
 _NUMBER = re.compile(r"\d+")
@@ -103,8 +103,8 @@ def build_folder(
     split_of_case = {case: split_of[key] for key, case in case_of_key.items()}
     shown_images, cases, splits = len(split_of), len(split_of_case), len(settings.splits)
     if splits > 1 and (shown_images == cases or cases < splits):
-        told = "each image is a case of its own" if shown_images == cases else f"{splits} splits are wanted"
-        pairing.left.append((_DOUBT, f"{shown_images} images are {cases} cases and {told}; {_GIVE}", ""))
+        what = "each image is a case of its own" if shown_images == cases else f"{splits} splits are wanted"
+        pairing.left.append((_DOUBT, f"{shown_images} images are {cases} cases and {what}; {_GIVE}", ""))
     build = Build(
         out,
         "folder",

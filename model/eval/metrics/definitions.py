@@ -33,7 +33,7 @@ CONVENTIONS = {
     "(its painted pixels join the union) and in the false-mask rate, and nowhere else.",
     "surface": "Distances between outline pixels. HD95 is the larger of the two directed 95th percentiles, the surface "
     "Dice (NSD) the share of outline pixels within the tolerance, 2 mm or 2 pixels unless settings say otherwise; "
-    "where nothing is painted HD95 is the diagonal of the image and NSD 0. In mm where the spacing is known; all other "
+    "without a predicted mask HD95 is the diagonal of the image and NSD 0. In mm where the spacing is known; all other "
     "masks apart, in pixels.",
     "errors": "A row that could not be answered is wrong, and its masks are empty; for an absent target it scores 0 in "
     "gIoU and is left out of the false-mask rates.",

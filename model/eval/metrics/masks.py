@@ -54,10 +54,10 @@ def overlaps(predicted: Sequence[CocoRle], wanted: Sequence[CocoRle]) -> Overlap
     """
     sizes = {(mask["size"][0], mask["size"][1]) for mask in (*predicted, *wanted)}
     if len(sizes) > 1:
-        told = " and ".join(f"{height}×{width}" for height, width in sorted(sizes))
+        found = " and ".join(f"{height}×{width}" for height, width in sorted(sizes))
         swapped = len({tuple(sorted(size)) for size in sizes}) == 1
         hint = "is size given as [width, height]? COCO's is [height, width]" if swapped else "resize the predictions"
-        raise MedPLIBError(f"masks of one question are {told}, but must have the size of the reference; {hint}")
+        raise MedPLIBError(f"masks of one question are {found}, but must have the size of the reference; {hint}")
     areas = [int(coco.area(mask)) for mask in predicted], [int(coco.area(mask)) for mask in wanted]
     inter = [
         [

@@ -11,13 +11,11 @@ import numpy as np
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import mark
 from model.eval.metrics.masks import Overlaps, best_matching, merged, overlaps, surface_scores
-from model.eval.metrics.text import BLEU_ORDERS, closed_correct, ngram_matches, rouge_l, token_overlap, words
+from model.eval.metrics.text import BLEU_ORDERS, ngram_matches, rouge_l, token_overlap, words
 from model.eval.predictions import Prediction
-from model.processing.answers import exact_match
+from model.processing.answers import CLOSED_TYPES, closed_match, exact_match, options_of
 from model.processing.masks import CocoRle, checked_rle
 from model.processing.special_tokens import SEG_TOKEN
-
-CLOSED_TYPES = frozenset(("closed", "yes/no"))
 
 Row = dict[str, float]
 Pair = tuple[int, int]
@@ -83,7 +81,8 @@ def score_row(prediction: Prediction, settings: RowSettings) -> RowScore:
 
 
 def _closed_row(prediction: Prediction) -> Row:
-    right = not prediction.failed and closed_correct(prediction.text, prediction.gt, prediction.prompt)
+    options = options_of(prediction.prompt)
+    right = not prediction.failed and closed_match(prediction.text, prediction.gt, options)
     return {"closed": 1, "closed_hit": right}
 
 

@@ -30,7 +30,7 @@ UNNAMED = "(unnamed)"
 RowKey = tuple[str, int, int]
 """Question id as text, turn, and how many rows with both came before: published files may number from 0 twice."""
 
-_NAMED = 5  # repeated predictions named in a refusal
+_NAMED = 5  # repeated predictions named in the error
 _BLOCK = 4096  # rows of an array that grows by blocks
 
 
@@ -337,9 +337,9 @@ class _Builder:
 
     def finish(self, samples: int, seed: int) -> Scores:
         if self.repeated:
-            told = ", ".join(self.repeated[:_NAMED]) + (", …" if len(self.repeated) > _NAMED else "")
+            named = ", ".join(self.repeated[:_NAMED]) + (", …" if len(self.repeated) > _NAMED else "")
             raise MedPLIBError(
-                f"{len(self.repeated)} predictions are of a question that stands above them already: {told}; "
+                f"{len(self.repeated)} predictions are of a question that stands above them already: {named}; "
                 "give each question once, of one run"
             )
         count = len(self.keys)

@@ -1,4 +1,4 @@
-"""Standard scores of one written answer: token overlap, counts for BLEU, ROUGE-L, closed questions with options.
+"""Standard scores of one written answer: token overlap, counts for BLEU, ROUGE-L.
 
 METEOR is left out: its synonyms need WordNet, which no library carries without a download or a Java program.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import regex
 
-from model.processing.answers import LETTERS, SPACELESS, closed_match
+from model.processing.answers import LETTERS, SPACELESS
 
 BLEU_ORDERS = (1, 2, 3, 4)
 
@@ -19,7 +19,6 @@ _TAG = regex.compile(r"</?(?:SEG|ref|region|sr|mask|image|im_start|im_end|gen_\d
 _WORD = regex.compile(
     rf"\d{{1,3}}(?:,\d{{3}})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|{SPACELESS}\p{{M}}*|{LETTERS}(?:'{LETTERS})*"
 )
-_OPTION = regex.compile(r"(?:^|[\s;,])\(?([A-J])[).:]\s*(.+?)[\s;,]*(?=[\s;,]\(?[A-J][).:]|$)", regex.DOTALL)
 _ARTICLES = frozenset(("a", "an", "the"))
 
 
@@ -37,13 +36,6 @@ def content_words(text: str) -> list[str]:
     """``words`` without the articles a, an, the; with them where there is nothing else."""
     found = words(text)
     return [word for word in found if word not in _ARTICLES] or found
-
-
-def closed_correct(answer: str, reference: str, question: str = "") -> bool:
-    """Whether a closed question is answered right: ``closed_match`` with the lettered options of the question."""
-    options = _OPTION.findall(question)
-    lettered = len(options) > 1 and [letter for letter, _ in options] == list("ABCDEFGHIJ"[: len(options)])
-    return closed_match(answer, reference, [text for _, text in options] if lettered else ())
 
 
 def token_overlap(answer: str, reference: str) -> tuple[float, float, float]:
