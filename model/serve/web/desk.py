@@ -159,7 +159,7 @@ class Desk:
     ) -> Iterator[Parts]:
         exchange = None
         with session.lock:
-            session.notice, session.model = "", model
+            session.notice, session.model, session.remembers[model] = "", model, parameters.remember
             try:
                 exchange = begin()
             except MedPLIBError as error:
