@@ -302,7 +302,7 @@ async def call(app: Any, pieces: list[bytes], told: int | None = None, ends: boo
         sent.append(message)
 
     headers = [] if told is None else [(b"content-length", str(told).encode())]
-    await app({"type": "http", "headers": headers}, receive, send)
+    await app({"type": "http", "path": "/", "headers": headers}, receive, send)
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent), read
 
 
