@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UnicodeEncodeError as error:
-        told = "the locale's encoding has no word for it; set PYTHONUTF8=1"
-        print(f"medplib: {shown(error.object)} cannot be written or opened: {told}", file=sys.stderr)
+        reason = "the locale's encoding lacks its characters; set PYTHONUTF8=1"
+        print(f"medplib: {shown(error.object)} cannot be written or opened: {reason}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
         where = f"{shown(error.filename, quoted=False)}: " if error.filename else ""
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _name_parsers(parser: argparse.ArgumentParser) -> None:
-    """Let the options say which command they are of, whose usage an unknown flag shows."""
+    """Set in the options the parser of their command, whose usage an unknown flag shows."""
     parser.set_defaults(parser=parser)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

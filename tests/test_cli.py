@@ -26,6 +26,7 @@ from model.inference.engine import EngineSettings
 from model.processing.masks import decode_rle
 from model.serve.checks import check_checkpoint
 from model.serve.model_worker import _check_model, make_parser
+from model.serve.ray_app import RaySettings, make_replica_app
 from model.serve.running import parse_flags
 from model.serve.worker_loading import ModelChoice, describe_engine, load_engine
 from tests.conftest import ROOT
@@ -246,10 +247,9 @@ def test_a_run_folder_is_taken_for_its_network(
     assert check_checkpoint(run) == check_checkpoint(run / "merged")
     options = parse_flags(make_parser(), ["--model-path", str(run)])
     assert _check_model(options)[0] == run / "merged"
-    assert (
-        describe_engine(load_engine(ModelChoice(run), EngineSettings(slots=1)), ModelChoice(run))["checkpoint"]
-        == "liver"
-    )
+    engine = load_engine(ModelChoice(run), EngineSettings(slots=1))
+    assert describe_engine(engine, ModelChoice(run))["checkpoint"] == "liver"
+    assert make_replica_app(engine, RaySettings(model=run)).state.worker.settings.model_names == ("liver",)
     shutil.rmtree(run / "merged")
     (run / "checkpoints" / "step_0000006").mkdir(parents=True)
     told = "its last checkpoint step_0000006; let it train on (--resume), or make a model of that: medplib export"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from model.checkpoint.saving import export_published, save
     from model.checkpoint.upcycling import upcycle
 
-# Imported when first used, so that whoever only looks for a directory does not wait for torch.
+# Imported when first used: looking for a directory needs no torch.
 _HOMES = {
     **dict.fromkeys(("assemble", "lay_over"), "assembling"),
     **dict.fromkeys(("load", "load_with_report"), "loading"),

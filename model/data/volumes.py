@@ -48,7 +48,11 @@ class Limits(Protocol):
 
     @property
     def max_image_bytes(self) -> int:
-        """Of the encoded file."""
+        """Of an encoded picture."""
+
+    @property
+    def max_volume_bytes(self) -> int:
+        """Of an encoded DICOM or NIfTI file."""
 
     @property
     def max_pixels(self) -> int:
@@ -236,14 +240,15 @@ def open_volume(data: bytes, name: str, limits: Limits) -> Volume:
     data, name = bytes(data), _display_name(name)
     if not data:
         raise MedPLIBError(f"{name} is empty; give an image")
-    if len(data) > limits.max_image_bytes:
-        raise MedPLIBError(
-            f"{name} is larger than the limit of {limits.max_image_bytes / 2**20:.3g} MiB; give a smaller file"
-        )
     kind = file_kind(name, data)
+    if kind == "picture" and data.startswith(b"\x1f\x8b"):
+        kind = "nifti"
+    most = limits.max_image_bytes if kind == "picture" else limits.max_volume_bytes
+    if len(data) > most:
+        raise MedPLIBError(f"{name} is larger than the limit of {most / 2**20:.3g} MiB; give a smaller file")
     if kind == "dicom":
         return DicomVolume(open_dicom(data, name, limits.max_pixels, limits.max_frames), name)
-    if kind == "nifti" or data.startswith(b"\x1f\x8b"):
+    if kind == "nifti":
         return NiftiVolume(read_nifti(data, name, MAX_VOLUME_BYTES), name, limits)
     try:
         return Picture(read_image(data, ReadLimits(limits.max_image_bytes, limits.max_pixels)), name)

@@ -141,7 +141,7 @@ class Engine:
 
     def _enqueue_pass(self, ticket: Ticket, joined: JoinedAnswer, request: Request, prompt: Prompt) -> None:
         part = Ticket(request, ticket)
-        self._enqueue(part, prompt, joined.hear)
+        self._enqueue(part, prompt, joined.update)
         part.when_done(lambda: self._pass_done(ticket, joined, part))
 
     def _pass_done(self, ticket: Ticket, joined: JoinedAnswer, part: Ticket) -> None:

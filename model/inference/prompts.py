@@ -74,8 +74,8 @@ def build_prompt(
     if regions and not model.config.region.enabled:
         raise MedPLIBError("this checkpoint has no region adapter; ask it about the whole image")
     history, trained = list(request.history), model.config.conversation_turns
-    told = [earlier.count(REGION_MARKER) for earlier, _ in history]  # their regions come first
-    asked = place_region(request.question, max(0, len(regions) - sum(told)))
+    marked = [earlier.count(REGION_MARKER) for earlier, _ in history]  # their regions come first
+    asked = place_region(request.question, max(0, len(regions) - sum(marked)))
     dropped = max(0, len(history) + 1 - trained) if trained > 1 else 0
     patches = visual_tokens(model) if image is not None else 0
     room = inf if max_length is None else max_length - 2 - patches + (image is not None)
@@ -90,7 +90,7 @@ def build_prompt(
         if last:
             raise _too_long(processor, request.question, len(ids), most)
         dropped += 1
-    kept = regions[sum(told[:dropped]) :]
+    kept = regions[sum(marked[:dropped]) :]
     pictures = [image.data.pixels] if image is not None else []
     encoded = processor.encode_prompt(turns, pictures, regions=kept, pixels=False)
     opening = ids.index(IMAGE_PLACEHOLDER) if image is not None else 0

@@ -165,7 +165,7 @@ class JoinedAnswer:
         self._several = len(self.targets) > 1 and len(request.regions) <= marked
         self._alone: set[str] = set()  # asked for alone
         self._passes: list[Answer] = []
-        self._text = self._told = ""
+        self._text = self._emitted = ""
         self._masks: list[Mask] = []
 
     def first(self) -> Request:
@@ -173,7 +173,7 @@ class JoinedAnswer:
         alone = self._several and len(self.targets) > _ONE_PASS and _PLAIN.search(self._question)
         return self._alone_request(self.targets[0]) if alone else self.request
 
-    def hear(self, text: str) -> None:
+    def update(self, text: str) -> None:
         """Take the text of the present pass as it grows."""
         pieces = text.split(SEG_TOKEN)
         labels = mask_labels(text, self._question, len(pieces) - 1)
@@ -181,12 +181,12 @@ class JoinedAnswer:
         kept = next((place for place, one in enumerate(labels) if one in known + labels[:place]), len(labels))
         if labels or len(self.targets) > 1:
             text = "".join(piece + SEG_TOKEN for piece in pieces[:kept])
-        self._tell(text)
+        self._emit(text)
 
-    def _tell(self, text: str) -> str:
+    def _emit(self, text: str) -> str:
         text = " ".join(filter(None, (self._text, text)))
-        if self._on_text is not None and len(text) > len(self._told):
-            self._told = text
+        if self._on_text is not None and len(text) > len(self._emitted):
+            self._emitted = text
             self._on_text(text)
         return text
 
@@ -207,7 +207,7 @@ class JoinedAnswer:
         if self._several and len(self._asked) > 1 and not self._masks and _NEGATION.search(text):
             text = ""
         self._passes.append(answer)
-        self._text = self._tell(re.sub(r"^[\s,;]+(?:and\s+)?", "", text) if text.strip(" .,;!") else "")
+        self._text = self._emit(re.sub(r"^[\s,;]+(?:and\s+)?", "", text) if text.strip(" .,;!") else "")
 
     def following(self) -> Request | None:
         """The request for the next target that no pass has masked or refused; None where the answer is complete."""

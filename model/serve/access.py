@@ -125,14 +125,14 @@ class Entrance:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
         if scope["type"] == "http":
+            if self.root_path and scope["path"].startswith(f"{self.root_path}/"):
+                scope = {**scope, "path": scope["path"].removeprefix(self.root_path)}
             header = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             if header and not self._serves(header):
                 self._log_refused(header)
                 sentence = f"this server is not reached under the name {header[:100]!r}"
                 await send_refusal(Refusal(ErrorCode.BAD_INPUT, sentence, status=403), scope, send)
                 return
-            if self.root_path and scope["path"].startswith(f"{self.root_path}/"):
-                scope = {**scope, "path": scope["path"].removeprefix(self.root_path)}
         await self.app(scope, receive, send)
 
     def _serves(self, header: str) -> bool:

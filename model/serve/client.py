@@ -179,7 +179,7 @@ def check_status(response: httpx.Response, address: str) -> None:
 
 
 def _unavailable(detail: str) -> AnswerFailed:
-    """What a visitor is told where the operator has to act; the detail is logged."""
+    """The visitor's error where the operator has to act; the detail is logged."""
     _log.warning("%s", detail)
     return AnswerFailed("the service is not available at the moment; try again in a minute")
 

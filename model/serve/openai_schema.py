@@ -6,6 +6,7 @@ answer and are not implemented are named in ``REFUSED`` and refused with a sente
 
 from __future__ import annotations
 
+from operator import not_
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -211,10 +212,6 @@ def _absent(value: Any) -> bool:
     return value is None
 
 
-def _empty(value: Any) -> bool:
-    return not value
-
-
 class AnswerMask(_Model):
     """One mask at image size."""
 
@@ -231,7 +228,7 @@ class AnswerMask(_Model):
         exclude_if=_absent,
     )
     warning: str = Field(
-        default="", description="where it bears the name of nothing that was asked for", exclude_if=_empty
+        default="", description="where it bears the name of nothing that was asked for", exclude_if=not_
     )
 
 
@@ -242,9 +239,9 @@ class AnswerExtension(_Model):
     height: int | None = Field(default=None, description="of the image, in pixels; null where there is no mask")
     width: int | None = None
     dropped_turns: int = Field(
-        default=0, description="oldest questions that were left out, as not all of them fit", exclude_if=_empty
+        default=0, description="oldest questions that were left out, as not all of them fit", exclude_if=not_
     )
-    notes: list[str] = Field(default_factory=list, description="what else a reader should know", exclude_if=_empty)
+    notes: list[str] = Field(default_factory=list, description="what else a reader should know", exclude_if=not_)
 
 
 Finish = Literal["stop", "length"]

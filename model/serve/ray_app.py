@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.checkpoint.directories import resolve
+from model.checkpoint.directories import checkpoint_name, resolve
 from model.errors import MedPLIBError
 from model.serve.access import WorkerGuard, checked_key
 from model.serve.protocol import Chunk, GenerateRequest
@@ -37,7 +37,7 @@ class RaySettings(BaseModel):
 
     Attributes:
         model: checkpoint directory, the same on every node.
-        name: what the model is called; the directory's name when empty.
+        name: what the model is called; its run's or directory's name when empty (``checkpoint_name``).
         device: ``auto`` is a GPU where replicas have one.
         dtype: ``fp32`` or ``bf16``; as stored when absent, fp32 on a CPU.
         slots, waiting: answers a replica writes at once, and requests that wait at it beside.
@@ -164,7 +164,7 @@ def make_replica_app(engine: Engine, settings: RaySettings) -> FastAPI:
 
     key = checked_key(settings.client_key, "client_key")
     worker_settings = WorkerSettings(
-        model_names=(settings.name or settings.model.name,),
+        model_names=(settings.name or checkpoint_name(settings.model),),
         capacity=settings.slots + settings.waiting,
         request_timeout=settings.request_timeout,
         key=key,

@@ -22,7 +22,7 @@ from model.errors import MedPLIBError
 from model.serve.protocol import ErrorCode
 
 _log = logging.getLogger(__name__)
-_FOR_OPERATORS = re.compile(r"(?<!\w)--[a-z]|pip install|MEDPLIB_[A-Z]")
+_FOR_OPERATORS = re.compile(r"(?<!\w)--[a-z]|pip install|python -m|MEDPLIB_[A-Z]")
 _OPERATORS_ROUTES = ("/register_worker", "/receive_heart_beat", "/drain_worker")
 _OTHER_APIS = ("/completions", "/responses", "/messages", "/embeddings", "/models")
 MACHINE_FAULT = "this server failed on the request; ask again"

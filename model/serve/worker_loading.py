@@ -105,7 +105,7 @@ def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
         raise MedPLIBError(
             f"{choice.directory} does not fit the memory of {device}; take fewer --slots, --load-8bit or --load-4bit"
         ) from error
-    _log.info("%s is on %s after %.1f s", choice.directory.name, device, time.perf_counter() - begun)
+    _log.info("%s is on %s after %.1f s", checkpoint_name(choice.directory), device, time.perf_counter() - begun)
     return engine
 
 

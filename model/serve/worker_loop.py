@@ -1,7 +1,7 @@
 """The engine's thread on one side, the event loop on the other: answers stream across, and neither waits for the other.
 
-The engine leaves its newest text behind and goes on; whoever streams it takes the newest. A slow
-client therefore gets fewer, longer pieces, and costs the engine and the memory nothing.
+The engine leaves its newest text behind and goes on; the event loop takes that. A slow client therefore gets fewer,
+longer pieces, and costs the engine and the memory nothing.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ class EngineLoop:
         try:
             answer = ticket.result()
         except NotFinite as error:
-            raise Refusal(ErrorCode.FAILED, str(error)) from error
+            _log.error("%s", error)
+            raise Refusal(ErrorCode.FAILED, str(error).partition(";")[0]) from error  # the rest is the operator's
         except MedPLIBError as error:
             if self._closed:
                 raise Refusal(ErrorCode.DRAINING, "the worker was stopped before the answer was there") from error

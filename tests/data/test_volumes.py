@@ -253,6 +253,11 @@ def test_limits_on_slices_and_their_pixels() -> None:
         open_volume(shipped("examples_ybr_color.dcm"), "film", few)
     with pytest.raises(MedPLIBError, match="64 × 64 pixels, more than the limit of 60"):
         open_volume(shipped("MR_small.dcm"), "scan", small)
+    bytes_of_each = ServeLimits(max_image_bytes=50, max_volume_bytes=2**20)
+    for content in (body().to_bytes(), gzip.compress(body().to_bytes()), shipped("MR_small.dcm")):
+        assert open_volume(content, "unnamed", bytes_of_each).size
+    with pytest.raises(MedPLIBError, match="larger than the limit"):
+        open_volume(encoded(Image.fromarray(COLOURS), "PNG"), "a.png", bytes_of_each)
 
 
 def test_a_name_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,3 +268,5 @@ def test_a_sub_path_is_taken_off_where_a_proxy_leaves_it():
         visit("x", path, names=None, root_path="/lab/medplib").json() for path in ("/lab/medplib/v1", "/v1", "/lab")
     ]
     assert seen == ["/v1", "/v1", "/lab"]
+    refused = visit("evil.example", "/lab/medplib/v1/models", names=[], root_path="/lab/medplib")
+    assert "not reached" in refused.json()["error"]["message"]  # as OpenAI's clients read errors

@@ -275,6 +275,7 @@ def test_a_page_that_is_loaded_again_goes_on(
             visitor.drop(FUNDUS, ".talk")  # anywhere
             assert tab.evaluate(width) == empty > 1200
             tab.fill("#question textarea", "Where is the disc?")
+            tab.check("#remember input")
             tab.click("#send")
             visitor.answer()
             focused = "document.activeElement === document.querySelector('#question textarea')"
@@ -291,6 +292,9 @@ def test_a_page_that_is_loaded_again_goes_on(
             assert "The disc is" in visitor.answer().inner_text() and tab.locator(".message").count() == 2
             assert tab.input_value("#picker input") == "nano"
             visitor.shot(artefacts(tmp_path) / "reloaded.png")
+            assert not tab.is_checked("#remember input")
+            visitor.choose_model("alpha")  # which was asked with the switch on
+            tab.wait_for_function("document.querySelector('#remember input').checked")
             tab.focus(".frame canvas")
             tab.keyboard.press("Control+z")
             tab.wait_for_function("document.querySelector('.viewer').dataset.marks === '0'")

@@ -467,15 +467,20 @@ def test_the_chosen_model_stays(visit, controller):
 
 
 def test_text_that_reorders_or_hides_is_shown_without_it(visit, controller):
-    mask = {**disc(), "label": "\u202edisc\x1b"}
+    mask = {**disc(), "label": "\u202edisc\x1b", "warning": "asked for x, the answer names \u202edisc\x1b"}
     controller.script = say("The \u202elive\u2066 \x07disc\u200f is <SEG>.\n", (mask,))
     visit.open(png())
     visit.ask("Where?")
-    assert visit.last.answer == "The live disc is <SEG>.\n" and view.masks(visit.session)["rows"][0]["label"] == "disc"
+    (row,) = view.masks(visit.session)["rows"]
+    assert visit.last.answer == "The live disc is <SEG>.\n" and row["label"] == "disc"
+    assert row["warning"] == "asked for x, the answer names disc"
 
 
-def test_visitors_do_not_read_what_operators_do(visit, controller, caplog):
-    sentence = "a.dcm is compressed with JPEG-LS; install with pip install -e '.[dicom]'; set MEDPLIB_X or give --x"
+@pytest.mark.parametrize(
+    "remedy", ["install with pip install -e '.[dicom]'; set MEDPLIB_X or give --x", "make one with python -m model.x"]
+)
+def test_visitors_do_not_read_what_operators_do(visit, controller, caplog, remedy):
+    sentence = f"a.dcm is compressed with JPEG-LS; {remedy}"
     controller.script = fail(error_chunk(ErrorCode.BAD_INPUT, sentence))
     visit.open(png())
     visit.ask("What is it?")

@@ -31,7 +31,6 @@ NO_MODEL = "no model is available at the moment; try again in a minute, or press
 SHOW_SECONDS = 0.08
 """A growing answer is shown no oftener: readers cannot tell, and many of them share one process."""
 _OPENINGS = frozenset({"a", "all", "an", "masks", "no", "nothing", "something", "that", "the", "there", "what"})
-_EMPTY = "(empty answer)"
 _MOST_EXCHANGES = 256
 _NOTES = {"length": "Cut off: it reached the longest length allowed.", "cancelled": "Stopped."}
 
@@ -253,7 +252,7 @@ def _parts(exchange: Exchange, first: int) -> list[dict[str, Any]]:
             parts.append({"mask": first + place if there else 0, "colour": f"rgb({red},{green},{blue})"})
         if text:
             parts.append({"text": text})
-    return parts or ([{"text": _EMPTY}] if exchange.state == "done" else [])
+    return parts or ([{"text": "(empty answer)"}] if exchange.state == "done" else [])
 
 
 def _note(exchange: Exchange) -> str:

@@ -10,7 +10,7 @@ import functools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, get_args
 
@@ -32,7 +32,6 @@ _log = logging.getLogger(__name__)
 _OPENED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons", "volume"})
 _ANSWER: Parts = frozenset({"talk", "buttons"})
 _ANSWERED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons"})
-_VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz")
 _MACHINE_FAULT = "Something went wrong in the page; try again."
 
 
@@ -102,9 +101,7 @@ class Desk:
         return self._look_at(session, path.read_bytes(), path.name)
 
     def _look_at(self, session: Session, content: bytes, name: str) -> Parts:
-        volumes = content[128:132] == b"DICM" or content[:2] == b"\x1f\x8b" or name.lower().endswith(_VOLUMES)
-        most = self.limits.max_volume_bytes if volumes else self.limits.max_image_bytes
-        volume = open_volume(content, name, replace(self.limits, max_image_bytes=most))
+        volume = open_volume(content, name, self.limits)
         middle = volume.num_slices // 2
         session.show(Picture(volume, volume.slice(middle), middle, file=session.next_number()))
         return _OPENED
@@ -159,7 +156,7 @@ class Desk:
     ) -> Iterator[Parts]:
         exchange = None
         with session.lock:
-            session.notice, session.model = "", model
+            session.notice, session.model, session.remembers[model] = "", model, parameters.remember
             try:
                 exchange = begin()
             except MedPLIBError as error:

@@ -255,11 +255,11 @@ class Page:
             session.notice = f"{_LOST} {session.notice}".strip()
         return self._shown(parts, session)
 
-    def _set_memory(self, model: str | None) -> Any:
-        """Whether earlier questions are sent along, as the chosen model was trained; visitors may choose otherwise."""
+    def _set_memory(self, model: str | None, request: gr.Request) -> Any:
+        """Whether earlier questions are sent along: as the visitor last asked the model, else as it was trained."""
         turns = self.desk.conversation_turns(model or "")
         info = _ALONE if turns == 1 else f"This model was trained on conversations of up to {turns} questions."
-        return gr.update(value=turns > 1, info=info)
+        return gr.update(value=self._session(request).remembers.get(model or "", turns > 1), info=info)
 
     def _leave(self, request: gr.Request) -> None:
         if request.session_hash:

@@ -47,7 +47,7 @@ def read_masks(stored: Sequence[Mapping[str, Any]], spacing_mm: tuple[float, flo
                 area_mm2=item.get("area_mm2"),
                 presence=item.get("presence"),
                 spoken=bool(item.get("spoken", True)),
-                warning=str(item.get("warning", "")),
+                warning=plain(str(item.get("warning", ""))),
             )
             for item in stored
         ]

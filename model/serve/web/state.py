@@ -122,6 +122,7 @@ class Session:
     contour: bool = True
     notice: str = ""
     model: str = ""  # chosen last
+    remembers: dict[str, bool] = field(default_factory=dict)  # by model, the memory switch of the last question
     stream: AnswerStream | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
