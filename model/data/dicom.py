@@ -13,6 +13,7 @@ refers to the file, is ``IDENTIFIERS`` and ``PLACE``.
 from __future__ import annotations
 
 import io
+import logging
 import re
 import textwrap
 import zlib
@@ -64,7 +65,7 @@ _GROUPED = (
 _KEPT = frozenset((*IDENTIFIERS, *PLACE, *_PIXELS, *_GROUPS, *_GROUPED))
 _STANDS_FOR_PIXELS = frozenset(("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-_RLE = "1.2.840.10008.1.2.5"
+_RLE, _JPEG_BASELINE, _JPEG_EXTENDED = (f"1.2.840.10008.1.2.{last}" for last in ("5", "4.50", "4.51"))
 _MAX_INFLATED = 256 * 2**20  # bytes that a deflated data set may become
 _MAX_SCANS = 64  # programs write about ten
 _MAX_RLE = 16 * 2**20  # bytes of a run-length encoded frame, which can grow 64-fold before its size is seen
@@ -323,6 +324,7 @@ def _parse(content: bytes, name: str) -> Any:
 
     _check_inflated(content, name)
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # its warnings quote values into logs
+    logging.getLogger("pydicom.pixels.decoders").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
     try:
         return pydicom.dcmread(io.BytesIO(content), force=content[128:132] != b"DICM")
     except Exception as error:  # pydicom raises many types on damaged files
@@ -449,7 +451,8 @@ def _decode_frame(data: Any, name: str, index: int = 0) -> np.ndarray:
         if not syntax.is_compressed:
             raise MedPLIBError(f"{name} holds pixels that cannot be decoded ({first_line(error)})") from error
         extra = all(find_spec(module) for module in ("gdcm", "openjpeg", "pylibjpeg"))
-        remedy = "if it is intact," if extra else "install the extra (pip install 'medplib[dicom]') or"
+        helps = not extra and syntax not in (_JPEG_BASELINE, _JPEG_EXTENDED)
+        remedy = "if it is intact," if not helps else "install the extra (pip install 'medplib[dicom]') or"
         raise MedPLIBError(
             f"{name} is compressed as {syntax.name} and cannot be decoded here; {remedy} store it uncompressed"
         ) from error

@@ -194,9 +194,13 @@ class _JsonListRecords(_JsonRecords):
         found = self._map[position : position + 12]
         if not found:
             raise MedPLIBError(f"{self.path} ends in the middle of its list, where record {index} was expected")
-        raise MedPLIBError(
-            f"{self.path}, {self._place(position)}: record {index} begins with {found!r}; expected an object {{…}}"
-        )
+        try:  # another JSON value: the record is refused where it is read, and the others count
+            text = self._map[position:].decode("utf-8")
+            return position + len(text[: json.JSONDecoder().raw_decode(text)[1]].encode("utf-8"))
+        except (ValueError, RecursionError):
+            raise MedPLIBError(
+                f"{self.path}, {self._place(position)}: record {index} is no JSON value; expected an object {{…}}"
+            ) from None
 
     def _next_record(self, position: int, index: int) -> int:
         if self._map[position : position + 1] != b",":

@@ -115,7 +115,8 @@ class InferenceOptions:
 
     def _check_places(self) -> None:
         if not self.data.is_file():
-            raise MedPLIBError(f"the data file {self.data} does not exist; give a JSON, JSONL or Parquet file")
+            found = "is a folder" if self.data.is_dir() else "does not exist"
+            raise MedPLIBError(f"the data file {self.data} {found}; give a JSON, JSONL or Parquet file")
         for what, folder in (("checkpoint", resolve(self.model)), ("image folder", self.images)):
             if not folder.is_dir():
                 raise MedPLIBError(f"the {what} {folder} is not a directory here; give one that is")

@@ -276,6 +276,8 @@ def run_chat(
             chat.open_image(image)
         for region in regions:
             chat.mark(region)
+        if chat.remember and engine.model.config.conversation_turns == 1:
+            sys.stderr.write("medplib: the model was trained on single questions; with earlier ones it answers worse\n")
         if person:
             _write(f"{chat.introduction()} Ask; /help lists the commands. For research only.\n")
         failures = sum(not _turn(chat, line, person) for line in _lines(source, person, chat))

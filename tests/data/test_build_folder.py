@@ -315,6 +315,9 @@ def test_many_cases_are_drawn_each_by_its_own_name() -> None:
         ("0012_L_CC 0012-right.mlo", "0012"),
         ("BraTS_001_flair BraTS_001_t1ce", "BraTS_001"),
         ("00000001_000 00000001_001", "00000001_"),
+        ("Smith_John_2021-01-10 Smith_John_20210211 Smith_John_11.03.2021_2", "Smith_John"),
+        ("0012_2021-01-10_1 0012_2021-02-10_7", "0012"),
+        ("IMG_20210110_1 IMG_20210110_2", "IMG_20210110_"),
         ("012/axial/7 012/L_CC", "012"),
         ("img001", "img001"),
         ("scan", "scan"),
@@ -324,6 +327,15 @@ def test_many_cases_are_drawn_each_by_its_own_name() -> None:
 def test_the_case_of_an_image(keys: str, case: str) -> None:
     listed = [keys] if " b" in keys else keys.split()
     assert {case_of(key) for key in listed} == {case}
+
+
+def test_a_split_without_a_usable_mask_is_named(own: Own, capsys: pytest.CaptureFixture[str]) -> None:
+    own.names("value,name\n255,liver\n")
+    for number in range(4):
+        own.image(f"p{number}.png")
+        mask(own.masks / f"p{number}.png") if number else (own.masks / "p0.png").write_text("no picture")
+    assert build(*own.words("--splits", "train=0.75,test=0.25", "--seed", "2")) == 0  # p0 is all of test
+    assert "test has no record" in capsys.readouterr().err
 
 
 def test_wrong_input_is_told_in_a_sentence(own: Own, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def test_memory_holds_offsets_not_records(tmp_path: Path) -> None:
         ('[{"a": 1},', "ends in the middle"),
         ('[{"a": 1}', "ends after 1 records"),
         ('[{"a": 1}] more', "line 1, column 12: text after the end"),
-        ('[{"a": 1}, 7]', "line 1, column 12: record 1 begins with"),
+        ('[{"a": 1}, x]', "line 1, column 12: record 1 is no JSON value"),
         ('{\n "a": 1,\n "b": 2\n}\n', "one object over several lines"),
         ("", "holds no record"),
         ("id,image\n", "neither a JSON list"),
@@ -159,3 +159,13 @@ def test_a_file_that_changed_is_noticed_by_a_worker(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(MedPLIBError, match="changed while it was in use"):
         pickle.loads(state)
+
+
+def test_values_that_are_no_objects_do_not_hide_the_other_records(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[{"a": 1}, ["a list", {"é": "]"}], "text", 7, null, {"b": 2}]', encoding="utf-8")
+    records = open_records(path)
+    assert len(records) == 6 and records[5] == {"b": 2}
+    for number, found in enumerate(("list", "str", "int", "NoneType"), start=1):
+        with pytest.raises(MedPLIBError, match=f"record {number}, .*got {found}, expected an object"):
+            records[number]

@@ -33,6 +33,11 @@ _NAMED_CASES = tuple(
     re.compile(rf"(?<![^\W_])({words})[-_. ]?(\d++)", re.IGNORECASE)
     for words in ("patient|pat|pt|subject|subj|sub|case|person|participant|p", "study|exam|volume|vol|scan")
 )
+_DATE = re.compile(
+    r"(?<!\d)(?:(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])"
+    r"|(?:0[1-9]|[12]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\2(?:19|20)\d\d)(?!\d)"
+)
+_NO_PERSON = re.compile(r"[-_. ]*(?:image|img|dscn?|pic|photo|scan|ct|mr|us|xr)?[-_. ]*", re.I)  # before a date
 _VIEWS = re.compile(
     r"(?:[-_. ]+(?:l|r|lt|rt|left|right|od|os|cc|mlo|ml|lm|ap|pa|ll|lat|lateral|frontal|oblique|ax|axial|cor|coronal|"
     r"sag|sagittal|t1|t1c|t1ce|t1w|t2|t2w|flair|pd|dwi|adc|dce|pre|post))+$",
@@ -169,6 +174,9 @@ def case_of(key: str, pattern: re.Pattern[str] | None = None) -> str:
     if named is not None:
         return f"{named[1]}{named[2]}".casefold()
     folder, _, name = key.rpartition("/")
+    date = _DATE.search(name)
+    if date is not None and not _NO_PERSON.fullmatch(name[: date.start()]):
+        return key[: len(key) - len(name) + date.start()].rstrip("-_. ")
     bare = _VIEWS.sub("", name)
     *before, last = [match.start() for match in _NUMBER.finditer(bare)] or [0]
     if before:

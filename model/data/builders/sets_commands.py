@@ -168,6 +168,12 @@ def _told(report: BuildReport, images_root: Path | str) -> int:
     """Print what was built and what to do with it; the exit code is 1 if there is nothing to train on."""
     tell(report)
     made = [name for name in report.files if not name.startswith("findings_")]
+    lost = sorted(set(report.counts.get("cases", {})) - set(report.counts.get("images", {})))
+    if made and lost:
+        sys.stderr.write(
+            f"medplib: {', '.join(lost)} has no record, as no image of its cases has a usable mask; "
+            f"{report.findings_file} says why\n"
+        )
     if made:
         sys.stdout.write(
             f"paths in the records start from {images_root}: give that as --images, or as a recipe's data.images\n"
