@@ -187,7 +187,8 @@ class Forwarder:
     def _note(self, name: str, fault: _Fault) -> ForwardError:
         if fault.counts:
             _log.warning("worker %s failed: %s", name, fault.reason)
-            self.registry.report_failure(name, away=isinstance(fault.__cause__, httpx.TransportError))
+            lost = isinstance(fault.__cause__, (httpx.NetworkError, httpx.RemoteProtocolError))  # silence is no restart
+            self.registry.report_failure(name, away=lost)
             self.metrics.worker_failures.inc()
         elif fault.error.code == ErrorCode.DRAINING:
             self.registry.rest(name)

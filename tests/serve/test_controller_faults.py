@@ -267,6 +267,19 @@ def test_a_worker_that_says_nothing_is_given_up(serving, data):
         assert last.error_code == ErrorCode.TIMEOUT and "0.3 s" in last.text
 
 
+def test_nobody_waits_for_a_silent_worker_to_come_back(serving):
+    with (
+        raw_worker(b"", "hold") as (bad, _),
+        controller(
+            serving, calls=CallSettings(silence_timeout=0.3), registry=RegistrySettings(max_failures=1)
+        ) as running,
+    ):
+        running.register(bad)
+        assert running.ask()[-1].error_code == ErrorCode.TIMEOUT
+        begun = time.monotonic()
+        assert running.ask()[-1].error_code == ErrorCode.NO_WORKER and time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize("data", [b"", STREAM_HEAD + piece(FIRST)])
 def test_a_worker_whose_heart_stops_is_given_up(serving, data):
     with (
