@@ -137,7 +137,7 @@ def test_named_paths_exist(page: Path) -> None:
 def map_of_the_house() -> dict[str, str]:
     """Paths of the README's map and what it says about each."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = fences_after(text, "## The map of the house")
+    block = fences_after(text, "## Repository layout")
     found, parents = {}, ["", "", ""]
     for line in block.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
