@@ -251,7 +251,7 @@ class Forwarder:
                     self._waits.discard(wait)
                     worker.gone.discard(give_up)
         except TimeoutError as error:
-            if self._stopped:
+            if wait.when() == self._stop_at:  # a loop may fire some part of a millisecond before that
                 stopped = ForwardError(ErrorCode.FAILED, "the controller is being stopped; ask again in a while", 5)
                 raise _Fault(stopped, counts=False) from error
             raise _failed("the worker went silent and was given up; ask again") from error

@@ -36,6 +36,7 @@ def both_ranks(work: Callable[[Process], Any], meeting: Path) -> list[Any]:
     told = fork.Queue()
 
     def take_part(rank: int) -> None:
+        torch.set_num_threads(1)  # a fork would wait for OpenMP's helpers of an earlier test, which it lacks
         distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
         try:
             answer = work(Process(rank, 2, torch.device("cpu")))

@@ -235,9 +235,9 @@ def _fill_as_rank(rank: int, recipe: Recipe, meeting: Path, told: Any) -> None:
 
 def test_two_ranks_fill_one_cache(make: Any, tmp_path: Path, data: Path) -> None:
     recipe = make("pair", tmp_path / "cache")
-    fork = multiprocessing.get_context("fork")
-    told = fork.Queue()
-    ranks = [fork.Process(target=_fill_as_rank, args=(rank, recipe, tmp_path / "meeting", told)) for rank in (0, 1)]
+    spawn = multiprocessing.get_context("spawn")  # a fork could inherit a lock that a thread of the tests holds
+    told = spawn.Queue()
+    ranks = [spawn.Process(target=_fill_as_rank, args=(rank, recipe, tmp_path / "meeting", told)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     assert sorted(told.get(timeout=60) for _ in ranks) == [(0, True), (1, True)]
