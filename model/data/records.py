@@ -14,6 +14,7 @@ import threading
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -35,6 +36,7 @@ def _object_pattern(depth: int) -> bytes:
     return rb'\{(?:[^{}"]++|' + _STRING + inner + rb")*+\}"
 
 
+_LONGEST_OTHER = 1 << 24  # bytes of a value in a list of records that is no object
 # One match takes a whole record; objects nested deeper than this are not records of any layout known.
 _OBJECT = re.compile(_object_pattern(8))
 
@@ -194,13 +196,18 @@ class _JsonListRecords(_JsonRecords):
         found = self._map[position : position + 12]
         if not found:
             raise MedPLIBError(f"{self.path} ends in the middle of its list, where record {index} was expected")
-        try:  # another JSON value: the record is refused where it is read, and the others count
-            text = self._map[position:].decode("utf-8")
-            return position + len(text[: json.JSONDecoder().raw_decode(text)[1]].encode("utf-8"))
-        except (ValueError, RecursionError):
-            raise MedPLIBError(
-                f"{self.path}, {self._place(position)}: record {index} is no JSON value; expected an object {{…}}"
-            ) from None
+        size = 1 << 12  # another JSON value, mostly a short one: it is refused where it is read, and the others count
+        while True:
+            text = self._map[position : position + size].decode("utf-8", "ignore")  # a character may be cut at the end
+            with suppress(ValueError, RecursionError):
+                end = json.JSONDecoder().raw_decode(text)[1]
+                if end < len(text):  # else a number may go on
+                    return position + len(text[:end].encode("utf-8"))
+            if position + size >= self._size or size > _LONGEST_OTHER:
+                raise MedPLIBError(
+                    f"{self.path}, {self._place(position)}: record {index} is no JSON value; expected an object {{…}}"
+                )
+            size *= 16
 
     def _next_record(self, position: int, index: int) -> int:
         if self._map[position : position + 1] != b",":

@@ -163,9 +163,11 @@ def test_a_file_that_changed_is_noticed_by_a_worker(tmp_path: Path) -> None:
 
 def test_values_that_are_no_objects_do_not_hide_the_other_records(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
-    path.write_text('[{"a": 1}, ["a list", {"é": "]"}], "text", 7, null, {"b": 2}]', encoding="utf-8")
+    long = ["é" * 7000, 7]  # beyond the first piece that is looked at
+    values = [{"a": 1}, ["a list", {"é": "]"}], "text", 7, None, {"b": 2}, long, {"c": 3}]
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     records = open_records(path)
-    assert len(records) == 6 and records[5] == {"b": 2}
+    assert len(records) == 8 and records[5] == {"b": 2} and records[7] == {"c": 3}
     for number, found in enumerate(("list", "str", "int", "NoneType"), start=1):
         with pytest.raises(MedPLIBError, match=f"record {number}, .*got {found}, expected an object"):
             records[number]
