@@ -19,8 +19,6 @@ SERVE = [
     "httpx>=0.28,<1",  # controller to worker, page to controller
     "prometheus-client>=0.22",
     "gradio>=6.31,<7",  # the web page; its gate was made for these routes
-    "nibabel>=5.3",  # NIfTI volumes in, masks out
-    "highdicom>=0.27",  # masks as DICOM-SEG
 ]
 CLUSTER = ["ray[serve]>=2.60"]
 DICOM = [

@@ -107,7 +107,18 @@ class DicomFrames:
         """
         if not 0 <= index < self.count:
             raise MedPLIBError(f"{self._name} has frames 0 to {self.count - 1}; there is no frame {index}")
-        return _followed(self._name, lambda: self._displayed(self._header(index), self._values(index), window))
+        return followed(self._name, lambda: self._displayed(self._header(index), self._values(index), window))
+
+    def modality_values(self, index: int) -> np.ndarray:
+        """One frame's values in modality units, such as Hounsfield units, [H, W].
+
+        Raises:
+            MedPLIBError: it is damaged, or has colours, which have no such values.
+        """
+        stored = followed(self._name, lambda: self._values(index))
+        if self._has_colours(stored):
+            raise MedPLIBError(f"{self._name} holds colours; the slices of a volume have one value for each pixel")
+        return followed(self._name, lambda: self._modality_values(self._header(index), stored))
 
     def reference(self, index: int = 0) -> Any:
         """What a segmentation of a frame needs to refer to it: a data set of ``IDENTIFIERS`` and ``PLACE`` alone.
@@ -306,10 +317,11 @@ def open_dicom(content: bytes, name: str, max_pixels: int, max_frames: int = 200
         _check_count(data, name, count)
         return DicomFrames(data, name, count)
 
-    return _followed(name, opened)
+    return followed(name, opened)
 
 
-def _followed(name: str, act: Any) -> Any:
+def followed(name: str, act: Any) -> Any:
+    """What ``act`` gives; whatever it raises over contradictory header values becomes a ``MedPLIBError``."""
     try:
         return act()
     except MedPLIBError:

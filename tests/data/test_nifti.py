@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from model.data.image_io import file_kind
-from model.data.volumes import MAX_VOLUME_BYTES, read_nifti, write_nifti
+from model.data.voxels import MAX_VOLUME_BYTES, read_nifti, write_nifti
 from model.errors import MedPLIBError
 
 RNG = np.random.default_rng(0)

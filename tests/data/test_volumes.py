@@ -18,7 +18,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from model.data.image_io import read_image
-from model.data.volumes import NiftiVolume, Volume, open_volume
+from model.data.volumes import Volume, VoxelVolume, open_volume
 from model.errors import MedPLIBError
 from model.serve.limits import ServeLimits
 
@@ -152,7 +152,7 @@ def test_a_mask_goes_back_to_the_voxels_it_was_drawn_on(codes: str) -> None:
     stored = body(codes)
     for plane in ("axial", "coronal", "sagittal"):
         volume = opened(stored.to_bytes()).along(plane)  # type: ignore[arg-type]
-        assert isinstance(volume, NiftiVolume)
+        assert isinstance(volume, VoxelVolume)
         picture = np.zeros(volume.size, dtype=np.uint8)
         for index in range(volume.num_slices):
             shown = volume.slice(index, (55.5, 111.0))[:, :, 0]

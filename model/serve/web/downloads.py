@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from model.data.volumes import DicomVolume, NiftiVolume, Volume, Window, write_nifti
+from model.data.volumes import DicomVolume, Volume, VoxelVolume, Window
+from model.data.voxels import write_nifti
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
 from model.inference.overlay import ALPHA
@@ -125,7 +126,7 @@ def _nifti(masks: Sequence[tuple[int, Mask]], arrays: list[np.ndarray], volume: 
     for (number, _), inside in zip(masks, arrays, strict=True):
         labels[inside] = number
     names = "MedPLIB: " + ", ".join(f"{number} {mask.label or 'mask'}" for number, mask in masks)
-    if isinstance(volume, NiftiVolume):
+    if isinstance(volume, VoxelVolume):
         return write_nifti(volume.in_file(labels, index), volume.source.affine, volume.source, names)
     placed = _dicom_affine(volume, index) if isinstance(volume, DicomVolume) else None
     if placed is None:
