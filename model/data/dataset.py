@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from model.data.augmentation import AugmentationConfig, augment_pictures, tells_colors, tells_places
 from model.data.features import CachedFeatures
 from model.data.image_io import ImageData, read_image, read_mask
 from model.data.lengths import LengthCheck
+from model.data.packing import Packing, joined
 from model.data.records import Records, open_records
 from model.data.schema import Sample, parse_record
 from model.data.validate import Problem, Progress, RecordFacts, inspect_all
@@ -25,7 +28,13 @@ from model.processing.conversation import Turn
 logger = logging.getLogger(__name__)
 
 OnBadRecord = Literal["refuse", "skip"]
+Conversation = Callable[[int, np.random.Generator], list[Sample]]
 
+CACHE_AND_AUGMENTATION = (
+    "augmentation changes pictures at every step, and data.feature_cache keeps features of unchanged ones; set "
+    "augmentation.preset=none or leave data.feature_cache empty"
+)
+_TOLD_BY = ("kind", "about", "structure", "target")  # keys of a record that may tell of sides
 _LISTED = 20  # bad records named in the refusal; `medplib data check` names them all
 
 
@@ -69,8 +78,8 @@ class LoadedSample:
 class MedPLIBDataset(Dataset):
     """The usable records of one data file, encoded on access.
 
-    Items are reproducible: the randomness of item ``i`` comes from (seed, epoch, record number) alone, not from workers
-    or from what was read before.
+    Items are reproducible: the randomness of item ``i`` comes from (seed, epoch, record number, earlier draws of it in
+    the epoch) alone, not from workers or from what was read before.
 
     Args:
         path: JSON list, JSON lines or Parquet file.
@@ -81,10 +90,12 @@ class MedPLIBDataset(Dataset):
         seed: of the random parts of items.
         progress: called with (records checked, records in all) while opening.
         lengths: counts tokens while opening; records too long to be encoded are unusable then.
+        augmentation: changes the pictures of encoded items, of a training set alone.
 
     Attributes:
         tokens, images: int64 [N], tokens of each item (an image counting as one; 0 uncounted) and images in it.
-        marks: uint64 [N], a number for the files that each item names (``RecordFacts.mark``).
+        marks, pictures: uint64 [N], a number for the files of each item, and for its images (``RecordFacts``).
+        conversation: draws the samples that an item is put together from; None where each is its record alone.
         unreadable: bool [N], items whose files turned out unreadable since.
         shortened: bool [N], items whose answer was cut off at the processor's longest sequence.
 
@@ -103,11 +114,13 @@ class MedPLIBDataset(Dataset):
         seed: int = 0,
         progress: Progress | None = None,
         lengths: LengthCheck | None = None,
+        augmentation: AugmentationConfig | None = None,
     ) -> None:
         self.path, self.images_root = Path(path), Path(images_root)
         self.processor, self.training, self.seed = processor, training, seed
         self.on_bad_record = on_bad_record
         self.features: CachedFeatures | None = None
+        self.augmentation = augmentation if augmentation and augmentation.active and training else None
         self.records, facts, self.problems = usable_records(path, images_root, on_bad_record, progress, lengths)
         self.indices = np.asarray([number for number, _ in facts], dtype=np.int64)
         self.tasks = [fact.task for _, fact in facts]
@@ -115,6 +128,8 @@ class MedPLIBDataset(Dataset):
         self.tokens = np.asarray([fact.tokens for _, fact in facts], dtype=np.int64)
         self.images = np.asarray([fact.images for _, fact in facts], dtype=np.int64)
         self.marks = np.asarray([fact.mark for _, fact in facts], dtype=np.uint64)
+        self.pictures = np.asarray([fact.picture for _, fact in facts], dtype=np.uint64)
+        self.conversation: Conversation | None = None
         # Shared memory: loader workers see the epoch, and the main process sees what they noted.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.unreadable = torch.zeros(len(facts), dtype=torch.bool).share_memory_()
@@ -162,7 +177,13 @@ class MedPLIBDataset(Dataset):
             return load_sample(sample)
 
     def use_features(self, features: CachedFeatures | None) -> None:
-        """Let features stand for the pixels of encoded items from now on."""
+        """Let features stand for the pixels of encoded items from now on.
+
+        Raises:
+            MedPLIBError: pictures are augmented, so that no features are theirs.
+        """
+        if features is not None and self.augmentation is not None:
+            raise MedPLIBError(CACHE_AND_AUGMENTATION)
         self.features = features
 
     @contextmanager
@@ -175,12 +196,16 @@ class MedPLIBDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         """``EncodedSample`` of item ``index``; in ``skip`` mode the next readable item stands in for a bad one."""
+        return self.item(index, getattr(index, "earlier", 0))
+
+    def item(self, index: int, earlier: int = 0) -> Any:
+        """Item ``index``, drawn so many times before in this epoch; see ``__getitem__``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             try:
-                return self._encoded(candidate)
+                return self._encoded(candidate, earlier)
             except MedPLIBError as error:
                 if self.on_bad_record == "refuse":
                     raise
@@ -192,26 +217,38 @@ class MedPLIBDataset(Dataset):
             self.unreadable[index] = True
             logger.warning("skipped: %s", error)
 
-    def _encoded(self, index: int) -> Any:
-        sample, features = self.sample(index), self.features
-        rng = np.random.default_rng([self.seed, int(self._epoch), int(self.indices[index])])
-        with self._naming(index, sample):
-            loaded = load_sample(sample, read_image if features is None else features.read_image)
-            encoded = self.processor.encode(
-                sample.turns,
-                loaded.images,
-                regions=loaded.regions,
-                region_images=sample.region_images,
-                masks=loaded.masks,
-                segment_image=sample.segment_image,
-                training=self.training,
-                rng=rng,
-                pixels=features is None or features.need_pixels,
-            )
-            encoded = encoded if features is None else features.lay_over(encoded, sample)
+    def _encoded(self, index: int, earlier: int) -> Any:
+        numbers = [self.seed, int(self._epoch), int(self.indices[index]), *([earlier] if earlier else [])]
+        rng = np.random.default_rng(numbers)
+        with self._naming(index, sample := self.sample(index)):
+            try:
+                encoded = self._encode([sample] if self.conversation is None else self.conversation(index, rng), rng)
+            except MedPLIBError:
+                if self.conversation is None or self.on_bad_record == "refuse":
+                    raise
+                encoded = self._encode([sample], rng)  # what is wrong with another record is noted at its own draw
         if getattr(encoded, "truncated", False):
             self.shortened[index] = True
         return encoded
+
+    def _encode(self, parts: list[Sample], rng: np.random.Generator) -> Any:
+        """One conversation of the turns of all parts, about their pictures."""
+        sample, features = joined(parts), self.features
+        loaded = load_sample(sample, read_image if features is None else features.read_image)
+        if self.augmentation is not None:
+            loaded = augmented(loaded, parts, self.augmentation, rng)
+        encoded = self.processor.encode(
+            sample.turns,
+            loaded.images,
+            regions=loaded.regions,
+            region_images=sample.region_images,
+            masks=loaded.masks,
+            segment_image=sample.segment_image,
+            training=self.training,
+            rng=rng,
+            pixels=features is None or features.need_pixels,
+        )
+        return encoded if features is None else features.lay_over(encoded, sample)
 
 
 def usable_records(
@@ -279,6 +316,27 @@ def load_sample(sample: Sample, read: Callable[[Path], ImageData] = read_image) 
     masks = [_mask_of_size(path, sizes[sample.segment_image]) for path in sample.masks]
     spacing = images[sample.segment_image].spacing_mm if images else None
     return LoadedSample(sample, tuple(image.pixels for image in images), tuple(regions), tuple(masks), spacing)
+
+
+def augmented(
+    loaded: LoadedSample, parts: Sequence[Sample], config: AugmentationConfig, rng: np.random.Generator
+) -> LoadedSample:
+    """A sample with its pictures, regions and masks changed at random, all by one geometric change.
+
+    Args:
+        parts: the samples that it is put together from; what one of them tells of sides goes for all.
+    """
+    texts = [text for part in parts for text in (*(turn.text for turn in part.turns), *map(part.raw.get, _TOLD_BY))]
+    images, moved = augment_pictures(
+        loaded.images,
+        (*loaded.regions, *loaded.masks),
+        rng,
+        config,
+        flip_allowed=not tells_places(texts),
+        recolor_allowed=not tells_colors(texts),
+    )
+    regions = len(loaded.regions)
+    return replace(loaded, images=tuple(images), regions=tuple(moved[:regions]), masks=tuple(moved[regions:]))
 
 
 def _mask_of_size(path: Path, size: tuple[int, int] | None) -> np.ndarray:
@@ -351,6 +409,20 @@ class MixedDataset(Dataset):
         for dataset in self.datasets:
             dataset.set_epoch(epoch)
 
+    def pack(self, turns: int, weights: np.ndarray | None, max_length: int | None, shared: int) -> None:
+        """Let encoded items be conversations of up to ``turns`` questions, of all data sets, about the same pictures.
+
+        Args:
+            weights, max_length, shared: see ``Packing``.
+        """
+        pictures = np.concatenate([dataset.pictures for dataset in self.datasets])
+        self._packing = Packing(pictures, self.tokens, weights, turns, max_length, shared)
+        for dataset, end in zip(self.datasets, self._ends.tolist(), strict=True):
+            dataset.conversation = partial(self._conversation, end - len(dataset)) if turns > 1 else None
+
+    def _conversation(self, start: int, index: int, rng: np.random.Generator) -> list[Sample]:
+        return self._packing.draw(start + index, self.sample, rng)
+
     def use_features(self, features: CachedFeatures | None) -> None:
         """Let features stand for the pixels of encoded items from now on."""
         for dataset in self.datasets:
@@ -368,7 +440,7 @@ class MixedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         dataset, inner = self._locate(index)
-        return dataset[inner]
+        return dataset.item(inner, getattr(index, "earlier", 0))
 
     def _locate(self, index: int) -> tuple[MedPLIBDataset, int]:
         if not -len(self) <= index < len(self):

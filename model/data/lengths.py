@@ -33,6 +33,11 @@ class LengthCheck:
         """The one that fits a processor."""
         return cls(processor.tokenizer, processor.settings.template, processor.settings.max_length)
 
+    @property
+    def shared(self) -> int:
+        """Tokens at least that every record counts and a conversation of several has once: the template's opening."""
+        return max(self._count(get_template(self._template).system) - 1, 0)  # its last piece may join what follows
+
     def __call__(self, sample: Sample) -> tuple[int, list[Finding]]:
         """Tokens of a record that training sees, an image counting as one; and what keeps it from being encoded whole:
         ``too_long`` (an error), ``answer_cut`` (a warning), ``region_not_asked`` (the template writes no questions).

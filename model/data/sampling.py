@@ -18,6 +18,18 @@ from model.errors import MedPLIBError
 _MEGABATCH = 100  # global batches sorted by length together: enough for like lengths, few enough to stay shuffled
 
 
+class Draw(int):
+    """A record's number that tells, too, how often the record was drawn before in the same epoch."""
+
+    earlier: int = 0
+
+    @classmethod
+    def of(cls, record: int, earlier: int) -> int:
+        draw = cls(record)
+        draw.earlier = earlier
+        return draw
+
+
 class ResumableSampler:
     """Batches of record numbers for one rank; pass it to ``DataLoader(batch_sampler=…)``.
 
@@ -31,7 +43,7 @@ class ResumableSampler:
         rank, world_size: which share of each global batch is ours.
         batch_size: records a batch on this rank.
         weights: relative chance of each record. An epoch then still has as many draws as there are records; each record
-            is drawn its expected number of times, rounded up or down.
+            is drawn its expected number of times, rounded up or down, from the second time on as a ``Draw``.
         group_by_length: put records of like length into the same global batch, so that little of it is padding and no
             rank waits for another one's longer batch. Batches stay shuffled.
     """
@@ -77,10 +89,13 @@ class ResumableSampler:
     def __iter__(self) -> Iterator[list[int]]:
         """What is left of the current epoch."""
         order, size = self.epoch_order(self.epoch), self.global_batch
-        rest = order[self.consumed :]
-        rest = np.concatenate([rest, np.resize(order, -len(rest) % size)])
+        earlier = np.zeros_like(order) if self.weights is None else _times_before(order)
+        rest = np.arange(self.consumed, len(order))
+        rest = np.concatenate([rest, np.resize(np.arange(len(order)), -len(rest) % size)])
         for start in range(0, len(rest) - size + 1, size):
-            yield rest[start + self.rank : start + size : self.world_size].tolist()
+            own = rest[start + self.rank : start + size : self.world_size]
+            draws = zip(order[own].tolist(), earlier[own].tolist(), strict=True)
+            yield [Draw.of(record, before) if before else record for record, before in draws]
 
     def advance(self) -> None:
         """Note that one batch was used; the last one of an epoch begins the next epoch."""
@@ -142,6 +157,16 @@ class ResumableSampler:
             batches.append(mega.reshape(-1, size))
         grouped = [rng.permutation(np.concatenate(batches), axis=0).ravel()] if batches else []
         return np.concatenate([*grouped, order[whole:]])
+
+
+def _times_before(order: np.ndarray) -> np.ndarray:
+    """How often the number at each place stands before it: int64 [N]."""
+    places = np.argsort(order, kind="stable")
+    count = np.arange(len(order))
+    begins = np.append(True, np.diff(order[places]) != 0)
+    before = np.empty_like(count)
+    before[places] = count - np.maximum.accumulate(np.where(begins, count, 0))
+    return before
 
 
 def balanced_weights(labels: Sequence[str | None], shares: Mapping[str, float] | None = None) -> np.ndarray:

@@ -61,6 +61,7 @@ class RecordFacts:
     mark: int  # 64 bits that change with the name or the size of any file that it names
     images: int = 0
     tokens: int = 0  # an image counting as one; 0 where they were not counted
+    picture: int = 0  # 64 bits that are the same for records of the same image files; 0 for a text alone
 
 
 @dataclass
@@ -178,7 +179,8 @@ def inspect_all(
         if sample is None or any(problem.severity == "error" for problem in problems):
             return number, None, problems
         labels = sample.task, sample.modality, sample.answer_type
-        return number, RecordFacts(name, *labels, _files_mark(sample, root), len(sample.images), tokens), problems
+        mark, picture = _files_mark(sample, root), _picture_mark(sample)
+        return number, RecordFacts(name, *labels, mark, len(sample.images), tokens, picture), problems
 
     count, threads = len(records), workers or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(max_workers=threads) as pool:
@@ -199,6 +201,13 @@ def _files_mark(sample: Sample, root: Path) -> int:
             size = sum(part.stat().st_size for part in mask_files(path))
         digest.update(f"{str(path)[len(str(root)) :]}\0{size}\0".encode(errors="surrogateescape"))
     return int.from_bytes(digest.digest(), "little")
+
+
+def _picture_mark(sample: Sample) -> int:
+    if not sample.images:
+        return 0
+    names = "\0".join(os.path.normpath(path.absolute()) for path in sample.images).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), "little") or 1
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,22 @@ def open_dataset(recipe: Recipe, processor: MedPLIBProcessor, *, training: bool,
                 seed=recipe.seed,
                 progress=progress,
                 lengths=LengthCheck.of(processor),
+                augmentation=recipe.augmentation,
             )
         datasets.append(dataset)
     return MixedDataset(datasets, (recipe.data.shares or None) if training else None)
+
+
+def pack_conversations(
+    recipe: Recipe, dataset: MixedDataset, processor: MedPLIBProcessor, weights: np.ndarray | None
+) -> None:
+    """Let training items be conversations of up to ``data.conversation_turns`` questions.
+
+    Args:
+        weights: the chance of each record; the further questions of a conversation are drawn by it, too.
+    """
+    shared = LengthCheck.of(processor).shared
+    dataset.pack(recipe.data.conversation_turns, weights, processor.settings.max_length, shared)
 
 
 def item_lengths(recipe: Recipe, dataset: MixedDataset, config: MedPLIBConfig) -> np.ndarray:

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from model.checkpoint.directories import MERGED
-
-SCORES = ("mDice", "false_masks", "seg_said", "closed", "open", "region")
-"""Scores of answers generated in validation; ``mDice@T`` of each threshold besides."""
-TEACHER_FORCED = "teacher_forced/"
-"""Begins the names of scores given the reference answer."""
+from model.data.augmentation import AugmentationConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Data:
     feature_cache: str = ""  # folder that keeps what frozen towers make of images; empty computes it at every step
     template: Literal["llava_v1", "v1", "plain"] = "llava_v1"  # conversation template
     max_length: int = 2048  # longest sequence in tokens, an image counting as one
+    conversation_turns: int = 1  # most questions of one sequence: further records of the same images, drawn at random
     on_bad_record: Literal["refuse", "skip"] = "refuse"  # skip reports how many were left out
     workers: int = 4  # loader processes per rank; 0 loads in the training process
 
@@ -173,6 +170,7 @@ class Recipe:
     seed: int = 0
     model: ModelSource = field(default_factory=ModelSource)
     data: Data = field(default_factory=Data)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     schedule: Schedule = field(default_factory=Schedule)
     optimiser: Optimiser = field(default_factory=Optimiser)
     lora: Lora = field(default_factory=Lora)

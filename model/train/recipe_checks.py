@@ -6,14 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from model.data.dataset import CACHE_AND_AUGMENTATION
 from model.train.balance import check_shares
-from model.train.recipe import SCORES, TEACHER_FORCED, Mixture, Recipe
+from model.train.journal import SCORES, TEACHER_FORCED
+from model.train.recipe import Mixture, Recipe
 from model.train.trainable import LORA_TARGETS, PARTS
 from model.yaml_files import unknown_key
 
 _LOWEST: Mapping[str, float] = {
     "seed": 0,
     "data.max_length": 8,
+    "data.conversation_turns": 1,
     "data.shares": 0,
     "data.task_shares": 0,
     "data.modality_shares": 0,
@@ -81,6 +84,11 @@ def check_values(recipe: Recipe) -> list[str]:
         problems.append("nothing would be trained; name parts in trainable or set lora.rank")
     if recipe.data.feature_cache and "vision_tower" in recipe.trainable:
         problems.append("data.feature_cache is set, but trainable names vision_tower, whose features change; drop one")
+    if recipe.data.conversation_turns > 1 and recipe.data.template == "plain":
+        problems.append("data.conversation_turns is above 1, but the template plain writes no questions; use llava_v1")
+    problems += recipe.augmentation.problems()
+    if recipe.data.feature_cache and not recipe.augmentation.problems() and recipe.augmentation.active:
+        problems.append(CACHE_AND_AUGMENTATION)
     problems += [
         f"trainable pattern {part} is no regular expression" for part in recipe.trainable if not _compiles(part)
     ]

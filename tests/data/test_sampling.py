@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from itertools import pairwise
 
@@ -139,6 +140,19 @@ def test_weights_give_each_record_its_share_rounded() -> None:
     assert heavy in (74, 75, 76)
     never = ResumableSampler(np.zeros(4), seed=0, batch_size=2, weights=[0, 1, 0, 1])
     assert set(never.epoch_order(0).tolist()) == {1, 3}
+
+
+def test_repeated_draws_of_an_epoch_tell_their_number() -> None:
+    sampler = ResumableSampler(np.zeros(10), seed=0, batch_size=2, weights=[8, *[1] * 9])
+    draws = [record for batch in sampler for record in batch]
+    heavy = [getattr(record, "earlier", 0) for record in draws if record == 0]
+    assert heavy == list(range(len(heavy))) and len(heavy) > 3
+    assert all(getattr(record, "earlier", 0) == 0 for record in draws if record)
+    sampler.consumed = 4
+    rest = [record for batch in sampler for record in batch]
+    assert [getattr(record, "earlier", 0) for record in rest] == [getattr(record, "earlier", 0) for record in draws[4:]]
+    copy = pickle.loads(pickle.dumps(draws))
+    assert [getattr(record, "earlier", 0) for record in copy if record == 0] == heavy
 
 
 def test_balanced_weights_even_out_labels() -> None:

@@ -185,6 +185,9 @@ def test_ten_faults_of_all_kinds_are_ten_problems_in_one_message(tmp_path: Path,
         ("trainable=['re:(']", "no regular expression"),
         ("mixture.top_k=2", "only stage 4 reads it"),
         ("model.grounding=runs/stage3", "only stage 4 reads it"),
+        ("augmentation.preset=much", "one of none, light, strong"),
+        ("augmentation.rotation=[2, 10]", r"rotation is \[2.0, 10.0\], expected \[probability, strength\]"),
+        ("augmentation.horizontal_flip=[0.5, 1]", r"expected \[probability\], the probability at most 1"),
     ],
 )
 def test_values_no_run_can_use_are_refused(override: str, told: str) -> None:
@@ -207,8 +210,17 @@ def test_mixtures_that_contradict_themselves_are_refused(override: str, told: st
         load_recipe(config("stage4_7b"), overrides, environment=PATHS)
 
 
+def test_augmentation_and_feature_caches_exclude_each_other() -> None:
+    both = ["augmentation.preset=light", "data.feature_cache=cache"]
+    with pytest.raises(MedPLIBError, match="augmentation changes pictures at every step"):
+        load_recipe(config("stage3_7b"), both, environment=PATHS)
+    light = load_recipe(config("stage3_7b"), [*both[:1], "augmentation.hue=[0, 0]"], environment=PATHS).augmentation
+    assert light.active and light.settings()["hue"] == (0, 0)
+    assert not load_recipe(config("stage3_7b"), both[1:], environment=PATHS).augmentation.active
+
+
 def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:
-    recipe = load_recipe(config("stage4_7b"), ["optimiser.eps=3e-7"], environment=PATHS)
+    recipe = load_recipe(config("stage4_7b"), ["optimiser.eps=3e-7", "augmentation.hue=[1,2]"], environment=PATHS)
     assert load_recipe(save_recipe(recipe, tmp_path), environment={}) == recipe
 
 
