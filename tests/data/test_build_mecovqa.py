@@ -122,3 +122,14 @@ def test_a_file_without_records_is_told(
     empty = write_json(tmp_path / "empty.json", [])
     assert build("mecovqa", "--source", empty, "--images", raw[1], "--out", tmp_path / "out") == 1
     assert capsys.readouterr().err == "medplib: the source holds no record\n"
+
+
+def test_a_parquet_file_becomes_a_list(tmp_path: Path, raw: tuple[Path, Path]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    source, images = raw
+    rows = json.loads((source / GROUNDING).read_text())[:2]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "own.parquet")
+    assert build("mecovqa", "--source", tmp_path / "own.parquet", "--images", images, "--out", tmp_path / "out") == 0
+    assert len(trains(tmp_path / "out" / "own.json", images)) == 2

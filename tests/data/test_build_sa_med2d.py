@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,13 +21,18 @@ import pytest
 from PIL import Image
 
 from model.cli import main
-from model.data.builders.sa_med2d import SaMed2dSettings, build_sa_med2d
-from model.data.builders.sa_med2d_listing import BUCKETS, list_names, names_of
-from model.data.builders.sa_med2d_questions import absent_names
-from model.data.builders.sa_med2d_sampling import Quota
-from model.data.builders.sa_med2d_source import Source, parse_image_name, parse_mask_name, spoken_name
+from model.data.builders.jobs import Execution
+from model.data.builders.sa_med2d import Quota, SaMed2dSettings, absent_names, build_sa_med2d
+from model.data.builders.sa_med2d_index import (
+    BUCKETS,
+    Source,
+    list_names,
+    names_of,
+    parse_image_name,
+    parse_mask_name,
+    spoken_name,
+)
 from model.data.builders.splits import SplitPlan
-from model.data.builders.work import Build, Execution, sole_use
 from model.data.dataset import usable_records
 from model.data.image_io import read_mask
 from model.data.records import open_records
@@ -126,7 +131,7 @@ def settings(native: Path, out: Path, **changes: Any) -> SaMed2dSettings:
 @pytest.fixture(scope="module")
 def built(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built")
-    build_sa_med2d(settings(native, out), Execution(bar=False))
+    build_sa_med2d(settings(native, out), Execution())
     return out
 
 
@@ -254,7 +259,7 @@ def test_merging_writes_the_union_once(native: Path, tmp_path: Path) -> None:
     make_native(source, 2).finish()
     merged = source / "masks_merged"
     with_merge = settings(source, tmp_path / "out", merge="all")
-    report = build_sa_med2d(with_merge, Execution(bar=False))[1]
+    report = build_sa_med2d(with_merge, Execution())[1]
     union = "ct_00--AbdomenCT1K--Case_00001--x_0017--0000"
     parts = [read_mask(source / f"masks/{union}_{number:03d}.png") for number in (0, 1)]
     assert np.array_equal(read_mask(merged / f"{union}_merged.png"), parts[0] | parts[1])
@@ -264,7 +269,7 @@ def test_merging_writes_the_union_once(native: Path, tmp_path: Path) -> None:
     torn = merged / f"{union}_merged.png"
     before = {path: path.stat().st_mtime_ns for path in merged.iterdir()}
     torn.write_bytes(torn.read_bytes()[:-5])
-    again = build_sa_med2d(with_merge, Execution(bar=False, overwrite=True))[1]
+    again = build_sa_med2d(with_merge, Execution(overwrite=True))[1]
     assert again.counts["merged masks"] == {"there already": len(expected) - 1, "written": 1}
     assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [torn]
     for name in RECORDS:
@@ -278,13 +283,13 @@ def same_files(left: Path, right: Path, names: Iterable[str]) -> None:
 
 
 def test_two_workers_give_the_same_bytes(native: Path, built: Path, tmp_path: Path) -> None:
-    build_sa_med2d(settings(native, tmp_path), Execution(2, bar=False))
+    build_sa_med2d(settings(native, tmp_path), Execution(2))
     same_files(built, tmp_path, ("index.parquet", *RECORDS, "findings_sa-med2d.jsonl"))
 
 
 def test_a_second_run_does_nothing(native: Path, built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file() and path.name != "lock"}
-    reports = build_sa_med2d(settings(native, built), Execution(bar=False))
+    reports = build_sa_med2d(settings(native, built), Execution())
     assert [report.did_nothing for report in reports] == [True, True]
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -296,7 +301,7 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
     process = subprocess.Popen([sys.executable, "-c", KILLABLE, str(source), str(out)], cwd=ROOT)
     deadline = time.monotonic() + 300
-    while len(list((out / ".build/sa-med2d/parts").glob("part_?????.json"))) < 3:
+    while len(list((out / ".build/sa-med2d/parts").glob("of_*/part_?????.json"))) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -312,7 +317,7 @@ def build_killable(source: Path, out: Path, workers: int) -> None:
     """In many small pieces, so that there is a middle to be killed in."""
     quota = Quota.parse("200")
     few = SaMed2dSettings(source, out, quota=quota, merge="asked", form="parquet", images_a_piece=4)
-    build_sa_med2d(few, Execution(workers, bar=False))
+    build_sa_med2d(few, Execution(workers))
 
 
 KILLABLE = """
@@ -326,10 +331,13 @@ build_killable(Path(sys.argv[1]), Path(sys.argv[2]), 2)
 
 def test_one_run_at_a_time_reads_the_names(native: Path, tmp_path: Path) -> None:
     own = settings(native, tmp_path)
-    listing = Build(tmp_path, "sa-med2d-names", {}, ())
-    with sole_use(listing), pytest.raises(MedPLIBError, match="another run builds sa-med2d-names in"):
-        build_sa_med2d(own, Execution(bar=False))
-    build_sa_med2d(own, Execution(bar=False))
+    lock = tmp_path / ".build/sa-med2d-index/lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(MedPLIBError, match="another run builds sa-med2d-index in"):
+            build_sa_med2d(own, Execution())
+    build_sa_med2d(own, Execution())
 
 
 def test_a_disk_that_is_full_of_names_is_told(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,19 +346,19 @@ def test_a_disk_that_is_full_of_names_is_told(native: Path, tmp_path: Path, monk
 
     monkeypatch.setattr("model.data.builders.sa_med2d.list_names", full)
     with pytest.raises(MedPLIBError, match="is full; what is done is kept"):
-        build_sa_med2d(settings(native, tmp_path), Execution(bar=False))
+        build_sa_med2d(settings(native, tmp_path), Execution())
 
 
 def test_results_do_not_go_among_the_files_that_are_listed(native: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(native)
     for out in (native / "images" / "new", tmp_path / "link" / "masks"):
         with pytest.raises(MedPLIBError, match="whose files are listed; name another folder"):
-            build_sa_med2d(settings(native, out), Execution(bar=False))
+            build_sa_med2d(settings(native, out), Execution())
     assert not (native / "images" / "new").exists()
 
 
-def test_what_a_killed_process_of_the_same_number_left_is_cleared_away(native: Path, tmp_path: Path) -> None:
-    left = tmp_path / f".images.{os.getpid()}.tmp"  # in containers every process has the same number
+def test_names_that_a_killed_process_left_are_cleared_away(native: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".images.tmp"
     left.mkdir()
     (left / "000.txt").write_text("half")
     list_names(Source.open(native), tmp_path, lambda _: None)
@@ -362,7 +370,7 @@ def test_what_a_killed_process_of_the_same_number_left_is_cleared_away(native: P
 
 def test_quotas_are_spread_over_data_sets_and_classes(native: Path, tmp_path: Path) -> None:
     few = settings(native, tmp_path, quota=Quota.parse("30,ct=90"), absent_share=0.0)
-    build_sa_med2d(few, Execution(bar=False))
+    build_sa_med2d(few, Execution())
     records = records_of(tmp_path)
     by_modality = Counter((record["modality"], record["dataset"]) for record in records)
     train = list(open_records(tmp_path / "train.jsonl"))
@@ -377,7 +385,7 @@ def test_quotas_are_spread_over_data_sets_and_classes(native: Path, tmp_path: Pa
     assert by_modality["fundus", "REFUGE"] > 20
     assert by_modality["fundus", "HeldOut"] == 6
     whole = {record["id"]: record for record in records}
-    build_sa_med2d(replace(few, quota=Quota.parse("30,ct=60")), Execution(bar=False, overwrite=True))
+    build_sa_med2d(replace(few, quota=Quota.parse("30,ct=60")), Execution(overwrite=True))
     fewer = {record["id"]: record for record in records_of(tmp_path)}
     assert set(fewer) < set(whole)
     assert all(whole[name] == record for name, record in fewer.items())
@@ -388,7 +396,7 @@ def test_the_list_alone_is_enough_for_an_index(native: Path, built: Path, tmp_pa
     source.mkdir()
     for name in ("SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"):
         (source / name).write_bytes((native / name).read_bytes())
-    build_sa_med2d(settings(source, tmp_path / "out"), Execution(bar=False))
+    build_sa_med2d(settings(source, tmp_path / "out"), Execution())
     rows, seen = rows_of(tmp_path / "out"), rows_of(built)
     assert set(rows) - set(seen) == {"images/x_ray--COVIDQU--gone--2d_none.png"}
     assert set(seen) - set(rows) == {"images/x_ray--COVIDQU--unlisted--2d_none.png"}
@@ -400,7 +408,8 @@ def test_wrong_sources_and_flags_are_told_in_a_sentence(
     native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(*flags: str, source: Path = native) -> str:
-        command = ["data", "build", "sa-med2d", "--source", str(source), "--out", str(tmp_path / "out"), *flags]
+        out = tmp_path / f"out of {source.name}"
+        command = ["data", "build", "sa-med2d", "--source", str(source), "--out", str(out), *flags]
         assert main(command) == 2
         return capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from model.data.builders.vqa_files import CsvRows
+from model.data.builders.vqa import CsvRows
 from model.data.builders.vqa_rows import pmc_vqa, question_record
 from tests.data import native_samples as native
 from tests.data.built import build, findings, refused, said, trains

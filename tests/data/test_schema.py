@@ -10,7 +10,7 @@ import pytest
 from model.data.builders.vetting import mended
 from model.data.schema import Sample, inspect_record, modality_of, parse_record
 from model.errors import MedPLIBError
-from model.eval.references import references_of
+from model.eval.questions import references_of
 
 
 def texts(sample: Sample) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.image_io import ImageData
+from model.data.image_io import ImageData, MaskData
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,13 @@ class Target:
 
     Attributes:
         name: what it is called in questions ("optic disc").
-        read: gives its mask, bool [H, W] of the image's size; picklable. An empty mask says that it is absent.
+        read: gives its mask, bool [H, W] of the image's size; picklable. An empty mask says that it is absent. A
+            ``MaskData`` instead brings a note on how it was read.
         origin: the file (and value, color or annotation) that it comes from, for messages.
     """
 
     name: str
-    read: Callable[[], NDArray[np.bool_]]
+    read: Callable[[], NDArray[np.bool_] | MaskData]
     origin: str
 
 
@@ -38,8 +39,11 @@ class Case:
             which are then written to ``OUT/images/KEY.png``.
         targets: the structures with masks.
         absent: names that the source states are not in this image.
+        foreign: targets of other kinds of images, which such an image cannot show.
         labels: classes of the whole image, name → value ("diagnosis" → "melanoma").
-        questions: (question, answer) pairs that the source brings; ``<mask>`` and ``<region>`` tags name files below it.
+        questions: (question, answer) pairs that the source brings; ``<mask>`` and ``<region>`` tags name files by
+            absolute paths.
+        conversation: whether ``questions`` are the turns of one conversation, instead of a record each.
         patient: what no two splits may share; None where the source does not say.
         split: ``train``, ``validation`` or ``test`` where the source says; None leaves it to the build.
         modality: one of ``schema.MODALITIES``; None where unknown.
@@ -47,6 +51,7 @@ class Case:
         volume: name of the volume that the slice is of; None for a picture.
         plane: ``axial``, ``coronal`` or ``sagittal`` of a slice.
         slice_index: which slice of the volume, from 0.
+        terms: what the source says on the use of this image.
         origin: the file that the image comes from, for messages.
     """
 
@@ -54,8 +59,10 @@ class Case:
     image: Path | Callable[[], ImageData]
     targets: tuple[Target, ...] = ()
     absent: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     questions: tuple[tuple[str, str], ...] = ()
+    conversation: bool = False
     patient: str | None = None
     split: str | None = None
     modality: str | None = None
@@ -63,6 +70,7 @@ class Case:
     volume: str | None = None
     plane: str | None = None
     slice_index: int | None = None
+    terms: str = ""
     origin: str = ""
 
 
@@ -85,12 +93,14 @@ class Source:
         summary: one sentence on what was recognised ("nnU-Net: 20 CT volumes, labels liver and tumor").
         cases: gives the cases in a fixed order without decoding pixels; each call starts anew.
         problems: filled while the cases are listed.
+        terms: what the source says on the use of the whole set.
     """
 
     kind: str
     summary: str
     cases: Callable[[], Iterator[Case]]
     problems: list[Problem] = field(default_factory=list)
+    terms: str = ""
 
 
 @dataclass(frozen=True)

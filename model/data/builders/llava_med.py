@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, fingerprint, run_build
 from model.data.builders.vetting import Stretch, Vetting, drop, stretches, write_vetted
 from model.data.builders.vqa_rows import modality_name
-from model.data.builders.work import Build, BuildReport, Execution, Output, Part, fingerprint, run_build
 from model.data.records import Records, open_records
 from model.errors import MedPLIBError
 from model.processing.special_tokens import IMAGE_TOKEN
@@ -57,15 +57,10 @@ def build_llava_med(
     name = f"{source.stem}.json"
     if (out / name).resolve() == source.resolve():
         raise MedPLIBError(f"--out {out} holds the file to be built from; name another folder, so that it stays")
-    build = Build(
-        out,
-        "llava_med",
-        {"images": str(images.resolve()), "check_pixels": check_pixels},
-        (Output(name),),
-        fingerprint([source]),
-    )
+    settings = {"images": str(images.resolve()), "check_pixels": check_pixels}
+    build = Build(out, "llava_med", settings, (Output(name),), fingerprint([source]))
     context = _Context(records, name, images, check_pixels)
-    return run_build(build, stretches([len(records)]), _convert, context, execution, unit="record")
+    return run_build(build, lambda: (stretches([len(records)]), context), _convert, execution)
 
 
 def _looks_right(records: Records) -> bool:

@@ -6,14 +6,13 @@ not exist (reference §8). A cleaned file, cleaned again, stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, Piece, fingerprint, run_build
 from model.data.builders.sa_med2d_masks import write_mask
 from model.data.builders.vetting import Stretch, Vetting, drop, repeated, stretches, write_vetted
-from model.data.builders.work import Build, BuildReport, Execution, Output, Part, fingerprint, run_build
 from model.data.image_io import is_file, read_mask
 from model.data.records import Records, open_records
 from model.errors import MedPLIBError
@@ -65,24 +64,18 @@ def build_mecovqa(
     for name, file in files.items():
         if (out / name).resolve() == file.resolve():
             raise MedPLIBError(f"--out {out} holds the files to be cleaned; name another folder, so that they stay")
-    opened = [open_records(file) for file in files.values()]
-    context = _Context(
-        tuple(files),
-        tuple(opened),
-        tuple(repeated(readable(records)) for records in opened),
-        images,
-        check_pixels,
-        merge,
+    opened = tuple(open_records(file) for file in files.values())
+
+    def prepare() -> tuple[list[Piece], _Context]:
+        again = tuple(repeated(records) for records in opened)
+        context = _Context(tuple(files), opened, again, images, check_pixels, merge)
+        return stretches([len(records) for records in opened]), context
+
+    settings = {"images": str(images.resolve()), "check_pixels": check_pixels, "merge": merge}
+    outputs = tuple(Output(name) for name in files)
+    return run_build(
+        Build(out, "mecovqa", settings, outputs, fingerprint([*files.values()])), prepare, _clean, execution
     )
-    build = Build(
-        out,
-        "mecovqa",
-        {"images": str(images.resolve()), "check_pixels": check_pixels, "merge": merge},
-        tuple(Output(name) for name in files),
-        fingerprint(list(files.values())),
-    )
-    pieces = stretches([len(records) for records in opened])
-    return run_build(build, pieces, _clean, context, execution, unit="record")
 
 
 def published_files(source: Path) -> dict[str, Path]:
@@ -92,7 +85,7 @@ def published_files(source: Path) -> dict[str, Path]:
         MedPLIBError: there is none.
     """
     if source.is_file():
-        return {source.name: source}
+        return {f"{source.stem}.json" if source.suffix == ".parquet" else source.name: source}
     found = {name: source / name for name in PUBLISHED if (source / name).is_file()}
     if not found:  # one of the folders inside, or all files in one
         found = {Path(name).name: source / Path(name).name for name in PUBLISHED}
@@ -103,15 +96,6 @@ def published_files(source: Path) -> dict[str, Path]:
             "test/MeCoVQA_Grounding_test.json, zeroshot4grounding/mr.json and the like, or one file by its name"
         )
     return found
-
-
-def readable(records: Records) -> Iterator[Mapping[str, Any]]:
-    """All records in order; what cannot be parsed as an empty one."""
-    for number in range(len(records)):
-        try:
-            yield records[number]
-        except MedPLIBError:
-            yield {}
 
 
 def _clean(piece: Stretch, context: _Context, part: Part) -> None:
@@ -138,6 +122,5 @@ def _merge(masks: Iterable[Path]) -> int:
     """Write those of the merged masks that are only instances so far; how many."""
     missing = {mask for mask in masks if not is_file(mask)}
     for mask in missing:
-        mask.parent.mkdir(exist_ok=True)
         write_mask(mask, read_mask(mask))
     return len(missing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from model.data.builders.jobs import whole_file
 from model.data.builders.phantom_catalogue import CLASS_IDS, CLASS_NAMES, MODALITIES
 from model.data.builders.phantom_questions import Question, ask_all
 from model.data.builders.phantom_scenes import Scene, render_scene
@@ -174,16 +174,11 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
     done, buffer = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 4])
     if not done:
         raise OSError(f"cannot encode {path}")
-    _replace(path, buffer.tobytes())
+    with whole_file(path) as stream:
+        stream.write(buffer.tobytes())
 
 
 def write_json(path: Path, content: object) -> None:
     """Write indented UTF-8 JSON, whole or not at all."""
-    _replace(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, so that no half-written file is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with whole_file(path) as stream:
+        stream.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -1,48 +1,148 @@
 """Build from SA-Med2D-20M: an index of all images and masks, splits, merged masks, and grounding records.
 
-Three steps: names are read and sorted into buckets, buckets become the index, rows of the index become records and
-merged masks. Reading names and making the index takes minutes for the real set; the last step decodes masks. The last
-two are builds of their own (see ``work``).
+Two builds (see ``jobs``): names become the index, a matter of minutes for the real set, and rows of the index become
+records and merged masks, which decodes masks. Between them a survey of the index draws the targets of a quota.
 """
 
 from __future__ import annotations
 
-import shutil
+import difflib
+import json
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 from tqdm import tqdm
 
+from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, Piece, finished_report, run_build
+from model.data.builders.phantom_questions import refusal
 from model.data.builders.sa_med2d_index import (
     BYTES_A_PIECE,
     CLASS_COUNTS,
+    CLASS_FILE,
     INDEX_FILE,
     INDEX_OUTPUT,
+    NAMELESS,
     IndexContext,
+    Source,
     index_buckets,
     index_pieces,
-    read_class_label,
+    list_names,
+    spoken_name,
 )
-from model.data.builders.sa_med2d_listing import list_names
-from model.data.builders.sa_med2d_records import Form, Merge, RecordContext, record_outputs, write_records
-from model.data.builders.sa_med2d_sampling import (
-    IMAGES_A_PIECE,
-    SURVEY_FILE,
-    SURVEY_OUTPUT,
-    Quota,
-    Stratum,
-    SurveyContext,
-    choose,
-    row_pieces,
-    survey,
-)
-from model.data.builders.sa_med2d_source import Source, check_datasets
-from model.data.builders.splits import SplitPlan
-from model.data.builders.work import Build, BuildReport, Execution, finished_report, run_build, sole_use
+from model.data.builders.sa_med2d_masks import MaskFault, check_reach, image_size, merge_or_check
+from model.data.builders.splits import ZERO_SHOT, SplitPlan, draw, fraction, spread
+from model.data.schema import MODALITIES
 from model.errors import MedPLIBError
+
+Merge = Literal["", "asked", "all"]
+Form = Literal["jsonl", "parquet"]
+Classes = Mapping[int, str]
+"""Class id → name, of one data set and modality."""
+
+IMAGES_A_PIECE = 2048
+_TURN = arrow.struct([("from", arrow.string()), ("value", arrow.string())])
+_TEXTS = ("answer_type", "task", "kind", "modality", "dataset", "about")
+RECORD_SCHEMA = arrow.schema(
+    [
+        ("id", arrow.string()),
+        ("image", arrow.string()),
+        ("conversations", arrow.list_(_TURN)),
+        *((name, arrow.string()) for name in _TEXTS),
+    ]
+)
+SURVEY_FILE = "priorities.jsonl"
+_MODALITY_WORDS = {
+    "ct": "CT",
+    "mr": "MR",
+    "x_ray": "X-ray",
+    "pet": "PET",
+    "fundus": "fundus",
+    "dermoscopy": "dermoscopy",
+    "endoscopy": "endoscopy",
+    "ultrasound": "ultrasound",
+}
+_QUESTIONS = (
+    "Segment the {name} in this {modality} image.",
+    "Please give me a mask of the {name}.",
+    "Can you outline the {name} here?",
+    "In this {modality} image, mark the {name}.",
+    "I need the {name} delineated. Please do that.",
+    "Which pixels belong to the {name}?",
+    "Find the {name} and segment it.",
+    "Could you show the {name} as a mask?",
+)
+_ANSWERS = (
+    "Here is the mask of the {name}: <SEG>.",
+    "The {name}: <SEG>.",
+    "Sure, the mask of the {name} is <SEG>.",
+    "I have marked the {name}: <SEG>.",
+)
+
+
+class Stratum(NamedTuple):
+    """Targets among which only chance decides."""
+
+    split: str
+    modality: str
+    dataset: str
+    class_id: int
+
+
+class Rows(NamedTuple):
+    """Some neighbouring rows of a Parquet file."""
+
+    group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How many targets of a modality are wanted, over all splits.
+
+    Attributes:
+        every: of each modality that ``named`` does not name; 0 leaves them out.
+        named: modality → number.
+    """
+
+    every: int = 0
+    named: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Quota:
+        """``2000``, ``ct=5000,mr=2000`` or both, ``2000,ct=5000``.
+
+        Raises:
+            MedPLIBError: it is not of that form or names no modality.
+        """
+        every, named = 0, {}
+        for entry in text.split(","):
+            name, sign, number = (word.strip() for word in entry.rpartition("="))
+            if not number.isdecimal() or (sign and name not in MODALITIES):
+                raise MedPLIBError(
+                    f"--per-modality holds {entry!r:.80}; give a number as 2000, or ct=5000,mr=2000 with modalities "
+                    f"of {', '.join(MODALITIES)}"
+                )
+            if sign:
+                named[name] = int(number)
+            else:
+                every = int(number)
+        return cls(every, named)
+
+    def of(self, modality: str, split: str, plan: SplitPlan) -> int:
+        """How many of a modality are wanted in a split; held-out data sets count as one more test split."""
+        share = plan.shares.get("test", min(plan.shares.values())) if split == ZERO_SHOT else plan.shares[split]
+        return round(self.named.get(modality, self.every) * share)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"every": self.every, "named": dict(self.named)}
 
 
 @dataclass(frozen=True)
@@ -78,9 +178,22 @@ class SaMed2dSettings:
         if not 0 <= self.absent_share <= 0.5:
             raise MedPLIBError(f"--absent-share is {self.absent_share:g}; give 0 to 0.5")
 
-    @property
-    def index(self) -> Path:
-        return self.out / INDEX_FILE
+
+@dataclass(frozen=True)
+class RowContext:
+    """What every piece of the index's rows needs.
+
+    Attributes:
+        settings: what is built.
+        index: Parquet file of the images.
+        taken: largest priority taken of each stratum; every target if None.
+        classes: (modality, data set) → its classes.
+    """
+
+    settings: SaMed2dSettings
+    index: Path
+    taken: Mapping[Stratum, int] | None = None
+    classes: Mapping[tuple[str, str], Classes] = field(default_factory=dict)
 
 
 def build_sa_med2d(settings: SaMed2dSettings, execution: Execution) -> list[BuildReport]:
@@ -94,103 +207,270 @@ def build_sa_med2d(settings: SaMed2dSettings, execution: Execution) -> list[Buil
         Reports of the index and of the records.
 
     Raises:
-        MedPLIBError: the source is not SA-Med2D-20M, settings do not fit it, or a build cannot go on (see ``work``).
+        MedPLIBError: the source is not SA-Med2D-20M, settings do not fit it, or a build cannot go on (see ``jobs``).
     """
     source = Source.open(settings.source)
     for listed in (settings.source / "images", settings.source / "masks"):
         if settings.out.resolve().is_relative_to(listed.resolve()):
             raise MedPLIBError(f"--out {settings.out} lies in {listed}, whose files are listed; name another folder")
-    check_datasets(sorted(settings.plan.hold_out), source.class_names())
-    index = _index(settings, source, execution)
-    taken = _taken(settings, index, execution)
-    return [index, _records(settings, index, taken, execution)]
+    classes = source.class_names()
+    for name in sorted(settings.plan.hold_out - classes.keys()):
+        near = difflib.get_close_matches(name, list(classes), 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(classes)[:20])} …"
+        raise MedPLIBError(f"--hold-out {name}: {CLASS_FILE} knows no such data set; {hint}")
+    build = Build(settings.out, "sa-med2d-index", settings.plan.to_json(), (INDEX_OUTPUT,), source.prints, "B")
+
+    def prepare() -> tuple[list[Piece], IndexContext]:
+        identity = blake2b(repr(sorted(build.source.items())).encode(), digest_size=6).hexdigest()
+        names = build.folder / f"names-{identity}"
+        with tqdm(unit=" names", desc="reading names", disable=None, unit_scale=True) as bar:
+            list_names(source, names, bar.update)
+        return index_pieces(names, settings.bytes_a_piece), IndexContext(names, source, classes, settings.plan)
+
+    index = finished_report(build, same_source=execution.same_source)  # of other records too, even to be overwritten
+    index = index or run_build(build, prepare, index_buckets, execution)
+    if not index.counts.get("images"):
+        raise MedPLIBError(f"no image of {settings.source} has a name of SA-Med2D-20M; see {index.findings_file}")
+    return [index, _build_records(settings, index, execution)]
 
 
-def _index(settings: SaMed2dSettings, source: Source, execution: Execution) -> BuildReport:
-    build = Build(settings.out, "sa-med2d-index", settings.plan.to_json(), (INDEX_OUTPUT,), source.prints)
-    done = finished_report(build, same_source=execution.same_source)
-    if done:
-        return replace(done, did_nothing=True)
-    with sole_use(replace(build, name="sa-med2d-names")):
-        report = _made_index(settings, source, build, execution)
-    if not report.counts.get("images"):
-        raise MedPLIBError(f"no image of {settings.source} has a name of SA-Med2D-20M; see {report.findings_file}")
-    return report
+def _build_records(settings: SaMed2dSettings, index: BuildReport, execution: Execution) -> BuildReport:
+    quota, index_file = settings.quota, settings.out / INDEX_FILE
+    modalities = index.counts["images by modality"]
+    if quota is not None and (absent := sorted(set(quota.named) - set(modalities))):
+        raise MedPLIBError(
+            f"--per-modality names {', '.join(absent)}, which has no image here; there are {', '.join(modalities)}"
+        )
+    chosen = {
+        "per_modality": quota.to_json() if quota else "all",
+        "absent_share": settings.absent_share,
+        "seed": settings.seed,
+        "merge": settings.merge or "none",
+        "check": settings.check,
+        "format": settings.form,
+    }
+    schema = RECORD_SCHEMA if settings.form == "parquet" else None
+    outputs = tuple(Output(f"{split}.{settings.form}", schema) for split in settings.plan.names)
+    identity = {"index": f"{index.files[INDEX_FILE]['bytes']} bytes", **index.settings}
+    build = Build(settings.out, "sa-med2d", chosen, outputs, identity, "image")
+
+    def prepare() -> tuple[list[Piece], RowContext]:
+        pieces, taken = row_pieces(index_file, settings.images_a_piece), None
+        if quota is not None:
+            drawn = {"quota": quota.to_json(), "seed": settings.seed}
+            sampling = Build(build.folder, "sampling", drawn, (Output(SURVEY_FILE),), identity, "image")
+            if finished_report(sampling) is None:
+                context = RowContext(settings, index_file)
+                run_build(sampling, lambda: (pieces, context), survey, replace(execution, overwrite=True))
+            taken = choose(build.folder / SURVEY_FILE, quota, settings.plan)
+        classes: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+        for label in index.counts.get(CLASS_COUNTS, {}):
+            modality, dataset, class_id, name = label.split(" / ", 3)
+            if name != NAMELESS:
+                classes[modality, dataset][int(class_id)] = name
+        return pieces, RowContext(settings, index_file, taken, dict(classes))
+
+    return run_build(build, prepare, write_records, execution)
 
 
-def _made_index(settings: SaMed2dSettings, source: Source, build: Build, execution: Execution) -> BuildReport:
-    names = _names_folder(build)
-    for stale in names.parent.glob("names-*"):
-        if stale != names:
-            shutil.rmtree(stale)
-    with tqdm(unit=" names", desc="reading names", disable=None if execution.bar else True, unit_scale=True) as bar:
-        list_names(source, names, bar.update)
-    context = IndexContext(names, source.class_names(), settings.plan, source.has_folders, source.has_list)
-    report = run_build(build, index_pieces(names, settings.bytes_a_piece), index_buckets, context, execution, unit="B")
-    shutil.rmtree(names)
-    return report
+def row_pieces(index: Path, images_a_piece: int = IMAGES_A_PIECE) -> list[Piece]:
+    """The index in pieces."""
+    with parquet.ParquetFile(index) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    return [
+        Piece(Rows(group, start, min(start + images_a_piece, size)), min(images_a_piece, size - start))
+        for group, size in enumerate(sizes)
+        for start in range(0, size, images_a_piece)
+    ]
 
 
-def _names_folder(build: Build) -> Path:
-    """Where names are kept until the index is made; another for a changed source."""
-    identity = blake2b(repr(sorted(build.source.items())).encode(), digest_size=6).hexdigest()
-    return build.folder / f"names-{identity}"
+def read_rows(index: Path, rows: Rows, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of the index as plain values, some at a time."""
+    with parquet.ParquetFile(index) as file:
+        table = file.read_row_group(rows.group, columns=columns, use_threads=False)
+    table = table.slice(rows.start, rows.stop - rows.start)
+    for batch in table.to_batches(max_chunksize=256):
+        yield from batch.to_pylist()
 
 
-def _taken(settings: SaMed2dSettings, index: BuildReport, execution: Execution) -> dict[Stratum, int] | None:
-    """Which targets the quota takes."""
-    if settings.quota is None:
+def targets(row: Mapping[str, Any]) -> Iterator[tuple[Stratum, dict[str, Any]]]:
+    """Classes of an image that can be asked for by name."""
+    for merged in row["merged"]:
+        if merged["class_name"] is not None and spoken_name(merged["class_name"]) is not None:
+            yield Stratum(row["split"], row["modality"], row["dataset"], merged["class_id"]), merged
+
+
+# --- the targets of a quota ------------------------------------------------------------------------------------------
+
+
+def _priority(row: Mapping[str, Any], merged: Mapping[str, Any], context: RowContext) -> int:
+    """A target's place in the queue, 64 bits; the smallest are taken."""
+    return draw(context.settings.seed, row["path"], str(merged["class_id"]))
+
+
+def survey(rows: Rows, context: RowContext, part: Part) -> None:
+    """The smallest priorities of each stratum, no more than could be taken."""
+    found: dict[Stratum, list[int]] = defaultdict(list)
+    for row in read_rows(context.index, rows, ["path", "modality", "dataset", "split", "merged"]):
+        for stratum, merged in targets(row):
+            found[stratum].append(_priority(row, merged, context))
+    quota = context.settings.quota or Quota()
+    for stratum, values in sorted(found.items()):
+        if wanted := quota.of(stratum.modality, stratum.split, context.settings.plan):
+            part.write(SURVEY_FILE, {**stratum._asdict(), "priorities": sorted(values)[:wanted]})
+
+
+def choose(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, int]:
+    """The largest priority that is taken, of each stratum that anything is taken of.
+
+    In every split and modality the quota is spread evenly over data sets, and a data set's part evenly over its
+    classes, as far as they have so many targets.
+    """
+    queues = _queues(survey_file, quota, plan)
+    groups: dict[tuple[str, str], dict[str, list[Stratum]]] = defaultdict(lambda: defaultdict(list))
+    for stratum in sorted(queues):
+        groups[stratum.split, stratum.modality][stratum.dataset].append(stratum)
+    taken: dict[Stratum, int] = {}
+    for (split, modality), datasets in sorted(groups.items()):
+        sizes = [sum(len(queues[stratum]) for stratum in strata) for strata in datasets.values()]
+        shares = spread(quota.of(modality, split, plan), sizes)
+        for strata, share in zip(datasets.values(), shares, strict=True):
+            for stratum, number in zip(strata, spread(share, [len(queues[one]) for one in strata]), strict=True):
+                if number:
+                    taken[stratum] = int(np.sort(queues[stratum])[number - 1])
+    return taken
+
+
+def _queues(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, np.ndarray]:
+    """Smallest priorities of each stratum over all pieces, uint64."""
+    queues: dict[Stratum, np.ndarray] = {}
+    if not survey_file.exists():  # nothing can be asked for
+        return queues
+    with survey_file.open("rb") as lines:
+        for row in map(json.loads, lines):
+            values = np.asarray(row.pop("priorities"), dtype=np.uint64)
+            stratum = Stratum(**row)
+            joined = np.concatenate([queues.get(stratum, values[:0]), values])
+            wanted = quota.of(stratum.modality, stratum.split, plan)
+            queues[stratum] = np.partition(joined, wanted - 1)[:wanted] if len(joined) > wanted else joined
+    return queues
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def write_records(rows: Rows, context: RowContext, part: Part) -> None:
+    """Records of some images, and their merged masks."""
+    for row in read_rows(context.index, rows):
+        asked = [
+            merged
+            for stratum, merged in targets(row)
+            if context.taken is None or _priority(row, merged, context) <= context.taken.get(stratum, -1)
+        ]
+        wanted = row["merged"] if context.settings.merge == "all" else asked
+        unusable = _look_after_masks(row, wanted, context, part) if wanted else set()
+        for merged in asked:
+            if merged["class_id"] not in unusable:
+                _ask(row, merged, context, part)
+
+
+def _ask(row: Mapping[str, Any], merged: Mapping[str, Any], context: RowContext, part: Part) -> None:
+    records = [target_record(row, merged, context.settings.seed)]
+    if context.settings.absent_share:
+        classes = context.classes.get((row["modality"], row["dataset"]), {})
+        absent = absent_record(row, merged, classes, context.settings.absent_share, context.settings.seed)
+        records += [absent] if absent else []
+    for record in records:
+        part.write(f"{row['split']}.{context.settings.form}", record)
+        part.count("records by split", row["split"])
+        part.count("records by kind", record["kind"])
+        part.count(f"{row['split']} by modality", row["modality"])
+        part.count(f"{row['split']} by data set", row["dataset"])
+        part.count("classes asked for", record["about"])
+
+
+def _look_after_masks(
+    row: Mapping[str, Any], wanted: list[dict[str, Any]], context: RowContext, part: Part
+) -> set[int]:
+    """Merge and check as the build asks; the classes whose mask cannot be used."""
+    instances: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for mask in row["masks"]:
+        instances[mask["class_id"]].append(mask)
+    unusable: set[int] = set()
+    size: tuple[int, int] | None = None
+    for merged in wanted:
+        class_id, target = merged["class_id"], context.settings.source / merged["file"]
+        try:
+            if context.settings.check or context.settings.merge:
+                size = size or image_size(context.settings.source / row["path"])
+                files = [context.settings.source / mask["file"] for mask in instances[class_id]]
+                merge_or_check(target, files, size, bool(context.settings.merge), part)
+            if not context.settings.merge:
+                check_reach(target, [mask["instance"] for mask in instances[class_id]])
+        except MaskFault as fault:
+            unusable.add(class_id)
+            part.find(fault.kind, str(fault), image=row["path"], mask=merged["file"])
+    return unusable
+
+
+def target_record(row: Mapping[str, Any], merged: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A question for one class that the image holds."""
+    name = spoken_name(merged["class_name"]) or ""
+    chance = draw(seed, "wording", row["path"], name)
+    answer = _ANSWERS[chance // 64 % len(_ANSWERS)].format(name=name)
+    answer += f"<mask>{merged['file']}</mask>"
+    return _record(row, f"{merged['class_id']:04d}", _question(row, name, chance), answer, "grounding", name)
+
+
+def absent_record(
+    row: Mapping[str, Any], merged: Mapping[str, Any], classes: Classes, share: float, seed: int
+) -> dict[str, Any] | None:
+    """A question for a class that the image does not hold, beside the question for ``merged``; None mostly.
+
+    ``classes`` are all of its data set in its modality, ``share`` is that of such questions among all, 0 … 0.5.
+    """
+    about = f"{merged['class_id']:04d}"
+    if fraction(seed, "absent", row["path"], about) >= share / (1 - share):
         return None
-    absent = sorted(set(settings.quota.named) - set(index.counts["images by modality"]))
-    if absent:
-        there = ", ".join(index.counts["images by modality"])
-        raise MedPLIBError(f"--per-modality names {', '.join(absent)}, which has no image here; there are {there}")
-    chosen = {"quota": settings.quota.to_json(), "seed": settings.seed}
-    build = Build(settings.out / ".build" / "sampling", "sampling", chosen, (SURVEY_OUTPUT,), _index_identity(index))
-    if finished_report(build) is None:
-        context = SurveyContext(settings.index, settings.quota, settings.plan, settings.seed)
-        pieces = row_pieces(settings.index, settings.images_a_piece)
-        run_build(build, pieces, survey, context, replace(execution, overwrite=True), unit="image")
-    return choose(build.out / SURVEY_FILE, settings.quota, settings.plan)
+    names = absent_names([entry["class_name"] for entry in row["merged"]], classes)
+    if not names:
+        return None
+    chance = draw(seed, "absent name", row["path"], about)
+    name = names[chance % len(names)]
+    answer = refusal(name, np.random.default_rng(chance))
+    return _record(row, f"{about}-absent", _question(row, name, chance // 4096), answer, "grounding_absent", name)
 
 
-def _index_identity(index: BuildReport) -> dict[str, Any]:
-    return {"index": f"{index.files[INDEX_FILE]['bytes']} bytes", **index.settings}
+def absent_names(present: Sequence[str | None], classes: Classes) -> list[str]:
+    """Classes that are surely not in an image with the classes ``present``, as questions call them.
+
+    A name that contains a present one, or is contained in one, may mean the same thing or a part of it: with a
+    "left lung" there is a "lung" too.
+    """
+    words = [frozenset(name.removeprefix("union_").split("_")) for name in present if name]
+    names = []
+    for class_name in classes.values():
+        spoken, own = spoken_name(class_name), frozenset(class_name.split("_"))
+        if spoken and not any(own <= other or other <= own for other in words):
+            names.append(spoken)
+    return sorted(set(names))
 
 
-def _records(
-    settings: SaMed2dSettings, index: BuildReport, taken: dict[Stratum, int] | None, execution: Execution
-) -> BuildReport:
-    classes: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for label in index.counts.get(CLASS_COUNTS, {}):
-        modality, dataset, class_id, name = read_class_label(label)
-        if name is not None:
-            classes[modality, dataset][class_id] = name
-    build = Build(
-        settings.out,
-        "sa-med2d",
-        {
-            "per_modality": settings.quota.to_json() if settings.quota else "all",
-            "absent_share": settings.absent_share,
-            "seed": settings.seed,
-            "merge": settings.merge or "none",
-            "check": settings.check,
-            "format": settings.form,
-        },
-        record_outputs(settings.plan.names, settings.form),
-        _index_identity(index),
-    )
-    context = RecordContext(
-        settings.source,
-        settings.index,
-        taken,
-        settings.seed,
-        settings.seed,
-        settings.absent_share,
-        settings.merge,
-        settings.check,
-        settings.form,
-        dict(classes),
-    )
-    pieces = row_pieces(settings.index, settings.images_a_piece)
-    return run_build(build, pieces, write_records, context, execution, unit="image")
+def _question(row: Mapping[str, Any], name: str, chance: int) -> str:
+    modality = _MODALITY_WORDS.get(row["modality"], row["modality"])
+    return _QUESTIONS[chance % len(_QUESTIONS)].format(name=name, modality=modality)
+
+
+def _record(row: Mapping[str, Any], suffix: str, question: str, answer: str, kind: str, about: str) -> dict[str, Any]:
+    stem = row["path"].removeprefix("images/").removesuffix(".png")
+    return {
+        "id": f"{stem}--{suffix}",
+        "image": row["path"],
+        "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
+        "answer_type": "open",
+        "task": "grounding",
+        "kind": kind,
+        "modality": row["modality"],
+        "dataset": row["dataset"],
+        "about": about,
+    }

@@ -1,62 +1,271 @@
-"""The index of SA-Med2D-20M: one row an image, with its masks, in a Parquet file that is never whole in memory."""
+"""The index of SA-Med2D-20M: one row an image, with its masks, in a Parquet file that is never whole in memory.
+
+Twenty million file names are read once, by one process as folders are, and sorted into buckets on disk by data set and
+case; a bucket holds all images of its cases with all their masks, and buckets become rows of the index, many at once.
+"""
 
 from __future__ import annotations
 
+import json
+import mmap
+import os
+import re
+import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import pyarrow as arrow
 
-from model.data.builders.sa_med2d_listing import bucket_sizes, names_of
-from model.data.builders.sa_med2d_source import (
-    CLASS_FILE,
-    LIST_FILE,
-    ClassNames,
-    ImageName,
-    MaskName,
-    merged_name,
-    parse_image_name,
-    parse_mask_name,
-)
+from model.data.builders.jobs import Output, Part, Piece, fingerprint
 from model.data.builders.splits import SplitPlan
-from model.data.builders.work import Output, Part, Piece
+from model.data.schema import modality_of
+from model.errors import MedPLIBError
 
+CLASS_FILE = "SAMed2D_v1_class_mapping_id.json"
+LIST_FILE = "SAMed2D_v1.json"
 INDEX_FILE = "index.parquet"
+CLASS_COUNTS = "masks by class"
+"""Group of the report's counts whose labels are ``modality / data set / class id / class name``."""
+NAMELESS = "(no name)"
+BUCKETS = 512  # open files: below the usual limit of 1024; 40,000 names each of the real set
+KINDS = ("images", "masks", "list")
 BYTES_A_PIECE = 4 << 20  # of names: some 50,000
-ROW_GROUP = 16_384
-_MASK = arrow.struct(
-    [
-        ("class_id", arrow.int32()),
-        ("class_name", arrow.string()),
-        ("instance", arrow.int32()),
-        ("file", arrow.string()),
-    ]
-)
-_MERGED = arrow.struct([("class_id", arrow.int32()), ("class_name", arrow.string()), ("file", arrow.string())])
+_BUFFER = 16 * 1024
+_BAR_EVERY = 5000
+_RELEASE = 64 << 20  # bytes of the list that stay in memory
+_RAW_STRING = rb'"((?:[^"\\]++|\\.)*+)"'
+_STRING = re.compile(_RAW_STRING)
+_ENTRY = re.compile(rb"\s*" + _RAW_STRING + rb"\s*:\s*\[((?:[^\]\"]++|\"(?:[^\"\\]++|\\.)*+\")*+)\]\s*(,|\})")
+_CLASS_AND_INSTANCE = re.compile(r"(\d+)_(\d+)")
+_UNNAMED = re.compile(r"(class|label|region)?[ _]*\d*|left|right|background|others?|unknown", re.IGNORECASE)
+
+_TEXTS = ("path", "modality", "tag", "dataset", "case", "slice", "split")
+_CLASS = [("class_id", arrow.int32()), ("class_name", arrow.string())]
+_MASK = arrow.struct([*_CLASS, ("instance", arrow.int32()), ("file", arrow.string())])
+_MERGED = arrow.struct([*_CLASS, ("file", arrow.string())])
 SCHEMA = arrow.schema(
-    [
-        ("path", arrow.string()),
-        ("modality", arrow.string()),
-        ("tag", arrow.string()),
-        ("dataset", arrow.string()),
-        ("case", arrow.string()),
-        ("slice", arrow.string()),
-        ("split", arrow.string()),
-        ("masks", arrow.list_(_MASK)),
-        ("merged", arrow.list_(_MERGED)),
-    ]
+    [*((name, arrow.string()) for name in _TEXTS), ("masks", arrow.list_(_MASK)), ("merged", arrow.list_(_MERGED))]
 )
 """Columns of the index. Paths start from the data set's folder; ``tag`` is the file name's first part (``mr_t1``),
 ``merged`` has one entry a class, ``class_name`` is null where the class list does not know the class."""
-INDEX_OUTPUT = Output(INDEX_FILE, SCHEMA, ROW_GROUP)
+INDEX_OUTPUT = Output(INDEX_FILE, SCHEMA, 16_384)
 
-_NAMELESS = "(no name)"
-CLASS_COUNTS = "masks by class"
-"""Group of the report's counts whose labels ``class_label`` makes."""
+ClassNames = Mapping[str, Mapping[int, str]]
+"""Data set → class id → name."""
+
+
+class ImageName(NamedTuple):
+    """What an image's file name says."""
+
+    tag: str  # ct_00, mr_t1, x_ray …
+    modality: str
+    dataset: str
+    case: str
+    slice: str
+
+
+class MaskName(NamedTuple):
+    """What a mask's file name says."""
+
+    image_stem: str
+    class_text: str  # the id as the name writes it, with its zeros
+    instance: int
+    file: str  # from the data set's folder
+
+    @property
+    def class_id(self) -> int:
+        return int(self.class_text)
+
+
+def parse_image_name(name: str) -> ImageName | None:
+    """``<modality>_<nn>--<data set>--<case>--<slice>.png``; None where a name is not of that form."""
+    parts = name.removesuffix(".png").split("--")
+    modality = modality_of(parts[0] + "--") if "_" in parts[0] else None
+    if not name.endswith(".png") or len(parts) < 4 or not all(parts) or modality is None:
+        return None
+    return ImageName(parts[0], modality, parts[1], "--".join(parts[2:-1]), parts[-1])
+
+
+def parse_mask_name(name: str) -> MaskName | None:
+    """``<image stem>--<class id>_<instance>.png``; None where a name is not of that form."""
+    stem, _, tail = name.removesuffix(".png").rpartition("--")
+    numbers = _CLASS_AND_INSTANCE.fullmatch(tail)
+    if not name.endswith(".png") or numbers is None or stem.count("--") < 3:
+        return None
+    return MaskName(stem, numbers[1], int(numbers[2]), f"masks/{name}")
+
+
+def spoken_name(class_name: str) -> str | None:
+    """A class as a question calls it; None for one that only its data set's makers understand, and for unions.
+
+    A ``union_…`` class joins others that are there too, under a name that is no anatomical term.
+    """
+    words = class_name.replace("_", " ").strip()
+    if class_name.startswith("union_") or _UNNAMED.fullmatch(words):
+        return None
+    return words
+
+
+@dataclass(frozen=True)
+class Source:
+    """The unpacked data set.
+
+    Attributes:
+        root: folder of ``images/``, ``masks/`` and the two JSON files.
+        has_folders: images and masks are there as files.
+        has_list: ``SAMed2D_v1.json`` is there.
+    """
+
+    root: Path
+    has_folders: bool
+    has_list: bool
+
+    @classmethod
+    def open(cls, root: Path) -> Source:
+        """Look at what is there.
+
+        Raises:
+            MedPLIBError: it is not the data set's folder, or the class names are missing.
+        """
+        if not root.is_dir():
+            raise MedPLIBError(f"--source {root} is not a folder; name the one that SA-Med2D-20M was unpacked into")
+        folders = [(root / name).is_dir() for name in ("images", "masks")]
+        has_list = (root / LIST_FILE).is_file()
+        if any(folders) and not all(folders):
+            absent = "masks" if folders[0] else "images"
+            raise MedPLIBError(f"{root} has no folder {absent}/; unpack all parts of SA-Med2D-20M into it")
+        if not all(folders) and not has_list:
+            inner = [path.parent for path in sorted(root.glob("*/images"))]
+            hint = f"; did you mean {inner[0]}?" if inner else "; name the folder with images/ and masks/ in it"
+            raise MedPLIBError(f"{root} holds neither images/ nor {LIST_FILE}{hint}")
+        if not (root / CLASS_FILE).is_file():
+            raise MedPLIBError(f"{root} lacks {CLASS_FILE}, which names the classes; copy it there from the download")
+        return cls(root, all(folders), has_list)
+
+    @property
+    def prints(self) -> dict[str, str]:
+        """What changes when files are added or taken away."""
+        names = ["images", "masks"] if self.has_folders else []
+        names += [LIST_FILE, CLASS_FILE] if self.has_list else [CLASS_FILE]
+        return fingerprint([self.root / name for name in names])
+
+    def class_names(self) -> ClassNames:
+        """Names of all classes.
+
+        The published file maps names to ids; one that maps ids to names is understood too.
+
+        Raises:
+            MedPLIBError: the file is something else.
+        """
+        path = self.root / CLASS_FILE
+        try:
+            names: dict[str, dict[int, str]] = {}
+            for dataset, classes in json.loads(path.read_text(encoding="utf-8")).items():
+                by_id = bool(classes) and all(str(key).isdecimal() for key in classes)
+                pairs = classes.items() if by_id else ((number, name) for name, number in classes.items())
+                names[dataset] = {int(number): str(name) for number, name in pairs}
+            return names
+        except (ValueError, AttributeError, TypeError) as error:
+            raise MedPLIBError(
+                f"{path} is not the class list ({error}); expected {{data set: {{class name: id}}}}"
+            ) from error
+
+
+# --- names in buckets ------------------------------------------------------------------------------------------------
+
+
+def list_names(source: Source, folder: Path, progress: Callable[[int], object]) -> None:
+    """Fill the buckets below ``folder``; kinds of names that are there already are not read again.
+
+    Args:
+        source: the data set.
+        folder: made if absent.
+        progress: called with the number of names read since the last call.
+
+    Raises:
+        MedPLIBError: ``SAMed2D_v1.json`` is damaged.
+    """
+    kinds = [*(("images", "masks") if source.has_folders else ()), *(("list",) if source.has_list else ())]
+    for kind in kinds:
+        target = folder / kind
+        if target.is_dir():
+            continue
+        temporary = folder / f".{kind}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+        temporary.mkdir(parents=True)
+        lines = _listed(source.root / LIST_FILE) if kind == "list" else _entries(source.root / kind)
+        _fill(temporary, lines, progress)
+        temporary.rename(target)
+
+
+def names_of(folder: Path, kind: str, bucket: int) -> list[bytes]:
+    """Lines of one bucket; none where that kind of name was not listed.
+
+    For ``list`` a line is an image and its masks, tabs between them.
+    """
+    path = _file(folder / kind, bucket)
+    return path.read_bytes().splitlines() if path.is_file() else []
+
+
+def _file(folder: Path, bucket: int) -> Path:
+    return folder / f"{bucket:03d}.txt"
+
+
+def _fill(folder: Path, lines: Iterator[bytes], progress: Callable[[int], object]) -> None:
+    with ExitStack() as stack:
+        files = [stack.enter_context(_file(folder, number).open("wb", _BUFFER)) for number in range(BUCKETS)]
+        count = 0
+        for count, line in enumerate(lines, start=1):
+            parts = line.split(b"--", 3)
+            # Data set and case, the same for an image and its masks; a name without them goes anywhere.
+            key = b"--".join(parts[1:3]) if len(parts) == 4 else line
+            files[crc32(key) % BUCKETS].write(line + b"\n")
+            if count % _BAR_EVERY == 0:
+                progress(_BAR_EVERY)
+        progress(count % _BAR_EVERY)
+
+
+def _entries(folder: Path) -> Iterator[bytes]:
+    """File names of a folder as they come, without asking the file system about each."""
+    with os.scandir(os.fsencode(folder)) as entries:
+        for entry in entries:
+            yield entry.name if b"\n" not in entry.name else entry.name.replace(b"\n", b"\\n")
+
+
+def _listed(path: Path) -> Iterator[bytes]:
+    """Entries of ``SAMed2D_v1.json``, an object of 1.6 GB, one after the other; folder names are left out."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        opening = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{\s*(\})?").match(content)
+        if opening is None:
+            raise MedPLIBError(f"{path} begins with {content[:12]!r}; expected an object of images and their masks")
+        position, ended, released = opening.end(), opening[1] is not None, 0
+        while not ended:
+            entry = _ENTRY.match(content, position)
+            if entry is None:
+                raise MedPLIBError(
+                    f"{path} is damaged or cut short at byte {position:,}, where {content[position : position + 40]!r} "
+                    "stands; expected an image and the list of its masks"
+                )
+            names = [entry[1], *_STRING.findall(entry[2])]
+            yield b"\t".join(_base_name(name) for name in names)
+            position, ended = entry.end(), entry[3] == b"}"
+            if position - released > _RELEASE:
+                released = position // mmap.PAGESIZE * mmap.PAGESIZE
+                content.madvise(mmap.MADV_DONTNEED, 0, released)
+
+
+def _base_name(text: bytes) -> bytes:
+    plain = text if b"\\" not in text else json.loads(b'"' + text + b'"').encode()
+    return plain.rpartition(b"/")[2]
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,17 +274,15 @@ class IndexContext:
 
     Attributes:
         names: folder of the buckets.
+        source: what was listed.
         classes: names of the classes.
         plan: the splits.
-        has_folders: files were listed; else the published list is all there is.
-        has_list: the published list is there.
     """
 
     names: Path
+    source: Source
     classes: ClassNames
     plan: SplitPlan
-    has_folders: bool
-    has_list: bool
 
 
 def index_pieces(names: Path, bytes_a_piece: int = BYTES_A_PIECE) -> list[Piece]:
@@ -83,24 +290,15 @@ def index_pieces(names: Path, bytes_a_piece: int = BYTES_A_PIECE) -> list[Piece]
     pieces: list[Piece] = []
     held: list[int] = []
     size = 0
-    for bucket, more in enumerate(bucket_sizes(names)):
+    for bucket in range(BUCKETS):
+        files = [_file(names / kind, bucket) for kind in KINDS]
+        more = sum(file.stat().st_size for file in files if file.is_file())
         if held and size + more > bytes_a_piece:
             pieces.append(Piece(tuple(held), size))
             held, size = [], 0
         held.append(bucket)
         size += more
     return [*pieces, Piece(tuple(held), size)]
-
-
-def class_label(modality: str, dataset: str, class_id: int, name: str | None) -> str:
-    """A class in the report's counts."""
-    return f"{modality} / {dataset} / {class_id} / {name or _NAMELESS}"
-
-
-def read_class_label(label: str) -> tuple[str, str, int, str | None]:
-    """What ``class_label`` was made of."""
-    modality, dataset, number, name = label.split(" / ", 3)
-    return modality, dataset, int(number), None if name == _NAMELESS else name
 
 
 def index_buckets(buckets: Sequence[int], context: IndexContext, part: Part) -> None:
@@ -114,25 +312,14 @@ def index_buckets(buckets: Sequence[int], context: IndexContext, part: Part) -> 
                 part.find("mask_without_image", message, file=mask.file)
         for row in rows:
             _count(row, part)
-        if rows:
-            part.write_batch(INDEX_FILE, _batch(rows))
-
-
-class _Row(NamedTuple):
-    """One image; masks sorted by class and instance."""
-
-    path: str
-    image: ImageName
-    split: str
-    masks: list[MaskName]
-    labels: dict[int, str | None]
+            part.write(INDEX_FILE, row)
 
 
 def _found(bucket: int, context: IndexContext, part: Part) -> tuple[dict[str, ImageName], dict[str, list[MaskName]]]:
     """Images by file name and masks by image stem, as the folders (or else the published list) have them."""
     listed = [line.split(b"\t") for line in names_of(context.names, "list", bucket)]
     listed_images, listed_masks = [line[0] for line in listed], [name for line in listed for name in line[1:]]
-    if context.has_folders:
+    if context.source.has_folders:
         image_names, mask_names = (names_of(context.names, kind, bucket) for kind in ("images", "masks"))
     else:
         image_names, mask_names = listed_images, listed_masks
@@ -142,7 +329,7 @@ def _found(bucket: int, context: IndexContext, part: Part) -> tuple[dict[str, Im
     for name, mask in _parsed(mask_names, "masks", parse_mask_name, part):
         masks[mask.image_stem].append(mask)
         mask_files.add(name)
-    if context.has_folders and context.has_list:
+    if context.source.has_folders and context.source.has_list:
         _compare("images", set(images), {_text(name) for name in listed_images}, part)
         _compare("masks", mask_files, {_text(name) for name in listed_masks}, part)
     return images, masks
@@ -179,62 +366,36 @@ def _compare(folder: str, here: set[str], listed: set[str], part: Part) -> None:
             part.find(f"{folder}_{kind}", message, case="--".join(case), number=1 + len(more))
 
 
-def _row(name: str, image: ImageName, masks: list[MaskName], context: IndexContext) -> _Row:
+def _row(name: str, image: ImageName, masks: list[MaskName], context: IndexContext) -> dict[str, Any]:
+    """One image; masks sorted by class and instance."""
     masks.sort(key=lambda mask: (mask.class_id, mask.instance))
-    known = context.classes.get(image.dataset, {})
-    labels = {mask.class_id: known.get(mask.class_id) for mask in masks}
-    return _Row(f"images/{name}", image, context.plan.of(image.dataset, image.case), masks, labels)
+    classes = context.classes.get(image.dataset, {})
+
+    def named(mask: MaskName, **more: Any) -> dict[str, Any]:
+        return {"class_id": mask.class_id, "class_name": classes.get(mask.class_id), **more}
+
+    firsts = [next(group) for _, group in groupby(masks, key=lambda mask: mask.class_id)]
+    return {
+        "path": f"images/{name}",
+        **image._asdict(),
+        "split": context.plan.of(image.dataset, image.case),
+        "masks": [named(mask, instance=mask.instance, file=mask.file) for mask in masks],
+        "merged": [
+            named(mask, file=f"masks_merged/{mask.image_stem}--{mask.class_text}_merged.png") for mask in firsts
+        ],
+    }
 
 
-def _count(row: _Row, part: Part) -> None:
-    image = row.image
+def _count(row: Mapping[str, Any], part: Part) -> None:
     part.count("images", "all")
-    part.count("masks", "all", len(row.masks))
-    part.count("images by modality", image.modality)
-    part.count("images by data set", image.dataset)
-    part.count("images by split", row.split)
-    numbers = Counter(mask.class_id for mask in row.masks)
-    for class_id, number in numbers.items():
-        part.count(CLASS_COUNTS, class_label(image.modality, image.dataset, class_id, row.labels[class_id]), number)
-        if row.labels[class_id] is None:
-            part.count(f"masks of classes that {CLASS_FILE} does not name", f"{image.dataset} {class_id}", number)
-    if not row.masks:
-        part.find("image_without_mask", f"{row.path} has no mask", file=row.path)
-
-
-def _batch(rows: list[_Row]) -> arrow.RecordBatch:
-    """The rows as columns: building them of Python objects row by row would take three times as long."""
-    offsets, merged_offsets = [0], [0]
-    mask_columns: tuple[list[Any], ...] = ([], [], [], [])
-    merged_columns: tuple[list[Any], ...] = ([], [], [])
-    for row in rows:
-        for mask in row.masks:
-            _append(mask_columns, mask.class_id, row.labels[mask.class_id], mask.instance, mask.file)
-        for class_id, group in groupby(row.masks, key=lambda mask: mask.class_id):
-            first = next(group)
-            _append(merged_columns, class_id, row.labels[class_id], merged_name(first.image_stem, first.class_text))
-        offsets.append(len(mask_columns[0]))
-        merged_offsets.append(len(merged_columns[0]))
-    columns = [
-        [row.path for row in rows],
-        *([getattr(row.image, field) for row in rows] for field in ("modality", "tag", "dataset", "case", "slice")),
-        [row.split for row in rows],
-        _lists(_MASK, offsets, mask_columns),
-        _lists(_MERGED, merged_offsets, merged_columns),
-    ]
-    arrays = [
-        column if isinstance(column, arrow.Array) else arrow.array(column, field.type)
-        for column, field in zip(columns, SCHEMA, strict=True)
-    ]
-    return arrow.RecordBatch.from_arrays(arrays, schema=SCHEMA)
-
-
-def _append(columns: tuple[list[Any], ...], *values: Any) -> None:
-    for column, value in zip(columns, values, strict=True):
-        column.append(value)
-
-
-def _lists(struct: Any, offsets: list[int], columns: tuple[list[Any], ...]) -> arrow.Array:
-    arrays = [arrow.array(values, field.type) for values, field in zip(columns, struct, strict=True)]
-    inner = arrow.StructArray.from_arrays(arrays, fields=list(struct))
-    return arrow.ListArray.from_arrays(arrow.array(offsets, arrow.int32()), inner, type=arrow.list_(struct))
+    part.count("masks", "all", len(row["masks"]))
+    part.count("images by modality", row["modality"])
+    part.count("images by data set", row["dataset"])
+    part.count("images by split", row["split"])
+    for (class_id, name), number in Counter((mask["class_id"], mask["class_name"]) for mask in row["masks"]).items():
+        label = f"{row['modality']} / {row['dataset']} / {class_id} / {name or NAMELESS}"
+        part.count(CLASS_COUNTS, label, number)
+        if name is None:
+            part.count(f"masks of classes that {CLASS_FILE} does not name", f"{row['dataset']} {class_id}", number)
+    if not row["masks"]:
+        part.find("image_without_mask", f"{row['path']} has no mask", file=row["path"])

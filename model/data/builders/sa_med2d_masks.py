@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from model.data.builders.work_files import temporary_of
-from model.data.image_io import read_mask
+from model.data.builders.jobs import Part, whole_file
+from model.data.image_io import MERGED_GAP, read_mask
 from model.errors import MedPLIBError
 
-_HEADER = b"\x89PNG\r\n\x1a\n"
-_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 class MaskFault(Exception):
@@ -70,20 +71,46 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
     done, buffer = cv2.imencode(".png", mask.astype(np.uint8) * 255, [cv2.IMWRITE_PNG_COMPRESSION, 4])
     if not done:
         raise OSError(f"cannot encode {path}")
-    temporary = temporary_of(path)
-    try:
-        temporary.write_bytes(buffer.tobytes())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as stream:
+        stream.write(buffer.tobytes())
 
 
 def is_whole_png(path: Path) -> bool:
     """Whether a file begins and ends as a PNG does: one that was cut short does not."""
     try:
         with path.open("rb") as stream:
-            head = stream.read(len(_HEADER))
-            stream.seek(-len(_END), 2)
-            return head == _HEADER and stream.read() == _END
+            head = stream.read(len(_PNG_START))
+            stream.seek(-len(_PNG_END), 2)
+            return head == _PNG_START and stream.read() == _PNG_END
     except OSError:
         return False
+
+
+def merge_or_check(target: Path, instances: list[Path], size: tuple[int, int], merge: bool, part: Part) -> None:
+    """Look at a merged mask, or at its instances where it is not there, and write it if ``merge``.
+
+    Raises:
+        MaskFault: the mask cannot be used.
+    """
+    if is_whole_png(target):
+        usable_mask([target], size)
+        part.count("merged masks", "there already")
+        return
+    mask = usable_mask(instances, size)
+    if merge:
+        write_mask(target, mask)
+        part.count("merged masks", "written")
+
+
+def check_reach(target: Path, instances: list[int]) -> None:
+    """A reader that finds no merged file looks for instances by number, and gives up after a gap.
+
+    Raises:
+        MaskFault: it would not find all.
+    """
+    if any(later - earlier > MERGED_GAP for earlier, later in pairwise([-1, *instances])) and not target.exists():
+        raise MaskFault(
+            "gap_in_instances",
+            f"{target.name}: the numbers of its {len(instances)} instances leave gaps too wide for a reader; merge "
+            "them with --merge asked",
+        )

@@ -9,16 +9,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.data.builders.work import Part, Piece
+from model.data.builders.jobs import Part, Piece
 from model.data.image_io import ReadLimits
+from model.data.records import Records
 from model.data.schema import Finding, Sample, canonical, inspect_record, record_id, with_seg_spelled
 from model.data.validate import PixelCheck
-from model.errors import shown
+from model.errors import MedPLIBError, shown
 
 PIECE = 2_000
 """Records of one piece of a build: a second of work or more, and few enough that a killed build loses little."""
@@ -151,20 +152,20 @@ def stretches(lengths: Sequence[int], size: int = PIECE) -> list[Piece]:
     ]
 
 
-def repeated(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+def repeated(records: Records) -> dict[int, int]:
     """Records that say the same of the same image as an earlier one: number → number of the first such record.
 
-    Records that cannot be parsed must have been left out as empty mappings. Of each record a hash is kept in memory.
+    Records that cannot be parsed are no such records. Of each record a hash is kept in memory.
     """
     first: dict[bytes, int] = {}
     again: dict[int, int] = {}
-    for number, record in enumerate(records):
-        if not record:
+    for number in range(len(records)):
+        try:
+            whole = canonical(records[number])
+        except MedPLIBError:
             continue
-        whole = canonical(record)
         said = [whole.get("image"), whole.get("conversations")]
         key = hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).digest()
-        earlier = first.setdefault(key, number)
-        if earlier != number:
+        if (earlier := first.setdefault(key, number)) != number:
             again[number] = earlier
     return again

@@ -1,6 +1,6 @@
 """One row of a public question set, as its source publishes it → one record of the project's layout (reference §8).
 
-Pure functions, for training and evaluation alike; which files a set consists of is in ``vqa_sources.py``.
+For training and evaluation alike; which files a set consists of is in ``vqa.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.data.builders.work_files import temporary_of
+from model.data.builders.jobs import whole_file
 
 Row = Mapping[str, Any]
 
@@ -199,10 +199,6 @@ def write_picture(content: bytes, folder: Path) -> str:
     ending = next((end for start, end in _IMAGE_ENDINGS.items() if content.startswith(start)), ".img")
     name = hashlib.sha256(content).hexdigest()[:24] + ending
     if not (folder / name).is_file():
-        partial = temporary_of(folder / name)
-        try:
-            partial.write_bytes(content)
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(folder / name) as stream:
+            stream.write(content)
     return name

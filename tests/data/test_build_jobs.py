@@ -15,7 +15,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
-from model.data.builders.work import Build, BuildReport, Execution, Output, Part, Piece, fingerprint, run_build
+from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, Piece, fingerprint, run_build
 from model.data.records import open_records
 from model.errors import MedPLIBError
 
@@ -48,11 +48,15 @@ FILES = ("all.jsonl", "lists/odd.json", "rows.parquet", "findings_squares.jsonl"
 
 
 def build_in(out: Path, **settings: object) -> Build:
-    return Build(out, "squares", {"seed": 1, **settings}, OUTPUTS)
+    return Build(out, "squares", {"seed": 1, **settings}, OUTPUTS, unit="number")
+
+
+def go(build: Build, context: dict[str, str] | None = None, pieces: int = 12, **execution: object) -> BuildReport:
+    return run_build(build, lambda: (PIECES[:pieces], context or {}), square, Execution(**execution))
 
 
 def run(out: Path, context: dict[str, str] | None = None, **execution: object) -> BuildReport:
-    return run_build(build_in(out), PIECES, square, context or {}, Execution(bar=False, **execution), unit="number")
+    return go(build_in(out), context, **execution)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def half(folder: Path, build: Build) -> None:
     """Begin a build and stop in its third piece."""
     context = {"stop": str(folder / "stopped"), "how": "told"}
     with pytest.raises(MedPLIBError, match="unlucky"):
-        run_build(build, PIECES, square, context, Execution(bar=False), unit="number")
+        go(build, context)
 
 
 def same(left: Path, right: Path) -> bool:
@@ -123,16 +127,16 @@ def test_a_failure_is_one_sentence_and_the_same_call_goes_on(
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path, workers: int) -> None:
     script = (
         "import sys, time\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/data']\n"
-        "import test_build_work as t\nfrom pathlib import Path\n"
+        "import test_build_jobs as t\nfrom pathlib import Path\n"
         "if __name__ == '__main__':\n"
-        "    how = t.Execution(int(sys.argv[3]), bar=False)\n"
-        "    t.run_build(t.build_in(Path(sys.argv[2])), t.PIECES, t.slowly, {}, how)\n"
+        "    how = t.Execution(int(sys.argv[3]))\n"
+        "    t.run_build(t.build_in(Path(sys.argv[2])), lambda: (t.PIECES, {}), t.slowly, how)\n"
     )
     place = tmp_path / "run.py"
     place.write_text(script)
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, str(place), str(ROOT), str(out), str(workers)])
-    done = out / ".build/squares/parts"
+    done = out / ".build/squares/parts/of_12"
     deadline = time.monotonic() + 300
     while len(list(done.glob("part_?????.json"))) < 3:
         assert time.monotonic() < deadline and process.poll() is None
@@ -160,16 +164,39 @@ def test_other_settings_and_foreign_files_are_refused(tmp_path: Path) -> None:
     half(tmp_path, build_in(tmp_path))
     other = build_in(tmp_path, seed=2)
     with pytest.raises(MedPLIBError, match=r"seed = 1 where this run has 2.*--overwrite"):
-        run_build(other, PIECES, square, {}, Execution(bar=False))
-    with pytest.raises(MedPLIBError, match="12 pieces where this run has 11"):
-        run_build(build_in(tmp_path), PIECES[1:], square, {}, Execution(bar=False))
-    report = run_build(other, PIECES, square, {}, Execution(bar=False, overwrite=True))
+        go(other)
+    report = go(other, overwrite=True)
     assert report.files["all.jsonl"]["records"] == 51
     (tmp_path / "other").mkdir()
     (tmp_path / "other/all.jsonl").write_text("mine\n")
     with pytest.raises(MedPLIBError, match=r"all\.jsonl exists"):
         run(tmp_path / "other")
     assert (tmp_path / "other/all.jsonl").read_text() == "mine\n"
+
+
+def test_parts_of_other_pieces_are_not_taken(tmp_path: Path, whole: Path) -> None:
+    context = {"stop": str(tmp_path / "stopped"), "how": "told"}
+    halves = [Piece(range(0, 12), 12), Piece(range(12, 60), 48)]
+    with pytest.raises(MedPLIBError, match="unlucky"):
+        run_build(build_in(tmp_path), lambda: (halves, context), square, Execution())
+    run(tmp_path)
+    assert same(whole, tmp_path)
+
+
+def test_nothing_is_prepared_where_all_is_there(whole: Path) -> None:
+    def prepare() -> tuple[list[Piece], None]:
+        raise AssertionError
+
+    assert run_build(build_in(whole), prepare, square, Execution()).did_nothing
+
+
+def test_rows_fill_row_groups_whatever_the_pieces(tmp_path: Path) -> None:
+    build = Build(
+        tmp_path, "squares", {}, (Output("all.jsonl"), Output("lists/odd.json"), Output("rows.parquet", SCHEMA, 17))
+    )
+    go(build)
+    file = parquet.ParquetFile(tmp_path / "rows.parquet")
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [17, 17, 17]
 
 
 def test_a_lost_file_is_made_again(tmp_path: Path, whole: Path) -> None:
@@ -195,9 +222,8 @@ def test_a_changed_source_is_noticed_and_a_copy_is_the_same(tmp_path: Path) -> N
         fingerprint([tmp_path / "absent"])
 
 
-def moved(out: Path, images: str, prints: dict[str, str], pieces: int = 12, **execution: object) -> BuildReport:
-    build = Build(out, "squares", {"seed": 1, "images": images}, OUTPUTS, prints)
-    return run_build(build, PIECES[:pieces], square, {}, Execution(bar=False, **execution), unit="number")
+def moved(out: Path, images: str, prints: dict[str, str], **execution: object) -> BuildReport:
+    return go(Build(out, "squares", {"seed": 1, "images": images}, OUTPUTS, prints), **execution)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -212,8 +238,6 @@ def test_a_moved_source_goes_on_where_the_user_says_that_it_is_the_same(
         moved(tmp_path, "/disk2/images", {"names.csv": "a"})
     with pytest.raises(MedPLIBError, match=r"the source names\.csv = 'a' where this run has 'b'"):
         moved(tmp_path, "/disk1/images", {"names.csv": "b"})
-    with pytest.raises(MedPLIBError, match="12 pieces where this run has 11"):
-        moved(tmp_path, "/disk2/images", {"names.csv": "b"}, pieces=11, same_source=True)
     report = moved(tmp_path, "/disk2/images", {"names.csv": "b"}, same_source=True)
     assert report.did_nothing == finished and report.settings["images"] == "/disk2/images"
     assert same(whole, tmp_path)
@@ -223,7 +247,7 @@ def test_a_moved_source_goes_on_where_the_user_says_that_it_is_the_same(
 def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
     nested = {"out": str(tmp_path)}
     with pytest.raises(MedPLIBError, match="another run builds squares"):
-        run_build(build_in(tmp_path), PIECES, begin_again, nested, Execution(bar=False))
+        run_build(build_in(tmp_path), lambda: (PIECES, nested), begin_again, Execution())
 
 
 def begin_again(piece: range, context: dict[str, str], part: Part) -> None:
