@@ -7,7 +7,7 @@ and stretch with their cell; charts with text are drawn for about 300 pixels, at
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -105,6 +105,17 @@ def histogram(values: Sequence[float] | np.ndarray, title: str, *, bins: int = 2
         side = "end" if middle > 0.5 else "start"
         shapes.append(label(_x(middle), _TOP - 7, f"median {number(middle, 2)}", side, "reading"))
     return _chart(shapes, f"Histogram of {title} over {count(len(finite))} answers")
+
+
+def curves(places: Sequence[float], values: Mapping[str, Sequence[float]], across: str, up: str) -> Markup:
+    """Lines through values in [0, 1] over places in [0, 1], a colour for each name in order; NaN is left out."""
+    shapes = [*_vertical_axis([(tick, number(tick, 2)) for tick in _TICKS], up), *_horizontal_axis(across)]
+    for index, (name, heights) in enumerate(values.items()):
+        known = [(x, y) for x, y in zip(places, heights, strict=True) if math.isfinite(y)]
+        points = " ".join(f"{rounded(_x(x))},{rounded(_y(y))}" for x, y in known)
+        drawn = f"series-{index % 6 + 1} curve"
+        shapes.append(element("polyline", element("title", name), points=points, class_=drawn))
+    return _chart(shapes, f"{up} over {across}")
 
 
 def calibration(

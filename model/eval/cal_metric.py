@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from model.data.records import open_records
 from model.errors import MedPLIBError, escape_unprintable, shown
 from model.eval.metrics import PublishedText, Scores, score_predictions
-from model.eval.metrics.published_text import format_table
+from model.eval.metrics.published import format_table
 from model.eval.metrics.rows import masks_by_threshold
 from model.eval.predictions import Prediction, json_text, match_references, read_predictions
 
@@ -32,18 +32,26 @@ STANDARD_HEADING = "Standard scores (fractions of 1; 95 % intervals over images)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of one predictions file; returns the exit code."""
+    return run_command("cal_metric", build_parser(), run, arguments)
+
+
+def run_command(
+    name: str,
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run a command on its flags; its user's errors are one sentence and exit code 2."""
     escape_unprintable()
-    options = build_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        run(options)
+        work(options)
     except MedPLIBError as error:
-        print(f"cal_metric: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"cal_metric: {shown(error.filename or '', quoted=False)}: {error.strerror or error}; name another file",
-            file=sys.stderr,
-        )
+        where = shown(error.filename or "", quoted=False)
+        print(f"{name}: {where}: {error.strerror or error}; name another file", file=sys.stderr)
         return 2
     return 0
 
@@ -160,7 +168,7 @@ def print_standard(scores: Scores) -> None:
             print(f"Grounding as published: {masks.count} masks{at}\n{masks.format()}\n")
     print(f"{STANDARD_HEADING}\n{scores.table()}")
     for dimension in scores.dimensions:
-        if len(scores.by(dimension)) > 1:
+        if dimension != "patient" and len(scores.by(dimension)) > 1:
             print(f"\nBy {dimension}\n{scores.table(dimension)}")
     errors, unscored = int(scores.total("error")), int(scores.total("unscored"))
     print(f"\n{len(scores.keys)} rows", end="")

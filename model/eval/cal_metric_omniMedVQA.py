@@ -19,14 +19,12 @@ from pathlib import Path, PurePosixPath
 if not __package__:  # run as a file: Python puts this folder on its path, not the project
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from model.errors import MedPLIBError, escape_unprintable
-from model.eval.cal_metric import add_output_flags, count_rows, print_standard, with_bar, write_json
+from model.errors import MedPLIBError
+from model.eval.cal_metric import add_output_flags, count_rows, print_standard, run_command, with_bar, write_json
 from model.eval.metrics import score_predictions
-from model.eval.metrics.published_text import published_words
+from model.eval.metrics.published import published_words
 from model.eval.metrics.rows import is_closed
-from model.eval.predictions import Prediction, read_predictions
-
-_NAMED = 5  # unknown images told in a refusal
+from model.eval.predictions import Prediction, named, read_predictions
 
 
 @dataclass
@@ -61,18 +59,7 @@ class PublishedAccuracy:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of one predictions file; returns the exit code."""
-    escape_unprintable()
-    options = build_parser().parse_args(arguments)
-    try:
-        run(options)
-    except MedPLIBError as error:
-        print(f"cal_metric_omniMedVQA: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        told = f"{error.filename or ''}: {error.strerror or error}"
-        print(f"cal_metric_omniMedVQA: {told}; name another file", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("cal_metric_omniMedVQA", build_parser(), run, arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -133,8 +120,9 @@ def with_modality(rows: Iterable[Prediction], modalities: dict[str, str]) -> Ite
         else:
             yield replace(row, metadata={**row.metadata, "modality": modality})
     if unknown:
-        told = ", ".join(unknown[:_NAMED]) + (", …" if len(unknown) > _NAMED else "")
-        raise MedPLIBError(f"no question file names the image of {len(unknown)} predictions ({told}); check --root")
+        raise MedPLIBError(
+            f"no question file names the image of {len(unknown)} predictions ({named(unknown)}); check --root"
+        )
 
 
 def _find(path: str, modalities: dict[str, str]) -> str | None:

@@ -17,12 +17,20 @@ BATCH_SIZE = 8
 
 
 def add_eval_command(commands: argparse._SubParsersAction) -> None:
-    """``medplib eval MODEL SUITE``."""
-    evaluate = commands.add_parser("eval", help="run a suite of data sets and write a report")
+    """``medplib eval MODEL DATA``."""
+    evaluate = commands.add_parser("eval", help="evaluate a model on a suite or on data of one's own; write a report")
     evaluate.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, native or published")
-    evaluate.add_argument("suite", metavar="SUITE", help="a suite of the project, such as phantoms, or a YAML file")
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="runs/eval/MODEL/SUITE when absent")
-    evaluate.add_argument("--data", type=Path, metavar="DIR", help="folder of the data; sets MEDPLIB_DATA")
+    evaluate.add_argument(
+        "suite",
+        metavar="DATA",
+        help="a record file, a folder of medplib data build, a source that it can build, a suite of the project "
+        "(phantoms …; ./phantoms is the folder) or a suite's YAML file",
+    )
+    evaluate.add_argument("--split", default="test", help="of a built folder: test (default), validation or train")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="runs/eval/MODEL/DATA-DATE or …/SUITE when absent")
+    evaluate.add_argument(
+        "--data", type=Path, metavar="DIR", help="a suite's data (MEDPLIB_DATA), or the images of a record file"
+    )
     evaluate.add_argument("--only", nargs="+", default=(), metavar="SET", help="only these sets of the suite")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N records of each set")
     evaluate.add_argument("--overwrite", action="store_true", help="start anew; a stopped run goes on otherwise")
@@ -37,9 +45,10 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
 def run_eval(options: argparse.Namespace) -> int:
     """``medplib eval``: exit 3 when questions could not be asked."""
     from model.checkpoint.directories import resolve
-    from model.eval.opening import run_folder
-    from model.eval.places import Place
-    from model.eval.suite import load_suite
+    from model.eval.asking import run_folder
+    from model.eval.own_data import data_name, own_run_folder, own_suite
+    from model.eval.processes import Place
+    from model.eval.suite import is_suite, load_suite
     from model.eval.suite_run import SuiteOptions, run_suite, told
 
     environment = dict(os.environ)
@@ -47,12 +56,18 @@ def run_eval(options: argparse.Namespace) -> int:
         if not options.data.is_dir():
             raise MedPLIBError(f"--data {options.data} is not a directory here; give the folder of the data")
         environment["MEDPLIB_DATA"] = str(options.data)
-    suite = load_suite(options.suite, environment=environment).only(options.only)
-    place = Place.from_environment()
+    place, own = Place.from_environment(), Path(options.suite)
     if place.is_first:  # progress lines go where a log is kept
         logging.getLogger("model.eval").setLevel(logging.INFO)
     model = resolve(options.model)
-    out = options.out or run_folder("eval", model) / suite.name
+    if is_suite(options.suite):
+        suite = load_suite(options.suite, environment=environment).only(options.only)
+        out = options.out or run_folder("eval", model) / suite.name
+    else:
+        out = options.out or own_run_folder(model, data_name(own), overwrite=options.overwrite)
+        cache = out.parent / f"{data_name(own)}-built"
+        alone = place.world_size == 1
+        suite = own_suite(own, split=options.split, images=options.data, cache=cache, may_build=alone)
     chosen = SuiteOptions(
         model=model,
         suite=suite,
@@ -84,7 +99,13 @@ def run_eval(options: argparse.Namespace) -> int:
 def _command(options: argparse.Namespace, out: Path) -> str:
     """The command line that repeats a run into the same folder."""
     data = options.data or os.environ.get("MEDPLIB_DATA")
-    given = {"out": out, "data": data, **{name: getattr(options, name) for name in ("precision", "limit", "sam")}}
+    split = options.split if options.split != "test" else None
+    given = {
+        "out": out,
+        "data": data,
+        "split": split,
+        **{name: getattr(options, name) for name in ("precision", "limit", "sam")},
+    }
     given |= {"device": options.device if options.device != "auto" else None, "vision-tower": options.vision_tower}
     given |= {"batch-size": options.batch_size if options.batch_size != BATCH_SIZE else None}
     words = ["medplib", "eval", str(options.model), options.suite]

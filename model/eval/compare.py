@@ -15,15 +15,15 @@ from typing import Any
 
 from model.data.records import open_records
 from model.errors import MedPLIBError
-from model.eval.journal import journal_path, read_journal
 from model.eval.metrics.comparing import Comparison
 from model.eval.metrics.comparing import compare as compare_scores
 from model.eval.metrics.rows import masks_by_threshold
 from model.eval.metrics.scores import RowKey, Scores, score_predictions
+from model.eval.pictures import regions_of
 from model.eval.predictions import Key, Prediction, read_predictions
+from model.eval.processes import journal_path, read_journal
 from model.eval.report import JSON_FILE
-from model.eval.report_pictures import regions_of
-from model.eval.suite_results import RowScores
+from model.eval.results import RowScores
 
 FEWEST = 0.1
 """By how much the Dice of an answer must differ to count as changed; right and wrong answers always do."""
@@ -35,59 +35,35 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class RunSet:
-    """Predictions of one run on one data set.
+    """Predictions of one run on one data set."""
 
-    Attributes:
-        name: of the data set.
-        answers: prediction file.
-        thresholds: mask thresholds that they were made with; empty: not known.
-        surface: whether outline distances were measured.
-        headlines: metrics that stand for the set; empty: not known.
-        images: folder of the image paths; None: not known.
-        questions: the records that were asked; None: not known.
-        title: of the data set, for people.
-    """
-
-    name: str
-    answers: Path
-    thresholds: tuple[float, ...] = ()
-    surface: bool = False
-    headlines: tuple[str, ...] = ()
-    images: Path | None = None
-    questions: Path | None = None
-    title: str = ""
+    name: str  # of the data set
+    answers: Path  # prediction file
+    thresholds: tuple[float, ...] = ()  # mask thresholds that they were made with; empty: not known
+    surface: bool = False  # whether outline distances were measured
+    headlines: tuple[str, ...] = ()  # metrics that stand for the set; empty: not known
+    images: Path | None = None  # folder of the image paths; None: not known
+    questions: Path | None = None  # the records that were asked; None: not known
+    title: str = ""  # of the data set, for people
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run."""
 
-    Attributes:
-        path: as the user named it.
-        model: name of its checkpoint.
-        sets: its data sets by name.
-    """
-
-    path: Path
-    model: str
-    sets: Mapping[str, RunSet]
+    path: Path  # as the user named it
+    model: str  # name of its checkpoint
+    sets: Mapping[str, RunSet]  # its data sets by name
 
 
 @dataclass(frozen=True)
 class Change:
-    """An answer that scored differently.
+    """An answer that scored differently."""
 
-    Attributes:
-        place: of the question in the first run's file.
-        what: what was scored, a column of ``RowScores``.
-        first: its score in the first run, 0 to 1, larger is better.
-        second: its score in the second run.
-    """
-
-    place: int
-    what: str
-    first: float
-    second: float
+    place: int  # of the question in the first run's file
+    what: str  # what was scored, a column of ``RowScores``
+    first: float  # its score in the first run, 0 to 1, larger is better
+    second: float  # its score in the second run
 
     @property
     def gain(self) -> float:
@@ -97,24 +73,16 @@ class Change:
 
 @dataclass
 class SetComparison:
-    """One data set of two runs.
+    """One data set of two runs."""
 
-    Attributes:
-        first: the first run's predictions.
-        second: the second run's.
-        found: differences of all metrics.
-        changes: answers that scored differently, in the order of the first file.
-        questions: how many both answered.
-        examples: the first and second answers to shown questions, by place.
-        regions: mask files of the regions that shown questions point at.
-    """
-
-    first: RunSet
-    second: RunSet
-    found: Comparison
-    changes: list[Change]
-    questions: int
+    first: RunSet  # the first run's predictions
+    second: RunSet  # the second run's
+    found: Comparison  # differences of all metrics
+    changes: list[Change]  # answers that scored differently, in the order of the first file
+    questions: int  # how many both answered
+    # the first and second answers to shown questions, by place.
     examples: dict[int, tuple[Prediction, Prediction]] = field(default_factory=dict)
+    # mask files of the regions that shown questions point at.
     regions: Mapping[Key, Sequence[Path]] = field(default_factory=dict)
 
     @property
@@ -151,13 +119,20 @@ def open_run(path: Path) -> Run:
         MedPLIBError: it is neither.
     """
     if path.is_file():
-        return _file_run(path)
-    folder = path / "predictions"
-    files = sorted(file for file in folder.glob("*.jsonl") if ".part-" not in file.name)
+        first = next(read_predictions(path), None)
+        return Run(path, first.model_id if first else "", {path.stem: _file_set(path)})
+    files = sorted(file for file in (path / "predictions").glob("*.jsonl") if ".part-" not in file.name)
     if not files:
         raise MedPLIBError(f"{path} is no run; give a prediction file or a folder that medplib eval has written")
-    told = _read_report(path / JSON_FILE)
-    sets = {file.stem: _told_set(_file_set(file), told.get(file.stem, {})) for file in files}
+    report, told = path / JSON_FILE, {}
+    try:
+        if report.is_file():  # a finished run; it says more of each set than the predictions
+            told = {str(entry["name"]): entry for entry in json.loads(report.read_text(encoding="utf-8"))["sets"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MedPLIBError(
+            f"{report} is no report of medplib eval ({error}); remove it or run the suite again"
+        ) from error
+    sets = {file.stem: _file_set(file, told.get(file.stem, {})) for file in files}
     first = next(read_predictions(files[0]), None)
     return Run(path, first.model_id if first else path.name, sets)
 
@@ -174,15 +149,21 @@ def compare_runs(first: Run, second: Run, *, samples: int = 1000, permutations: 
     Raises:
         MedPLIBError: the runs are of different data sets or questions; the first differences are named.
     """
-    pairs = _pairs(first, second)
+    pairs = [(first.sets[name], second.sets[name]) for name in first.sets if name in second.sets]
+    if len(first.sets) == 1 and len(second.sets) == 1:  # files may have any names
+        pairs = list(zip(first.sets.values(), second.sets.values(), strict=True))
+    elif first.sets.keys() != second.sets.keys():
+        told = " and ".join(f"{run.path} has {', '.join(run.sets)}" for run in (first, second))
+        raise MedPLIBError(f"the runs are of different data sets: {told}; compare runs of the same sets, or two files")
     return [_compare(*pair, samples, permutations) for pair in pairs]
 
 
 def _compare(left: RunSet, right: RunSet, samples: int, permutations: int) -> SetComparison:
-    thresholds = _shared_thresholds(left, right)
+    # thresholds that both runs wrote masks for, in the first one's order; else masks as they were written
+    shared = [threshold for threshold in left.thresholds if threshold in right.thresholds] or None
     surface = left.surface and right.surface
     scores = [
-        score_predictions(read_predictions(run.answers), thresholds=thresholds, surface=surface, samples=samples)
+        score_predictions(read_predictions(run.answers), thresholds=shared, surface=surface, samples=samples)
         for run in (left, right)
     ]
     found = compare_scores(scores[0], scores[1], permutations=permutations)
@@ -238,65 +219,27 @@ def _answers(path: Path, keys: Mapping[RowKey, int]) -> dict[int, Prediction]:
 # --- where runs lie -------------------------------------------------------------------------------------------------
 
 
-def _pairs(first: Run, second: Run) -> list[tuple[RunSet, RunSet]]:
-    if len(first.sets) == 1 and len(second.sets) == 1:  # files may have any names
-        return list(zip(first.sets.values(), second.sets.values(), strict=True))
-    if first.sets.keys() != second.sets.keys():
-        told = " and ".join(f"{run.path} has {', '.join(run.sets)}" for run in (first, second))
-        raise MedPLIBError(f"the runs are of different data sets: {told}; compare runs of the same sets, or two files")
-    return [(first.sets[name], second.sets[name]) for name in first.sets]
-
-
-def _file_run(path: Path) -> Run:
-    first = next(read_predictions(path), None)
-    return Run(path, first.model_id if first else "", {path.stem: _file_set(path)})
-
-
-def _file_set(path: Path) -> RunSet:
-    """What the file and the journal beside it say."""
-    thresholds = next((_thresholds(row, path) for row in read_predictions(path) if row.masks_at), ())
+def _file_set(path: Path, told: Mapping[str, Any] | None = None) -> RunSet:
+    """What the file, the journal beside it and the report of its suite say."""
+    told = told or {}
+    thresholds: tuple[float, ...] = ()
+    for row in read_predictions(path):
+        if row.masks_at:
+            try:
+                thresholds = tuple(masks_by_threshold(row))
+            except MedPLIBError as error:
+                raise MedPLIBError(f"{path}, question {row.question_id}: {error}") from error
+            break
     journal = read_journal(path) if journal_path(path).is_file() else None
-    images = Path(str(journal.settings["images"])) if journal and journal.settings.get("images") else None
+    images = told.get("images") or (journal.settings.get("images") if journal else None)
     questions = path.parent.parent / "questions" / path.name  # as medplib eval lays them out
-    return RunSet(path.stem, path, thresholds, images=images, questions=questions if questions.is_file() else None)
-
-
-def _thresholds(row: Prediction, path: Path) -> tuple[float, ...]:
-    try:
-        return tuple(masks_by_threshold(row))
-    except MedPLIBError as error:
-        raise MedPLIBError(f"{path}, question {row.question_id}: {error}") from error
-
-
-def _told_set(known: RunSet, told: Mapping[str, Any]) -> RunSet:
-    """The same with what the suite's report says about it."""
-    if not told:
-        return known
     return RunSet(
-        name=known.name,
-        answers=known.answers,
-        thresholds=tuple(told.get("thresholds", known.thresholds)),
+        name=path.stem,
+        answers=path,
+        thresholds=tuple(told.get("thresholds", thresholds)),
         surface=bool(told.get("surface", False)),
         headlines=tuple(told.get("headlines", ())),
-        images=Path(told["images"]) if told.get("images") else known.images,
-        questions=known.questions,
+        images=Path(str(images)) if images else None,
+        questions=questions if questions.is_file() else None,
         title=str(told.get("title", "")),
     )
-
-
-def _read_report(path: Path) -> dict[str, Mapping[str, Any]]:
-    """What the report of a suite's run says of each set; empty where the run is not finished."""
-    if not path.is_file():
-        return {}
-    try:
-        return {str(entry["name"]): entry for entry in json.loads(path.read_text(encoding="utf-8"))["sets"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MedPLIBError(
-            f"{path} is no report of medplib eval ({error}); remove it or run the suite again"
-        ) from error
-
-
-def _shared_thresholds(left: RunSet, right: RunSet) -> tuple[float, ...] | None:
-    """Thresholds that both runs wrote masks for, in the first one's order; None: masks as they were written."""
-    shared = tuple(threshold for threshold in left.thresholds if threshold in right.thresholds)
-    return shared or None

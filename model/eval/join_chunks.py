@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from model.errors import MedPLIBError, escape_unprintable
-from model.eval.journal import Journal, journal_path, read_journal, remove
+from model.eval.processes import Journal, join_journals, journal_path, read_journal
 from model.eval.run import answer_scores, segmentation_scores, write_lines
 
 FAILED_QUESTIONS = 3
@@ -31,7 +30,12 @@ def join_chunks(answers: Path, chunks: Sequence[Path], *, overwrite: bool = Fals
     """
     if answers.exists() and not overwrite:
         raise MedPLIBError(f"{answers} is there already; name another file, or start anew with --overwrite")
-    journals = [_finished(chunk) for chunk in chunks]
+    journals = []
+    for chunk in chunks:
+        journal = read_journal(chunk)
+        if journal is None or not journal.finished or not chunk.is_file():
+            raise MedPLIBError(f"the chunk {chunk} is not finished; ask it first")
+        journals.append(journal)
     whole = {**journals[0].settings, "chunk": {"index": 0, "of": 1}}
     for index, (journal, chunk) in enumerate(zip(journals, chunks, strict=True)):
         journal.refuse_unless_same({**whole, "chunk": {"index": index, "of": len(chunks)}}, chunk)
@@ -48,24 +52,7 @@ def join_chunks(answers: Path, chunks: Sequence[Path], *, overwrite: bool = Fals
     if written != rows:
         answers.unlink()
         raise MedPLIBError(f"the chunks hold {written} answers, their journals say {rows}; ask them anew")
-    joined = replace(
-        journals[0],
-        settings=whole,
-        rows=rows,
-        errors=sum(journal.errors for journal in journals),
-        seconds=max(journal.seconds for journal in journals),
-    )
-    joined.write(answers)
-    for chunk in chunks:
-        remove(chunk)
-    return joined
-
-
-def _finished(chunk: Path) -> Journal:
-    journal = read_journal(chunk)
-    if journal is None or not journal.finished or not chunk.is_file():
-        raise MedPLIBError(f"the chunk {chunk} is not finished; ask it first")
-    return journal
+    return join_journals(answers, chunks, journals, whole)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

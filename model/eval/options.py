@@ -10,7 +10,7 @@ from model.checkpoint.directories import resolve
 from model.errors import MedPLIBError
 
 if TYPE_CHECKING:  # a command's --help need not wait for torch
-    from model.eval.references import Turns
+    from model.eval.questions import Turns
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -19,79 +19,52 @@ PRECISIONS = ("fp32", "bf16")
 class InferenceOptions:
     """One run over one data file.
 
-    Attributes:
-        model: checkpoint directory.
-        data: JSON, JSONL or Parquet file in the published format.
-        images: folder that the records' paths start from.
-        answers: file the predictions are written to.
-        vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
-        sam: SAM-Med2D file, for published checkpoints that hold no SAM weights.
-        answer_type: label of every row; the record's own where None.
-        template: conversation template; the checkpoint's own where None.
-        turns: which questions of a conversation are asked; those before it are shown with their reference answers.
-        max_new_tokens: hard end of an answer.
-        max_length: tokens that a prompt, its image included, and its answer may have together; None: what the network
-            can hold.
-        temperature: 0 is greedy.
-        top_p: nucleus, with a temperature above 0.
-        seed: of sampling; every question draws from its own.
-        thresholds: mask thresholds in (0, 1): the first is that of ``masks``, all of them are written as ``masks_at``.
-            The checkpoint's own where there is none.
-        always_mask: paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the
-            published evaluation does.
-        no_mask_below: probability of presence below which a mask is left empty; needs a checkpoint with a mask gate.
-        regions: True demands a region adapter; False asks without looking at regions, as the published VQA loop does;
-            None looks at them.
-        moe: demand a mixture-of-experts checkpoint.
-        sam_size: side of SAM's input that the checkpoint must have, in pixels; None takes any.
-        router: write which share of the tokens each expert computed.
-        answer_scores: report the published answer scores at the end.
-        segmentation_scores: report mIoU and mDice at the end.
-        pictures: folder for overlays of rows with masks; None writes none.
-        precision: ``fp32`` or ``bf16``; as stored where None, but fp32 on a CPU.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        batch_size: questions decoded together.
-        workers: threads that read images ahead; 0 reads in between.
-        num_chunks, chunk_index: the records are cut into so many runs of neighbours, and this one is asked.
-        limit: ask only so many records, from the first on.
-        overwrite: start anew where the answers file is there already.
-
     Raises:
         MedPLIBError: two of them contradict each other, or one is out of its range.
     """
 
-    model: Path
-    data: Path
-    images: Path
-    answers: Path
+    model: Path  # checkpoint directory
+    data: Path  # JSON, JSONL or Parquet file in the published format
+    images: Path  # folder that the records' paths start from
+    answers: Path  # file the predictions are written to
+    # CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
     vision_tower: Path | None = None
-    sam: Path | None = None
-    answer_type: str | None = None
-    template: str | None = None
+    sam: Path | None = None  # SAM-Med2D file, for published checkpoints that hold no SAM weights
+    answer_type: str | None = None  # label of every row; the record's own where None
+    template: str | None = None  # conversation template; the checkpoint's own where None
+    # which questions of a conversation are asked; those before it are shown with their reference answers.
     turns: Turns = "all"
-    max_new_tokens: int = 1024
+    max_new_tokens: int = 1024  # hard end of an answer
+    # tokens that a prompt, its image included, and its answer may have together; None: what the network can hold.
     max_length: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 42
+    temperature: float = 0.0  # 0 is greedy.
+    top_p: float = 1.0  # nucleus, with a temperature above 0
+    seed: int = 42  # of sampling; every question draws from its own
+    # mask thresholds in (0, 1): the first is that of ``masks``, all of them are written as ``masks_at``. The
+    # checkpoint's own where there is none.
     thresholds: tuple[float, ...] = ()
+    # paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the published evaluation
+    # does.
     always_mask: bool = False
+    # probability of presence below which a mask is left empty; needs a checkpoint with a mask gate.
     no_mask_below: float | None = None
+    # True demands a region adapter; False asks without looking at regions, as the published VQA loop does; None looks
+    # at them.
     regions: bool | None = None
-    moe: bool = False
-    sam_size: int | None = None
-    router: bool = False
-    answer_scores: bool = False
-    segmentation_scores: bool = False
-    pictures: Path | None = None
-    precision: str | None = None
-    device: str = "auto"
-    batch_size: int = 8
-    workers: int = 2
-    num_chunks: int = 1
-    chunk_index: int = 0
-    limit: int | None = None
-    overwrite: bool = False
+    moe: bool = False  # demand a mixture-of-experts checkpoint
+    sam_size: int | None = None  # side of SAM's input that the checkpoint must have, in pixels; None takes any
+    router: bool = False  # write which share of the tokens each expert computed
+    answer_scores: bool = False  # report the published answer scores at the end
+    segmentation_scores: bool = False  # report mIoU and mDice at the end
+    pictures: Path | None = None  # folder for overlays of rows with masks; None writes none
+    precision: str | None = None  # ``fp32`` or ``bf16``; as stored where None, but fp32 on a CPU
+    device: str = "auto"  # ``auto``, ``cpu``, ``cuda`` or ``cuda:1``
+    batch_size: int = 8  # questions decoded together
+    workers: int = 2  # threads that read images ahead; 0 reads in between
+    num_chunks: int = 1  # the records are cut into so many runs of neighbours, and this one is asked
+    chunk_index: int = 0  # which of them is asked, from 0
+    limit: int | None = None  # ask only so many records, from the first on
+    overwrite: bool = False  # start anew where the answers file is there already
 
     def __post_init__(self) -> None:
         self._check_places()
@@ -100,7 +73,9 @@ class InferenceOptions:
             if not 0 < threshold < 1:
                 raise MedPLIBError(f"the mask threshold is {threshold}; give numbers between 0 and 1")
         if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
-            raise MedPLIBError(f"a mask threshold is given twice ({_listed(self.thresholds)}); give each once")
+            raise MedPLIBError(
+                f"a mask threshold is given twice ({', '.join(f'{at:g}' for at in self.thresholds)}); give each once"
+            )
         if self.no_mask_below is not None and not 0 <= self.no_mask_below <= 1:
             raise MedPLIBError(f"no_mask_below is {self.no_mask_below}; give a probability from 0 to 1")
         if self.top_p < 1 and self.temperature == 0:
@@ -137,7 +112,3 @@ class InferenceOptions:
             raise MedPLIBError(f"top_p is {self.top_p}; give a number above 0 and up to 1")
         if not 0 <= self.seed < 2**63:
             raise MedPLIBError(f"the seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
-
-
-def _listed(numbers: tuple[float, ...]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers)

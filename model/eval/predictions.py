@@ -13,16 +13,15 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from model.data.schema import is_number
 from model.errors import MedPLIBError
-from model.eval.references import Reference, Turns, references_of
+from model.eval.questions import Reference, Turns, references_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,51 +31,35 @@ Existing = Literal["refuse", "resume", "overwrite"]
 FINISHES = ("end", "length", "stop", "error")
 """Why an answer ended: it said so, reached its longest length, met a stop string, or could not be given."""
 
-_NAMED = 5  # mismatches told in a refusal
 _LARGEST_SPACING = 1e6  # mm between pixels
 _TAIL = 1 << 16  # bytes read at a time when looking for the last whole line
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answered question.
+    """One answered question."""
 
-    Attributes:
-        question_id: as in the data set; the record's number, from 0, where it has no id.
-        image_path: as in the data set; empty in a row that does not say.
-        prompt: the question as asked, without paths and image markers; empty in a row that does not say.
-        gt: the reference answer, without paths.
-        text: the model's answer; empty in an error row.
-        answer_id: the same whenever the same model answers the same question.
-        model_id: name of the checkpoint, that of its run where it has one.
-        answer_type: ``open``, ``closed``, ``region`` …
-        metadata: what is known of task, kind, modality, structure, dataset and turn (from 0).
-        masks: predicted masks, each as ``Mask.to_dict`` gives it.
-        gt_masks: reference masks as COCO run lengths; empty: known to have none; None: the record does not say.
-        spacing_mm: (row, column) pixel distance in mm, where the image's file knows it.
-        finish: one of ``FINISHES``.
-        error: what was wrong, in one sentence, where ``finish`` is ``error``.
-        timing: seconds by part, and ``new_tokens``.
-        masks_at: where asked for, the run lengths of the predicted masks by threshold (``"0.1"``).
-        router: where asked for, the share of the tokens that each expert computed, for each mixture layer.
-    """
-
-    question_id: str | int
-    image_path: str
-    prompt: str
-    gt: str
-    text: str
-    answer_id: str = ""
-    model_id: str = ""
-    answer_type: str = ""
+    question_id: str | int  # as in the data set; the record's number, from 0, where it has no id
+    image_path: str  # as in the data set; empty in a row that does not say
+    prompt: str  # the question as asked, without paths and image markers; empty in a row that does not say
+    gt: str  # the reference answer, without paths
+    text: str  # the model's answer; empty in an error row
+    answer_id: str = ""  # the same whenever the same model answers the same question
+    model_id: str = ""  # name of the checkpoint, that of its run where it has one
+    answer_type: str = ""  # ``open``, ``closed``, ``region`` …
+    # what is known of task, kind, modality, structure, dataset and turn (from 0).
     metadata: dict[str, Any] = field(default_factory=dict)
-    masks: list[dict[str, Any]] = field(default_factory=list)
+    masks: list[dict[str, Any]] = field(default_factory=list)  # predicted masks, each as ``Mask.to_dict`` gives it
+    # reference masks as COCO run lengths; empty: known to have none; None: the record does not say.
     gt_masks: list[dict[str, Any]] | None = None
+    # (row, column) pixel distance in mm, where the image's file knows it.
     spacing_mm: tuple[float, float] | None = None
-    finish: str = "end"
-    error: str | None = None
-    timing: dict[str, float] = field(default_factory=dict)
+    finish: str = "end"  # one of ``FINISHES``
+    error: str | None = None  # what was wrong, in one sentence, where ``finish`` is ``error``
+    timing: dict[str, float] = field(default_factory=dict)  # seconds by part, and ``new_tokens``
+    # where asked for, the run lengths of the predicted masks by threshold (``"0.1"``).
     masks_at: dict[str, list[dict[str, Any]]] | None = None
+    # where asked for, the share of the tokens that each expert computed, for each mixture layer.
     router: list[list[float]] | None = None
 
     @property
@@ -286,8 +269,8 @@ def match_references(
 ) -> Iterator[tuple[Prediction, Reference]]:
     """Pair each prediction with the question of a data file that it answers.
 
-    Both are read as streams; in the same order nothing is held. Pairs come before the end is known, so what is computed
-    from them counts only once the iterator ends without an error.
+    Pairs come before the end is known, so what is computed from them counts only once the iterator ends without an
+    error.
 
     Args:
         predictions: of one run.
@@ -298,21 +281,29 @@ def match_references(
         MedPLIBError: a question has no prediction or two, a prediction has no question, or they disagree about the
             reference answer; the first of each are named.
     """
-    asked = (reference for number, record in enumerate(records) for reference in references_of(record, number, turns))
-    waiting_predictions: dict[Key, deque[Prediction]] = {}
-    waiting_references: dict[Key, deque[Reference]] = {}
+    asked = [reference for number, record in enumerate(records) for reference in references_of(record, number, turns)]
+    waiting: dict[Key, deque[Reference]] = {reference.key: deque() for reference in asked}
+    for reference in asked:
+        waiting[reference.key].append(reference)
+    unknown: list[str] = []
     differing: list[str] = []
     moved: list[str] = []
-    for prediction, reference in zip_longest(predictions, asked):
-        if prediction and reference and prediction.key != reference.key:
-            moved.append(_tell(prediction.key))
-        for pair in _newly_matched(prediction, reference, waiting_predictions, waiting_references):
-            if pair[0].gt != pair[1].gt:
-                differing.append(f"{_tell(pair[0].key)} has {pair[0].gt!r:.40}, the data file {pair[1].gt!r:.40}")
-            else:
-                yield pair
-    unmatched = _mismatches(waiting_predictions, waiting_references, differing)
-    if unmatched:
+    for place, prediction in enumerate(predictions):
+        told = _tell(prediction.key)
+        if place < len(asked) and asked[place].key != prediction.key:
+            moved.append(told)
+        if not waiting.get(prediction.key):
+            unknown.append(told)
+        elif (reference := waiting[prediction.key].popleft()).gt != prediction.gt:
+            differing.append(f"{told} has {prediction.gt!r:.40}, the data file {reference.gt!r:.40}")
+        else:
+            yield prediction, reference
+    kinds = {
+        "without a prediction": [_tell(key) for key, left in waiting.items() for _ in left],
+        "predicted but not asked, or twice": unknown,
+        "with another reference answer": differing,
+    }
+    if unmatched := [f"{len(found)} {kind} ({named(found)})" for kind, found in kinds.items() if found]:
         raise MedPLIBError(
             f"the predictions do not match the data file one to one: {'; '.join(unmatched)}; "
             "give the file that the predictions were made from, and all of its predictions"
@@ -325,39 +316,9 @@ def match_references(
         )
 
 
-def _newly_matched(
-    prediction: Prediction | None,
-    reference: Reference | None,
-    waiting_predictions: dict[Key, deque[Prediction]],
-    waiting_references: dict[Key, deque[Reference]],
-) -> Iterator[tuple[Prediction, Reference]]:
-    if reference is not None:
-        waiting_references.setdefault(reference.key, deque()).append(reference)
-    if prediction is not None:
-        waiting_predictions.setdefault(prediction.key, deque()).append(prediction)
-    for key in {item.key: None for item in (prediction, reference) if item is not None}:
-        answered, asked = waiting_predictions.get(key), waiting_references.get(key)
-        if answered and asked:
-            yield answered.popleft(), asked.popleft()
-        if not answered:
-            waiting_predictions.pop(key, None)
-        if not asked:
-            waiting_references.pop(key, None)
-
-
-def _mismatches(
-    predictions: Mapping[Key, deque[Prediction]], references: Mapping[Key, deque[Reference]], differing: list[str]
-) -> list[str]:
-    kinds = {
-        "without a prediction": [_tell(key) for key, waiting in references.items() for _ in waiting],
-        "predicted but not asked, or twice": [_tell(key) for key, waiting in predictions.items() for _ in waiting],
-        "with another reference answer": differing,
-    }
-    return [
-        f"{len(found)} {kind} ({', '.join(found[:_NAMED])}{', …' if len(found) > _NAMED else ''})"
-        for kind, found in kinds.items()
-        if found
-    ]
+def named(found: Sequence[str], most: int = 5) -> str:
+    """The first of several names, and dots where there are more."""
+    return ", ".join(found[:most]) + (", …" if len(found) > most else "")
 
 
 def _tell(key: Key) -> str:

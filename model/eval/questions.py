@@ -3,58 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from model.data.image_io import read_mask
-from model.data.schema import TASKS, Sample, canonical, inspect_record, modality_of
+from model.data.schema import TASKS, Sample, canonical, inspect_record, is_number, modality_of, with_seg_spelled
 from model.errors import MedPLIBError
-from model.eval.references import Reference, Turns, answer_text, asked_text, references_of
 from model.processing.masks import encode_rle
-from model.processing.special_tokens import REGION_MARKER, SEG_TOKEN
+from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
 
 _SPLITTER = "--"  # between modality, data set and case in names of the SA-Med2D layout
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of one record.
+    """One question of one record."""
 
-    Attributes:
-        number: of the record in its file, from 0.
-        reference: what is asked and what is right.
-        image_path: as in the data set.
-        answer_type: ``open``, ``closed``, ``region`` …
-        metadata: what is known of task, kind, modality, structure, dataset and turn.
-        image: file of the image.
-        history: earlier questions and their reference answers.
-        regions: mask files of the region markers, those of the history first.
-        masks: mask files of the reference answer; None where the record says nothing about masks.
-        error: why it cannot be asked, in one sentence.
-    """
-
-    number: int
-    reference: Reference
-    image_path: str
-    answer_type: str
-    metadata: Mapping[str, Any]
-    image: Path | None = None
-    history: tuple[tuple[str, str], ...] = ()
-    regions: tuple[Path, ...] = ()
+    number: int  # of the record in its file, from 0
+    reference: Reference  # what is asked and what is right
+    image_path: str  # as in the data set
+    answer_type: str  # ``open``, ``closed``, ``region`` …
+    metadata: Mapping[str, Any]  # what is known of task, kind, modality, structure, dataset and turn
+    image: Path | None = None  # file of the image
+    history: tuple[tuple[str, str], ...] = ()  # earlier questions and their reference answers
+    regions: tuple[Path, ...] = ()  # mask files of the region markers, those of the history first
+    # mask files of the reference answer; None where the record says nothing about masks.
     masks: tuple[Path, ...] | None = None
-    error: str | None = None
+    spacing_mm: tuple[float, float] | None = None  # (row, column) distance of pixels, where the record says it
+    error: str | None = None  # why it cannot be asked, in one sentence
 
 
 def questions_of(
-    record: Mapping[str, Any],
-    number: int,
-    images_root: Path,
-    answer_type: str | None = None,
-    turns: Turns = "all",
+    record: Mapping[str, Any], number: int, images_root: Path, answer_type: str | None = None, turns: Turns = "all"
 ) -> list[Question]:
     """The questions of one raw record; as many as ``references_of`` gives, whatever is wrong with it.
 
@@ -67,25 +50,18 @@ def questions_of(
     """
     references = list(references_of(record, number, turns))
     sample, findings = inspect_record(record, images_root)
-    if sample is None:
-        faults = [finding.message for finding in findings if finding.severity == "error"]
-    else:
-        faults = [fault for fault in (_unaskable(sample),) if fault]
-    error = "; ".join(faults) or None
+    error = "; ".join(finding.message for finding in findings if finding.severity == "error") or None
+    if sample is not None and sample.examples:
+        error = "the record shows solved examples before its question; they are not shown to the model here"
+    elif sample is not None:
+        images = len(sample.images)
+        error = None if images == 1 else f"the record has {images} images; questions are asked about one"
     return [_question(record, sample, reference, number, answer_type, error) for reference in references]
 
 
 def unreadable_question(number: int, error: MedPLIBError) -> Question:
     """The one question that stands for a record which cannot even be parsed."""
     return Question(number, Reference(number, 0, "", ""), "", "", {"turn": 0}, error=str(error))
-
-
-def _unaskable(sample: Sample) -> str | None:
-    if sample.examples:
-        return "the record shows solved examples before its question; they are not shown to the model here"
-    if len(sample.images) != 1:
-        return f"the record has {len(sample.images)} images; questions are asked about one"
-    return None
 
 
 def _question(
@@ -98,7 +74,9 @@ def _question(
 ) -> Question:
     image_path = _image_path(record)
     metadata = _metadata(record, image_path, reference)
-    label = answer_type or _own_answer_type(record, metadata)
+    own, task = record.get("answer_type"), metadata.get("task")
+    label = answer_type or (own.lower() if isinstance(own, str) and own else "")
+    label = label or (task if task in ("region", "grounding") else "open")
     if sample is None or error:
         return Question(number, reference, image_path, label, metadata, error=error or "the record cannot be read")
     texts = [turn.text for turn in sample.turns]
@@ -115,6 +93,7 @@ def _question(
         history=tuple((asked_text(texts[at]), answer_text(texts[at + 1])) for at in range(0, place, 2)),
         regions=sample.regions[: _count(texts[: place + 1 : 2], REGION_MARKER)],
         masks=sample.masks[begin:end] if says_masks else None,
+        spacing_mm=_spacing(record),
     )
 
 
@@ -139,9 +118,19 @@ def _metadata(record: Mapping[str, Any], image_path: str, reference: Reference) 
         "modality": record.get("modality") or (modality_of(stem) if stem else None),
         "structure": record.get("structure") or record.get("about"),
         "dataset": record.get("dataset") or (parts[1] if len(parts) > 2 else None),
+        "absent_kind": record.get("absent_kind"),
+        "patient": str(record.get("patient") or ""),
     }
     texts = {name: value for name, value in known.items() if isinstance(value, str) and value}
     return {**texts, "turn": reference.turn}
+
+
+def _spacing(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(row, column) distance of pixels in mm as the record's ``spacing`` says it; None where it does not."""
+    found = record.get("spacing")
+    if not isinstance(found, list | tuple) or len(found) != 2:
+        return None
+    return (float(found[0]), float(found[1])) if all(is_number(side) and side > 0 for side in found) else None
 
 
 def _task(record: Mapping[str, Any], reference: Reference) -> str:
@@ -151,14 +140,6 @@ def _task(record: Mapping[str, Any], reference: Reference) -> str:
     if SEG_TOKEN in reference.gt:
         return "grounding"
     return "region" if REGION_MARKER in reference.prompt else "vqa"
-
-
-def _own_answer_type(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    own = record.get("answer_type")
-    if isinstance(own, str) and own:
-        return own.lower()
-    task = metadata.get("task", "")
-    return task if task in ("region", "grounding") else "open"
 
 
 def reference_masks(question: Question, size: tuple[int, int]) -> list[dict[str, Any]] | None:
@@ -173,16 +154,16 @@ def reference_masks(question: Question, size: tuple[int, int]) -> list[dict[str,
     """
     if question.masks is None:
         return None
-    return [encode_rle(_of_size(path, read_mask(path), size)) for path in question.masks]
-
-
-def _of_size(path: Path, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if mask.shape != size:
-        raise MedPLIBError(
-            f"the mask {path} is {mask.shape[0]} × {mask.shape[1]} pixels, its image {size[0]} × {size[1]}; "
-            "they must have the same size"
-        )
-    return mask
+    found = []
+    for path in question.masks:
+        mask = read_mask(path)
+        if mask.shape != size:
+            raise MedPLIBError(
+                f"the mask {path} is {mask.shape[0]} × {mask.shape[1]} pixels, its image {size[0]} × {size[1]}; "
+                "they must have the same size"
+            )
+        found.append(encode_rle(mask))
+    return found
 
 
 def answer_id(model_id: str, reference: Reference) -> str:
@@ -190,3 +171,69 @@ def answer_id(model_id: str, reference: Reference) -> str:
     return hashlib.blake2b(
         "\0".join((model_id, *map(str, reference.key))).encode("utf-8", "surrogatepass"), digest_size=11
     ).hexdigest()
+
+
+Turns = Literal["all", "first"]
+
+_REGION_PATH = re.compile(r"<region>.*?</region>", re.DOTALL)
+_MASK_PATH = re.compile(r"<mask>.*?</mask>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One question of a record and its reference answer."""
+
+    # the record's own id, as it stands there; its number in the file, from 0, where it has none.
+    question_id: str | int
+    turn: int  # which question of the conversation, from 0
+    prompt: str  # the question, ``<region></region>`` where it points, without paths and ``<image>``
+    gt: str  # the answer, ``<SEG>`` where it segments, without paths
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """See ``Prediction.key``."""
+        return str(self.question_id), self.turn
+
+
+def references_of(record: Mapping[str, Any], number: int, turns: Turns = "all") -> Iterator[Reference]:
+    """The questions of one raw record in their order; one with empty texts where the record holds none.
+
+    Args:
+        record: of the published layout (reference §8).
+        number: of the record in its file, from 0.
+        turns: ``all`` questions of a conversation, or the ``first`` alone.
+    """
+    question_id = question_id_of(record, number)
+    conversation = _conversation(record)
+    count = max(1, (len(conversation) + 1) // 2) if turns == "all" else 1
+    for turn in range(count):
+        question, answer = ([*conversation[2 * turn : 2 * turn + 2], "", ""])[:2]
+        yield Reference(question_id, turn, asked_text(question), answer_text(answer))
+
+
+def question_id_of(record: Mapping[str, Any], number: int) -> str | int:
+    """The record's own id, text or whole number; its number in the file where it has none."""
+    for name in ("id", "question_id"):
+        value = record.get(name) if isinstance(record, Mapping) else None
+        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+            return value
+    return number
+
+
+def asked_text(question: str) -> str:
+    """A question of a record as it is asked: region paths and ``<image>`` markers are gone."""
+    return _REGION_PATH.sub(REGION_MARKER, question).replace(IMAGE_TOKEN, "").strip()
+
+
+def answer_text(answer: str) -> str:
+    """An answer of a record without mask paths."""
+    return _MASK_PATH.sub("", answer)
+
+
+def _conversation(record: Mapping[str, Any]) -> list[str]:
+    """Texts of the turns, questions at even places; empty where the record is malformed."""
+    found = canonical(record).get("conversations") if isinstance(record, Mapping) else None
+    if not isinstance(found, list | tuple) or not all(isinstance(entry, Mapping) for entry in found):
+        return []
+    texts = [entry.get("value") if isinstance(entry.get("value"), str) else "" for entry in found]
+    return [with_seg_spelled(text) if place % 2 else text for place, text in enumerate(texts)]

@@ -14,9 +14,10 @@ from typing import Any
 from model.drawing.pages import Markup, count, element, joined, page
 from model.eval import report_sections as sections
 from model.eval.metrics.scores import Measures
+from model.eval.pictures import MOST_BYTES, MOST_PICTURES, Pictures
 from model.eval.predictions import json_text
-from model.eval.report_data import SetResult, SuiteResult
-from model.eval.report_pictures import MOST_BYTES, MOST_PICTURES, Pictures
+from model.eval.results import SetResult, SuiteResult, plain_cell
+from model.eval.suite import CURVE
 
 HTML_FILE, JSON_FILE, SCORES_FILE, ROWS_FILE = "report.html", "report.json", "scores.csv", "rows.csv"
 MOST_MEGABYTES = 8.0
@@ -32,10 +33,7 @@ def write_report(result: SuiteResult, folder: Path) -> list[Path]:
         The files, in that order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {
-        HTML_FILE: suite_page(result),
-        JSON_FILE: json_text(as_json(result)),
-    }
+    whole = {HTML_FILE: suite_page(result), JSON_FILE: json_text(as_json(result))}
     files = [write_text(folder / name, text) for name, text in whole.items()]
     return [*files, write_scores(result.sets, folder / SCORES_FILE)]
 
@@ -50,15 +48,18 @@ def suite_page(result: SuiteResult) -> str:
     several = len(result.sets) > 1
     contents = [("Summary", "summary"), *((part.item.title, part.item.name) for part in result.sets)]
     links = (element("a", title, href=f"#{name}") for title, name in [*contents, ("How to read this", "reading")])
-    errors = sum(part.errors for part in result.sets)
+    errors, questions = (sum(getattr(part, name) for part in result.sets) for name in ("errors", "questions"))
+    lead = f"{result.model}, {count(questions)} questions{f' of {len(result.sets)} data sets' if several else ''}"
+    were = "question could not be asked, and is" if errors == 1 else "questions could not be asked, and are"
+    failed = f"{count(errors)} {were} counted as wrong."
     body = joined(
         [
             element(
                 "header",
                 element("p", "MedPLIB evaluation", class_="eyebrow"),
                 element("h1", result.title),
-                element("p", _lead(result), class_="lead"),
-                _errors_told(errors) if errors else "",
+                element("p", lead, class_="lead"),
+                element("p", failed, class_="warning") if errors else "",
                 sections.facts(result.facts),
                 element("nav", *links, aria_label="Contents"),
             ),
@@ -83,20 +84,20 @@ def _set_section(part: SetResult, pictures: Pictures) -> Markup:
         "Mask thresholds": ", ".join(f"{value:g}" for value in item.thresholds) if len(part.dice) else "",
         "Masks": "painted for every request, said or not" if item.always_mask else "",
         "Prompt": "as in training" if item.prompt == "training" else "as in the published evaluation",
-        "Answering took": sections.speed(part),
+        "Answering took": f"{took:.1f} s, {part.questions / took:.1f} answers/s" if (took := part.seconds) else "",
     }
+    groups = [sections.groups(part, by) for by in ("modality", "kind", "structure", "dataset", "patient")]
     parts = [
         element("h2", item.title, id=item.name),
         element("p", item.about, class_="about") if item.about else "",
         sections.facts(about),
-        sections.scores(part),
-        sections.groups(part, "modality"),
-        sections.groups(part, "kind"),
+        *(sections.details(part) if item.detailed else [sections.scores(part), *groups[:2]]),
         sections.masks(part),
         sections.gallery(part, pictures),
-        sections.groups(part, "structure"),
-        sections.groups(part, "dataset"),
+        *(() if item.detailed else groups[2:4]),
         sections.failures(part, pictures),
+        groups[4] if item.detailed else None,
+        sections.folded("All scores", sections.scores(part)) if item.detailed else None,
         sections.router(part),
     ]
     if pictures.left_out:
@@ -106,28 +107,16 @@ def _set_section(part: SetResult, pictures: Pictures) -> Markup:
     return element("section", *parts)
 
 
-def _lead(result: SuiteResult) -> str:
-    questions = sum(part.questions for part in result.sets)
-    sets = "" if len(result.sets) == 1 else f" of {len(result.sets)} data sets"
-    return f"{result.model}, {count(questions)} questions{sets}"
-
-
-def _errors_told(errors: int) -> Markup:
-    were = "question could" if errors == 1 else "questions could"
-    return element(
-        "p",
-        f"{count(errors)} {were} not be asked, and {'is' if errors == 1 else 'are'} counted as wrong.",
-        class_="warning",
-    )
-
-
 def _reading(result: SuiteResult, several: bool) -> Markup:
     told = [
-        "Intervals hold 95 % of the values that a metric takes when as many images are drawn from the set anew, with "
-        "all their questions. They tell how much chance is in the choice of images, not how the model does on others.",
+        "Intervals hold 95 % of the values that a metric takes when as many patients, or images where no patients are "
+        "named, are drawn from the set anew, with all their questions. They tell how much chance is in the choice of "
+        "images, not how the model does on others.",
         "An interval of one point, as 1.000 to 1.000, says only that every image scored the same. Where none of n "
         "images fails, the true share of failures may still be up to about 3/n.",
-        "A dotted mark shows what an answerer reaches that never sees the image." if _any_blind(result) else "",
+        "A dotted mark shows what an answerer reaches that never sees the image."
+        if any(part.blind for part in result.sets)
+        else "",
         "The mean of several sets is not taken: their questions and metrics differ." if several else "",
         f"Everything on this page is in {JSON_FILE} and {SCORES_FILE} beside it, every answer in {ROWS_FILE} and under "
         "predictions/.",
@@ -143,10 +132,6 @@ def _reading(result: SuiteResult, several: bool) -> Markup:
         *again,
         limits,
     )
-
-
-def _any_blind(result: SuiteResult) -> bool:
-    return any(part.blind for part in result.sets)
 
 
 # --- for machines ---------------------------------------------------------------------------------------------------
@@ -196,6 +181,11 @@ def _set_json(part: SetResult) -> dict[str, Any]:
             }
             for found in part.failures
         },
+        "baselines": [
+            {"name": found.name, "how": found.how, "mDice": [[*group, dice] for group, dice in found.dice.items()]}
+            for found in part.baselines
+        ],
+        "curve": {"thresholds": list(CURVE), "mDice": dict(part.curve)} if part.curve else None,
         "router": {task: shares.round(4).tolist() for task, shares in part.router.items()},
         "seconds": round(part.seconds, 3),
     }
@@ -206,12 +196,18 @@ def write_scores(sets: Iterable[SetResult], path: Path) -> Path:
     lines: list[list[object]] = []
     for part in sets:
         tables: list[tuple[str, str, Measures]] = [("", "", part.scores.overall)]
+        tables += [("mean over patients", "", means)] if (means := part.scores.mean_over("patient")) else []
         tables += [(by, name, found) for by in part.scores.dimensions for name, found in part.scores.by(by).items()]
         for by, name, found in tables:
             for metric, measure in found.items():
                 values = (_cell(value) for value in (measure.value, measure.low, measure.high))
                 blind = _cell(part.blind.get((by, name, metric)))
                 lines.append([part.item.name, by, plain_cell(name), metric, *values, measure.count, blind])
+        for name, curve in part.curve.items():
+            lines += [
+                [part.item.name, "threshold", plain_cell(name), f"mDice@{at:g}", _cell(dice), "", "", "", ""]
+                for at, dice in zip(CURVE, curve, strict=True)
+            ]
     head = ["set", "by", "group", "metric", "value", "low", "high", "count", "blind"]
     return write_csv(path, head, lines)
 
@@ -225,11 +221,6 @@ def write_csv(path: Path, head: list[str], lines: Iterable[Iterable[object]]) ->
         writer.writerow(head)
         writer.writerows(lines)
     return partial.replace(path)
-
-
-def plain_cell(text: str) -> str:
-    """Text for a spreadsheet, which would otherwise run what begins like a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def _cell(value: float | None) -> str:

@@ -16,19 +16,14 @@ from model.eval.compare import EXAMPLES, FEWEST, SCORED, Change, Run, RunSet, Se
 from model.eval.metrics.comparing import Difference
 from model.eval.metrics.definitions import Metric
 from model.eval.metrics.scores import UNNAMED
-from model.eval.metrics.tables import aligned
+from model.eval.pictures import MOST_PICTURES, Pictures
 from model.eval.predictions import Prediction, json_text
-from model.eval.report import plain_cell, version, write_csv, write_text
-from model.eval.report_pictures import MOST_PICTURES, Pictures
+from model.eval.report import version, write_csv, write_text
+from model.eval.results import plain_cell
 
 HTML_FILE, JSON_FILE, CHANGES_FILE = "compare.html", "compare.json", "changes.csv"
 
-WHAT_TITLES = {
-    "right": "closed",
-    "exact": "open",
-    "dice": "with masks",
-    "clean": "about absent targets",
-}
+WHAT_TITLES = {"right": "closed", "exact": "open", "dice": "with masks", "clean": "about absent targets"}
 _PRICE = (
     "P-values are of single tests and not corrected for their number: of twenty metrics one is below 0.05 by chance."
 )
@@ -54,14 +49,8 @@ def told(found: Sequence[SetComparison]) -> str:
     """The headline differences and the number of changed answers, as text for a terminal."""
     parts = []
     for part in found:
-        lines = [["metric", "first", "second", "difference", "95 % interval", "p", "n"]]
-        for name in part.headlines():
-            if (d := part.found.overall.get(name)) is not None:
-                values = (number(d.first, 4), number(d.second, 4), number(d.difference, 4, signed=True))
-                ends = interval(d.low, d.high, 4, signed=True)
-                lines.append([name, *values, ends, number(d.p_value, 4), str(d.count)])
         title = [part.title] if len(found) > 1 else []
-        parts.append("\n".join([*title, aligned(lines, left=(0, 4)), "", _changes_told(part)]))
+        parts.append("\n".join([*title, part.found.table(only=part.headlines()), "", _changes_told(part)]))
     return "\n\n".join(parts)
 
 
@@ -100,7 +89,7 @@ def comparison_page(first: Run, second: Run, found: Sequence[SetComparison]) -> 
                 sections.facts(facts),
                 element("nav", *links, aria_label="Contents") if len(found) > 1 else "",
             ),
-            *(_section(part, f"set-{index}", len(found)) for index, part in enumerate(found)),
+            *(comparison_section(part, f"set-{index}", len(found)) for index, part in enumerate(found)),
             _reading(found),
         ]
     )
@@ -110,12 +99,13 @@ def comparison_page(first: Run, second: Run, found: Sequence[SetComparison]) -> 
 # --- parts of the page ----------------------------------------------------------------------------------------------
 
 
-def _section(part: SetComparison, anchor: str, sets: int) -> Markup:
+def comparison_section(part: SetComparison, anchor: str, sets: int) -> Markup:
+    """Differences and changed answers of one data set, of so many on the page."""
     metrics = {metric.name: metric for metric in part.found.metrics}
     found = part.found.overall
-    headlines = [
-        metrics[name] for name in part.headlines() if name in found and not _silent(found[name], metrics[name])
-    ]
+    shown = [metrics[name] for name in part.headlines() if name in found]
+    # without rates of mishaps that happened in neither run
+    headlines = [m for m in shown if m.higher_is_better or found[m.name].first or found[m.name].second]
     others = [metric for name, metric in metrics.items() if name in part.found.overall and metric not in headlines]
     most = MOST_PICTURES // (2 * sets) if part.images is not None else 0
     pictures = [Pictures(run.images or part.images or Path(), part.regions, most) for run in (part.first, part.second)]
@@ -131,11 +121,6 @@ def _section(part: SetComparison, anchor: str, sets: int) -> Markup:
         whole = _differences(part.found.overall, others, "All other metrics", "dense")
         parts += [element("h3", "All other metrics"), sections.folded(f"{len(others)} metrics", whole)]
     return element("section", *parts)
-
-
-def _silent(d: Difference, metric: Metric) -> bool:
-    """A rate of mishaps that happened in neither run."""
-    return not metric.higher_is_better and not d.first and not d.second
 
 
 def _differences(found: Mapping[str, Difference], metrics: Sequence[Metric], label: str, kind: str) -> Markup:

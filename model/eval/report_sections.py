@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from model.drawing.charts import calibration, calibration_error, histogram, interval_strip, share_strip
+from model.drawing.charts import calibration, calibration_error, curves, histogram, interval_strip, share_strip
 from model.drawing.pages import (
     Column,
     Markup,
@@ -24,25 +24,29 @@ from model.drawing.pages import (
 from model.eval.metrics.definitions import CONVENTIONS, Metric
 from model.eval.metrics.scores import UNNAMED, Measure, Measures
 from model.eval.metrics.tables import MEAN_ROW
+from model.eval.pictures import Pictures
 from model.eval.predictions import Prediction
-from model.eval.report_data import SetResult, SuiteResult, metric_title
-from model.eval.report_failures import Failures, RowScore
-from model.eval.report_pictures import Pictures
+from model.eval.results import (
+    TASK_TITLES,
+    Cell,
+    Failures,
+    RowScore,
+    SetResult,
+    SuiteResult,
+    detail_tables,
+    metric_title,
+)
+from model.eval.suite import CURVE
 
 MOST_UNFOLDED = 16
 """Groups that a table may have to be shown without being opened."""
 MOST_GROUPS = 60
 """Rows of one table of groups; the CSV beside the report has all."""
 
-TASK_TITLES = {
-    "vqa": "Questions about the image",
-    "region": "Questions about a region",
-    "grounding": "Requests for masks",
-    "caption": "Captions",
-}
 _MODALITY_TITLES = {"ct": "CT", "mr": "MR", "x_ray": "X-ray", "x": "X-ray", "pet": "PET"}
-_GROUP_TITLES = {"modality": "Modality", "kind": "Kind of question", "structure": "Structure", "dataset": "Data set"}
-_PLURALS = {"modality": "modalities", "kind": "kinds", "structure": "structures", "dataset": "data sets"}
+_GROUP_TITLES = {"modality": "Modality", "kind": "Kind of question", "structure": "Structure"}
+_GROUP_TITLES |= {"dataset": "Data set", "patient": "Patient"}
+_PLURALS = {name: f"{name}s" for name in _GROUP_TITLES} | {"modality": "modalities", "dataset": "data sets"}
 _PICTURED_TITLES = {"best": "Best", "middle": "Around the median", "worst": "Worst"}
 
 
@@ -68,6 +72,43 @@ def summary(result: SuiteResult) -> Markup:
             row += [_known(part, metric.name)] if reported else []
             rows.append([*row, count(measure.count)])
     return joined([table(columns, rows, class_="headlines", label="Headline scores"), _key(blind)])
+
+
+def details(part: SetResult) -> Iterator[Markup]:
+    """The tables of a detailed set."""
+    for found in detail_tables(part):
+        columns = [Column(title, "number" if index else "text") for index, title in enumerate(found.columns)]
+        rows = [list(map(_detail, row)) for row in found.rows]
+        note = element("p", found.note, class_="about") if found.note else ""
+        yield joined([element("h3", found.title), note, table(columns, rows, label=found.title, class_="dense")])
+
+
+def _detail(cell: Cell) -> object:
+    if isinstance(cell, str):
+        return group_title("modality", cell) if cell.islower() else cell
+    if isinstance(cell, int):
+        return count(cell)
+    found = cell if isinstance(cell, Measure) else Measure(cell, math.nan, math.nan, 0)
+    digits = 1 if abs(found.value) >= 10 else 3
+    ends = interval(found.low, found.high, min(digits, 2)) if not math.isnan(found.low) else ""
+    shown = element("span", number(found.value, digits), class_="value" if isinstance(cell, Measure) else None)
+    return joined([shown, element("span", ends, class_="label") if ends else ""], element("br") if ends else "")
+
+
+def _threshold_curve(part: SetResult) -> Markup:
+    whole = part.curve[""]
+    best = int(np.nanargmax(whole))
+    at = CURVE.index(part.item.thresholds[0]) if part.item.thresholds[0] in CURVE else best
+    said = (
+        f"It is {number(whole[at])} at {CURVE[at]:g} and at most {number(whole[best])}, at {CURVE[best]:g}; "
+        "a threshold chosen on the data that are scored flatters the model."
+    )
+    named = dict(list(part.curve.items())[: 6 if len(part.curve) > 2 else 1])
+    key = [
+        element("span", name or "all targets", class_=f"series-{place}") for place, name in enumerate(named, start=1)
+    ]
+    drawn = curves(CURVE, named, "mask threshold", "mDice")
+    return _figure(drawn, [element("div", *key, class_="key"), _title("mDice over the mask threshold. "), said])
 
 
 def scores(part: SetResult) -> Markup:
@@ -116,9 +157,7 @@ def groups(part: SetResult, by: str) -> Markup | None:
     metrics = [metric for metric in part.headlines() if sum(metric.name in measures for measures in found.values()) > 1]
     if not metrics:
         return None
-    shared = sum(metric.name in measures for measures in found.values() for metric in metrics) / len(found)
-    draw = _side_by_side if shared > 1.5 or len(metrics) == 1 else _one_below_another
-    title, drawn = f"By {_GROUP_TITLES[by].lower()}", draw(part, by, found, metrics)
+    title, drawn = f"By {_GROUP_TITLES[by].lower()}", _side_by_side(part, by, found, metrics)
     if len(found) <= MOST_UNFOLDED:
         return joined([element("h3", title), drawn])
     return joined([element("h3", title), folded(f"{count(len(found))} {_PLURALS[by]}", drawn)])
@@ -136,7 +175,9 @@ def _side_by_side(part: SetResult, by: str, found: Mapping[str, Measures], metri
         rows.append([group_title(by, name), *_pairs(part, by, name, found[name], metrics)])
     if by == "modality":
         rows.append([MEAN_ROW.capitalize(), *_pairs(part, by, "", part.scores.mean_over(by), metrics)])
-    return joined([table(columns, rows, label=f"By {by}", class_="groups"), _left_out(len(ranked))])
+    left = len(ranked) - MOST_GROUPS
+    note = element("p", f"{count(left)} more are in scores.csv.", class_="note") if left > 0 else ""
+    return joined([table(columns, rows, label=f"By {by}", class_="groups"), note])
 
 
 def _pairs(part: SetResult, by: str, name: str, measures: Measures, metrics: Sequence[Metric]) -> Iterator[object]:
@@ -150,33 +191,6 @@ def _pairs(part: SetResult, by: str, name: str, measures: Measures, metrics: Seq
         below = element("span", " · ".join(part for part in parts if part), class_="label")
         bar = element("div", _strip(measure, metric, blind), below, class_="pair-bar")
         yield element("div", _value(measure), bar, class_="pair-cell")
-
-
-def _one_below_another(part: SetResult, by: str, found: Mapping[str, Measures], metrics: Sequence[Metric]) -> Markup:
-    """For groups that have one metric each: a block of lines for each metric."""
-    has_blind = any(key[0] == by for key in part.blind)
-    columns = [Column(_GROUP_TITLES[by], "text"), Column("Value"), Column("95 % interval"), Column("", "strip")]
-    columns += [Column("Blind")] if has_blind else []
-    rows: list[list[object]] = []
-    for metric in metrics:
-        named = sorted((name for name in found if metric.name in found[name]), key=lambda n: _rank(found[n], metric))
-        rows.append([metric_cell(metric)])
-        for name in named[:MOST_GROUPS]:
-            measure, blind = found[name][metric.name], part.blind.get((by, name, metric.name))
-            row: list[object] = [
-                group_title(by, name),
-                _value(measure),
-                _range(measure),
-                _strip(measure, metric, blind),
-            ]
-            rows.append([*row, *([number(blind)] if has_blind else []), count(measure.count)])
-    most = max(sum(metric.name in measures for measures in found.values()) for metric in metrics)
-    return joined([table([*columns, Column("n")], rows, label=f"By {by}", class_="dense"), _left_out(most)])
-
-
-def _left_out(groups_: int) -> Markup | str:
-    left = groups_ - MOST_GROUPS
-    return element("p", f"{count(left)} more are in scores.csv.", class_="note") if left > 0 else ""
 
 
 def _rank(measures: Measures, metric: Metric) -> float:
@@ -197,7 +211,12 @@ def masks(part: SetResult) -> Markup | None:
     if not len(part.dice):
         return None
     threshold = part.item.thresholds[0]
-    charts = [_figure(histogram(part.dice, "Dice"), _dice_told(part.dice, threshold))]
+    poor, good = float((part.dice < 0.1).mean()), float((part.dice >= 0.9).mean())
+    told = (
+        f"{percent(good)} reach 0.9 and {percent(poor)} stay below 0.1, at the threshold {threshold:g}; "
+        "a target without a mask counts 0."
+    )
+    charts = [_figure(histogram(part.dice, "Dice"), [_title("Dice of every present target. "), told])]
     if len(part.real_iou):
         error, mean = calibration_error(part.predicted_iou, part.real_iou), float(np.nanmean(part.predicted_iou))
         real = float(np.nanmean(part.real_iou))
@@ -205,23 +224,13 @@ def masks(part: SetResult) -> Markup | None:
             f"On average the model expects an IoU of {number(mean, 2)} and reaches {number(real, 2)}; its expected "
             f"calibration error is {number(error, 3)}. Lines span the middle half, larger dots stand for more masks."
         )
-        charts.append(_figure(histogram(part.predicted_iou, "predicted IoU", series=3), _expected_told(part)))
+        high = f"Its own score of its masks; {percent(float((part.predicted_iou >= 0.9).mean()))} are 0.9 or more."
+        expected = [_title("What the model expects. "), high]
+        charts.append(_figure(histogram(part.predicted_iou, "predicted IoU", series=3), expected))
         charts.append(_figure(calibration(part.predicted_iou, part.real_iou), [_title("Calibration. "), told]))
+    if part.curve:
+        charts.append(_threshold_curve(part))
     return joined([element("h3", "Masks"), element("div", *charts, class_="charts")])
-
-
-def _dice_told(dice: np.ndarray, threshold: float) -> list[object]:
-    poor, good = float((dice < 0.1).mean()), float((dice >= 0.9).mean())
-    return [
-        _title("Dice of every present target. "),
-        f"{percent(good)} reach 0.9 and {percent(poor)} stay below 0.1, at the threshold {threshold:g}; "
-        "a target without a mask counts 0.",
-    ]
-
-
-def _expected_told(part: SetResult) -> list[object]:
-    high = float((part.predicted_iou >= 0.9).mean())
-    return [_title("What the model expects. "), f"Its own score of its masks; {percent(high)} are 0.9 or more."]
 
 
 def gallery(part: SetResult, pictures: Pictures) -> Markup | None:
@@ -279,7 +288,8 @@ def example(row: Prediction, score: RowScore, pictures: Pictures | None) -> Mark
     if score.dice is not None and row.masks:
         facts.append(("Dice", number(score.dice, 2)))
     listed = element("dl", *(joined([element("dt", name), element("dd", value)]) for name, value in facts))
-    where = " · ".join(_whence(row))
+    known = (str(row.metadata[name]) for name in ("modality", "kind") if row.metadata.get(name))
+    where = " · ".join((str(row.question_id), *known, row.image_path))
     return element(
         "div",
         picture,
@@ -287,14 +297,6 @@ def example(row: Prediction, score: RowScore, pictures: Pictures | None) -> Mark
         element("span", quoted(where, 200), class_="source"),
         class_="example" if picture is not None else "example plain",
     )
-
-
-def _whence(row: Prediction) -> Iterator[str]:
-    yield str(row.question_id)
-    for name in ("modality", "kind"):
-        if row.metadata.get(name):
-            yield str(row.metadata[name])
-    yield row.image_path
 
 
 def router(part: SetResult) -> Markup | None:
@@ -307,8 +309,11 @@ def router(part: SetResult) -> Markup | None:
     columns = [Column("Layer", "text"), *(Column(TASK_TITLES.get(task, task), "pair") for task in tasks)]
     rows: list[list[object]] = []
     for layer in range(len(part.router[tasks[0]])):
-        cells = [_shares_cell(part.router[task][layer].tolist(), names) for task in tasks]
-        rows.append([str(layer), *cells])
+        row: list[object] = [str(layer)]
+        for shares in (part.router[task][layer].tolist() for task in tasks):
+            bar = element("div", share_strip(shares, names), class_="pair-bar")
+            row.append(element("div", element("span", percent(shares[0]), class_="value"), bar, class_="pair-cell"))
+        rows.append(row)
     key = element("div", *(element("span", n, class_=f"series-{i % 6 + 1}") for i, n in enumerate(names)), class_="key")
     about = element(
         "p",
@@ -317,11 +322,6 @@ def router(part: SetResult) -> Markup | None:
         class_="about",
     )
     return joined([element("h3", "Router"), about, key, table(columns, rows, label="Shares of the experts")])
-
-
-def _shares_cell(shares: list[float], names: list[str]) -> Markup:
-    bar = element("div", share_strip(shares, names), class_="pair-bar")
-    return element("div", element("span", percent(shares[0]), class_="value"), bar, class_="pair-cell")
 
 
 def in_order(tasks: Iterable[str]) -> list[str]:
@@ -362,13 +362,6 @@ def meanings(result: SuiteResult) -> Markup:
 def folded(title: str, *parts: Markup) -> Markup:
     """Parts that show when their title is opened."""
     return element("details", element("summary", element("span", title, class_="kind")), *parts)
-
-
-def speed(part: SetResult) -> str:
-    """How long answering took, for people."""
-    if not part.seconds:
-        return ""
-    return f"{part.seconds:.1f} s, {part.questions / part.seconds:.1f} answers/s"
 
 
 def _sentence(text: str) -> str:

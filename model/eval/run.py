@@ -7,38 +7,40 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from model.checkpoint.directories import checkpoint_name
-from model.data.progress import record_bar
 from model.data.records import Records, open_records
-from model.data.validate import Progress
 from model.errors import MedPLIBError
-from model.eval.asking import Asker, Prepared
-from model.eval.journal import (
+from model.eval.asking import Asker, Prepared, check_options, file_digest, fingerprint, open_engine
+from model.eval.metrics import PublishedText, score_predictions
+from model.eval.metrics.published import format_table
+from model.eval.options import InferenceOptions
+from model.eval.pictures import write_comparison
+from model.eval.predictions import Key, Prediction, PredictionWriter, read_predictions
+from model.eval.processes import (
     Journal,
+    Place,
+    choose_device,
+    chunk,
+    join_journals,
     journal_path,
     other_parts,
     part_path,
     read_journal,
     remove,
+    shard,
+    share_cores,
     wait_for_parts,
 )
-from model.eval.metrics import PublishedText, score_predictions
-from model.eval.metrics.published_text import format_table
-from model.eval.opening import check_options, file_digest, fingerprint, open_engine
-from model.eval.options import InferenceOptions
-from model.eval.overlays import write_comparison
-from model.eval.places import Place, choose_device, chunk, shard, share_cores
-from model.eval.predictions import Key, Prediction, PredictionWriter, read_predictions
-from model.eval.questions import Question, questions_of, unreadable_question
-from model.eval.references import Turns, references_of
+from model.eval.questions import Question, Turns, questions_of, references_of, unreadable_question
 from model.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -51,25 +53,15 @@ Opener = Callable[[InferenceOptions, torch.device], Engine]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """What a run came to."""
 
-    Attributes:
-        answers: the file; of a process that is not the first, its part.
-        rows: in the file.
-        errors: of these, questions that could not be answered.
-        first_error: the sentence of the first one; None where there is none.
-        seconds: that answering took, over all sittings and, of several processes, of the slowest.
-        complete: the file holds the whole run.
-        was_finished: nothing was left to do.
-    """
-
-    answers: Path
-    rows: int
-    errors: int
-    first_error: str | None
-    seconds: float
-    complete: bool = True
-    was_finished: bool = False
+    answers: Path  # the file; of a process that is not the first, its part
+    rows: int  # in the file
+    errors: int  # of these, questions that could not be answered
+    first_error: str | None  # the sentence of the first one; None where there is none
+    seconds: float  # that answering took, over all sittings and, of several processes, of the slowest
+    complete: bool = True  # the file holds the whole run
+    was_finished: bool = False  # nothing was left to do
 
 
 def run_inference(options: InferenceOptions, place: Place | None = None, opener: Opener = open_engine) -> Outcome:
@@ -163,9 +155,7 @@ def _finished_already(answers: Path, settings: dict[str, Any]) -> Outcome | None
     if not answers.is_file():
         raise MedPLIBError(f"{answers} is gone, but {journal_path(answers)} is there; start anew with --overwrite")
     journal.refuse_unless_same({**settings, "processes": journal.settings.get("processes")}, answers)
-    failed = (row.error for row in read_predictions(answers) if row.failed)
-    first_error = next(failed, None) if journal.errors else None
-    return Outcome(answers, journal.rows, journal.errors, first_error, journal.seconds, was_finished=True)
+    return _outcome(answers, journal, was_finished=True)
 
 
 def _clear_way(options: InferenceOptions, place: Place) -> None:
@@ -283,14 +273,17 @@ class _Part:
 
         what = "answering" if self.place.world_size == 1 else f"answering (1 of {self.place.world_size})"
         engine = opener(self.options, device)
-        with progress_shown(what, shown=self.place.is_first) as progress:
+        often, first = sys.stderr.isatty(), self.place.is_first  # a log takes a line every half minute
+        every = 0.1 if often else 30.0
+        bar = tqdm(total=len(left), unit="record", desc=what, mininterval=every, leave=not often, disable=not first)
+        with bar:
 
             def settle(item: Prepared, row: Prediction) -> None:
                 writer.write(row)
                 self._count(row)
                 if self.options.pictures is not None and item.image is not None:
                     write_comparison(self.options.pictures, item.question.number, item.image.data.pixels, row)
-                progress((item.question.number - left[0]) // left.step + 1, len(left))
+                bar.update((item.question.number - left[0]) // left.step + 1 - bar.n)
 
             Asker(engine, self.options, checkpoint_name(self.options.model)).answer(questions(), settle)
 
@@ -302,19 +295,14 @@ def _join(
     journals = wait_for_parts(options.answers, place)
     parts = [part_path(options.answers, replace(place, rank=rank)) for rank in range(place.world_size)]
     join_parts(options.answers, parts, records, numbers, options.turns)
-    whole = replace(
-        journals[0],
-        settings=settings,
-        rows=sum(journal.rows for journal in journals),
-        errors=sum(journal.errors for journal in journals),
-        seconds=max(journal.seconds for journal in journals),
-    )
-    whole.write(options.answers)
-    for part in parts:
-        remove(part)
-    failed = (row.error for row in read_predictions(options.answers) if row.failed)
-    first_error = next(failed, None) if whole.errors else None
-    return Outcome(options.answers, whole.rows, whole.errors, first_error, whole.seconds)
+    whole = join_journals(options.answers, parts, journals, settings)
+    return _outcome(options.answers, whole)
+
+
+def _outcome(answers: Path, journal: Journal, *, was_finished: bool = False) -> Outcome:
+    failed = (row.error for row in read_predictions(answers) if row.failed)
+    first_error = next(failed, None) if journal.errors else None
+    return Outcome(answers, journal.rows, journal.errors, first_error, journal.seconds, was_finished=was_finished)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -414,43 +402,3 @@ def segmentation_scores(answers: Path, thresholds: Sequence[float] = ()) -> Iter
     targets, silent = scores.total("target"), scores.total("target") - scores.total("seg")
     if silent:
         yield f"{silent:.0f} of {targets:.0f} answers say no <SEG>; without --always_mask their masks are empty"
-
-
-@contextmanager
-def progress_shown(what: str, *, shown: bool = True) -> Iterator[Progress]:
-    """Give a function that is called with (records done, records in all).
-
-    Args:
-        what: stands before the bar or in the line.
-        shown: False shows nothing.
-    """
-    if not shown:
-        yield lambda done, total: None
-    elif sys.stderr.isatty():
-        with record_bar(what) as progress:
-            yield progress
-    else:
-        yield _Lines(what)
-
-
-class _Lines:
-    """Writes a line every half minute, and one at the end."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.begun = what, time.monotonic()
-        self.reported, self.done = self.begun, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == self.done or (now - self.reported < _EVERY and done < total):
-            return
-        self.reported, self.done = now, done
-        rate = done / max(now - self.begun, 1e-9)
-        left = _clock((total - done) / rate) if rate else "?"
-        logger.info("%s: %d of %d records, %.2f a second, %s left", self.what, done, total, rate, left)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,26 +1,32 @@
 """Suites: which data sets a model is asked, how they are scored and where they come from, in one checked YAML.
 
 A suite names everything that its numbers depend on, so that a table can be read years later: files, split, task,
-headline metrics, thresholds, version, licence and source of every set. The project's own are in ``configs/suites``.
+headline metrics, thresholds, version, license and source of every set. The project's own are in ``configs/suites``.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from model.data.builders.vqa_rows import image_question_answer, omnimedvqa, slake, vqa_rad, vqa_rad_split, write_picture
+from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import metrics_for
 from model.yaml_files import expand, nearest, read_mapping, unknown_key
 
 SUITES = Path(__file__).resolve().parents[2] / "configs" / "suites"
 """Folder of the project's own suites."""
+
+CURVE = tuple(round(0.05 * step, 2) for step in range(1, 20))
+"""Mask thresholds of a threshold curve."""
 
 Task = Literal["vqa", "region", "grounding", "mixed"]
 Layout = Literal["medplib", "slake", "vqa_rad", "parquet", "omnimedvqa"]
@@ -40,57 +46,39 @@ class Known:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set of a suite.
+    """One data set of a suite."""
 
-    Attributes:
-        name: in file names and tables; letters, digits, hyphens.
-        records: data files, asked in this order; a name may hold ``*``. Relative ones start from the suite's file.
-        images: folder that the records' paths start from.
-        split: which part of the data set these files are.
-        task: what is asked of the model, ``mixed`` for several.
-        headlines: metrics that stand for the set in the summary, best known first.
-        licence: of the data; "see the source" where it is not one licence.
-        source: who made it and where it is described.
-        version: of the data.
-        obtain: how to get the files and where to put them; told when they are not there.
-        title: for people; the name when absent.
-        about: a sentence or two on what it measures.
-        otherwise: data files for where the first of ``records`` is not there.
-        layout: of the files: the project's own, or that of a public set, which is rewritten.
-        thresholds: probabilities above which a pixel is in a mask; the first one makes the masks that are kept.
-        surface: also measure the distance of outlines (HD95, NSD), which takes longer.
-        always_mask: paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the
-            published evaluation does.
-        prompt: system text of the prompt: the training's, or the one of the published evaluation.
-        answer_type: of all answers, where the records do not say.
-        max_new_tokens: longest answer.
-        blind: data files that image-free baselines learn from, in the project's own layout, their paths starting from
-            the folder they are in; no baseline is computed where empty.
-        known: scores that others reported.
-    """
-
-    name: str
+    name: str  # in file names and tables; letters, digits, hyphens
+    # data files, asked in this order; a name may hold ``*``. Relative ones start from the suite's file.
     records: tuple[Path, ...]
-    images: Path
-    split: str
-    task: Task
-    headlines: tuple[str, ...]
-    licence: str
-    source: str
-    version: str
-    obtain: str
-    title: str = ""
-    about: str = ""
-    otherwise: tuple[Path, ...] = ()
-    layout: Layout = "medplib"
+    images: Path  # folder that the records' paths start from
+    split: str  # which part of the data set these files are
+    task: Task  # what is asked of the model, ``mixed`` for several
+    headlines: tuple[str, ...]  # metrics that stand for the set in the summary, best known first
+    licence: str  # of the data; "see the source" where it is not one licence
+    source: str  # who made it and where it is described
+    version: str  # of the data
+    obtain: str  # how to get the files and where to put them; told when they are not there
+    title: str = ""  # for people; the name when absent
+    about: str = ""  # a sentence or two on what it measures
+    otherwise: tuple[Path, ...] = ()  # data files for where the first of ``records`` is not there
+    layout: Layout = "medplib"  # of the files: the project's own, or that of a public set, which is rewritten
+    # probabilities above which a pixel is in a mask; the first one makes the masks that are kept.
     thresholds: tuple[float, ...] = (0.1, 0.5)
+    # paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the published evaluation
+    # does.
     always_mask: bool = False
-    prompt: Prompt = "training"
-    answer_type: str = ""
-    surface: bool = False
-    max_new_tokens: int = 256
+    prompt: Prompt = "training"  # system text of the prompt: the training's, or the one of the published evaluation
+    answer_type: str = ""  # of all answers, where the records do not say
+    surface: bool = False  # also measure the distance of outlines (HD95, NSD), which takes longer
+    # also means over patients, masks beside a centre blob and the targets' average places, and the mean Dice over the
+    # mask threshold, for which masks are kept at all of ``CURVE``. So is a user's own data asked.
+    detailed: bool = False
+    max_new_tokens: int = 256  # longest answer
+    # data files that image-free baselines learn from, in the project's own layout, their paths starting from the
+    # folder they are in; no baseline is computed where empty.
     blind: tuple[Path, ...] = ()
-    known: tuple[Known, ...] = ()
+    known: tuple[Known, ...] = ()  # scores that others reported
 
     def files(self) -> list[Path]:
         """The data files that are there: those of ``records``, else those of ``otherwise``.
@@ -111,19 +99,12 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Suite:
-    """Data sets that are evaluated together.
+    """Data sets that are evaluated together."""
 
-    Attributes:
-        name: of the suite; the file's own when absent.
-        sets: in the order of the report.
-        title: for people.
-        about: what the suite is for.
-    """
-
-    name: str
-    sets: tuple[DataSet, ...]
-    title: str = ""
-    about: str = ""
+    name: str  # of the suite; the file's own when absent
+    sets: tuple[DataSet, ...]  # in the order of the report
+    title: str = ""  # for people
+    about: str = ""  # what the suite is for
 
     def only(self, names: Iterable[str]) -> Suite:
         """The suite with the sets of these names alone; all of them where no name is given.
@@ -170,6 +151,12 @@ def load_suite(name: str | Path, *, environment: Mapping[str, str] | None = None
         raise MedPLIBError(f"the suite {path} has {told}: {'; '.join(problems)}")
     sets = tuple(replace(item, title=item.title or item.name) for item in suite.sets)
     return replace(suite, title=suite.title or suite.name, sets=sets)
+
+
+def is_suite(name: str) -> bool:
+    """Whether a word on the command line names a suite: one of the project, or a YAML file."""
+    own = "/" not in name and (SUITES / f"{name}.yaml").is_file()
+    return own or Path(name).suffix.lower() in (".yaml", ".yml")
 
 
 def _find(name: str) -> Path:
@@ -288,3 +275,83 @@ class _Reader:
             self.problems.append(f"{name} needs the environment variable {variable}, which is not set")
 
         return expand(text, self.environment, missing, is_path=is_path)
+
+
+Record = Mapping[str, Any]
+
+
+def write_questions(item: DataSet, folder: Path) -> tuple[Path, Path]:
+    """Write the records of a data set to ``folder/NAME.jsonl``.
+
+    Args:
+        item: the data set.
+        folder: where the file goes, and a folder ``NAME`` with the images of files that hold them inside.
+
+    Returns:
+        The file, and the folder that the paths in it start from.
+
+    Raises:
+        MedPLIBError: a file of the set is missing or is not of its layout, or there is no question in them.
+    """
+    files = item.files()
+    pictures = folder / item.name
+    images = pictures if item.layout == "parquet" else item.images
+    folder.mkdir(parents=True, exist_ok=True)
+    partial, written = folder / f".{item.name}.{os.getpid()}", 0  # processes of one launch write the same
+    with partial.open("w", encoding="utf-8") as stream:
+        for record in _records(item, files, pictures):
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            written += 1
+    if not written:
+        raise MedPLIBError(f"{item.title} has no question in {', '.join(map(str, files))}; check its files and layout")
+    return partial.replace(folder / f"{item.name}.jsonl"), images
+
+
+def _records(item: DataSet, files: list[Path], pictures: Path) -> Iterator[Record]:
+    """The questions of all files, each with an id where several files could give the same one."""
+    for file in files:
+        rows = _parquet(file, pictures) if item.layout == "parquet" else open_records(file)
+        for number, row in enumerate(rows):
+            try:
+                record = _LAYOUTS[item.layout](row)
+            except (KeyError, TypeError, ValueError) as error:
+                raise MedPLIBError(
+                    f"{file}, record {number}, is not of the layout {item.layout} ({type(error).__name__}: {error}); "
+                    "give the file that its source publishes, or name another layout"
+                ) from error
+            if record is None:
+                continue
+            if item.answer_type and not record.get("answer_type"):
+                record = {**record, "answer_type": item.answer_type}
+            yield {"id": f"{file.stem}-{number}", **record} if len(files) > 1 and "id" not in record else record
+
+
+_LAYOUTS: dict[Layout, Callable[[Record], Record | None]] = {
+    "medplib": lambda row: row,
+    "slake": lambda row: slake(row) if row["q_lang"] == "en" else None,  # the English half is what is reported
+    "vqa_rad": lambda row: vqa_rad(row) if vqa_rad_split(row) == "test" else None,  # and the test half
+    "parquet": image_question_answer,
+    "omnimedvqa": omnimedvqa,
+}
+
+
+def _parquet(file: Path, pictures: Path) -> Iterable[Record]:
+    """Rows of a file with the columns ``image`` (encoded bytes), ``question`` and ``answer``; images become files."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pictures.mkdir(parents=True, exist_ok=True)
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        batches = table.iter_batches(batch_size=64, columns=["image", "question", "answer"], use_threads=False)
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                name = write_picture(row["image"]["bytes"], pictures)
+                yield {**row, "id": f"{file.stem}-{number}", "image": name}
+                number += 1
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise MedPLIBError(
+            f"{file} has no readable columns image, question and answer ({str(error).splitlines()[0]}); "
+            "give the Parquet files that its source publishes"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,17 +12,15 @@ import torch
 from model.checkpoint.directories import checkpoint_name
 from model.checkpoint.opening import open_checkpoint
 from model.drawing.pages import count
-from model.eval.journal import read_journal
+from model.eval.asking import open_engine
+from model.eval.metrics.scores import Measure
 from model.eval.metrics.tables import aligned, number, span
-from model.eval.opening import open_engine
 from model.eval.options import InferenceOptions
-from model.eval.places import Place
+from model.eval.processes import Place, read_journal
 from model.eval.report import ROWS_FILE, version, write_csv, write_report
-from model.eval.report_data import SetResult, SuiteResult, metric_title
+from model.eval.results import ROW_COLUMNS, Cell, SuiteResult, detail_tables, measure, metric_title
 from model.eval.run import Opener, Outcome, run_inference
-from model.eval.suite import DataSet, Suite
-from model.eval.suite_questions import write_questions
-from model.eval.suite_results import ROW_COLUMNS, measure
+from model.eval.suite import CURVE, DataSet, Suite, write_questions
 from model.inference.engine import Engine
 
 PREDICTIONS, QUESTIONS = "predictions", "questions"
@@ -32,52 +31,31 @@ _TEMPLATES = {"training": None, "published": "v1"}
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """One run of a suite.
+    """One run of a suite."""
 
-    Attributes:
-        model: checkpoint directory.
-        suite: what is asked.
-        named: how the user named the suite.
-        out: folder of the run.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        precision: ``fp32`` or ``bf16``; as stored where None, but fp32 on a CPU.
-        vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
-        sam: SAM-Med2D file, for published checkpoints that hold no SAM weights.
-        batch_size: questions decoded together.
-        limit: ask only so many records of each set, from the first on.
-        overwrite: start anew where there are answers already.
-        command: that repeats the run, for the report; empty: not known.
-    """
-
-    model: Path
-    suite: Suite
-    named: str
-    out: Path
-    device: str = "auto"
-    precision: str | None = None
+    model: Path  # checkpoint directory
+    suite: Suite  # what is asked
+    named: str  # how the user named the suite
+    out: Path  # folder of the run
+    device: str = "auto"  # ``auto``, ``cpu``, ``cuda`` or ``cuda:1``
+    precision: str | None = None  # ``fp32`` or ``bf16``; as stored where None, but fp32 on a CPU
+    # CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
     vision_tower: Path | None = None
-    sam: Path | None = None
-    batch_size: int = 8
-    limit: int | None = None
-    overwrite: bool = False
-    command: str = ""
+    sam: Path | None = None  # SAM-Med2D file, for published checkpoints that hold no SAM weights
+    batch_size: int = 8  # questions decoded together
+    limit: int | None = None  # ask only so many records of each set, from the first on
+    overwrite: bool = False  # start anew where there are answers already
+    command: str = ""  # that repeats the run, for the report; empty: not known
 
 
 @dataclass(frozen=True)
 class SuiteOutcome:
-    """What a suite's run came to.
+    """What a suite's run came to."""
 
-    Attributes:
-        files: report and tables; empty for a process that is not the first.
-        result: what the report shows; None likewise.
-        errors: questions that could not be asked.
-        first_error: the sentence of the first one; None where there is none.
-    """
-
-    files: tuple[Path, ...] = ()
-    result: SuiteResult | None = None
-    errors: int = 0
-    first_error: str | None = None
+    files: tuple[Path, ...] = ()  # report and tables; empty for a process that is not the first
+    result: SuiteResult | None = None  # what the report shows; None likewise
+    errors: int = 0  # questions that could not be asked
+    first_error: str | None = None  # the sentence of the first one; None where there is none
 
 
 def run_suite(options: SuiteOptions, place: Place | None = None, opener: Opener = open_engine) -> SuiteOutcome:
@@ -119,7 +97,7 @@ def _inference(
         sam=options.sam,
         template=_TEMPLATES[item.prompt],
         max_new_tokens=item.max_new_tokens,
-        thresholds=item.thresholds,
+        thresholds=tuple(dict.fromkeys((*item.thresholds, *(CURVE if item.detailed else ())))),
         always_mask=item.always_mask,
         router=router,
         precision=options.precision,
@@ -183,26 +161,33 @@ def _facts(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, O
 
 
 def told(result: SuiteResult) -> str:
-    """The headline scores as text for a terminal."""
+    """The headline scores as text for a terminal, and all tables of a detailed set."""
     lines = [["set", "metric", "value", "95 % interval", "blind", "n"]]
     for part in result.sets:
-        lines += [_line(part, index) for index in range(len(part.headlines()))]
+        for index, metric in enumerate(part.headlines()):
+            found, blind = part.scores.overall[metric.name], part.blind.get(("", "", metric.name))
+            value = f"{number(found.value)} {metric.unit}".strip()
+            line = ["" if index else part.item.title, metric_title(metric), value, span(found.low, found.high)]
+            lines.append([*line, "" if blind is None else number(blind), str(found.count)])
     has_blind = any(part.blind for part in result.sets)
     shown = lines if has_blind else [[*line[:4], line[5]] for line in lines]
-    return aligned(shown, left=(0, 1, 3))
+    parts = [aligned(shown, left=(0, 1, 3))]
+    for table in (table for part in result.sets if part.item.detailed for table in detail_tables(part)):
+        lines = [table.columns, *([_cell(cell) for cell in row] for row in table.rows)]
+        parts.append(f"{table.title}\n{aligned(lines)}")
+    for part in result.sets:
+        if curve := part.curve.get(""):
+            lines = [
+                ["threshold", *(f"{at:g}" for at in CURVE[1::2])],
+                ["mDice", *(f"{dice:.3f}" for dice in curve[1::2])],
+            ]
+            parts.append(f"Mask threshold\n{aligned(lines)}")
+    return "\n\n".join(parts)
 
 
-def _line(part: SetResult, index: int) -> list[str]:
-    metric = part.headlines()[index]
-    measure_ = part.scores.overall[metric.name]
-    blind = part.blind.get(("", "", metric.name))
-    value = f"{number(measure_.value)} {metric.unit}".strip()
-    name = part.item.title if index == 0 else ""
-    return [
-        name,
-        metric_title(metric),
-        value,
-        span(measure_.low, measure_.high),
-        "" if blind is None else number(blind),
-        str(measure_.count),
-    ]
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, str | int):
+        return str(cell)
+    found = cell if isinstance(cell, Measure) else Measure(cell, math.nan, math.nan, 0)
+    value, low, high = (f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}" for x in (found.value, found.low, found.high))
+    return "–" if math.isnan(found.value) else value if math.isnan(found.low) else f"{value} [{low}, {high}]"

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from model.errors import MedPLIBError
-from model.eval.flags import parse_flags
 from model.eval.metrics import score_predictions
 from model.eval.options import InferenceOptions
-from model.eval.places import Place
 from model.eval.predictions import Prediction, read_predictions
+from model.eval.processes import Place
 from model.eval.run import run_inference
+from model.eval.vqa_infer import parse_flags
 from model.inference.engine import Engine, Request
 from model.inference.generation import GenerationSettings
 from tests.eval.phantom_questions import NANO, SAMPLE

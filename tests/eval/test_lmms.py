@@ -17,10 +17,19 @@ from PIL import Image
 import model.eval.lmms as package
 from model.data.image_io import read_image, read_mask
 from model.errors import MedPLIBError
-from model.eval.lmms import adapter, documents, scoring
+from model.eval.lmms import adapter, phantoms
 from model.eval.lmms.__main__ import lmms_eval_arguments, main
-from model.eval.lmms.answering import PointedRegion, Visuals, answer_in_order, read_visuals, text_with_masks
-from model.eval.lmms.arguments import ModelArguments, own_device, own_seed, read_generation, read_model_arguments
+from model.eval.lmms.adapter import (
+    ModelArguments,
+    Visuals,
+    answer_in_order,
+    own_device,
+    own_seed,
+    read_generation,
+    read_model_arguments,
+    read_visuals,
+)
+from model.eval.lmms.phantoms import PointedRegion, text_with_masks
 from model.eval.metrics.scores import score_predictions
 from model.eval.questions import Question, questions_of
 from model.inference.answer import Answer, Mask
@@ -209,7 +218,7 @@ def test_masks_survive_as_text(questions: list[Question]) -> None:
     arrays[0][3:9, 4:22] = True
     masks = [Mask.from_array(array, label, 0.5) for array, label in zip(arrays, ('a</mask>"<', ""), strict=True)]
     text = text_with_masks(Answer("The liver is <SEG> and <SEG>.", masks))
-    found = scoring.prediction_of(document, f"  {text}\n")
+    found = phantoms.prediction_of(document, f"  {text}\n")
     assert found.text == "The liver is <SEG> and <SEG>."
     assert found.masks == [mask.to_dict() for mask in masks]
 
@@ -220,8 +229,8 @@ def test_masks_survive_as_text(questions: list[Question]) -> None:
 )
 def test_what_is_no_mask_is_no_mask(questions: list[Question], answer: str) -> None:
     document = as_document(of_task(questions, "grounding")[0])
-    assert scoring.prediction_of(document, f"<SEG><mask>{answer}</mask>").masks == []
-    assert scoring.score_masks(document, [f"<SEG><mask>{answer}</mask>"])["mDice"]["score"] == 0.0
+    assert phantoms.prediction_of(document, f"<SEG><mask>{answer}</mask>").masks == []
+    assert phantoms.score_masks(document, [f"<SEG><mask>{answer}</mask>"])["mDice"]["score"] == 0.0
 
 
 def test_boxes_of_other_models_count_as_masks(questions: list[Question]) -> None:
@@ -230,32 +239,32 @@ def test_boxes_of_other_models_count_as_masks(questions: list[Question]) -> None
     wanted = read_mask(path)
     rows, columns = np.nonzero(wanted)
     box = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
-    items = scoring.score_masks(document, [f'```json\n[{{"bbox_2d": {box}, "label": "it"}}]\n```'])
-    assert items[scoring.BOX_METRIC]["score"] == 1.0
+    items = phantoms.score_masks(document, [f'```json\n[{{"bbox_2d": {box}, "label": "it"}}]\n```'])
+    assert items[phantoms.BOX_METRIC]["score"] == 1.0
     inside = wanted.sum() / ((box[2] - box[0]) * (box[3] - box[1]))
     assert items["mIoU"]["score"] == pytest.approx(inside)
-    nothing = scoring.score_masks(document, ["[9999, 9999, 10000, 10000] and (5, 5, 1, 1)"])
-    assert nothing["mIoU"]["score"] == nothing[scoring.BOX_METRIC]["score"] == 0.0
+    nothing = phantoms.score_masks(document, ["[9999, 9999, 10000, 10000] and (5, 5, 1, 1)"])
+    assert nothing["mIoU"]["score"] == nothing[phantoms.BOX_METRIC]["score"] == 0.0
 
 
 def test_scores_equal_those_of_the_project(engine: Engine, questions: list[Question]) -> None:
     for task, names in (
-        ("vqa", scoring.TEXT_METRICS),
-        ("region", scoring.TEXT_METRICS),
-        ("grounding", scoring.MASK_METRICS),
+        ("vqa", phantoms.TEXT_METRICS),
+        ("region", phantoms.TEXT_METRICS),
+        ("grounding", phantoms.MASK_METRICS),
     ):
         asked = of_task(questions, task)[::4]
         answers = answers_to(engine, asked)
         rows = [as_document(question) for question in asked]
-        score = scoring.score_masks if task == "grounding" else scoring.score_text
+        score = phantoms.score_masks if task == "grounding" else phantoms.score_text
         found: dict[str, list[Any]] = {}
         for row, answer in zip(rows, answers, strict=True):
             for name, item in score(row, [text_with_masks(answer)]).items():
                 found.setdefault(name, []).append(json.loads(json.dumps(item)))
         texts = [text_with_masks(answer) for answer in answers]
-        overall = score_predictions(map(scoring.prediction_of, rows, texts), samples=0).overall
+        overall = score_predictions(map(phantoms.prediction_of, rows, texts), samples=0).overall
         expected = {name: measure.value for name, measure in overall.items() if name in names and measure.count}
-        assert expected and {name: scoring.total(items) for name, items in found.items() if name in names} == expected
+        assert expected and {name: phantoms.total(items) for name, items in found.items() if name in names} == expected
 
 
 # --- documents ------------------------------------------------------------------------------------------------------
@@ -263,16 +272,16 @@ def test_scores_equal_those_of_the_project(engine: Engine, questions: list[Quest
 
 def test_regions_are_pointed_at_for_us_and_drawn_for_others(questions: list[Question]) -> None:
     document = as_document(of_task(questions, "region")[0])
-    assert documents.visuals(document, {"native": True}) == [document["image"], PointedRegion(document["regions"][0])]
-    assert "<region></region>" in documents.asked(document, {"native": True})
-    (drawn,) = documents.visuals(document)
+    assert phantoms.visuals(document, {"native": True}) == [document["image"], PointedRegion(document["regions"][0])]
+    assert "<region></region>" in phantoms.asked(document, {"native": True})
+    (drawn,) = phantoms.visuals(document)
     plain, region = read_image(document["image"]).pixels, read_mask(document["regions"][0])
     changed = (np.asarray(drawn) != plain).any(axis=-1)
     assert changed.any() and set(map(tuple, np.asarray(drawn)[changed])) == {(0, 255, 0)}
     rows, columns = np.nonzero(changed)
     inside_rows, inside_columns = np.nonzero(region)
     assert abs(rows.min() - inside_rows.min()) <= 2 and abs(columns.max() - inside_columns.max()) <= 2
-    asked = documents.asked(document, {"pre_prompt": "Look. ", "post_prompt": " ({width}x{height})"})
+    asked = phantoms.asked(document, {"pre_prompt": "Look. ", "post_prompt": " ({width}x{height})"})
     assert asked.startswith("Look. ") and "outlined in green" in asked
     assert asked.endswith(f"({plain.shape[1]}x{plain.shape[0]})")
 
@@ -281,7 +290,7 @@ def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
     record = {"id": "a", "image": "gone.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}] * 2}
     (question, *_) = questions_of(record, 3, tmp_path)
     with pytest.raises(MedPLIBError, match=r"record 3 \(a\).*gone\.png"):
-        documents.document_of(question, tmp_path / "x.json")
+        phantoms.document_of(question, tmp_path / "x.json")
 
 
 def read_task(path: Path) -> dict[str, Any]:
@@ -308,8 +317,8 @@ def test_task_files_name_functions_and_metrics_that_are_there() -> None:
             assert callable(getattr(importlib.import_module(module), attribute))
         listed = [metric["metric"] for metric in task["metric_list"]]
         if task.get("process_results", "").endswith("score_text"):
-            assert tuple(listed) == scoring.TEXT_METRICS
+            assert tuple(listed) == phantoms.TEXT_METRICS
         elif task.get("process_results", "").endswith("score_masks"):
-            assert tuple(listed) == (*scoring.MASK_METRICS, scoring.BOX_METRIC)
+            assert tuple(listed) == (*phantoms.MASK_METRICS, phantoms.BOX_METRIC)
     for name in parts:
         assert tasks[name]["lmms_eval_specific_kwargs"][package.MODEL_NAME] == {"native": True}

@@ -23,9 +23,9 @@ from PIL import Image
 import model.eval.lmms as package
 from model.data.image_io import read_mask
 from model.errors import MedPLIBError
-from model.eval.lmms import adapter, documents, scoring
-from model.eval.lmms.answering import Visuals, text_with_masks
-from model.eval.lmms.likelihood import score_continuations
+from model.eval.lmms import adapter, phantoms
+from model.eval.lmms.adapter import Visuals, score_continuations
+from model.eval.lmms.phantoms import text_with_masks
 from model.eval.metrics.scores import score_predictions
 from model.eval.questions import Question
 from model.inference.engine import Engine
@@ -186,9 +186,7 @@ def ask(lm: Any, rows: list[dict[str, Any]], native: bool = True, **generation: 
     lm.task_dict["t"] = {"test": rows}
     chosen = {"native": native}
     return [
-        Asked(
-            (documents.asked(row, chosen), generation, lambda row: documents.visuals(row, chosen), number, "t", "test")
-        )
+        Asked((phantoms.asked(row, chosen), generation, lambda row: phantoms.visuals(row, chosen), number, "t", "test"))
         for number, row in enumerate(rows)
     ]
 
@@ -312,10 +310,12 @@ def test_the_harness_gives_the_projects_scores(
     for task in ("vqa", "region", "grounding"):
         asked = of_task(questions, task)
         texts = [text_with_masks(answer) for answer in answers_to(engine, asked)]
-        rows = [scoring.prediction_of(as_document(question), text) for question, text in zip(asked, texts, strict=True)]
+        rows = [
+            phantoms.prediction_of(as_document(question), text) for question, text in zip(asked, texts, strict=True)
+        ]
         expected = {name: one.value for name, one in score_predictions(rows, samples=0).overall.items()}
         found = run["results"][f"medplib_phantoms_{task}"]
-        names = scoring.MASK_METRICS if task == "grounding" else scoring.TEXT_METRICS
+        names = phantoms.MASK_METRICS if task == "grounding" else phantoms.TEXT_METRICS
         assert {name: found[f"{name},none"] for name in names if f"{name},none" in found} == pytest.approx(
             {name: expected[name] for name in names if name in expected}
         )

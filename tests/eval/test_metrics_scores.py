@@ -99,7 +99,6 @@ def test_bleu_is_of_references_that_are_long_enough() -> None:
     both, alone = score_predictions([*short, long]), score_predictions([long])
     assert values(both)["BLEU-4"] == pytest.approx(values(alone)["BLEU-4"])
     assert counts(both)["BLEU-4"] == 1
-    assert np.isnan(both.per_row("BLEU-4")).tolist() == [True, True, True, False]
     closed = [asked(0, "Yes", "Yes", "closed"), grounded(1, [rle(0)], [rle(0)])]
     assert not [name for name in score_predictions(closed).overall if name.startswith("BLEU")]
 
@@ -310,16 +309,6 @@ def test_tables_and_json() -> None:
     assert told["by"]["kind"].keys() == {"(unnamed)", "presence"}
     assert told["metrics"]["error_rate"]["higher_is_better"] is False
     assert told["published_grounding"]["as written"]["mIoU"] == 1
-
-
-def test_rows_alone() -> None:
-    rows = [grounded(0, [rle(0, 1)], [rle(0)]), asked(1, "yes", "yes"), grounded(2, [rle(0), rle(1)], [rle(0)])]
-    found = score_predictions(rows)
-    assert found.keys == [("0", 0, 0), ("1", 0, 0), ("2", 0, 0)]
-    assert np.array_equal(found.per_row("mIoU"), [0.5, np.nan, 0.5], equal_nan=True)
-    assert np.array_equal(found.per_row("open_exact_match"), [np.nan, 1, np.nan], equal_nan=True)
-    with pytest.raises(MedPLIBError, match="no metric 'dice'"):
-        found.per_row("dice")
 
 
 def coins(number: int, right: list[bool], images: list[int]) -> Scores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from model.eval.metrics.published_text import format_table, most_similar
+from model.eval.metrics.published import format_table, most_similar
 from model.eval.metrics.text import ngram_matches, rouge_l, token_overlap, words
 
 

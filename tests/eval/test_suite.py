@@ -18,15 +18,13 @@ from model.data.builders.blind import blind_baseline
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval import suite_run
-from model.eval.journal import Journal
+from model.eval.asking import fingerprint, open_engine, run_folder
 from model.eval.metrics.definitions import metrics_for
 from model.eval.metrics.scores import score_predictions
-from model.eval.opening import fingerprint, open_engine, run_folder
 from model.eval.options import InferenceOptions
-from model.eval.places import Place
 from model.eval.predictions import read_predictions
-from model.eval.suite import DataSet, Suite, available_suites, load_suite
-from model.eval.suite_questions import write_questions
+from model.eval.processes import Journal, Place
+from model.eval.suite import DataSet, Suite, available_suites, load_suite, write_questions
 from model.eval.suite_run import SuiteOptions, SuiteOutcome, run_suite
 from model.inference.engine import Engine
 from tests.conftest import ROOT
@@ -318,8 +316,8 @@ def test_blind_baselines_are_those_of_the_builder(run: Run, tmp_path: Path):
 def test_blind_baselines_are_of_the_questions_that_were_asked(run: Run):
     result = run(limit=2).result
     assert result is not None
-    assert {by for by, _, _ in result.sets[0].blind} == {"", "kind"}
-    assert {kind for by, kind, _ in result.sets[0].blind if by} == {record["kind"] for record in ASKED[:2]}
+    assert {by for by, _, _ in result.sets[0].blind} == {"", "kind", "task"}
+    assert {kind for by, kind, _ in result.sets[0].blind if by == "kind"} == {record["kind"] for record in ASKED[:2]}
 
 
 def test_a_set_may_be_asked_as_published(run: Run, opened: list[InferenceOptions], tmp_path: Path):

@@ -16,13 +16,11 @@ from PIL import Image
 
 from model.drawing.charts import calibration, calibration_error, histogram
 from model.drawing.pages import LONGEST_TEXT, Column, element, interval, number, quoted, table
+from model.eval.pictures import MOST_BYTES, MOST_PICTURES, Pictures, data_uri, outlined
 from model.eval.predictions import Prediction, PredictionWriter
 from model.eval.report import HTML_FILE, JSON_FILE, MOST_MEGABYTES, SCORES_FILE, write_csv, write_report
-from model.eval.report_data import SetResult, SuiteResult
-from model.eval.report_failures import FailureCounter, RowScore
-from model.eval.report_pictures import MOST_BYTES, MOST_PICTURES, Pictures, data_uri, outlined
+from model.eval.results import ROW_COLUMNS, FailureCounter, RowScore, SetResult, SuiteResult, measure
 from model.eval.suite import DataSet, Known
-from model.eval.suite_results import ROW_COLUMNS, measure
 from model.inference.overlay import PALETTE
 from tests.eval.drawn import SIDE, Outline, painted, row, rows
 

@@ -15,13 +15,12 @@ from PIL import Image
 
 from model.errors import MedPLIBError
 from model.eval import vqa_infer
-from model.eval.flags import parse_flags
-from model.eval.journal import journal_path, part_path, read_journal
-from model.eval.opening import check_config, open_engine
+from model.eval.asking import check_config, open_engine
 from model.eval.options import InferenceOptions
-from model.eval.places import Place, chunk
 from model.eval.predictions import Prediction, match_references, read_predictions
+from model.eval.processes import Place, chunk, journal_path, part_path, read_journal
 from model.eval.run import Outcome, run_inference
+from model.eval.vqa_infer import parse_flags
 from model.inference.engine import Engine
 from model.processing.masks import decode_rle
 from tests.tiny import tiny_config

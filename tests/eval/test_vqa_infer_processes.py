@@ -15,7 +15,7 @@ import pytest
 
 from model.eval import vqa_infer
 from model.eval.options import InferenceOptions
-from model.eval.places import Place
+from model.eval.processes import Place
 from model.eval.run import Outcome, run_inference
 
 ROOT = Path(__file__).resolve().parents[2]

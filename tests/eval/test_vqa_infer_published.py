@@ -13,8 +13,8 @@ from PIL import Image
 
 from model.eval.metrics import score_predictions
 from model.eval.options import InferenceOptions
-from model.eval.places import Place
 from model.eval.predictions import Prediction, read_predictions
+from model.eval.processes import Place
 from model.eval.run import run_inference, segmentation_scores
 
 

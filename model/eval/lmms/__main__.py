@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -37,74 +38,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import lmms_eval.__main__ as harness
     from lmms_eval.models import MODEL_REGISTRY_V2
 
+    evaluate, failed = harness.cli_evaluate_single, False
+
+    def evaluate_loudly(*values: Any, **options: Any) -> Any:
+        """The harness's evaluation, whose failures it would otherwise print and end in success."""
+        nonlocal failed
+        try:
+            return evaluate(*values, **options)
+        except Exception as error:
+            cause: BaseException | None = error  # ours may be wrapped: the harness tries tasks again
+            while cause is not None and not isinstance(cause, MedPLIBError):
+                cause = cause.__cause__
+            if cause is not None:
+                raise SystemExit(_refuse(cause)) from error
+            failed = True
+            raise
+
     MODEL_REGISTRY_V2.register_manifest(registered, overwrite=True)
-    run = _Loud(harness.cli_evaluate_single)
-    harness.cli_evaluate_single = run
+    harness.cli_evaluate_single = evaluate_loudly
     sys.argv = ["lmms-eval", *command]
     try:
         harness.cli_evaluate()
     finally:
-        harness.cli_evaluate_single = run.evaluate
-    return 1 if run.failed else 0
+        harness.cli_evaluate_single = evaluate
+    return 1 if failed else 0
 
 
 def lmms_eval_arguments(given: Sequence[str]) -> tuple[list[str], str | None]:
-    """The harness's arguments: ours are taken out, model and task folder put in.
-
-    Returns:
-        The arguments, and the folder of ``--data``.
+    """The harness's arguments, ours taken out, model and task folder put in; and the folder of ``--data``.
 
     Raises:
         MedPLIBError: ``--data`` is no folder, or ``--include_path`` is given.
     """
-    rest = list(given)
-    data = _take(rest, "--data")
-    if data is not None and not Path(data).is_dir():
-        raise MedPLIBError(f"the folder {data} is not there; give one of medplib data build phantom")
-    if any(argument.split("=")[0] == "--include_path" for argument in rest):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--data")
+    try:
+        options, rest = parser.parse_known_args(given)
+    except argparse.ArgumentError as error:
+        raise MedPLIBError("--data has no value; give a folder behind it") from error
+    if options.data is not None and not Path(options.data).is_dir():
+        raise MedPLIBError(f"the folder {options.data} is not there; give one of medplib data build phantom")
+    names = {argument.split("=")[0] for argument in rest}
+    if "--include_path" in names:
         raise MedPLIBError("--include_path is MedPLIB's own task folder here; call lmms-eval itself to use another")
-    if not any(argument.split("=")[0] == "--model" for argument in rest):
-        rest += ["--model", MODEL_NAME]
-    return [*rest, "--include_path", str(TASKS)], data
-
-
-def _take(arguments: list[str], name: str) -> str | None:
-    """Remove an option and its value from ``arguments``; None where it is not there."""
-    for place, argument in enumerate(arguments):
-        if argument.startswith(f"{name}="):
-            del arguments[place]
-            return argument.split("=", 1)[1]
-        if argument == name:
-            if place + 1 == len(arguments):
-                raise MedPLIBError(f"{name} has no value; give one behind it")
-            value = arguments[place + 1]
-            del arguments[place : place + 2]
-            return value
-    return None
-
-
-class _Loud:
-    """The harness's evaluation, whose failures it would otherwise print and end in success."""
-
-    def __init__(self, evaluate: Any) -> None:
-        self.evaluate, self.failed = evaluate, False
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        try:
-            return self.evaluate(*arguments, **options)
-        except Exception as error:
-            sentence = _own_error(error)
-            if sentence is not None:
-                raise SystemExit(_refuse(sentence)) from error
-            self.failed = True
-            raise
-
-
-def _own_error(error: BaseException | None) -> MedPLIBError | None:
-    """The error of ours that an error is or comes from; the harness wraps those of tasks after trying them again."""
-    while error is not None and not isinstance(error, MedPLIBError):
-        error = error.__cause__
-    return error
+    named = [] if "--model" in names else ["--model", MODEL_NAME]
+    return [*rest, *named, "--include_path", str(TASKS)], options.data
 
 
 def _refuse(error: MedPLIBError) -> int:

@@ -2,8 +2,7 @@
 
 from model.eval.metrics.comparing import Comparison, Difference, compare
 from model.eval.metrics.definitions import CONVENTIONS, Metric
-from model.eval.metrics.published_masks import PublishedMasks
-from model.eval.metrics.published_text import PublishedText
+from model.eval.metrics.published import PublishedMasks, PublishedText
 from model.eval.metrics.scores import DIMENSIONS, Measure, Scores, score_predictions
 
 __all__ = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,32 +14,24 @@ from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, flipped_s
 from model.eval.metrics.definitions import Metric
 from model.eval.metrics.scores import RowKey, Scores, spread
 from model.eval.metrics.tables import aligned, number, span
+from model.eval.predictions import named
 
-_NAMED = 5  # mismatches told in a refusal
 _SLACK = 1e-12  # differences of this size are rounding
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two runs.
+    """One metric of two runs."""
 
-    Attributes:
-        first: its value in the first run.
-        second: its value in the second.
-        difference: second − first.
-        low: lower end of the difference's 95 % interval (paired bootstrap over images); NaN with fewer than two images.
-        high: its upper end.
-        p_value: two-sided, of a permutation test that exchanges the two runs' answers image by image; NaN likewise.
-        count: things the first run's value was taken over.
-    """
-
-    first: float
-    second: float
-    difference: float
+    first: float  # its value in the first run
+    second: float  # its value in the second
+    difference: float  # second − first
+    # lower end of the difference's 95 % interval (paired bootstrap over images); NaN with fewer than two images.
     low: float
-    high: float
+    high: float  # its upper end
+    # two-sided, of a permutation test that exchanges the two runs' answers image by image; NaN likewise.
     p_value: float
-    count: int
+    count: int  # things the first run's value was taken over
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready mapping; null for NaN."""
@@ -80,12 +72,12 @@ class Comparison:
         """
         return self._cached(dimension)
 
-    def table(self, by: str | None = None) -> str:
-        """The differences as text, overall or for each group."""
+    def table(self, by: str | None = None, only: Sequence[str] = ()) -> str:
+        """The differences as text, overall or for each group; ``only`` names the metrics that are shown."""
         lines = [[by or "", "metric", "first", "second", "difference", "95 % interval", "p", "n"]]
         for group, found in self._cached(by).items():
             for metric in self.metrics:
-                if metric.name in found and (by is None or metric.headline):
+                if metric.name in found and (metric.name in only if only else by is None or metric.headline):
                     lines.append([group if by else "", metric.name, *_cells(found[metric.name])])
         lines = lines if by else [line[1:] for line in lines]
         return aligned(lines, left=(0, 1, 5) if by else (0, 4))
@@ -125,7 +117,7 @@ class Comparison:
         runs = (self.first, self.second)
         data = (self.first.data[rows], self.second.data[self._order[rows]])
         values = [self._values(run, part.sum(axis=0)) for run, part in zip(runs, data, strict=True)]
-        clusters = [cluster_sums(part, self.first.images[rows]) for part in data]
+        clusters = [cluster_sums(part, self.first.clusters[rows]) for part in data]
         drawn = flipped = np.full((len(self.metrics), 1), np.nan)
         if len(clusters[0]) > 1:
             width = clusters[0].shape[1]
@@ -142,7 +134,9 @@ class Comparison:
             if math.isnan(first) or math.isnan(second):
                 continue
             ends = interval(drawn[index])
-            p_value = _p_value(second - first, flipped[index])
+            kept = np.abs(flipped[index][~np.isnan(flipped[index])])
+            further = np.count_nonzero(kept >= abs(second - first) - _SLACK)
+            p_value = (1 + further) / (1 + kept.size) if kept.size else math.nan
             found[metric.name] = Difference(first, second, second - first, *ends, p_value, int(counts(metric.count)))
         return found
 
@@ -184,10 +178,10 @@ def compare(first: Scores, second: Scores, *, permutations: int = 2000) -> Compa
     order = np.array([places[key] for key in first.keys])
     differing = np.flatnonzero(first.references != second.references[order])
     if differing.size:
-        told = ", ".join(_tell(first.keys[index]) for index in differing[:_NAMED])
+        told = named([_tell(first.keys[index]) for index in differing])
         raise MedPLIBError(
-            f"the runs have different reference answers for {differing.size} questions ({told}"
-            f"{', …' if differing.size > _NAMED else ''}); compare runs over the same data file"
+            f"the runs have different reference answers for {differing.size} questions ({told}); compare runs over the "
+            "same data file"
         )
     return Comparison(first, second, order, permutations)
 
@@ -209,12 +203,7 @@ def _check_keys(first: Scores, second: Scores, places: dict[RowKey, int]) -> Non
         "only in the first": [key for key in first.keys if key not in places],
         "only in the second": [key for key in second.keys if key not in known],
     }
-    told = [
-        f"{len(keys)} {kind} ({', '.join(_tell(key) for key in islice(keys, _NAMED))}"
-        f"{', …' if len(keys) > _NAMED else ''})"
-        for kind, keys in kinds.items()
-        if keys
-    ]
+    told = [f"{len(keys)} {kind} ({named([*map(_tell, keys)])})" for kind, keys in kinds.items() if keys]
     if told:
         raise MedPLIBError(
             f"the runs do not answer the same questions: {'; '.join(told)}; finish or repeat one of them"
@@ -223,13 +212,6 @@ def _check_keys(first: Scores, second: Scores, places: dict[RowKey, int]) -> Non
 
 def _tell(key: RowKey) -> str:
     return " ".join([key[0], *([f"turn {key[1]}"] if key[1] else []), *([f"(number {key[2] + 1})"] if key[2] else [])])
-
-
-def _p_value(difference: float, permuted: np.ndarray) -> float:
-    kept = permuted[~np.isnan(permuted)]
-    if not kept.size:
-        return float("nan")
-    return float((1 + np.count_nonzero(np.abs(kept) >= abs(difference) - _SLACK)) / (1 + kept.size))
 
 
 def _cells(found: Difference) -> list[str]:

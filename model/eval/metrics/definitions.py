@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -37,34 +38,25 @@ CONVENTIONS = {
     "masks apart, in pixels.",
     "errors": "A row that could not be answered is wrong, and its masks are empty; for an absent target it scores 0 in "
     "gIoU and is left out of the false-mask rates.",
-    "intervals": "95 % percentile intervals of a bootstrap that draws whole images, with all their questions.",
+    "intervals": "95 % percentile intervals of a bootstrap that draws whole images, with all their questions; whole "
+    "patients where the records name them.",
 }
 """What the numbers take for granted, a sentence or two on each subject."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number computed from sums over rows.
+    """One number computed from sums over rows."""
 
-    Attributes:
-        name: with ``@0.5`` behind it where masks of that threshold are meant.
-        meaning: a sentence for people.
-        compute: the value, NaN where there is nothing to compute it from.
-        count: column whose sum says over how many things the value was taken.
-        higher_is_better: False for error rates and distances.
-        unit: ``mm`` or ``px`` for distances, else empty.
-        headline: whether tables that split by modality and the like show it.
-        among: column of the rows that it could be taken over; where it is taken over none of these, tables show –. As
-            ``count`` where empty.
-    """
-
-    name: str
-    meaning: str
-    compute: Callable[[Sums], np.ndarray]
-    count: str
-    higher_is_better: bool = True
-    unit: str = ""
-    headline: bool = False
+    name: str  # with ``@0.5`` behind it where masks of that threshold are meant
+    meaning: str  # a sentence for people
+    compute: Callable[[Sums], np.ndarray]  # the value, NaN where there is nothing to compute it from
+    count: str  # column whose sum says over how many things the value was taken
+    higher_is_better: bool = True  # False for error rates and distances
+    unit: str = ""  # ``mm`` or ``px`` for distances, else empty
+    headline: bool = False  # whether tables that split by modality and the like show it
+    # column of the rows that it could be taken over; where it is taken over none of these, tables show –. As
+    # ``count`` where empty.
     among: str = ""
 
 
@@ -75,17 +67,14 @@ def mark(threshold: float | None) -> str:
 
 def metrics_for(thresholds: Sequence[float | None] = (None,), surface: bool = False) -> tuple[Metric, ...]:
     """All metrics in the order of the tables."""
-    found = [*_text_metrics()]
-    for threshold in thresholds:
-        found += _mask_metrics(mark(threshold))
-        found += _surface_metrics(mark(threshold)) if surface else []
-    found += _presence_metrics()
-    for threshold in thresholds:
-        found += _false_mask_metrics(mark(threshold))
-    found.append(
-        _ratio("error_rate", "rows that could not be answered", "error", "row", higher_is_better=False, headline=True)
-    )
-    return tuple(found)
+    found = [*_ratios(_ANSWERS), *map(_bleu, BLEU_ORDERS), *_ratios(_ROUGE)]
+    for at in map(mark, thresholds):
+        overlap = _ratios(_OVERLAP, at)
+        micro = Metric(f"micro_Dice{at}", "Dice of all pixels together", _micro_dice(at), "mask")
+        found += [*overlap[:2], micro, *overlap[2:], *(_ratios(_SURFACE, at) if surface else ())]
+    found += _ratios(_PRESENCE)
+    found += [metric for at in map(mark, thresholds) for metric in _ratios(_FALSE_MASKS, at)]
+    return (*found, *_ratios(_ERRORS))
 
 
 def columns_for(thresholds: Sequence[float | None] = (None,), surface: bool = False) -> tuple[str, ...]:
@@ -104,43 +93,63 @@ def columns_for(thresholds: Sequence[float | None] = (None,), surface: bool = Fa
     return (*names, "unscored")
 
 
-def _ratio(
-    name: str,
-    meaning: str,
-    above: str,
-    below: str,
-    *,
-    count: str = "",
-    higher_is_better: bool = True,
-    unit: str = "",
-    headline: bool = False,
-) -> Metric:
-    def compute(sums: Sums) -> np.ndarray:
-        return _divide(sums(above), sums(below))
+# Sums divided by sums: name and column above the line (@ takes the threshold's mark), column below, the column that
+# says over how many things the value is taken, flags (h: headline, l: lower is better), meaning.
+_ANSWERS = """
+closed_accuracy    | closed_hit | closed | closed | h | closed questions answered right
+open_exact_match| exact       | open   | open   | h | open answers with exactly the reference's words, numbers and signs
+token_recall       | recall     | open   | open   |   | share of the reference's words that the answer has
+token_F1           | f1         | open   | open   | h | F1 of the words of answer and reference
+"""
+_ROUGE = "ROUGE-L | rouge_l | open | open | | F1 of the longest common subsequence of words"
+_OVERLAP = """
+mDice@        | dice@         | mask       | mask      | h | mean Dice of the reference masks
+mIoU@         | iou@          | mask       | mask      | h | mean IoU of the reference masks (macro)
+micro_IoU@    | inter@        | union@     | mask      |   | IoU of all pixels together
+mDice_matched@| dice_matched@ | mask       | mask      |   | mean Dice in the best order of the masks
+mIoU_matched@ | iou_matched@  | mask       | mask      |   | mean IoU in the best order of the masks
+gIoU@         | row_iou@      | grounding  | grounding | h | mean IoU of rows, absent targets included
+cIoU@         | row_inter@    | row_union@ | grounding |   | cumulative IoU of rows, absent targets included
+"""
+_SURFACE = "".join(
+    f"""
+HD95_{unit}@ | hd95_{unit}@ | surface_{unit} | surface_{unit} | hl{unit} | 95th percentile of outline distances {told}
+NSD_{unit}@  | nsd_{unit}@  | surface_{unit} | surface_{unit} |          | outline within the tolerance {told}
+"""
+    for unit, told in (("mm", "in mm"), ("px", "in pixels, of masks without a known spacing"))
+)
+_PRESENCE = """
+SEG_emission_rate | seg       | target | target | h | rows with a target whose answer says <SEG>
+refused_rate      | refused   | target | target | l | rows with a target whose answer has no mask
+extra_mask_rate   | extra     | target | target | l | rows with a target whose answer has more masks than the reference
+false_SEG_rate    | false_seg | absent | absent | l | rows with an absent target whose answer says <SEG>
+"""
+_FALSE_MASKS = """
+false_mask_rate@   | false_mask@   | absent     | absent     | hl | rows with an absent target where a mask is painted
+unasked_mask_rate@ | unasked_mask@ | words_only | words_only | l  | questions of words alone where a mask is painted
+"""
+_ERRORS = "error_rate | error | row | row | hl | rows that could not be answered"
 
-    return Metric(name, meaning, compute, count or below, higher_is_better, unit, headline)
+
+def _ratios(table: str, at: str = "") -> list[Metric]:
+    found = []
+    for line in table.strip().splitlines():
+        if line.strip():
+            *columns, flags, meaning = (cell.strip() for cell in line.split("|"))
+            name, above, below, count = (column.replace("@", at) for column in columns)
+            unit = next((unit for unit in ("mm", "px") if unit in flags), "")
+            compute = partial(_ratio, above, below)
+            found.append(Metric(name, meaning, compute, count, "l" not in flags, unit, "h" in flags))
+    return found
+
+
+def _ratio(above: str, below: str, sums: Sums) -> np.ndarray:
+    return _divide(sums(above), sums(below))
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(below > 0, above / below, np.nan)
-
-
-def _text_metrics() -> list[Metric]:
-    return [
-        _ratio("closed_accuracy", "closed questions answered right", "closed_hit", "closed", headline=True),
-        _ratio(
-            "open_exact_match",
-            "open answers with exactly the reference's words, numbers and signs",
-            "exact",
-            "open",
-            headline=True,
-        ),
-        _ratio("token_recall", "share of the reference's words that the answer has", "recall", "open"),
-        _ratio("token_F1", "F1 of the words of answer and reference", "f1", "open", headline=True),
-        *(_bleu(order) for order in BLEU_ORDERS),
-        _ratio("ROUGE-L", "F1 of the longest common subsequence of words", "rouge_l", "open"),
-    ]
 
 
 def _bleu(order: int) -> Metric:
@@ -159,85 +168,8 @@ def _bleu(order: int) -> Metric:
     return Metric(f"BLEU-{order}", meaning, compute, f"bleu_{order}", among="open")
 
 
-def _mask_metrics(at: str) -> list[Metric]:
-    return [
-        _ratio(f"mDice{at}", "mean Dice of the reference masks", f"dice{at}", "mask", headline=True),
-        _ratio(f"mIoU{at}", "mean IoU of the reference masks (macro)", f"iou{at}", "mask", headline=True),
-        Metric(f"micro_Dice{at}", "Dice of all pixels together", _micro_dice(at), "mask"),
-        _ratio(f"micro_IoU{at}", "IoU of all pixels together", f"inter{at}", f"union{at}", count="mask"),
-        _ratio(f"mDice_matched{at}", "mean Dice in the best order of the masks", f"dice_matched{at}", "mask"),
-        _ratio(f"mIoU_matched{at}", "mean IoU in the best order of the masks", f"iou_matched{at}", "mask"),
-        _ratio(f"gIoU{at}", "mean IoU of rows, absent targets included", f"row_iou{at}", "grounding", headline=True),
-        _ratio(
-            f"cIoU{at}",
-            "cumulative IoU of rows, absent targets included",
-            f"row_inter{at}",
-            f"row_union{at}",
-            count="grounding",
-        ),
-    ]
-
-
 def _micro_dice(at: str) -> Callable[[Sums], np.ndarray]:
     def compute(sums: Sums) -> np.ndarray:
         return _divide(2 * sums(f"inter{at}"), sums(f"union{at}") + sums(f"inter{at}"))
 
     return compute
-
-
-def _surface_metrics(at: str) -> list[Metric]:
-    found = []
-    for unit, told in (("mm", "in mm"), ("px", "in pixels, of masks without a known spacing")):
-        found += [
-            _ratio(
-                f"HD95_{unit}{at}",
-                f"95th percentile of outline distances {told}",
-                f"hd95_{unit}{at}",
-                f"surface_{unit}",
-                higher_is_better=False,
-                unit=unit,
-                headline=True,
-            ),
-            _ratio(f"NSD_{unit}{at}", f"outline within the tolerance {told}", f"nsd_{unit}{at}", f"surface_{unit}"),
-        ]
-    return found
-
-
-def _presence_metrics() -> list[Metric]:
-    return [
-        _ratio("SEG_emission_rate", "rows with a target whose answer says <SEG>", "seg", "target", headline=True),
-        _ratio(
-            "extra_mask_rate",
-            "rows with a target whose answer has more masks than the reference",
-            "extra",
-            "target",
-            higher_is_better=False,
-        ),
-        _ratio(
-            "false_SEG_rate",
-            "rows with an absent target whose answer says <SEG>",
-            "false_seg",
-            "absent",
-            higher_is_better=False,
-        ),
-    ]
-
-
-def _false_mask_metrics(at: str) -> list[Metric]:
-    return [
-        _ratio(
-            f"false_mask_rate{at}",
-            "rows with an absent target where a mask is painted",
-            f"false_mask{at}",
-            "absent",
-            higher_is_better=False,
-            headline=True,
-        ),
-        _ratio(
-            f"unasked_mask_rate{at}",
-            "questions of words alone where a mask is painted",
-            f"unasked_mask{at}",
-            "words_only",
-            higher_is_better=False,
-        ),
-    ]

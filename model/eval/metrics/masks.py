@@ -19,17 +19,11 @@ Spacing = tuple[float, float]
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Areas and intersections of P predicted and G reference masks, in pixels.
+    """Areas and intersections of P predicted and G reference masks, in pixels."""
 
-    Attributes:
-        predicted: P areas.
-        wanted: G areas.
-        intersections: P rows of G.
-    """
-
-    predicted: list[int]
-    wanted: list[int]
-    intersections: list[list[int]]
+    predicted: list[int]  # P areas
+    wanted: list[int]  # G areas
+    intersections: list[list[int]]  # P rows of G
 
     def pair(self, prediction: int | None, reference: int) -> tuple[int, int]:
         """Intersection and union of one pair; a prediction of None is an empty mask."""

@@ -24,19 +24,12 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What is scored.
+    """What is scored."""
 
-    Attributes:
-        thresholds: of ``masks_at``; None are the masks as they were written.
-        surface: also compute HD95 and surface Dice, which decodes every mask.
-        tolerance_mm: of the surface Dice where the spacing is known.
-        tolerance_px: of the surface Dice where it is not.
-    """
-
-    thresholds: tuple[float | None, ...] = (None,)
-    surface: bool = False
-    tolerance_mm: float = 2.0
-    tolerance_px: float = 2.0
+    thresholds: tuple[float | None, ...] = (None,)  # of ``masks_at``; None are the masks as they were written
+    surface: bool = False  # also compute HD95 and surface Dice, which decodes every mask
+    tolerance_mm: float = 2.0  # of the surface Dice where the spacing is known
+    tolerance_px: float = 2.0  # of the surface Dice where it is not
 
 
 def is_closed(prediction: Prediction) -> bool:
@@ -69,7 +62,7 @@ def score_row(prediction: Prediction, settings: RowSettings) -> RowScore:
     row: Row = {"row": 1, "error": float(prediction.failed)}
     task = task_of(prediction)
     if task != "grounding":
-        row |= _closed_row(prediction) if is_closed(prediction) else _open_row(prediction)
+        row |= _open_row(prediction) if not is_closed(prediction) else {"closed": 1, "closed_hit": _right(prediction)}
     try:
         masks = _mask_row(prediction, task, settings)
     except MedPLIBError as error:
@@ -80,10 +73,8 @@ def score_row(prediction: Prediction, settings: RowSettings) -> RowScore:
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def _closed_row(prediction: Prediction) -> Row:
-    options = options_of(prediction.prompt)
-    right = not prediction.failed and closed_match(prediction.text, prediction.gt, options)
-    return {"closed": 1, "closed_hit": right}
+def _right(prediction: Prediction) -> bool:
+    return not prediction.failed and closed_match(prediction.text, prediction.gt, options_of(prediction.prompt))
 
 
 def _open_row(prediction: Prediction) -> Row:
@@ -122,7 +113,8 @@ def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> RowSc
     if task == "grounding" and prediction.gt_masks is None:
         return RowScore({"unscored": 1}, {})
     if not wanted and task != "grounding":
-        return RowScore(_words_only_row(prediction, painted), {})
+        any_painted = {f"unasked_mask{mark(at)}": any(overlaps(masks, ()).predicted) for at, masks in painted.items()}
+        return RowScore({} if prediction.failed else {"words_only": 1, **any_painted}, {})
     found = {threshold: overlaps(masks, wanted) for threshold, masks in painted.items()}
     in_order = {
         threshold: [(index if index < len(painted[threshold]) else None, index) for index in range(len(wanted))]
@@ -137,6 +129,7 @@ def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> RowSc
         "mask": len(wanted),
         "seg": _speaks_of_masks(prediction),
         "extra": len(prediction.masks) > len(wanted),
+        "refused": not prediction.masks,
     }
     for threshold, masks in painted.items():
         row |= _overlap_row(masks, wanted, found[threshold], pairs[threshold], prediction.failed, mark(threshold))
@@ -189,15 +182,6 @@ def _speaks_of_masks(prediction: Prediction) -> bool:
     return SEG_TOKEN in prediction.text or any(mask.get("spoken", True) for mask in prediction.masks)
 
 
-def _words_only_row(prediction: Prediction, painted: dict[float | None, list[CocoRle]]) -> Row:
-    if prediction.failed:
-        return {}
-    any_painted = {
-        f"unasked_mask{mark(threshold)}": any(overlaps(masks, ()).predicted) for threshold, masks in painted.items()
-    }
-    return {"words_only": 1, **any_painted}
-
-
 def _absent_row(prediction: Prediction, found: dict[float | None, Overlaps]) -> Row:
     if prediction.failed:
         return {"grounding": 1}
@@ -210,12 +194,7 @@ def _absent_row(prediction: Prediction, found: dict[float | None, Overlaps]) -> 
 
 
 def _overlap_row(
-    painted: Sequence[CocoRle],
-    wanted: Sequence[CocoRle],
-    found: Overlaps,
-    pairs: Sequence[Pair],
-    failed: bool,
-    at: str,
+    painted: Sequence[CocoRle], wanted: Sequence[CocoRle], found: Overlaps, pairs: Sequence[Pair], failed: bool, at: str
 ) -> Row:
     row = _pair_sums(pairs, failed, at)
     if len(painted) <= 1 and len(wanted) == 1:

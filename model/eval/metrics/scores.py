@@ -16,12 +16,12 @@ from model.data.schema import modality_of
 from model.errors import MedPLIBError
 from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, interval
 from model.eval.metrics.definitions import CONVENTIONS, Metric, Sums, columns_for, metrics_for
-from model.eval.metrics.published_masks import PublishedMasks
+from model.eval.metrics.published import PublishedMasks
 from model.eval.metrics.rows import RowSettings, score_row, task_of
 from model.eval.metrics.tables import grouped_table, overall_table
-from model.eval.predictions import Prediction
+from model.eval.predictions import Prediction, named
 
-DIMENSIONS = ("task", "kind", "modality", "structure", "dataset")
+DIMENSIONS = ("task", "kind", "modality", "structure", "dataset", "absent_kind", "patient")
 """What tables can be split by."""
 
 UNNAMED = "(unnamed)"
@@ -30,7 +30,6 @@ UNNAMED = "(unnamed)"
 RowKey = tuple[str, int, int]
 """Question id as text, turn, and how many rows with both came before: published files may number from 0 twice."""
 
-_NAMED = 5  # repeated predictions named in the error
 _BLOCK = 4096  # rows of an array that grows by blocks
 
 
@@ -89,31 +88,23 @@ def score_predictions(
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Per-row numbers of one run and the metrics computed from them.
+    """Per-row numbers of one run and the metrics computed from them."""
 
-    Attributes:
-        settings: what was scored.
-        keys: of the rows, in the order they came.
-        columns: names of the data's columns.
-        data: float64 [N, C]: what each row adds to each column.
-        images: int32 [N]: number of the row's image; rows of one image are resampled together.
-        references: uint32 [N]: checksum of the row's reference answer and masks.
-        groups: for each dimension the group number of each row, int32 [N], and the groups' names.
-        samples: bootstrap resamplings.
-        seed: of the resampling.
-        published_masks: for each threshold the published grounding numbers, over every reference mask and the
-            predicted one of the same number.
-    """
-
-    settings: RowSettings
-    keys: list[RowKey] = field(repr=False)
-    columns: tuple[str, ...] = field(repr=False)
-    data: np.ndarray = field(repr=False)
-    images: np.ndarray = field(repr=False)
-    references: np.ndarray = field(repr=False)
+    settings: RowSettings  # what was scored
+    keys: list[RowKey] = field(repr=False)  # of the rows, in the order they came
+    columns: tuple[str, ...] = field(repr=False)  # names of the data's columns
+    data: np.ndarray = field(repr=False)  # float64 [N, C]: what each row adds to each column
+    images: np.ndarray = field(repr=False)  # int32 [N]: number of the row's image
+    # int32 [N]: number of the row's patient, of its image where that is not known; rows with the same one are
+    # resampled together.
+    clusters: np.ndarray = field(repr=False)
+    references: np.ndarray = field(repr=False)  # uint32 [N]: checksum of the row's reference answer and masks
+    # for each dimension the group number of each row, int32 [N], and the groups' names.
     groups: Mapping[str, tuple[np.ndarray, list[str]]] = field(repr=False)
-    samples: int = 1000
-    seed: int = 0
+    samples: int = 1000  # bootstrap resamplings
+    seed: int = 0  # of the resampling
+    # for each threshold the published grounding numbers, over every reference mask and the predicted one of the same
+    # number.
     published_masks: Mapping[float | None, PublishedMasks] = field(default_factory=dict, repr=False)
     _found: dict[str, tuple[dict[str, Measures], Measures]] = field(default_factory=dict, repr=False)
 
@@ -140,21 +131,25 @@ class Scores:
     def mean_over(self, dimension: str) -> Measures:
         """Unweighted mean of each metric over the groups that have it (the paper's “overall” over modalities).
 
-        ``count`` is the number of groups.
+        ``count`` is the number of groups. Intervals of the mean over patients draw whole patients.
         """
-        return self._split(dimension)[1]
+        return self._over_patients if dimension == "patient" else self._split(dimension)[1]
 
-    def per_row(self, name: str) -> np.ndarray:
-        """One metric of each row alone, float64 [N]; NaN for rows it says nothing about.
-
-        Raises:
-            MedPLIBError: there is no such metric in these scores.
-        """
-        metric = next((metric for metric in self.metrics if metric.name == name), None)
-        if metric is None:
-            raise MedPLIBError(f"there is no metric {name!r:.80}; choose of {', '.join(m.name for m in self.metrics)}")
-        sums = self.sums_of(self.data)
-        return np.where(sums(metric.count) > 0, metric.compute(sums), np.nan)
+    @cached_property
+    def _over_patients(self) -> Measures:
+        codes, names = self.groups["patient"]
+        rows = np.isin(codes, [index for index, name in enumerate(names) if name != UNNAMED])
+        sums = cluster_sums(self.data[rows], codes[rows])
+        if not len(sums):
+            return {}
+        read = self.sums_of(sums)
+        values = np.stack([np.asarray(metric.compute(read), dtype=np.float64) for metric in self.metrics], axis=1)
+        known = ~np.isnan(values)  # patients that the metric says anything about, bool [P, M]
+        counts, totals = known.sum(axis=0), np.nansum(values, axis=0)
+        drawn = bootstrap_sums(np.concatenate([np.nan_to_num(values), known], axis=1), self.samples, (self.seed, 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means = np.where(counts > 1, drawn[:, : len(counts)] / drawn[:, len(counts) :], np.nan)
+            return self._means(totals / counts, means.T, counts)
 
     def table(self, by: str | None = None) -> str:
         """The metrics as text: all of them overall, or the main ones for each group of a dimension."""
@@ -165,10 +160,10 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready mapping: rows, settings, conventions, metrics and all tables."""
-        told = {name: {key: m.to_dict() for key, m in self.mean_over(name).items()} for name in self.dimensions}
         return {
             "rows": len(self.keys),
             "images": int(np.unique(self.images).size),
+            "patients": sum(name != UNNAMED for name in self.groups["patient"][1]),
             "errors": int(self.total("error")),
             "grounding_rows_without_reference_masks": int(self.total("unscored")),
             "settings": {
@@ -181,22 +176,12 @@ class Scores:
             },
             "conventions": dict(CONVENTIONS),
             "metrics": {
-                metric.name: {
-                    "meaning": metric.meaning,
-                    "higher_is_better": metric.higher_is_better,
-                    "unit": metric.unit,
-                }
-                for metric in self.metrics
+                m.name: {"meaning": m.meaning, "higher_is_better": m.higher_is_better, "unit": m.unit}
+                for m in self.metrics
             },
-            "overall": {name: measure.to_dict() for name, measure in self.overall.items()},
-            "by": {
-                name: {
-                    group: {key: measure.to_dict() for key, measure in measures.items()}
-                    for group, measures in self.by(name).items()
-                }
-                for name in self.dimensions
-            },
-            "mean_over": told,
+            "overall": _plain(self.overall),
+            "by": {name: {group: _plain(m) for group, m in self.by(name).items()} for name in self.dimensions},
+            "mean_over": {name: _plain(self.mean_over(name)) for name in self.dimensions},
             "published_grounding": {
                 "as written" if threshold is None else f"{threshold:g}": masks.to_dict()
                 for threshold, masks in self.published_masks.items()
@@ -231,18 +216,31 @@ class Scores:
         ends = np.searchsorted(codes[order], np.arange(1, len(names) + 1))
         members = np.split(order, ends[:-1]) if names else []
         found: dict[str, Measures] = {}
-        pooled = _Mean(self.metrics, self.samples)
+        total = np.zeros((len(self.metrics), 1 + self.samples))  # the values, then the replicates
+        known = np.zeros(total.shape, dtype=int)
         for index in sorted(range(len(names)), key=lambda index: names[index]):
             stream = zlib.crc32(names[index].encode("utf-8", "surrogatepass"))  # groups are drawn independently
             found[names[index]], values, replicates = self._measure(members[index], stream)
-            pooled.add(values, replicates)
-        return found, pooled.measures()
+            both = np.concatenate([values[:, None], replicates], axis=1)
+            total += np.nan_to_num(both)
+            known += ~np.isnan(both)
+        counts, drawn = known[:, 0], known[:, 1:]
+        means = total / np.maximum(known, 1)  # a resampling in which some group had nothing to measure is left out
+        replicates = np.where((drawn == counts[:, None]) & (drawn > 0), means[:, 1:], np.nan)
+        return found, self._means(means[:, 0], replicates, counts)
+
+    def _means(self, values: np.ndarray, replicates: np.ndarray, counts: np.ndarray) -> Measures:
+        return {
+            metric.name: Measure(float(values[i]), *interval(replicates[i]), int(counts[i]))
+            for i, metric in enumerate(self.metrics)
+            if counts[i]
+        }
 
     def _measure(self, rows: np.ndarray, stream: int = 0) -> tuple[Measures, np.ndarray, np.ndarray]:
         """Measures of some rows; with them the value of each metric [M], and its replicates [M, B]."""
         data = self.data[rows]
         sums = self.sums_of(data.sum(axis=0))
-        clusters = cluster_sums(data, self.images[rows])
+        clusters = cluster_sums(data, self.clusters[rows])
         values = np.array([float(metric.compute(sums)) for metric in self.metrics])
         replicates = np.full((len(self.metrics), self.samples), np.nan)
         if self.samples and len(clusters) > 1:
@@ -264,31 +262,8 @@ def spread(metrics: Sequence[Metric], clusters: Sums) -> np.ndarray:
     return np.array([np.count_nonzero(clusters(metric.count)) > 1 for metric in metrics], dtype=bool)
 
 
-class _Mean:
-    """Unweighted mean of metrics over groups, and of their replicates."""
-
-    def __init__(self, metrics: Sequence[Metric], samples: int) -> None:
-        self.metrics = metrics
-        self.values = np.zeros(len(metrics))
-        self.replicates = np.zeros((len(metrics), samples))
-        self.counts = np.zeros(len(metrics), dtype=int)
-        self.drawn = np.zeros((len(metrics), samples), dtype=int)
-
-    def add(self, values: np.ndarray, replicates: np.ndarray) -> None:
-        self.values += np.nan_to_num(values)
-        self.counts += ~np.isnan(values)
-        self.replicates += np.nan_to_num(replicates)
-        self.drawn += ~np.isnan(replicates)
-
-    def measures(self) -> Measures:
-        """A resampling in which some group had nothing to measure is left out of the interval."""
-        whole = (self.drawn == self.counts[:, None]) & (self.drawn > 0)
-        means = np.where(whole, self.replicates / np.maximum(self.drawn, 1), np.nan)
-        return {
-            metric.name: Measure(float(self.values[i] / self.counts[i]), *interval(means[i]), int(self.counts[i]))
-            for i, metric in enumerate(self.metrics)
-            if self.counts[i]
-        }
+def _plain(measures: Measures) -> dict[str, Any]:
+    return {name: measure.to_dict() for name, measure in measures.items()}
 
 
 class _Builder:
@@ -303,6 +278,8 @@ class _Builder:
         self.asked: dict[tuple[str, int], set[int]] = {}
         self.images: dict[str, int] = {}
         self.image_codes: list[int] = []
+        self.clusters: dict[str, int] = {}
+        self.cluster_codes: list[int] = []
         self.references: list[int] = []
         self.repeated: list[str] = []
         self.names: dict[str, dict[str, int]] = {name: {} for name in DIMENSIONS}
@@ -317,14 +294,20 @@ class _Builder:
         target = self.blocks[-1][place % _BLOCK]
         for name, value in found.numbers.items():
             target[self.places[name]] = value
+        # the modality that the record itself names; empty where that is no more than its file name says
+        known = prediction.metadata.get("modality")
+        own = "" if not known or known == modality_of(PurePath(prediction.image_path).name) else _group_name(known)
         for threshold, pairs in found.pairs.items():
             for intersection, union in pairs:
-                self.published[threshold].add(prediction.image_path, intersection, union, _own_modality(prediction))
+                self.published[threshold].add(prediction.image_path, intersection, union, own)
         self.keys.append(self._key(prediction))
         image = prediction.image_path or f"\0{place}"  # rows without an image stand alone
         self.image_codes.append(self.images.setdefault(image, len(self.images)))
         self.references.append(_checksum(prediction))
-        for name, group in _groups_of(prediction).items():
+        groups = _groups_of(prediction)
+        cluster = image if groups["patient"] == UNNAMED else f"\0{groups['patient']}"
+        self.cluster_codes.append(self.clusters.setdefault(cluster, len(self.clusters)))
+        for name, group in groups.items():
             self.group_codes[name].append(self.names[name].setdefault(group, len(self.names[name])))
 
     def _key(self, prediction: Prediction) -> RowKey:
@@ -337,9 +320,9 @@ class _Builder:
 
     def finish(self, samples: int, seed: int) -> Scores:
         if self.repeated:
-            named = ", ".join(self.repeated[:_NAMED]) + (", …" if len(self.repeated) > _NAMED else "")
             raise MedPLIBError(
-                f"{len(self.repeated)} predictions are of a question that stands above them already: {named}; "
+                f"{len(self.repeated)} predictions are of a question that stands above them already: "
+                f"{named(self.repeated)}; "
                 "give each question once, of one run"
             )
         count = len(self.keys)
@@ -350,6 +333,7 @@ class _Builder:
             columns=self.columns,
             data=np.concatenate(self.blocks)[:count] if self.blocks else empty,
             images=np.array(self.image_codes, dtype=np.int32),
+            clusters=np.array(self.cluster_codes, dtype=np.int32),
             references=np.array(self.references, dtype=np.uint32),
             groups={
                 name: (np.array(self.group_codes[name], dtype=np.int32), list(self.names[name])) for name in DIMENSIONS
@@ -365,12 +349,6 @@ def _groups_of(prediction: Prediction) -> dict[str, str]:
     modality = known.get("modality") or modality_of(PurePath(prediction.image_path).name)
     named = {**{name: known.get(name) for name in DIMENSIONS}, "task": task_of(prediction), "modality": modality}
     return {name: _group_name(value) for name, value in named.items()}
-
-
-def _own_modality(prediction: Prediction) -> str:
-    """What the record itself says; empty where that is no more than its file name says."""
-    own = prediction.metadata.get("modality")
-    return "" if not own or own == modality_of(PurePath(prediction.image_path).name) else _group_name(own)
 
 
 def _group_name(value: Any) -> str:

@@ -16,26 +16,15 @@ MEAN_ROW = "mean of these"
 def overall_table(metrics: Sequence[Metric], measures: Mapping[str, Measure]) -> str:
     """One line for each metric: value, 95 % interval, number of things it is taken over."""
     lines = [["metric", "value", "95 % interval", "n", "meaning"]]
-    for metric in metrics:
-        measure = measures.get(metric.name)
-        if measure is not None:
-            lines.append(
-                [
-                    metric.name,
-                    f"{number(measure.value)} {metric.unit}".strip(),
-                    span(measure.low, measure.high),
-                    str(measure.count),
-                    metric.meaning,
-                ]
-            )
+    for m in metrics:
+        if (found := measures.get(m.name)) is not None:
+            value = f"{number(found.value)} {m.unit}".strip()
+            lines.append([m.name, value, span(found.low, found.high), str(found.count), m.meaning])
     return aligned(lines, left=(0, 2, 4))
 
 
 def grouped_table(
-    dimension: str,
-    metrics: Sequence[Metric],
-    groups: Mapping[str, Mapping[str, Measure]],
-    means: Mapping[str, Measure],
+    dimension: str, metrics: Sequence[Metric], groups: Mapping[str, Mapping[str, Measure]], means: Mapping[str, Measure]
 ) -> str:
     """The main metrics of each group with their intervals, and their unweighted mean where ``means`` has any."""
     shown = [m for m in metrics if m.headline and any(m.name in measures for measures in groups.values())]

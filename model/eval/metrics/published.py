@@ -1,18 +1,18 @@
-"""The published table of answer scores, number for number, odd ones included (reference §9).
-
-Nothing here is a good measure: “exact match” is a share of words, BLEU is a mean over sentences without smoothing,
-“open accuracy” is 1100 unless candidates are given. The standard scores are in ``text``.
-"""
+"""The published scores of text and masks, as they were, also where they are odd (reference §9)."""
 
 from __future__ import annotations
 
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
 
 from model.eval.metrics.rows import is_closed
 from model.eval.metrics.text import ngram_matches
@@ -134,21 +134,13 @@ def published_row(answer: str, reference: str) -> dict[str, float]:
 
 @dataclass
 class PublishedText:
-    """Gathers a stream of predictions into the published numbers.
+    """Gathers a stream of predictions into the published numbers."""
 
-    Attributes:
-        choose_candidates: keep the answers too, for “open accuracy” among all references of the run.
-        open: open questions so far.
-        closed: closed questions so far.
-        closed_hits: closed answers with exactly the reference's words.
-        empty: open answers without a word.
-    """
-
-    choose_candidates: bool = False
-    open: int = 0
-    closed: int = 0
-    closed_hits: int = 0
-    empty: int = 0
+    choose_candidates: bool = False  # keep the answers too, for “open accuracy” among all references of the run
+    open: int = 0  # open questions so far
+    closed: int = 0  # closed questions so far
+    closed_hits: int = 0  # closed answers with exactly the reference's words
+    empty: int = 0  # open answers without a word
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
     references: dict[str, None] = field(default_factory=dict)
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -241,3 +233,63 @@ def _behind_point(cell: str) -> int:
     """Characters behind the point (or the e) of a number; −1 for a whole one, which ends before the point."""
     place = cell.rfind(".") if "." in cell else cell.rfind("e")
     return len(cell) - place - 1 if place >= 0 else -1
+
+
+def published_iou(intersection: int, union: int) -> float:
+    """|∩| / |∪| in float32, 0 when the union is empty. (The published code fails there; the reference says 0.)"""
+    return float(np.float32(intersection) / np.float32(union)) if union else 0.0
+
+
+def published_dice(iou: float) -> float:
+    """Dice from IoU."""
+    return 2 * iou / (1 + iou)
+
+
+@dataclass
+class PublishedMasks:
+    """Gathers pairs of masks into the published mIoU and mDice, overall and by modality."""
+
+    # IoU of each pair, by modality. As published, that is the image's file name up to the first ``_`` (an X-ray's is
+    # ``x``), unless the record itself names another.
+    ious: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _all: list[float] = field(default_factory=list)
+
+    def add(self, image_path: str, intersection: int, union: int, modality: str = "") -> None:
+        """Take in one pair of masks."""
+        iou = published_iou(intersection, union)
+        self.ious[modality or PurePath(image_path).name.split("_")[0]].append(iou)
+        self._all.append(iou)
+
+    @property
+    def count(self) -> int:
+        """Pairs taken in."""
+        return len(self._all)
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU of all pairs; NaN without any."""
+        return _mean(self._all)
+
+    @property
+    def mdice(self) -> float:
+        """Mean Dice of all pairs; NaN without any."""
+        return _mean([published_dice(iou) for iou in self._all])
+
+    def by_modality(self) -> dict[str, dict[str, float]]:
+        """Mean IoU and Dice of each modality, rounded to six places, in order of appearance."""
+        return {
+            name: {"iou": round(_mean(values), 6), "dice": round(_mean([published_dice(iou) for iou in values]), 6)}
+            for name, values in self.ious.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready mapping."""
+        return {"masks": self.count, "mIoU": self.miou, "mDice": self.mdice, "modality": self.by_modality()}
+
+    def format(self) -> str:
+        """The two lines as published."""
+        return f"miou: {self.miou:f}, mDice: {self.mdice:f}\n{self.by_modality()}"
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")

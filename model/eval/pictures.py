@@ -1,10 +1,11 @@
-"""Pictures of a report: the image with predicted and reference outlines, small enough to stand inside the page."""
+"""Pictures of answered questions with predicted and reference outlines: for reports, and whole ones as files."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from model.data.schema import inspect_record
 from model.drawing.pages import Markup, element
 from model.errors import MedPLIBError
 from model.eval.predictions import Key, Prediction
-from model.eval.references import question_id_of
+from model.eval.questions import question_id_of
 from model.inference.overlay import PALETTE
 from model.processing.masks import decode_rle
 
@@ -62,9 +63,16 @@ class Pictures:
         if pixels is None:
             return None
         self.made += 1
-        regions = [mask for path in self.regions.get(row.key, ()) if (mask := _mask_of(path)) is not None]
+        regions = []
+        for path in self.regions.get(row.key, ()):
+            with suppress(MedPLIBError):
+                regions.append(read_mask(path))
         picture = outlined(pixels, _masks(m.get("rle") for m in row.masks), _masks(row.gt_masks or ()), regions)
-        return element("img", src=data_uri(picture), alt=_described(row), loading="lazy", decoding="async")
+        drawn = f"{len(row.masks)} predicted" + (
+            f" and {len(row.gt_masks)} reference" if row.gt_masks is not None else ""
+        )
+        told = f"The image of question {row.question_id} with {drawn} outlines"
+        return element("img", src=data_uri(picture), alt=told, loading="lazy", decoding="async")
 
     def _pixels(self, path: str) -> np.ndarray | None:
         for name in (path, f"{path}.png"):  # some published records lack the suffix
@@ -175,15 +183,17 @@ def _masks(encodings: Any) -> list[np.ndarray]:
     return masks
 
 
-def _mask_of(path: Path) -> np.ndarray | None:
-    try:
-        return read_mask(path)
-    except MedPLIBError:
+def write_comparison(folder: Path, number: int, pixels: np.ndarray, prediction: Prediction) -> Path | None:
+    """Write ``NUMBER_TURN_IMAGE.png`` of a row that has masks, or should have: image, reference and predicted outlines.
+
+    ``number`` is that of the record in its file and orders the pictures; ``pixels`` are uint8 [H, W, 3].
+    """
+    if prediction.failed or not (prediction.masks or prediction.gt_masks):
         return None
-
-
-def _described(row: Prediction) -> str:
-    parts = [f"{len(row.masks)} predicted"]
-    if row.gt_masks is not None:
-        parts.append(f"{len(row.gt_masks)} reference")
-    return f"The image of question {row.question_id} with {' and '.join(parts)} outlines"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{number:06d}_{prediction.key[1]}_{Path(prediction.image_path).stem}.png"
+    predicted, reference = _masks(mask.get("rle") for mask in prediction.masks), _masks(prediction.gt_masks or ())
+    side, none = max(PICTURE_SIDE, *pixels.shape[:2]), list[np.ndarray]()
+    panes = [outlined(pixels, *masks, side=side) for masks in ((none, none), (none, reference), (predicted, none))]
+    Image.fromarray(np.concatenate(panes, axis=1)).save(path)
+    return path

@@ -1,0 +1,463 @@
+"""Answers of one data set → everything its report shows; the answers are streamed and never held."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from model.data.records import open_records
+from model.data.schema import is_number
+from model.eval.baselines import BlindScores, MaskBaseline, blind_scores, mask_baselines
+from model.eval.metrics.definitions import Metric, mark
+from model.eval.metrics.scores import UNNAMED, Measure, Measures, Scores, score_predictions
+from model.eval.pictures import regions_of
+from model.eval.predictions import Key, Prediction, read_predictions
+from model.eval.suite import CURVE, DataSet
+
+PICTURED = 4
+"""Answers in each row of pictures."""
+EXAMPLES = 4
+"""Kept of each kind of failure."""
+FAR_OFF = 0.1
+"""A mask whose Dice is below this lies elsewhere."""
+
+TASK_TITLES = {
+    "vqa": "Questions about the image",
+    "region": "Questions about a region",
+    "grounding": "Requests for masks",
+    "caption": "Captions",
+}
+
+ROW_COLUMNS = (
+    *("set", "question_id", "turn", "task", "kind", "modality", "structure", "answer_type", "finish", "closed_right"),
+    *("open_exact", "token_recall", "token_F1", "dice", "iou", "masks", "reference_masks", "predicted_iou"),
+    *("new_tokens", "seconds", "image_path"),
+)
+"""Columns of ``rows.csv``; Dice and IoU are those of the first threshold."""
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """What one answer scored, as far as it applies."""
+
+    right: bool | None = None  # of a closed question: the answer is the reference
+    recall: float | None = None  # of an open question: share of the reference's words in the answer
+    dice: float | None = None  # of a question with present targets: mean over them
+    iou: float | None = None  # the same as intersection over union
+    predicted_iou: float | None = None  # mean of the scores that the model gave its masks
+
+
+Judge = Callable[[Prediction, RowScore], bool]
+
+
+@dataclass(frozen=True)
+class FailureKind:
+    """One way to fail: of which answered questions it is a failure, and of which of these it happened."""
+
+    name: str
+    title: str
+    meaning: str
+    concerns: Judge
+    happened: Judge
+
+
+@dataclass
+class Failures:
+    """Answers of one kind of failure."""
+
+    kind: FailureKind  # what went wrong
+    asked: int = 0  # questions that could have failed so
+    count: int = 0  # questions that did
+    # some of those, drawn evenly from all, in the order of the file.
+    examples: list[tuple[int, Prediction, RowScore]] = field(default_factory=list)
+
+
+_KINDS = """
+errors         | Questions that could not be asked | The image or the record could not be used.
+wrong_closed   | Wrong closed answers              | The answer is not the reference, case and punctuation aside.
+unrelated_open | Open answers without a right word | No word of the reference is in the answer.
+refused        | Present targets without a mask    | The image holds what was asked for and the answer painted nothing.
+far_off        | Masks that lie elsewhere          | A mask was painted and its Dice with the reference is below 0.1.
+false_masks    | False masks                       | The image does not hold what was asked for, and it was painted.
+empty          | Empty answers                     | The model said nothing.
+cut_off        | Answers that did not end          | The longest length was reached before the answer's end.
+"""
+_JUDGES: dict[str, tuple[Judge, Judge]] = {
+    "errors": (lambda row, _: True, lambda row, _: row.failed),
+    "wrong_closed": (lambda _, score: score.right is not None, lambda _, score: not score.right),
+    "unrelated_open": (lambda _, score: score.recall is not None, lambda _, score: score.recall == 0),
+    "refused": (lambda row, _: bool(row.gt_masks), lambda row, _: not row.masks),
+    "far_off": (
+        lambda row, score: bool(row.gt_masks and row.masks) and score.dice is not None,
+        lambda _, score: score.dice is not None and score.dice < FAR_OFF,
+    ),
+    "false_masks": (lambda row, _: row.gt_masks == [], lambda row, _: bool(row.masks)),
+    "empty": (lambda row, _: True, lambda row, _: not row.text.strip()),
+    "cut_off": (lambda row, _: True, lambda row, _: row.finish == "length"),
+}
+"""Which answered questions a kind of failure concerns, and of which of these it happened; errors concern all."""
+KINDS = [
+    FailureKind(name, title, meaning, *_JUDGES[name])
+    for name, title, meaning in (map(str.strip, line.split("|")) for line in _KINDS.strip().splitlines())
+]
+
+
+class FailureCounter:
+    """Counts failures as rows pass, and keeps a fair draw of examples of each kind, the same in every run."""
+
+    def __init__(self, examples: int = EXAMPLES, seed: int = 0) -> None:
+        self._found = [Failures(kind) for kind in KINDS]
+        self._most = examples
+        self._chance = random.Random(seed)
+
+    def add(self, index: int, row: Prediction, score: RowScore) -> None:
+        """Look at one answer; ``index`` is its place in the file."""
+        for failures in self._found:
+            if (row.failed and failures.kind.name != "errors") or not failures.kind.concerns(row, score):
+                continue
+            failures.asked += 1
+            if not failures.kind.happened(row, score):
+                continue
+            failures.count += 1
+            if len(failures.examples) < self._most:
+                failures.examples.append((index, row, score))
+            elif (place := self._chance.randrange(failures.count)) < self._most:
+                failures.examples[place] = (index, row, score)
+
+    def found(self) -> list[Failures]:
+        """Every kind that concerned a question, its examples in the order of the file."""
+        for failures in self._found:
+            failures.examples.sort(key=lambda example: example[0])
+        return [failures for failures in self._found if failures.asked]
+
+
+Shown = tuple[int, Prediction, RowScore]
+"""An answer that is shown: its place in the file, itself and what it scored."""
+
+
+@dataclass
+class SetResult:
+    """What was measured on one data set."""
+
+    item: DataSet  # the data set
+    scores: Scores  # every metric, overall and by group
+    images: Path  # folder that image paths start from
+    # of every question with a present target, at the first threshold.
+    dice: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    # mean scores that the model gave its masks, one for each of ``real_iou``.
+    predicted_iou: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    real_iou: np.ndarray = field(default_factory=lambda: np.zeros(0))  # what the masks of these answers reached
+    failures: Sequence[Failures] = ()  # by kind
+    pictured: Mapping[str, Sequence[Shown]] = field(default_factory=dict)  # best, middle and worst answers with masks
+    # shares [layers, experts] of the tokens, by task; empty where it was not recorded.
+    router: Mapping[str, np.ndarray] = field(default_factory=dict)
+    blind: BlindScores = field(default_factory=dict)  # image-free baselines; empty where none were asked for
+    baselines: Sequence[MaskBaseline] = ()  # of the masks of a detailed set
+    # mean Dice at each threshold of ``CURVE`` of a detailed set, by structure, of all under "".
+    curve: Mapping[str, list[float]] = field(default_factory=dict)
+    # mask files of the regions that shown questions point at.
+    regions: Mapping[Key, Sequence[Path]] = field(default_factory=dict)
+    seconds: float = 0.0  # that answering took; 0 where it is not known
+
+    @property
+    def questions(self) -> int:
+        """How many were asked."""
+        return len(self.scores.keys)
+
+    @property
+    def errors(self) -> int:
+        """How many of them could not be."""
+        return int(self.scores.total("error"))
+
+    def headlines(self) -> list[Metric]:
+        """The metrics that stand for the set, those that it has anything to say about."""
+        known = {metric.name: metric for metric in self.scores.metrics}
+        return [known[name] for name in self.item.headlines if name in known]
+
+
+@dataclass
+class SuiteResult:
+    """What was measured with one model on one suite."""
+
+    title: str  # of the suite
+    about: str  # what the suite is for
+    model: str  # name of the checkpoint
+    facts: Mapping[str, str]  # what else the header tells, in order
+    sets: Sequence[SetResult]  # results of the data sets
+    command: str = ""  # that does it again
+
+
+_UNIT = re.compile(r"_(mm|px)(?=@|$)")
+
+
+def metric_title(metric: Metric) -> str:
+    """A metric's name for people: ``false_mask_rate@0.5`` is “False mask rate at 0.5”."""
+    name, at, threshold = _UNIT.sub("", metric.name).partition("@")
+    words = name.replace("_", " ")
+    if words.split()[0].islower():
+        words = words[0].upper() + words[1:]
+    known = _UNIT.search(metric.name)  # NSD is a share, of outlines within a distance in this unit
+    unit = f" in {metric.unit}" if metric.unit else f" ({known[1]})" if known else ""
+    return f"{words}{unit}{f' at {threshold}' if at else ''}"
+
+
+def measure(
+    item: DataSet, answers: Path, questions: Path, images: Path, *, limit: int | None = None, samples: int = 1000
+) -> tuple[SetResult, Iterator[list[object]]]:
+    """Score the answers to a data set.
+
+    Args:
+        item: the data set.
+        answers: its predictions.
+        questions: the records that they answer, see ``write_questions``.
+        images: folder that the records' paths start from.
+        limit: so many records were asked, the first ones; None: all of them.
+        samples: bootstrap resamplings behind each interval.
+
+    Returns:
+        What its report shows, and its lines of ``rows.csv``, which may be taken once.
+
+    Raises:
+        MedPLIBError: the predictions are damaged, or a file of the blind baselines is.
+    """
+    scores = score_predictions(
+        read_predictions(answers), thresholds=item.thresholds, surface=item.surface, samples=samples
+    )
+    rows, records = RowScores(scores), open_records(questions)
+    places = {name: rows.places(name) for name in ("best", "middle", "worst")}
+    wanted = {place for found in places.values() for place in found}
+    result = SetResult(item, scores, images, rows.dice[~np.isnan(rows.dice)])
+    result.blind = blind_scores(item, islice(records, limit), images, scores)
+    counter, pictured, expected = FailureCounter(), {}, []
+    router: dict[str, tuple[np.ndarray, int]] = {}
+    for place, row in enumerate(read_predictions(answers)):
+        score = replace(rows.of(place), predicted_iou=predicted_iou(row))
+        if score.predicted_iou is not None and score.iou is not None and len(row.masks) == len(row.gt_masks or ()):
+            expected.append((score.predicted_iou, score.iou))
+        counter.add(place, row, score)
+        if place in wanted:
+            pictured[place] = (place, row, score)
+        if row.router:
+            _add_router(router, str(row.metadata.get("task", "vqa")), row.router)
+    result.failures = counter.found()
+    result.predicted_iou, result.real_iou = np.array(expected, dtype=np.float64).reshape(-1, 2).T
+    result.pictured = {name: [pictured[place] for place in found] for name, found in places.items() if found}
+    result.router = {task: total / count for task, (total, count) in router.items()}
+    result.regions = regions_of(records, images, {row.key for kind in result.failures for _, row, _ in kind.examples})
+    if item.detailed and len(result.dice):
+        result.baselines = mask_baselines(answers, item.blind, item.images)
+        best: dict[tuple[str, str], float] = {}
+        for baseline in result.baselines:
+            best |= {group: max(dice, best.get(group, 0.0)) for group, dice in baseline.dice.items()}
+        at = f"mDice{mark(item.thresholds[0])}"
+        result.blind = {**result.blind, **{(by, group, at): dice for (by, group), dice in best.items()}}
+        curve = score_predictions(read_predictions(answers), thresholds=CURVE, samples=0)
+        groups = {"": curve.overall, **curve.by("structure")}
+        result.curve = {name: found for name, m in groups.items() if (found := _curve(m))}
+    return result, row_lines(item.name, answers, rows)
+
+
+def _curve(measures: Measures) -> list[float]:
+    return [measures[name].value for threshold in CURVE if (name := f"mDice{mark(threshold)}") in measures]
+
+
+def _add_router(router: dict[str, tuple[np.ndarray, int]], task: str, layers: list[list[float]]) -> None:
+    """Layers with fewer experts than others get empty ones, so that all answers have one shape."""
+    experts = max(len(layer) for layer in layers)
+    shares = np.array([[*layer, *[0.0] * (experts - len(layer))] for layer in layers])
+    total, count = router.get(task, (np.zeros_like(shares), 0))
+    if total.shape == shares.shape:
+        router[task] = (total + shares, count + 1)
+
+
+def predicted_iou(row: Prediction) -> float | None:
+    """Mean of the scores that the model gave its masks; None without masks or scores."""
+    found = [mask["score"] for mask in row.masks if is_number(mask.get("score"))]
+    return float(np.mean(found)) if found else None
+
+
+def plain_cell(text: str) -> str:
+    """Text for a spreadsheet, which would otherwise run what begins like a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+class RowScores:
+    """What every answer scored, read from the columns of ``Scores``; masks at its first threshold."""
+
+    def __init__(self, scores: Scores) -> None:
+        self._scores = scores
+        at = mark(scores.settings.thresholds[0])
+        column = {name: scores.data[:, index] for index, name in enumerate(scores.columns)}
+        self.closed = np.where(column["closed"] > 0, column["closed_hit"], np.nan)
+        opened = column["open"] > 0
+        self.exact, self.recall, self.f1 = (
+            np.where(opened, column[name], np.nan) for name in ("exact", "recall", "f1")
+        )
+        count = column["mask"]
+        self.dice, self.iou = (
+            np.divide(column[f"{name}{at}"], count, out=np.full(len(count), np.nan), where=count > 0)
+            for name in ("dice", "iou")
+        )
+        self._painted = (column["seg"] > 0) & (column["error"] == 0)
+        self.clean = np.where(column["absent"] > 0, 1 - column[f"false_mask{at}"], np.nan)
+
+    def column(self, what: str) -> np.ndarray:
+        """Scores of all answers, float64 [N] in [0, 1], larger is better, NaN where one does not apply.
+
+        Args:
+            what: ``right`` (closed questions), ``exact`` (open ones), ``dice`` (present targets) or ``clean`` (absent
+                targets left unpainted).
+        """
+        return {"right": self.closed, "exact": self.exact, "dice": self.dice, "clean": self.clean}[what]
+
+    def of(self, place: int) -> RowScore:
+        """Scores of one answer."""
+        closed = self.closed[place]
+        return RowScore(
+            None if math.isnan(closed) else bool(closed),
+            *(
+                None if math.isnan(column[place]) else float(column[place])
+                for column in (self.recall, self.dice, self.iou)
+            ),
+        )
+
+    def places(self, which: str) -> list[int]:
+        """Places of the best, middle or worst answers that painted something, no two about one image."""
+        painted = np.flatnonzero(~np.isnan(self.dice) & self._painted)
+        ranked = painted[np.argsort(-self.dice[painted], kind="stable")]
+        if len(ranked) < 3 * PICTURED:  # too few to tell best from worst: all of them, once
+            return [int(place) for place in ranked[: 3 * PICTURED]] if which == "best" else []
+        if which == "middle":
+            begin = len(ranked) // 2
+            order = ranked[np.argsort(np.abs(np.arange(len(ranked)) - begin), kind="stable")]
+        else:
+            order = ranked if which == "best" else ranked[::-1]
+        chosen: dict[int, int] = {}
+        for place in order.tolist():
+            chosen.setdefault(int(self._scores.images[place]), place)
+            if len(chosen) == PICTURED:
+                break
+        return sorted(chosen.values(), key=lambda place: -self.dice[place])
+
+
+def row_lines(name: str, answers: Path, rows: RowScores) -> Iterator[list[object]]:
+    """Lines of ``rows.csv``, see ``ROW_COLUMNS``."""
+    for place, row in enumerate(read_predictions(answers)):
+        known = (plain_cell(str(row.metadata.get(key, ""))) for key in ("task", "kind", "modality", "structure"))
+        scores = (rows.closed, rows.exact, rows.recall, rows.f1, rows.dice, rows.iou)
+        yield [
+            name,
+            plain_cell(str(row.question_id)),
+            row.key[1],
+            *known,
+            plain_cell(row.answer_type),
+            row.finish,
+            *("" if math.isnan(column[place]) else f"{column[place]:.4f}" for column in scores),
+            len(row.masks),
+            "" if row.gt_masks is None else len(row.gt_masks),
+            "" if (mean := predicted_iou(row)) is None else f"{mean:.4f}",
+            row.timing.get("new_tokens", ""),
+            row.timing.get("total", ""),
+            plain_cell(row.image_path),
+        ]
+
+
+# --- tables of a detailed set ---------------------------------------------------------------------------------------
+
+Cell = str | int | float | Measure
+
+ABSENT_TITLES = {
+    "picture": "(a) absent from the picture itself",
+    "target": "(b) another target of the same modality",
+    "modality": "(c) a target of another modality",
+}
+"""Why a target is absent, as a record's ``absent_kind`` says it; (a) where it does not."""
+
+
+@dataclass
+class Table:
+    """A table for pages and terminals: its title, a sentence on it, headings, and cells."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+def detail_tables(part: SetResult) -> list[Table]:
+    """Masks by target and modality, means over patients, false masks by reason, questions by kind; those with rows."""
+    tables = [*(_mask_table(part, by) for by in ("structure", "modality")), _patients(part)]
+    return [table for table in (*tables, _false_masks(part), _questions(part)) if table.rows]
+
+
+def _mask_table(part: SetResult, by: str) -> Table:
+    at = mark(part.item.thresholds[0])
+    titles = {f"mDice{at}": "mDice", f"mIoU{at}": "mIoU"}
+    for unit in ("mm", "px"):
+        titles |= {f"HD95_{unit}{at}": f"HD95, {unit}", f"NSD_{unit}{at}": f"NSD, {unit}"}
+    titles |= {"refused_rate": "Refused", f"false_mask_rate{at}": "False masks"}
+    overall = part.scores.overall
+    shown = [name for name in titles if name in overall and overall[name].count]
+    groups = {name: found for name, found in part.scores.by(by).items() if any(key in found for key in shown)}
+    if by == "modality" and len(groups) < 2:
+        groups = {}
+    rows: list[list[Cell]] = []
+    for name, found in [*groups.items(), *([("All", overall)] if len(groups) > 1 else [])]:
+        row: list[Cell] = [name, found[f"mDice{at}"].count if f"mDice{at}" in found else 0]
+        key = ("", "") if found is overall else (by, name if name != UNNAMED else "")
+        bases = [baseline.dice.get(key, math.nan) for baseline in part.baselines]
+        cells: list[Cell] = [found.get(metric, math.nan) for metric in shown]
+        rows.append([*row, *cells[:1], *bases, *cells[1:]])
+    names = [titles[name] for name in shown]
+    columns = [by.capitalize(), "n", *names[:1], *(baseline.name for baseline in part.baselines), *names[1:]]
+    settings = part.scores.settings
+    how = "; ".join(f"{baseline.name}: {baseline.how}" for baseline in part.baselines)
+    note = (
+        f"Masks cut at {part.item.thresholds[0]:g}; a target without a mask counts 0. Refused: present targets without "
+        f"a mask. NSD within {settings.tolerance_mm:g} mm, {settings.tolerance_px:g} px without a known spacing. {how}"
+    )
+    title = "Masks by target" if by == "structure" else f"Masks by {by}"
+    return Table(title, f"{note}." if by == "structure" else "", columns, rows if shown else [])
+
+
+def _patients(part: SetResult) -> Table:
+    means, overall = part.scores.mean_over("patient"), part.scores.overall
+    rows: list[list[Cell]] = [
+        [metric_title(metric), overall[metric.name], means[metric.name], means[metric.name].count]
+        for metric in part.headlines()
+        if metric.name in means
+    ]
+    note = "Each patient counts once on the right, each mask or question once on the left."
+    return Table("Mean over patients", note, ["Metric", "Mean over all", "Mean over patients", "Patients"], rows)
+
+
+def _false_masks(part: SetResult) -> Table:
+    name = f"false_mask_rate{mark(part.item.thresholds[0])}"
+    known = {group: found[name] for group, found in part.scores.by("absent_kind").items() if name in found}
+    rows: list[list[Cell]] = []
+    for group, found in sorted(known.items()):
+        title = ABSENT_TITLES.get("picture" if group == UNNAMED else group, group)
+        rows.append([title, found, found.count])
+    note = "Share of the questions about an absent target where anything was painted; lower is better."
+    return Table("False masks on absent targets", note, ["Why it is absent", "False masks", "n"], rows)
+
+
+def _questions(part: SetResult) -> Table:
+    rows: list[list[Cell]] = []
+    for by in ("task", "kind"):
+        for group, found in part.scores.by(by).items():
+            for name, title in (("closed_accuracy", "right (closed)"), ("open_exact_match", "exact (open)")):
+                if name in found and found[name].count:
+                    blind = part.blind.get((by, group, name), math.nan)
+                    label = TASK_TITLES.get(group, group) if by == "task" else group.replace("_", " ")
+                    rows.append([label, title, found[name], blind, found[name].count])
+    learned = "learned from the training split" if part.item.blind else "the commonest answer of each kind here"
+    note = f"Blind: what is reached without seeing the image ({learned})."
+    return Table("Questions", note, ["Kind", "Scored", "Value", "Blind", "n"], rows)
