@@ -113,9 +113,19 @@ class MaskConfig:
     adapter_mlp_ratio: float = 0.25
     geometry: Literal["exact", "legacy"] = "exact"
     threshold: float = 0.5  # default read-out threshold; published numbers use 0.1
+    # Channels at strides 2, 4 and 8 of a convolutional stem that replaces SAM's patch embedding and gives the mask
+    # decoder skip connections, so that masks have half the input's resolution, not a quarter; empty as published.
+    stem_channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("mask.geometry", self.geometry, ("exact", "legacy"))
+        object.__setattr__(self, "stem_channels", tuple(self.stem_channels))
+        if len(self.stem_channels) not in (0, 3) or any(
+            channels < 8 or channels % 8 for channels in self.stem_channels
+        ):
+            raise ValueError(
+                f"mask.stem_channels is {list(self.stem_channels)}; give three multiples of 8 (strides 2, 4, 8) or none"
+            )
         if not 0 < self.threshold < 1:
             raise ValueError(f"mask.threshold is {self.threshold}; give a number between 0 and 1")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,32 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
             if cast.dtype != value.dtype:
                 setattr(self, name, value.to(cast.device))
         return self
+
+
+class RMSNorm(LlamaRMSNorm):
+    """LLaMA's normalisation; training in float32 takes half the passes over memory."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise hidden states [..., D]."""
+        if torch.is_grad_enabled() and hidden_states.dtype == self.weight.dtype == torch.float32:
+            return _NormWithGradient.apply(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
+
+
+class _NormWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        scale = hidden.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        normed = hidden * scale
+        ctx.save_for_backward(normed, weight, scale)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        normed, weight, scale = ctx.saved_tensors
+        own = (gradient * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        inner = gradient * weight
+        return (inner - normed * (inner * normed).mean(-1, keepdim=True)).mul_(scale), own, None
 
 
 @dataclass(frozen=True)
@@ -63,8 +90,8 @@ class MedPLIBDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = LlamaAttention(config=config, layer_idx=index)
         self.mlp = build_feed_forward(config, moe, index)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -73,6 +100,7 @@ class MedPLIBDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         token_mask: Tensor | None = None,
+        needed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, RouterStats | None]:
         """Map hidden states [B, T, D]; a mixture layer also gives its load-balancing loss and router statistics.
 
@@ -82,6 +110,7 @@ class MedPLIBDecoderLayer(GradientCheckpointingLayer):
             position_embeddings: rotary cosines and sines, each [B, T, head width].
             past_key_values: cache that takes this layer's keys and values.
             token_mask: bool [B, T], false at padding that no expert should see.
+            needed: bool [B, T], where anyone reads this layer's output; elsewhere the feed-forward part is left out.
         """
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden),
@@ -92,8 +121,10 @@ class MedPLIBDecoderLayer(GradientCheckpointingLayer):
         hidden = hidden + attended
         normed = self.post_attention_layernorm(hidden)
         if not isinstance(self.mlp, MoEFeedForward):
-            return hidden + self.mlp(normed), None, None
-        mixed = self.mlp(normed, token_mask=token_mask)
+            if needed is None:
+                return hidden + self.mlp(normed), None, None
+            return hidden.index_put((needed,), self.mlp(normed[needed]), accumulate=True), None, None
+        mixed = self.mlp(normed, token_mask=token_mask, needed=needed)
         return hidden + mixed.hidden, mixed.aux_loss, mixed.router
 
 
@@ -125,7 +156,7 @@ class MedPLIBDecoder(PreTrainedModel):
             raise ValueError(f"moe.layers is {list(moe.layers)}; the decoder has layers 0 to {depth - 1}")
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList(MedPLIBDecoderLayer(text_config, moe, index) for index in range(depth))
-        self.norm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
+        self.norm = RMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config=text_config)
         self.route_padding = moe.route_padding
         self.post_init()
@@ -143,6 +174,7 @@ class MedPLIBDecoder(PreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        needed: Tensor | None = None,
     ) -> DecoderOutput:
         """Run all layers.
 
@@ -152,29 +184,33 @@ class MedPLIBDecoder(PreTrainedModel):
             position_ids: long [B, T]; by default they count each row's real tokens.
             past_key_values: cache of earlier tokens, dynamic or static; this pass is added to it.
             use_cache: True makes a dynamic cache where none is given.
+            needed: bool [B, T], the real tokens whose last hidden state is read; elsewhere it is not finished.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
+        token_mask = self._token_mask(inputs_embeds, attention_mask)
+        # No real token sees what stands behind it: padding on the right, which nobody reads, needs no mask.
+        causal = needed is not None and token_mask is not None and bool(token_mask[:, 0].all())
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=None if causal else attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=None if causal else position_ids,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        token_mask = self._token_mask(inputs_embeds, attention_mask)
 
         hidden, aux_losses, router_stats = inputs_embeds, [], []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden, aux_loss, stats = layer(
                 hidden,
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 token_mask=token_mask,
+                needed=needed if index == len(self.layers) - 1 else None,
             )  # [B, T, D]
             if stats is not None:
                 aux_losses.append(aux_loss)

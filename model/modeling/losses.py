@@ -5,7 +5,7 @@ Every loss is a float32 scalar; with nothing to supervise it is 0 and still atta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,13 +72,22 @@ def mean_mask_losses(each: Mapping[str, Tensor], iou_predictions: Tensor) -> dic
     return {name: values.mean() for name, values in each.items()}
 
 
-def each_mask_loss(logits: Sequence[Tensor], targets: Sequence[Tensor], iou_predictions: Tensor) -> dict[str, Tensor]:
-    """All four losses of each mask, unweighted.
+def each_mask_loss(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    iou_predictions: Tensor,
+    learnt: Container[str] = MASK_LOSSES,
+) -> dict[str, Tensor]:
+    """All four losses of each mask, unweighted, in one pass over its pixels.
+
+    ``bce`` and ``focal`` (γ 2, α 0.25) are means over pixels, ``dice`` is 1 − soft Dice, ``iou`` the squared error of
+    SAM's estimate against the soft IoU.
 
     Args:
         logits: M tensors [H, W], sizes may differ.
         targets: M tensors [H, W] in {0, 1}.
         iou_predictions: [M, 1], what SAM expects each mask's IoU to be.
+        learnt: which have gradients; the others are looked at only.
 
     Returns:
         ``bce``, ``dice``, ``focal``, ``iou``, float32 [M] each.
@@ -93,40 +102,19 @@ def each_mask_loss(logits: Sequence[Tensor], targets: Sequence[Tensor], iou_pred
             raise ValueError(f"mask {index} is {tuple(mask.shape)}, its target {tuple(target.shape)}")
     if not logits:
         return dict.fromkeys(MASK_LOSSES, iou_predictions.new_zeros(0, dtype=torch.float32))
-    pairs = [(mask.float(), target.float()) for mask, target in zip(logits, targets, strict=True)]
-    predictions = iou_predictions.float().flatten()
-    return {
-        "bce": torch.stack([mask_bce_loss(*pair) for pair in pairs]),
-        "dice": torch.stack([mask_dice_loss(*pair) for pair in pairs]),
-        "focal": torch.stack([mask_focal_loss(*pair) for pair in pairs]),
-        "iou": torch.stack([mask_iou_loss(*pair, iou) for pair, iou in zip(pairs, predictions, strict=True)]),
-    }
-
-
-def mask_bce_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of one mask, mean over its pixels. Logits and target [H, W]."""
-    return functional.binary_cross_entropy_with_logits(logits, target)
-
-
-def mask_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 − soft Dice of one mask. Logits and target [H, W]."""
-    probability = logits.sigmoid()
-    overlap = 2 * (probability * target).sum()
-    return 1 - (overlap + DICE_EPSILON) / (probability.sum() + target.sum() + DICE_EPSILON)
-
-
-def mask_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Focal loss (γ 2, α 0.25) of one mask, mean over its pixels. Logits and target [H, W]."""
-    cross_entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    probability = logits.sigmoid()
-    wrongness = probability + target - 2 * probability * target  # 1 − p of the true class
-    balance = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
-    return (balance * wrongness**FOCAL_GAMMA * cross_entropy).mean()
-
-
-def mask_iou_loss(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> Tensor:
-    """Squared error of SAM's IoU estimate (scalar) against the mask's soft IoU. Logits and target [H, W]."""
-    probability = logits.sigmoid()
-    overlap = (probability * target).sum()
-    union = probability.sum() + target.sum() - overlap
-    return (predicted_iou - (overlap + IOU_EPSILON) / (union + IOU_EPSILON)) ** 2
+    parts: dict[str, list[Tensor]] = {name: [] for name in MASK_LOSSES}
+    for mask, target, estimate in zip(logits, targets, iou_predictions.float().flatten(), strict=True):
+        x, y = mask.float().flatten(), target.float().flatten()
+        p = x.sigmoid()
+        entropy = functional.binary_cross_entropy_with_logits(x, y, reduction="none")
+        overlap, predicted, real = p @ y, p.sum(), y.sum()
+        parts["bce"].append(entropy.mean())
+        parts["dice"].append(1 - (2 * overlap + DICE_EPSILON) / (predicted + real + DICE_EPSILON))
+        with torch.set_grad_enabled("focal" in learnt and torch.is_grad_enabled()):
+            wrongness = p + y - 2 * p * y  # 1 − p of the true class
+            balance = (1 - FOCAL_ALPHA) + (2 * FOCAL_ALPHA - 1) * y
+            parts["focal"].append((balance * wrongness**FOCAL_GAMMA * entropy).mean())
+        with torch.set_grad_enabled("iou" in learnt and torch.is_grad_enabled()):
+            soft = (overlap + IOU_EPSILON) / (predicted + real - overlap + IOU_EPSILON)
+            parts["iou"].append((estimate - soft) ** 2)
+    return {name: torch.stack(values) for name, values in parts.items()}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.utils.generic import maybe_autocast
 
 Geometry = Literal["exact", "legacy"]
 Size = tuple[int, int]
@@ -53,34 +55,29 @@ def restore_masks(
     """
     if not len(low_res) == len(resized) == len(originals):
         raise ValueError(f"{len(low_res)} masks need as many sizes, got {len(resized)} and {len(originals)}")
-    restore = {"exact": _restore_exact, "legacy": _restore_legacy}.get(geometry)
-    if restore is None:
+    if geometry not in ("exact", "legacy"):
         raise ValueError(f"unknown mask geometry {geometry!r:.80}; known: exact, legacy")
-    return [
-        restore(mask[None].float(), inner, original, input_size)[0, 0]
-        for mask, inner, original in zip(low_res, resized, originals, strict=True)
-    ]
+    restored = []
+    with maybe_autocast(low_res.device.type, enabled=False):
+        for mask, inner, original in zip(low_res, resized, originals, strict=True):
+            rows, columns = (
+                _resampling(mask, side, wanted, input_size if geometry == "exact" else mask.shape[-1])
+                for side, wanted in zip(inner, original, strict=True)
+            )
+            restored.append(rows.t() @ mask[0].float() @ columns)
+    return restored
 
 
-def _restore_exact(mask: Tensor, inner: Size, original: Size, input_size: int) -> Tensor:
-    return _resize(_crop_centre(_resize(mask, (input_size, input_size)), inner, input_size), original)
+def _resampling(mask: Tensor, inner: int, original: int, padded: int) -> Tensor:
+    """The read-out along one axis as a matrix [l, original]: bilinear resizing and cropping are linear and separable,
+    and two products are several times as fast as two interpolations, above all backwards.
 
-
-def _restore_legacy(mask: Tensor, inner: Size, original: Size, input_size: int) -> Tensor:
-    """Crop the l × l mask by sizes that are meant for the S × S input, then resize.
-
-    Where the image is larger than l the offset is negative and counts from the far edge, so of a 82-pixel-wide image
-    only columns 55 to 64 of 64 survive. The released weights were trained through exactly this.
+    The odd pixel of centred padding is at the right and at the bottom. ``legacy`` crops the l × l mask (``padded`` = l)
+    by sizes that are meant for the S × S input: where the image is larger than l the offset is negative and counts from
+    the far edge, so of a 82-pixel-wide image only columns 55 to 64 of 64 survive. The released weights were trained so.
     """
-    del input_size  # the published read-out never up-samples to it
-    return _resize(_crop_centre(mask, inner, mask.shape[-1]), original)
-
-
-def _crop_centre(mask: Tensor, inner: Size, side: int) -> Tensor:
-    """Cut off centred padding, whose odd pixel is at the right and at the bottom."""
-    top, left = (side - inner[0]) // 2, (side - inner[1]) // 2
-    return mask[..., top : top + inner[0], left : left + inner[1]]
-
-
-def _resize(mask: Tensor, size: Size) -> Tensor:
-    return functional.interpolate(mask, size, mode="bilinear", align_corners=False)
+    axis = torch.eye(mask.shape[-1], device=mask.device)[None]  # [1, l, l]
+    if padded != mask.shape[-1]:
+        axis = functional.interpolate(axis, padded, mode="linear", align_corners=False)
+    start = (padded - inner) // 2
+    return functional.interpolate(axis[..., start : start + inner], original, mode="linear", align_corners=False)[0]

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
-from model.modeling.configuration import MedPLIBConfig
+from model.modeling.configuration import IGNORE_INDEX, MedPLIBConfig
 from model.modeling.decoder import DecoderOutput, MedPLIBDecoder
 from model.modeling.in_context import MaskTokenEncoder, TokenCompressor
-from model.modeling.losses import causal_ce, each_mask_loss, mean_mask_losses
+from model.modeling.losses import MASK_LOSSES, causal_ce, each_mask_loss, mean_mask_losses
 from model.modeling.mask_head import MaskHead, restore_masks
 from model.modeling.moe import RouterStats
 from model.modeling.outputs import MaskOutput, MedPLIBOutput, RowLosses, SplicedInputs
@@ -286,12 +287,17 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, attention_mask, image_features, region_masks, region_image, example_masks, visual_kinds
         )
         plan = spliced.plan
+        grown = None if labels is None else splice_labels(plan, labels)  # [B, L]
+        needed = None
+        if grown is not None and self.training and not return_logits:  # states that predict something supervised
+            needed = functional.pad(grown[:, 1:] != IGNORE_INDEX, (0, 1))
         decoded = self.model.decoder(
             spliced.embeds,
             attention_mask=plan.attention_mask,
             position_ids=plan.position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            needed=needed,
         )
         hidden = decoded.last_hidden_state  # [B, L, D]
         output = MedPLIBOutput(
@@ -303,7 +309,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if labels is None or return_logits:
             output.logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        if labels is not None:
+        if labels is not None and grown is not None:
             seg_rows, seg_tokens = (plan.valid & (labels == self.config.seg_token_id)).nonzero(as_tuple=True)
             seg_places = plan.starts[seg_rows, seg_tokens]
             masks = self._decode_batch_masks(
@@ -311,7 +317,7 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
             )
             output.mask_logits, output.low_res_masks = masks.mask_logits, masks.low_res_masks
             output.iou_predictions, output.mask_rows = masks.iou_predictions, seg_rows
-            self._add_losses(output, masks, decoded, spliced, splice_labels(plan, labels), mask_targets)
+            self._add_losses(output, masks, decoded, spliced, grown, mask_targets)
         return output
 
     def _decode_step(
@@ -362,7 +368,8 @@ class MedPLIBForCausalLM(PreTrainedModel, GenerationMixin):
         targets = [mask for row in mask_targets or [] for mask in row]
         if len(targets) != len(masks.mask_logits):
             raise ValueError(f"the labels hold {len(masks.mask_logits)} <SEG> for {len(targets)} target masks")
-        each = each_mask_loss(masks.mask_logits, targets, masks.iou_predictions)
+        learnt = [name for name in MASK_LOSSES if getattr(weights, name)]
+        each = each_mask_loss(masks.mask_logits, targets, masks.iou_predictions, learnt)
         parts = mean_mask_losses(each, masks.iou_predictions)
         # Without a mask in the batch the mask branch still belongs to the graph (the same on every rank).
         anchor = masks.low_res_masks[:0].sum() + masks.iou_predictions[:0].sum()

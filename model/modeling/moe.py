@@ -143,6 +143,7 @@ class MoEFeedForward(nn.Module):
         token_mask: Tensor | None = None,
         priority: Tensor | None = None,
         kept: Tensor | None = None,
+        needed: Tensor | None = None,
     ) -> MoEOutput:
         """Send every token to its experts and mix what they answer.
 
@@ -152,11 +153,14 @@ class MoEFeedForward(nn.Module):
             priority: [T, E], replaces this pass's random numbers: the uniform priority of tokens for top-1, the Gumbel
                 noise on second choices for top-2. For replaying a recorded pass.
             kept: bool [T, E], replaces the capacity's decision who is kept. For replaying a recorded pass.
+            needed: bool [...], tokens whose output anyone reads; the others are routed and counted, but no expert
+                computes them. All when absent.
         """
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
         real = None if token_mask is None else token_mask.reshape(-1, 1).bool()  # [T, 1]
         combine, aux_loss, stats = self.route(tokens, real, priority, kept)
-        mixed = (self.mixing or mixing_for(tokens))(tokens, combine, stats.kept, self.experts)  # [T, D']
+        computed = stats.kept if needed is None else stats.kept & needed.reshape(-1, 1)
+        mixed = (self.mixing or mixing_for(tokens))(tokens, combine, computed, self.experts)  # [T, D']
         if hasattr(self, "residual_expert"):
             mixed = self._with_residual(tokens, mixed)
         return MoEOutput(mixed.view(*hidden.shape[:-1], mixed.shape[-1]), aux_loss, stats)
@@ -285,7 +289,7 @@ def mix_by_index(tokens: Tensor, combine: Tensor, kept: Tensor, experts: Iterabl
         experts: E modules.
     """
     expert_ids, rows = kept.t().nonzero(as_tuple=True)  # grouped by expert
-    groups = tokens[rows].split(kept.sum(dim=0).tolist())  # E × [n_e, D]
+    groups = tokens.index_select(0, rows).split(kept.sum(dim=0).tolist())  # E × [n_e, D]
     outputs = torch.cat([expert(group) for expert, group in zip(experts, groups, strict=True)])  # [Σ n_e, D']
     outputs = outputs * combine[rows, expert_ids, None].to(outputs.dtype)
     return outputs.new_zeros(len(tokens), outputs.shape[-1]).index_add(0, rows, outputs)

@@ -201,7 +201,7 @@ class MedPLIBProcessor:
             segment_image: index into ``images`` of the image that is segmented.
             example_masks: [H, W] each; masks that stand at ``<image>`` placeholders of the kind ``mask`` (in-context).
             visual_kinds: per ``<image>`` placeholder ``image`` or ``mask``; required with ``example_masks``.
-            training: regions become random sub-regions.
+            training: regions become random sub-regions, and where no mask is asked for, ``sam_pixel_values`` are zero.
             rng: source of that randomness; required in training with regions.
             pixels: see ``encode_prompt``.
 
@@ -215,7 +215,16 @@ class MedPLIBProcessor:
         ids, labels = encoding.truncate(self.tokenizer, *full, self.settings.max_length)
         drawn = rng if training else None
         sample = self._sample(
-            ids, images, regions, region_images, segment_image, example_masks, visual_kinds, drawn, pixels
+            ids,
+            images,
+            regions,
+            region_images,
+            segment_image,
+            example_masks,
+            visual_kinds,
+            drawn,
+            pixels,
+            segmented=bool(len(masks)) or not training,
         )
         return replace(
             sample,
@@ -257,6 +266,7 @@ class MedPLIBProcessor:
         visual_kinds: Sequence[str] | None,
         rng: np.random.Generator | None,
         with_pixels: bool = True,
+        segmented: bool = True,
     ) -> EncodedSample:
         for image in images:
             check_image(image)
@@ -269,10 +279,11 @@ class MedPLIBProcessor:
         image_size: Size = (sam_size, sam_size)  # of a text alone
         pixels, sam = torch.zeros(len(images), 3, clip_size, clip_size), torch.zeros(3, sam_size, sam_size)
         if len(images):
-            segmented = images[_segmented(segment_image, len(images))]
-            image_size = (segmented.shape[0], segmented.shape[1])
+            target = images[_segmented(segment_image, len(images))]
+            image_size = (target.shape[0], target.shape[1])
+            if with_pixels and segmented:
+                sam, _ = self.sam_input(target)
             if with_pixels:
-                sam, _ = self.sam_input(segmented)
                 pixels = torch.stack([self.clip_input(image) for image in images])
         examples = [example_mask_input(mask, clip_size) for mask in example_masks]
         return EncodedSample(

@@ -11,9 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from model.modeling.configuration import MoEConfig
-from model.modeling.decoder import MedPLIBDecoder
+from model.modeling.decoder import MedPLIBDecoder, RMSNorm
 from model.modeling.moe import MoEFeedForward
 
 TWO_MIXTURES = MoEConfig(layers=(0, 2), num_experts=(2, 2))
@@ -188,3 +189,34 @@ def test_lora_reaches_every_expert_and_the_router_trains_whole() -> None:
     assert {expert for expert in (0, 1) for name in trained if f"layers.2.mlp.experts.{expert}." in name} == {0, 1}
     assert sum("router" in name for name in trained) == 2
     assert all(model.get_parameter(name).grad is not None for name in trained)
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_states_that_nobody_reads_change_no_gradient(experts: int) -> None:
+    moe = MoEConfig(layers=(1, 2), num_experts=(2, 2), drop_tokens=False) if experts else None
+    mask, read = torch.tensor([[1] * 7, [1] * 4 + [0] * 3]), torch.zeros(2, 7, dtype=torch.bool)
+    read[0, 3:6] = read[1, 2] = True
+
+    def gradients(needed: torch.Tensor | None, training: bool) -> dict[str, torch.Tensor]:
+        model = decoder(moe).train(training)
+        output = model(embeds(), attention_mask=mask, needed=needed)
+        (output.last_hidden_state[read].square().sum() + output.aux_loss).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    whole, some = gradients(None, False), gradients(read, True)
+    assert whole.keys() == some.keys()
+    for name, gradient in whole.items():
+        assert_close(some[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_norm_has_the_gradients_of_llamas() -> None:
+    torch.manual_seed(0)
+    states, way = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    found = []
+    for kind in (RMSNorm, LlamaRMSNorm):
+        norm, hidden = kind(16, eps=1e-5), states.clone().requires_grad_()
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 2, 16))
+        (norm(hidden) * way).sum().backward()
+        found.append((norm(hidden), hidden.grad, norm.weight.grad))
+    assert_close(*found)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from model.modeling.configuration import IGNORE_INDEX
-from model.modeling.losses import causal_ce, mask_dice_loss, mask_focal_loss, mask_iou_loss, mask_losses
+from model.modeling.losses import causal_ce, each_mask_loss, mask_losses
 
 SQUARE = torch.zeros(8, 8)
 SQUARE[2:6, 2:6] = 1
@@ -68,12 +68,13 @@ def test_masks_of_different_sizes_count_equally() -> None:
 def test_dice_of_half_an_overlap() -> None:
     half = SQUARE.clone()
     half[2:4] = 0
-    assert float(mask_dice_loss((half * 2 - 1) * 50, SQUARE)) == pytest.approx(1 - 2 * 8 / 24, abs=1e-4)
+    dice = mask_losses([(half * 2 - 1) * 50], [SQUARE], torch.zeros(1, 1))["dice"]
+    assert float(dice) == pytest.approx(1 - 2 * 8 / 24, abs=1e-4)
 
 
 def test_focal_weighs_background_three_times_foreground() -> None:
     logits = torch.zeros(2, 2)
-    background, foreground = mask_focal_loss(logits, logits), mask_focal_loss(logits, torch.ones(2, 2))
+    background, foreground = each_mask_loss([logits] * 2, [logits, torch.ones(2, 2)], torch.zeros(2, 1))["focal"]
     assert_close(background, 3 * foreground)
     assert_close(foreground, 0.25 * 0.25 * torch.tensor(2.0).log())
 
@@ -82,7 +83,21 @@ def test_iou_loss_is_the_squared_error_of_the_estimate() -> None:
     half = SQUARE.clone()
     half[2:4] = 0
     logits = (half * 2 - 1) * 50
-    assert float(mask_iou_loss(logits, SQUARE, torch.tensor(0.8))) == pytest.approx(0.3**2, abs=1e-4)
+    iou = mask_losses([logits], [SQUARE], torch.full((1, 1), 0.8))["iou"]
+    assert float(iou) == pytest.approx(0.3**2, abs=1e-4)
+
+
+def test_losses_that_are_not_learnt_have_no_gradient() -> None:
+    logits, iou = torch.randn(8, 8, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
+    every = each_mask_loss([logits], [SQUARE], iou)
+    some = each_mask_loss([logits], [SQUARE], iou, ["bce", "dice"])
+    assert {name: value.requires_grad for name, value in some.items()} == {
+        "bce": True,
+        "dice": True,
+        "focal": False,
+        "iou": False,
+    }
+    assert_close(some, every)
 
 
 def test_no_masks_cost_nothing_and_stay_attached() -> None:

@@ -53,6 +53,13 @@ def test_both_geometries_agree_on_square_images_at_full_resolution() -> None:
     torch.testing.assert_close(exact, legacy)
 
 
+def test_exact_geometry_is_two_bilinear_resizings_and_a_crop() -> None:
+    low_res = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = functional.interpolate(low_res, (64, 64), mode="bilinear")[..., 11:52, :]  # 23 rows of padding: 11 and 12
+    (mask,) = restore_masks(low_res, [(41, 64)], [(123, 192)], 64)
+    torch.testing.assert_close(mask, functional.interpolate(whole, (123, 192), mode="bilinear")[0, 0])
+
+
 def test_legacy_geometry_crops_the_small_mask_by_large_sizes() -> None:
     low_res = torch.arange(64.0).expand(64, 64)[None, None]  # logits are column numbers
     (wide,) = restore_masks(low_res, [(256, 82)], [(64, 9)], 256, "legacy")

@@ -244,3 +244,66 @@ def test_the_given_configuration_is_left_alone() -> None:
     before = config.vision_config._attn_implementation
     SamMed2D(config, MaskConfig())
     assert config.vision_config._attn_implementation == before
+
+
+@pytest.fixture
+def with_stem() -> SamMed2D:
+    torch.manual_seed(0)
+    return SamMed2D(tiny_config(), MaskConfig(stem_channels=(8, 8, 16))).eval()
+
+
+def test_stem_doubles_mask_resolution(with_stem: SamMed2D, images: torch.Tensor, queries: torch.Tensor) -> None:
+    embeddings = with_stem.encode_image(images)
+    masks, iou = with_stem.decode(embeddings, queries, torch.tensor([0, 1, 1]))
+    assert embeddings.shape[1:] == with_stem.embedding_shape
+    assert masks.shape == (3, 1, SIDE // 2, SIDE // 2) and iou.shape == (3, 1)
+
+
+def test_stem_masks_are_the_same_alone_and_batched(
+    with_stem: SamMed2D, images: torch.Tensor, queries: torch.Tensor
+) -> None:
+    both, _ = with_stem.decode(with_stem.encode_image(images), queries, torch.tensor([0, 1, 1]))
+    alone, _ = with_stem.decode(with_stem.encode_image(images[1:]), queries[2:], torch.tensor([0]))
+    torch.testing.assert_close(both[2:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_skip_features_carry_single_pixels(with_stem: SamMed2D, images: torch.Tensor, queries: torch.Tensor) -> None:
+    changed = images.clone()
+    changed[:, :, 20:22, 30:32] += 5.0
+    index = torch.tensor([0, 1, 1])
+    before, _ = with_stem.decode(with_stem.encode_image(images), queries, index)
+    after, _ = with_stem.decode(with_stem.encode_image(changed), queries, index)
+    near = (after - before).abs()[:, 0, 8:14, 13:18].amax(dim=(1, 2))
+    far = (after - before).abs()[:, 0, 24:, :8].mean(dim=(1, 2))
+    assert (near > 2 * far).all()
+
+
+def test_every_parameter_of_the_stem_learns(with_stem: SamMed2D, images: torch.Tensor, queries: torch.Tensor) -> None:
+    masks, iou = with_stem.decode(with_stem.encode_image(images), queries, torch.tensor([0, 1, 1]))
+    (masks.square().mean() + iou.sum()).backward()
+    without = {
+        name
+        for name, parameter in with_stem.named_parameters()
+        if parameter.grad is None and not name.startswith("prompt_encoder.")
+    }
+    assert not without
+
+
+def test_stem_channels_must_fit() -> None:
+    with pytest.raises(ValueError, match="three multiples of 8"):
+        MaskConfig(stem_channels=(16, 32))
+    with pytest.raises(ValueError, match="multiple of 8"):
+        SamMed2D(tiny_config(hidden_size=20), MaskConfig(stem_channels=(8, 8, 8)))
+
+
+@pytest.mark.parametrize("stem", [(), (8, 8, 16)])
+def test_an_earlier_mask_is_corrected(stem: tuple[int, ...], images: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    sam = SamMed2D(tiny_config(), MaskConfig(stem_channels=stem)).eval()
+    embeddings, index = sam.encode_image(images), torch.tensor([0, 1])
+    points = torch.tensor([[[10.0, 12.0]], [[40.0, 30.0]]])
+    earlier = torch.full((2, 1, 4 * GRID, 4 * GRID), -4.0)
+    earlier[0, :, 2:6, 2:6] = 4.0
+    plain, _ = sam.decode(embeddings, None, index, points=points)
+    corrected, _ = sam.decode(embeddings, None, index, points=points, masks=earlier)
+    assert corrected.shape == plain.shape and not torch.allclose(corrected, plain)
