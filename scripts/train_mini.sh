@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# MedPLIB-mini from MedPLIB-nano, phantoms and the real sets of MEDPLIB_REAL (default ../shared/real).
+#   bash scripts/train_mini.sh
+#   MEDPLIB_RUNS   folder of everything that is made (default runs); what is already there is not made again
+#   MINI_UNTIL     data, towers or joint stops after that step
+# Two CPU cores, 12 GB of memory and disk; docs/mini.md states the hours. Started again, it goes on where it ended.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+prepare_environment
+export MEDPLIB_RUNS=${MEDPLIB_RUNS:-runs} PYTHONPATH="$PWD"
+mini=$MEDPLIB_RUNS/mini
+mkdir -p "$mini/data"
+
+phantoms() { # phantoms NAME IMAGES SEED
+  [ -e "$mini/data/phantoms/$1/grounding.json" ] ||
+    medplib data build phantom --out "$mini/data/phantoms/$1" --num-images "$2" --seed "$3" --workers 2
+}
+built() { # built SOURCE OUT
+  [ -e "$2/dataset.json" ] || medplib data build "$1" --out "$2" --workers 2
+}
+pretrain() { # pretrain STEP FILE
+  [ -e "$mini/$2" ] || OMP_NUM_THREADS=1 python -m model.train.pretrain.mini "$1" --data "$mini/data" --out "$mini"
+}
+train() { # train RECIPE NAME OVERRIDES…
+  local recipe=$1 name=$2
+  shift 2
+  [ -e "$mini/$name/merged/config.json" ] ||
+    python -m model.train "$recipe" --resume output="$mini/$name" "$@"
+  # A run that gets a signal saves, and exits with 0, too.
+  [ -e "$mini/$name/merged/config.json" ] || { echo "$name is not finished; run this again to go on." >&2; exit 3; }
+}
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+
+[ -e "$mini/sources/all/meta.csv" ] || python scripts/mini_sources.py --out "$mini/sources"
+for set in "$mini"/sources/*/; do
+  name=$(basename "$set")
+  [ "$name" = all ] || built "$set" "$mini/data/$name"
+done
+built "$mini/sources/all" "$mini/mix"
+phantoms train 8000 4000
+phantoms validation 200 8000
+phantoms test 400 9000
+[ "${MINI_UNTIL:-}" != data ] || exit 0
+
+pretrain pool pool_validation/index.json
+pretrain sam sam.safetensors & sam=$!
+pretrain vision vision.safetensors & vision=$!
+wait "$sam" && wait "$vision"
+pretrain base base/config.json
+[ "${MINI_UNTIL:-}" != towers ] || exit 0
+
+train configs/mini/joint.yaml joint
