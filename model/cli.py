@@ -17,8 +17,7 @@ from model.errors import MedPLIBError, escape_unprintable, shown
 from model.eval.commands import add_compare_command, add_eval_command
 from model.serve.commands import add_serve_command
 from model.train.plan import add_plan_command
-from model.train.router_commands import add_router_report_command
-from model.train.runs_command import add_runs_command
+from model.train.runs import add_run_commands
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "medplib-nano"
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -28,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     escape_unprintable()
     options, unknown = build_parser().parse_known_args(arguments)
+    if hasattr(options, "overrides"):  # argparse leaves those out that come after an option
+        options.overrides += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
@@ -63,9 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     add_data_command(commands)
     _add_train(commands)
+    _add_finetune(commands)
     add_plan_command(commands)
-    add_runs_command(commands)
-    add_router_report_command(commands)
+    add_run_commands(commands)
     add_eval_command(commands)
     add_compare_command(commands)
     add_serve_command(commands).set_defaults(run=run_serve)
@@ -156,11 +158,35 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.set_defaults(run=run_train)
 
 
+def _add_finetune(commands: argparse._SubParsersAction) -> None:
+    tune = commands.add_parser(
+        "finetune",
+        help="fine-tune a model on own data without forgetting; ends with a before/after page",
+        description="Fine-tune a model on own data. The run is an ordinary recipe (--print-recipe prints it); repeat "
+        "the command with --resume after an interruption.",
+    )
+    tune.add_argument("data", type=Path, metavar="DATA", help="folder of medplib data build, record file, or source")
+    tune.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimiser.lr=1e-4")
+    tune.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder")
+    tune.add_argument("--model", type=Path, metavar="DIR", help="what is fine-tuned; the shipped model when absent")
+    tune.add_argument("--method", choices=("auto", "full", "lora"), default="auto", help="what learns; auto says why")
+    old = tune.add_mutually_exclusive_group()
+    old.add_argument(
+        "--rehearse", type=Path, metavar="DATA", help="what must not be forgotten; phantoms where the model knows them"
+    )
+    old.add_argument("--no-rehearse", action="store_true", help="train on own data alone")
+    tune.add_argument("--share", type=float, default=0.6, metavar="S", help="own data's share beside rehearsal (0.6)")
+    tune.add_argument("--terms", default="", metavar="TEXT", help="licence of the own data, for the model's card")
+    tune.add_argument("--print-recipe", action="store_true", help="print the recipe for medplib train and stop")
+    tune.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    tune.set_defaults(run=run_finetune)
+
+
 def _add_export(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser("export", help="write a checkpoint as a merged Hugging Face directory")
     export.add_argument("checkpoint", type=Path, help="a saved checkpoint, native or published, or a run folder")
     export.add_argument("out", type=Path)
-    export.add_argument("--layout", choices=("native", "published"), default="native")
+    export.add_argument("--layout", choices=("native", "published", "adapter"), default="native")
     export.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
     _add_parts(export)
     export.set_defaults(run=run_export)
@@ -175,6 +201,7 @@ def _add_describe(commands: argparse._SubParsersAction) -> None:
 
 def _add_parts(command: argparse.ArgumentParser) -> None:
     """Where parts that a published checkpoint lacks come from; the published spellings are known too."""
+    command.add_argument("--base", type=Path, metavar="DIR", help="of a LoRA, where its own base lies elsewhere")
     command.add_argument(
         "--vision-tower", "--vision_tower", type=Path, metavar="DIR", help="CLIP directory, for published checkpoints"
     )
@@ -222,6 +249,7 @@ def run_ask(options: argparse.Namespace) -> int:
         device=options.device,
         vision_tower=options.vision_tower,
         sam=options.sam,
+        base=options.base,
         attention=options.attention,
         quantisation=options.quantisation,
     )
@@ -266,6 +294,7 @@ def run_chat(options: argparse.Namespace) -> int:
         device=options.device,
         vision_tower=options.vision_tower,
         sam=options.sam,
+        base=options.base,
         attention=options.attention,
         quantisation=options.quantisation,
     )
@@ -298,15 +327,33 @@ def run_train(options: argparse.Namespace) -> int:
     return train(options.arguments)
 
 
+def run_finetune(options: argparse.Namespace) -> int:
+    """``medplib finetune``."""
+    from model.finetune import finetune
+
+    options.model = options.model or default_model()
+    return finetune(options)
+
+
 def run_export(options: argparse.Namespace) -> int:
     """``medplib export``."""
-    from model.checkpoint import export_published, save
+    from model.checkpoint import export_published, save, save_adapter
+    from model.train.handover import unmerged_network
 
     if options.out.exists():
         raise MedPLIBError(f"{options.out} exists already; name a new directory")
-    if options.layout == "native" and options.format == "bin":
-        raise MedPLIBError("the native layout is written as safetensors; use --layout published for .bin files")
-    model, processor = _open_for_export(options.checkpoint, options.vision_tower, options.sam)
+    if options.layout != "published" and options.format == "bin":
+        raise MedPLIBError(f"the {options.layout} layout is written as safetensors; use --layout published for .bin")
+    if options.layout == "adapter":
+        network, _, recipe = unmerged_network(options.checkpoint)
+        if recipe.model.grounding:
+            raise MedPLIBError(
+                "the run made a mixture of two checkpoints, so no base fits an adapter; export it native"
+            )
+        save_adapter(network, options.out, recipe.model.base)
+        print(f"wrote {options.out}")
+        return 0
+    model, processor = _open_for_export(options.checkpoint, options.vision_tower, options.sam, options.base)
     if options.layout == "native":
         save(model, processor, options.out)
     else:
@@ -315,7 +362,7 @@ def run_export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None) -> tuple[Any, Any]:
+def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None, base: Path | None) -> tuple[Any, Any]:
     """The network and processor of a checkpoint, of a finished run, or of a run's newest training checkpoint."""
     from model.checkpoint import load
     from model.checkpoint.directories import resolve
@@ -325,14 +372,14 @@ def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None) ->
     unmerged = (path / "recipe.yaml").is_file() or path.name.startswith("step_")
     if unmerged and not (source / "config.json").is_file():
         return network_of_run(path)
-    return load(source, vision_tower=vision_tower, sam=sam)
+    return load(source, vision_tower=vision_tower, sam=sam, base=base)
 
 
 def run_describe(options: argparse.Namespace) -> int:
     """``medplib describe``."""
     from model.checkpoint import describe
 
-    print(describe(options.checkpoint, vision_tower=options.vision_tower, sam=options.sam))
+    print(describe(options.checkpoint, vision_tower=options.vision_tower, sam=options.sam, base=options.base))
     return 0
 
 

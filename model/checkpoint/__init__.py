@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from model.checkpoint.loading import load, load_with_report
     from model.checkpoint.lora import merge_lora, merge_lora_state
     from model.checkpoint.report import LoadReport
-    from model.checkpoint.saving import export_published, save
+    from model.checkpoint.saving import export_published, save, save_adapter
     from model.checkpoint.upcycling import upcycle
 
 # Imported when first used: looking for a directory needs no torch.
@@ -23,12 +23,12 @@ _HOMES = {
     **dict.fromkeys(("assemble", "lay_over"), "assembling"),
     **dict.fromkeys(("load", "load_with_report"), "loading"),
     **dict.fromkeys(("merge_lora", "merge_lora_state"), "lora"),
-    **dict.fromkeys(("export_published", "save"), "saving"),
+    **dict.fromkeys(("export_published", "save", "save_adapter"), "saving"),
     **{"describe": "describing", "LoadReport": "report", "upcycle": "upcycling"},
 }
 
 __all__ = ["LoadReport", "assemble", "describe", "export_published", "lay_over", "load", "load_with_report"]
-__all__ += ["merge_lora", "merge_lora_state", "save", "upcycle"]
+__all__ += ["merge_lora", "merge_lora_state", "save", "save_adapter", "upcycle"]
 
 
 def __getattr__(name: str) -> Any:

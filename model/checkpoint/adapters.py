@@ -16,22 +16,17 @@ import torch
 from torch import Tensor
 
 from model.checkpoint.building import is_finite, refuse_faulty
+from model.checkpoint.directories import ADAPTER_CONFIG
 from model.checkpoint.lora import MATRIX, merge_lora_state
 from model.checkpoint.names import published_to_native
 from model.checkpoint.shards import read_tensors
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
 
-ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TRAINED_WHOLE = "non_lora_trainables.bin"
 _WRAPPER = re.compile(r"^(?:base_model\.model\.)?(?:module\.)?")
 _OTHER_METHODS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias")
-
-
-def is_adapter(directory: str | Path) -> bool:
-    """Whether a directory holds a LoRA rather than a whole network."""
-    return (Path(directory) / ADAPTER_CONFIG).is_file()
 
 
 @torch.no_grad()

@@ -6,28 +6,36 @@ from math import prod
 from pathlib import Path
 
 from model.checkpoint.building import empty_network
+from model.checkpoint.directories import is_adapter
 from model.checkpoint.loading import check
 from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from model.modeling.configuration import MedPLIBConfig
 
 
-def describe(directory: str | Path, *, vision_tower: str | Path | None = None, sam: str | Path | None = None) -> str:
+def describe(
+    directory: str | Path,
+    *,
+    vision_tower: str | Path | None = None,
+    sam: str | Path | None = None,
+    base: str | Path | None = None,
+) -> str:
     """A readable summary: layout, files, sizes of the parts, what fits and what does not.
 
     Args:
-        directory: native or published checkpoint.
-        vision_tower, sam: as for ``load``.
+        directory: native or published checkpoint, or a LoRA, whose base is described.
+        vision_tower, sam, base: as for ``load``.
 
     Raises:
         MedPLIBError: the directory is no checkpoint.
     """
-    opened = open_checkpoint(directory, vision_tower=vision_tower, sam=sam)
+    opened = open_checkpoint(directory, vision_tower=vision_tower, sam=sam, base=base)
     report = check(opened, empty_network(opened.config))
     size = sum(path.stat().st_size for path in opened.weights.files)
     count = len(opened.weights.files)
     files = f"{opened.weights.files[0].name}" if count == 1 else f"{count} files"
     verdict = "complete" if report.fits else "does not load as it is"
-    lines = [
+    lines = [f"{directory}: a LoRA of the checkpoint below"] if is_adapter(directory) else []
+    lines += [
         f"{opened.directory}: {opened.layout} layout, {files}, {_bytes(size)}, {verdict}",
         *(f"  {name:<14}{text}" for name, text in _parts(opened)),
         *str(report).splitlines(),

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, shown
 
+ADAPTER_CONFIG = "adapter_config.json"
 MERGED = "merged"
 """Folder of a run that holds its exported network."""
 _HUB_ID = re.compile(r"([\w.-]+)/([\w.-]+)(?:@([\w./-]+))?")
@@ -46,6 +47,33 @@ def resolve(path: str | Path) -> Path:
         return next((found for folder in folders if (found := _snapshot(folder, named[3])) is not None), path)
     except (OSError, ValueError):  # a folder that may not be entered, a name no file can have
         return path
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds a LoRA rather than a whole network."""
+    return (Path(directory) / ADAPTER_CONFIG).is_file()
+
+
+def base_of(directory: str | Path, base: str | Path | None = None) -> Path:
+    """The whole network of a directory: its own, or for a LoRA ``base``, or else what its configuration names.
+
+    Raises:
+        MedPLIBError: there is a base too many, or the LoRA's is not here.
+    """
+    if not is_adapter(directory):
+        if base is not None:
+            raise MedPLIBError(f"{directory} is no LoRA ({ADAPTER_CONFIG} is missing); leave its base out")
+        return resolve(directory)
+    named: Any = base
+    if base is None:
+        try:
+            named = json.loads((Path(directory) / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError) as error:
+            raise MedPLIBError(f"{Path(directory) / ADAPTER_CONFIG} cannot be read; copy it again") from error
+    if not named or not resolve(str(named)).is_dir():
+        where = f"of {shown(str(named))}, which is not here" if named else "of a checkpoint that it does not name"
+        raise MedPLIBError(f"{directory} is a LoRA {where}; name that with --base DIR (--model-base when serving)")
+    return resolve(str(named))
 
 
 def checkpoint_name(path: str | Path) -> str:

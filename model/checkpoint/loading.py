@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.checkpoint.adapters import merge_adapter
 from model.checkpoint.building import (
     Attention,
     choose_attention,
@@ -19,6 +20,7 @@ from model.checkpoint.building import (
     network_shapes,
     take_over,
 )
+from model.checkpoint.directories import is_adapter
 from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from model.checkpoint.processors import read_processor
 from model.checkpoint.report import LoadReport, compare
@@ -37,11 +39,13 @@ def load(
     dtype: torch.dtype | None = None,
     strict: bool = True,
     attention: Attention = "sdpa",
+    base: str | Path | None = None,
 ) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
     """Load a native or published checkpoint directory.
 
     Args:
-        directory: config.json, weights (safetensors or ``.bin``, whatever an index says) and tokenizer.
+        directory: config.json, weights (safetensors or ``.bin``, whatever an index says) and tokenizer; or a LoRA,
+            which is merged into its base.
         vision_tower: CLIP directory, for published checkpoints: CLIP's sizes, and its weights if they are not inside.
         sam: SAM-Med2D file, for published checkpoints without SAM weights.
         device: where the weights go.
@@ -49,6 +53,7 @@ def load(
         strict: refuse any missing, unexpected or mis-shaped tensor. Otherwise parts around the language model that are
             missing start from new values (see ``load_with_report`` for what happened).
         attention: of the decoder: ``sdpa``, ``eager`` or ``flash_attention_2`` (CUDA with flash-attn, the gpu extra).
+        base: what a LoRA was trained on, where that is not what its configuration names.
 
     Returns:
         The network in eval mode, and its processor.
@@ -64,6 +69,7 @@ def load(
         dtype=dtype,
         strict=strict,
         attention=attention,
+        base=base,
     )
     return model, processor
 
@@ -77,9 +83,10 @@ def load_with_report(
     dtype: torch.dtype | None = None,
     strict: bool = True,
     attention: Attention = "sdpa",
+    base: str | Path | None = None,
 ) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, LoadReport]:
     """The same as ``load``, and what was found (which is logged too)."""
-    opened = open_checkpoint(directory, vision_tower=vision_tower, sam=sam)
+    opened = open_checkpoint(directory, vision_tower=vision_tower, sam=sam, base=base)
     processor = read_processor(opened)
     model = empty_network(opened.config)
     report = check(opened, model)
@@ -96,6 +103,9 @@ def load_with_report(
     finish(model, state, device)
     if ties and not model.config.text_config.tie_word_embeddings:
         notes.append("config.json says tie_word_embeddings, but the stored lm_head is not the embedding; it was kept")
+    if is_adapter(directory):
+        merge_adapter(model, directory)
+        notes.append(f"the LoRA in {directory} is merged")
     report = replace(report, notes=tuple(notes))
     choose_attention(model, attention, device)
     logger.info("%s", report)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from model.checkpoint.directories import read_settings, resolve
+from model.checkpoint.directories import base_of, read_settings, resolve
 from model.checkpoint.names import is_empty_buffer, native_to_published, published_to_native
 from model.checkpoint.published_config import NATIVE_SECTION, infer_config
 from model.checkpoint.report import Shape, understanding
@@ -83,19 +83,24 @@ def is_native(settings: Mapping[str, Any]) -> bool:
 
 
 def open_checkpoint(
-    directory: str | Path, *, vision_tower: str | Path | None = None, sam: str | Path | None = None
+    directory: str | Path,
+    *,
+    vision_tower: str | Path | None = None,
+    sam: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> OpenedCheckpoint:
     """Open a native or published directory.
 
     Args:
-        directory: the checkpoint, or anything that ``resolve`` finds one by.
+        directory: the checkpoint, or anything that ``resolve`` finds one by; of a LoRA its base is opened.
         vision_tower: CLIP directory, for published checkpoints: sizes, and weights if the checkpoint has none.
         sam: SAM-Med2D file, for published checkpoints without SAM weights.
+        base: what a LoRA was trained on, where that is not what its configuration names.
 
     Raises:
         MedPLIBError: the directory is no checkpoint, or a part is found nowhere.
     """
-    directory = resolve(directory)
+    directory = base_of(directory, base)
     settings = read_settings(directory)
     if is_native(settings):
         unread = tuple(

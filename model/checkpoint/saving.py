@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.checkpoint.directories import ADAPTER_CONFIG
+from model.checkpoint.lora import MATRIX
 from model.checkpoint.names import native_to_published, published_buffers
 from model.checkpoint.processors import write_published_processor
 from model.checkpoint.published_config import published_settings
@@ -84,6 +87,42 @@ def export_published(
         _write_json(folder / "config.json", settings)
         _write_json(folder / "generation_config.json", _generation_settings(model))
         write_published_processor(processor, folder)
+    return Path(directory)
+
+
+def save_adapter(model: nn.Module, directory: str | Path, base: str) -> Path:
+    """Write what a network with LoRA has learnt in ``peft``'s format; parts that were trained whole go with it.
+
+    Args:
+        model: with unmerged LoRA; what learns requires gradients.
+        directory: as for ``save``; the base is not needed in it.
+        base: directory or name that the adapter shall name as its base.
+
+    Raises:
+        MedPLIBError: the network has no LoRA, weights below it are trained or integers, or as for ``save``.
+    """
+    learnt = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    pairs = {name: MATRIX.fullmatch(name) for name in learnt}
+    adapted = sorted({match["module"] for match in pairs.values() if match})
+    mixed = next((name for name in learnt if ".base_layer." in name), None)
+    if not adapted or mixed:
+        what = f"trains {mixed} below its LoRA" if mixed else "has no LoRA, it was trained in full"
+        raise MedPLIBError(f"the network {what}, so it is no adapter; use --layout native")
+    (config,) = vars(model)["peft_config"].values()
+    owners = sorted({name.rpartition(".")[0] for name, match in pairs.items() if not match})
+    owners = [name for name in owners if not any(name.startswith(f"{other}.") for other in owners)]
+    tensors = {f"{m['module']}.lora_{m['side']}.weight": learnt[name] for name, m in pairs.items() if m}
+    for owner in owners:
+        tensors |= {f"{owner}.{name}": value for name, value in model.get_submodule(owner).state_dict().items()}
+    settings = {
+        **{"peft_type": "LORA", "task_type": None, "bias": "none", "base_model_name_or_path": base},
+        **{"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout},
+        **{"target_modules": adapted, "modules_to_save": owners, "inference_mode": True},
+    }
+    with _replacing(Path(directory)) as folder:
+        whole = {f"base_model.model.{name}": value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
+        _write_json(folder / ADAPTER_CONFIG, settings)
     return Path(directory)
 
 

@@ -27,6 +27,7 @@ def load_for_inference(
     attention: Attention = "sdpa",
     quantisation: Scheme | None = None,
     lora: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, MaskGate | None]:
     """Load a native or published checkpoint directory.
 
@@ -39,6 +40,7 @@ def load_for_inference(
         attention: of the decoder: ``sdpa``, ``eager`` or ``flash_attention_2`` (CUDA with flash-attn).
         quantisation: ``int8`` or ``int4`` keeps the decoder's linear weights so; None as they are.
         lora: directory that ``peft`` saved, merged into the checkpoint it was trained on.
+        base: what that was, where ``directory`` itself is a LoRA and not of the checkpoint that it names.
 
     Returns:
         Network, processor, and the mask gate if a ``mask_gate.json`` lies in the directory.
@@ -50,7 +52,7 @@ def load_for_inference(
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     model, processor = load(
-        directory, vision_tower=vision_tower, sam=sam, device=device, dtype=dtype, attention=attention
+        directory, vision_tower=vision_tower, sam=sam, device=device, dtype=dtype, attention=attention, base=base
     )
     if lora is not None:
         merge_adapter(model, lora)

@@ -17,11 +17,12 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-from model.train.checkpoints import FOLDER, WEIGHTS, list_checkpoints, load_trainable
+from model.train.checkpoints import FOLDER, WEIGHTS, checkpoint_of, list_checkpoints, load_trainable
 from model.train.engine import TrainingEngine
 from model.train.quantised import is_quantised, merge_quantised
 from model.train.recipe import Recipe
 from model.train.recipe_io import RECIPE_FILE, load_recipe
+from model.train.run_record import read_record
 from model.train.starting import starting_network
 
 
@@ -57,23 +58,35 @@ def merged_network(
 
 
 def network_of_run(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
-    """The merged network of an unfinished run, from its newest checkpoint (or the checkpoint given).
+    """The merged network of an unfinished run, see ``unmerged_network``."""
+    network, processor, _ = unmerged_network(folder)
+    return _merged(network), processor
+
+
+def unmerged_network(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, Recipe]:
+    """The network of a run with its LoRA apart, from the checkpoint that ``merged/`` is of, or else the newest.
 
     Args:
         folder: a run folder, or one ``step_…`` folder of its checkpoints.
+
+    Returns:
+        The network, its processor, and the recipe of the run.
 
     Raises:
         MedPLIBError: there is no checkpoint, or its starting points are gone.
     """
     run_folder = folder.parent.parent if folder.parent.name == FOLDER else folder
     checkpoint = folder if run_folder is not folder else next(reversed(list_checkpoints(folder)), None)
+    best = (read_record(folder).get("merged") or {}).get("step")
+    if best is not None and checkpoint_of(folder, best) in list_checkpoints(folder):
+        checkpoint = checkpoint_of(folder, best)
     if checkpoint is None or not (run_folder / RECIPE_FILE).is_file():
         raise MedPLIBError(f"{folder} holds no training checkpoint; expected {RECIPE_FILE} and {FOLDER}/step_…")
     recipe = load_recipe(run_folder / RECIPE_FILE)
     engine = replace(recipe.engine, attention="sdpa")  # merging needs no attention, and may happen without a GPU
     network, processor = starting_network(replace(recipe, engine=engine))
     load_trainable(network, checkpoint)
-    return _merged(network), processor
+    return network, processor, recipe
 
 
 def remove_half_merged(run_folder: Path) -> None:
