@@ -20,6 +20,7 @@ Ablations repeat d's last third with other routing. ``scripts/reproduce_nano.sh`
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -29,11 +30,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
-from claim_table import ROWS, write_table
+from nano_report import blind_scores, read_records
 
 ALIGNMENT_STEPS = 40
 SHARES = "data.shares=[0.35, 0.2, 0.45]"  # questions about images, about regions, grounding
+EXPERT = "trainable=[decoder, lm_head, projector, region_adapter]"
 DENSE = "trainable=[decoder, lm_head, projector, region_adapter, mask_decoder, prompt_encoder, mask_head]"
 EVERYTHING = "data.train=['${MEDPLIB_DATA}/vqa.json', '${MEDPLIB_DATA}/region.json', '${MEDPLIB_DATA}/grounding.json']"
 ROUTINGS: Mapping[str, tuple[str, ...]] = {
@@ -49,16 +53,40 @@ ROUTINGS: Mapping[str, tuple[str, ...]] = {
     "no_aux": ("mixture.router_aux_loss_coef=0",),
 }
 
+ARMS: Mapping[str, str] = {
+    "vqa_expert": "a: stage II expert",
+    "grounding_expert": "b: stage III expert",
+    "dense": "c: dense, mixed data",
+    "mixture": "d: two experts (top-1, capacity 1.5, aux 0.01)",
+    "mixture_projector": "e: d with a mixture projector",
+}
+ABLATIONS: Mapping[str, str] = {
+    "top2": "d, top-2",
+    "capacity_1.0": "d, capacity 1.0",
+    "capacity_2.0": "d, capacity 2.0",
+    "no_aux": "d, aux loss 0",
+}
+ROWS: Mapping[str, str] = {"align": "start: stage I, no further step", **ARMS, **ABLATIONS}
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "VQA": ("modality", "presence", "side", "relation", "list", "place", "finding"),
+    "region": ("region_name", "region_check", "region_side"),
+    "closed": ("presence", "side", "relation", "region_check", "region_side"),
+    "mDice": ("dice@0.5",),
+    "false masks": ("false_masks",),
+}
+"""Each column is the mean of these scores of ``nano_report``."""
+KEEPS = 0.02
+"""A skill is called kept where the mixture is at most so much worse than the expert of that skill, on average."""
+
+Scores = Mapping[str, float]
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Job:
-    """One command and the file that tells it is done.
-
-    Attributes:
-        name: also its log's.
-        makes: skipped where this file is there.
-        after: names of the jobs whose results it reads.
-    """
+    """One command, skipped where the file that it makes is there; ``after``: the jobs whose results it reads."""
 
     name: str
     command: tuple[str, ...]
@@ -81,8 +109,8 @@ class Plan:
         vqa, grounding = self._folder("vqa", seed), self._folder("grounding", seed)
         align = str(self._folder("align", seed))
         yield self._stage(1, "align", seed, ALIGNMENT_STEPS, f"model.base={base}")
-        yield self._expert("vqa", seed, steps, align)
-        yield self._expert("vqa_expert", seed, 3 * steps, align)
+        for name, own_steps in (("vqa", steps), ("vqa_expert", 3 * steps)):
+            yield self._stage(2, name, seed, own_steps, f"model.base={align}", EXPERT, after="align")
         yield self._stage(3, "grounding", seed, steps, f"model.base={vqa}", after="vqa")
         yield self._stage(3, "grounding_expert", seed, 2 * steps, f"model.base={vqa}", after="vqa")
         dense = (DENSE, EVERYTHING, SHARES, "losses.dice=0.5", "losses.bce=2.0")
@@ -92,10 +120,6 @@ class Plan:
             yield self._stage(4, name, seed, steps, *sources, SHARES, *routing, after="grounding")
         for name in ROWS:
             yield self._measure(name, seed)
-
-    def _expert(self, name: str, seed: int, steps: int, align: str) -> Job:
-        trained = "trainable=[decoder, lm_head, projector, region_adapter]"
-        return self._stage(2, name, seed, steps, f"model.base={align}", trained, after="align")
 
     def _stage(self, stage: int, name: str, seed: int, steps: int, *values: str, after: str = "") -> Job:
         folder = self._folder(name, seed)
@@ -125,9 +149,7 @@ class Plan:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="holds nano/phantoms")
-    parser.add_argument(
-        "--out", type=Path, help="folder of this experiment, which holds start/base (default RUNS/claim)"
-    )
+    parser.add_argument("--out", type=Path, help="this experiment's folder, with start/base (default RUNS/claim)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120, help="a third of each arm's budget")
     parser.add_argument("--images", type=int, default=150, help="held-out images that are asked about")
@@ -146,8 +168,7 @@ def main() -> int:
     if failed:
         sys.stderr.write(f"{', '.join(failed)} failed; see the logs in {claim}/logs, then run this again\n")
         return 1
-    text = write_table(claim, options.seeds, options.steps, plan.nano / "phantoms")
-    print(text)
+    print(write_table(claim, options.seeds, options.steps, plan.nano / "phantoms"))
     return 0
 
 
@@ -164,16 +185,11 @@ def run_all(jobs: Sequence[Job], at_once: int, logs: Path) -> list[str]:
     with ThreadPoolExecutor(at_once) as pool:
         while order.is_active():
             for name in order.get_ready():
-                if any(before in failed for before in known[name].after):
-                    failed.append(name)
-                    order.done(name)
-                else:
-                    running[pool.submit(run_job, known[name], logs)] = name
-            done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
-            for future in done:
+                blocked = any(before in failed for before in known[name].after)
+                running[pool.submit(int, 1) if blocked else pool.submit(run_job, known[name], logs)] = name
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                if future.result():
-                    failed.append(name)
+                failed += [name] if future.result() else []
                 order.done(name)
     return failed
 
@@ -191,6 +207,79 @@ def run_job(job: Job, logs: Path) -> int:
     seconds = time.monotonic() - start
     print(f"{job.name}: {'failed' if status else f'{seconds:.0f} s'}", flush=True)
     return status
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -> str:
+    """Read every arm's report, write table.md and table.json into ``claim`` and return the Markdown."""
+    reports = {
+        name: [json.loads((claim / f"seed{seed}" / name / "report.json").read_text("utf-8")) for seed in seeds]
+        for name in ROWS
+    }
+    found = {name: [columns_of(scores_of(report)) for report in own] for name, own in reports.items()}
+    test, train, images = phantoms / "test", phantoms / "train", reports["mixture"][0]["images"]
+    records = read_records(test)
+    first = {*list(dict.fromkeys(record["image"] for record in records))[:images]}
+    asked = [record for record in records if record["image"] in first]
+    blind = columns_of(blind_scores(read_records(train), asked, train, test))
+    text = markdown(found, blind, steps) + "\n" + "\n".join(f"- {line}" for line in verdict(found)) + "\n"
+    (claim / "table.md").write_text(text, encoding="utf-8")
+    plain = {"steps": steps, "seeds": list(seeds), "images": images, "blind": blind, "arms": found}
+    (claim / "table.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+def scores_of(report: Mapping[str, Any]) -> Scores:
+    """Scores of the one checkpoint in a report of ``nano_report``."""
+    (scores,) = [column for name, column in report["columns"].items() if name != "blind"]
+    return scores
+
+
+def columns_of(scores: Scores) -> dict[str, float]:
+    """Scores of ``nano_report`` as this table's columns."""
+    return {column: fmean(scores[kind] for kind in kinds) for column, kinds in COLUMNS.items()}
+
+
+def markdown(found: Mapping[str, Sequence[Scores]], blind: Scores, steps: int) -> str:
+    """Means over seeds with their standard deviations, one arm a row."""
+    lines = [f"| arm ({3 * steps} steps each) | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines.append(f"| blind | {' | '.join(f'{blind[column]:.3f}' for column in COLUMNS)} |")
+    for name, title in ROWS.items():
+        cells = [spread([scores[column] for scores in found[name]]) for column in COLUMNS]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, their standard deviation."""
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def verdict(found: Mapping[str, Sequence[Scores]]) -> list[str]:
+    """What the seeds say, paired by seed: does the mixture keep both skills, and does it beat one dense network?"""
+
+    def gains(other: str, *columns: str) -> dict[str, list[float]]:
+        pairs = list(zip(found["mixture"], found[other], strict=True))
+        return {column: [mixture[column] - one[column] for mixture, one in pairs] for column in columns}
+
+    def listed(gained: Mapping[str, Sequence[float]]) -> str:
+        return ", ".join(f"{column} {_signed(values)}" for column, values in gained.items())
+
+    kept = gains("vqa_expert", "VQA", "region", "closed") | gains("grounding_expert", "mDice")
+    lost = [column for column, values in kept.items() if fmean(values) < -KEEPS]
+    answer = f"no: it loses more than {KEEPS:.2f} in {', '.join(lost)}" if lost else "yes"
+    lines = [f"Does the mixture keep both skills? {answer} (d minus the expert of each skill: {listed(kept)})."]
+    for other, name in (("dense", "one dense network on mixed data"), ("mixture_projector", "a mixture projector too")):
+        gained = gains(other, "VQA", "region", "mDice", "false masks")
+        lines.append(f"d minus {ARMS[other][0]} ({name}): {listed(gained)}.")
+    return lines
+
+
+def _signed(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{fmean(values):+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,6 @@ from types import ModuleType
 import pytest
 import yaml
 
-from model.errors import MedPLIBError
 from tests.bench_scripts import bench_script
 from tests.tiny import tiny_config
 
@@ -22,20 +22,11 @@ def infer() -> Iterator[ModuleType]:
         yield script
 
 
-def tables(report: str) -> dict[str, list[list[str]]]:
-    """Rows of every section's table, the head first."""
-    parts = re.split(r"^## (.*)$", report, flags=re.MULTILINE)[1:]
-    rows = {}
-    for title, body in zip(parts[::2], parts[1::2], strict=True):
-        lines = [line for line in body.splitlines() if line.startswith("|") and not line.startswith("|---")]
-        rows[title] = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return rows
-
-
-def positive(cell: str) -> bool:
-    """A share of a limit may round to nothing on a busy machine."""
-    value = float(cell.replace(",", "").rstrip("%"))
-    return value > 0 or (value == 0 and cell.endswith("%"))
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """Rows of the one CSV in a folder."""
+    (path,) = folder.glob("*.csv")
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +47,22 @@ def test_the_whole_report_of_a_random_network(
     infer: ModuleType, sizes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert infer.main(["--random", str(sizes), "--out", str(tmp_path), *SMALL]) == 0
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.md")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-infer-random-tiny-cpu\.md", path.name)
     report = path.read_text(encoding="utf-8")
     assert report == capsys.readouterr().out
-    found = tables(report)
-    grounded = "One grounded answer, from file to mask"
-    counts = {"Decoding": 6, "Before the first token": 5, grounded: 2, "Requests": 18}
-    assert {title: len(found[title]) - 1 for title in counts} == counts
-    assert len({tuple(found[title][0]) for title in counts}) == 1  # one head for all
-    for title in counts:
-        for row in found[title][1:]:
-            assert row[1] in ("ms", "a second")
-            assert all(map(positive, row[2:9])), row
-    assert all("1.00 masks each" in row[-1] for row in found[grounded][1:])
-    texts = [re.search(r"same text: (\d+) of (\d+)$", row[-1]) for row in found["Requests"][1:]]
+    rows = read_rows(tmp_path)
+    assert sum(line.startswith("| ") for line in report.splitlines()) == len(rows) + 2  # one table: head and rule
+    counts = {"decoding": 3, "before": 5, "grounded": 2, "requests": 18}
+    assert Counter(row["section"] for row in rows) == counts
+    measured = ("engine", "plain", "gain", "engine peak MB", "plain peak MB")
+    assert all(float(row[column]) > 0 for row in rows for column in measured)
+    assert all(float(row["of the limit"]) > 0 for row in rows if row["section"] in ("decoding", "before"))
+    assert {row["unit"] for row in rows} == {"ms", "a second"}
+    assert all("1.00 masks each" in row["note"] for row in rows if row["section"] == "grounded")
+    texts = [re.search(r"same text: (\d+) of (\d+)$", row["note"]) for row in rows if row["section"] == "requests"]
     assert all(text is not None and text[1] == text[2] for text in texts)
-    assert len(re.findall(r"^- .*: requests \d+, distinct images \d+;", report, re.MULTILINE)) == 3
-    assert len(re.findall(r"^- .*: [\d.,]+, (?:met|missed)\.$", report, re.MULTILINE)) == 12
+    assert sum(row["target"].endswith((": met", ": missed")) for row in rows) == 12
 
 
 def test_quantised_weights_are_counted_and_named(
@@ -83,10 +72,9 @@ def test_quantised_weights_are_counted_and_named(
     read = []
     for weights in ((), ("--quantisation", "int8")):
         infer.main(["--random", str(sizes), "--out", str(tmp_path), "--sections", "before", *SMALL, *weights])
-        found = tables(capsys.readouterr().out)
-        assert list(found) == ["Hardware", "Before the first token", "Targets"]
-        hardware = dict(found["Hardware"][1:])
-        read.append(float(hardware["weights read for one token"].split()[0]) - 1067 * 32 * 4 / 1e6)  # but for lm_head
+        found = re.search(r"one token reads ([\d.]+) MB", capsys.readouterr().out)
+        assert found is not None
+        read.append(float(found[1]) - 1067 * 32 * 4 / 1e6)  # but for lm_head
     assert any(path.name.endswith("-infer-random-tiny-cpu-int8.md") for path in tmp_path.iterdir())
     assert 0.2 < read[1] / read[0] < 0.4
 
@@ -106,13 +94,3 @@ def test_mistakes_are_one_sentence(
         infer.main([*arguments, "--out", str(tmp_path)])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
-
-
-def test_settings_that_the_engine_lacks_are_refused(infer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = dataclasses.make_dataclass("EngineSettings", [("graphs", bool)])
-    monkeypatch.setattr(infer, "EngineSettings", settings)
-    parse = infer.build_parser().parse_args
-    assert infer.read_engine_options(parse([])) == {}
-    assert infer.read_engine_options(parse(["--no-graphs"])) == {"graphs": False}
-    with pytest.raises(MedPLIBError, match="no setting 'kernels'"):
-        infer.read_engine_options(parse(["--kernels"]))

@@ -1,7 +1,10 @@
-"""Four-turn conversations on fresh phantoms, with earlier turns remembered and each question alone, as a table.
+"""Whether held-out questions late in a conversation are answered as well as alone, as a table.
 
-Each picture has four questions (image, structures, region, segmentation) in all four rotations, so that every turn has
-the same ones. Answers are freely generated; remembered are the model's own.
+    python scripts/bench/conversation.py --model DIR --records data/sample/held_out.json
+    python scripts/bench/conversation.py --model DIR --records own/test.json --root own --turns 4 --images 50
+
+Records of one image make a conversation, in all rotations, so that every turn has the same questions. Answers are
+freely generated; remembered are the model's own. The last line compares the last turn with the questions asked alone.
 """
 
 from __future__ import annotations
@@ -9,79 +12,119 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tables import positive, table
+from common import positive, table
 
 from model import Predictor
 from model.cli import default_model
-from model.data.builders.phantom import PhantomStream
-from model.data.builders.phantom_questions import Question
-from model.data.builders.phantom_scenes import Scene
+from model.data.dataset import LoadedSample, load_sample, usable_records
+from model.data.schema import Sample, parse_record
+from model.errors import MedPLIBError
 from model.inference.answer import Answer
-from model.processing.answers import closed_match, exact_match
+from model.processing.answers import CLOSED_TYPES, closed_match, exact_match, options_of
+from model.processing.special_tokens import IMAGE_TOKEN
 
-KINDS = (
-    ("modality", "presence"),
-    ("side", "relation", "list"),
-    ("region_name", "region_check", "region_side"),
-    ("grounding", "grounding_absent"),
-)
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample" / "held_out.json"
 
 
-def judge(answer: Answer, question: Question, scene: Scene) -> tuple[bool, float | None]:
-    """Whether an answer is right, and the Dice of its mask where there is something to segment."""
-    if question.task != "grounding":
-        match = closed_match if question.answer_type == "closed" else exact_match
-        return match(answer.text, question.answer), None
-    if not question.targets:
+def judge(answer: Answer, asked: LoadedSample) -> tuple[bool, float | None]:
+    """Whether an answer is right, and the mean Dice of its masks where there is something to segment."""
+    sample = asked.sample
+    if asked.masks:
+        if len(answer.masks) != len(asked.masks):
+            return False, 0.0
+        found = [mask.to_array() for mask in answer.masks]
+        dice = [
+            2 * float((mask & truth).sum()) / max(1, int(mask.sum() + truth.sum()))
+            for mask, truth in zip(found, asked.masks, strict=True)
+        ]
+        return min(dice) >= 0.5, float(np.mean(dice))
+    if sample.task == "grounding":
         return not answer.masks, None
-    if len(answer.masks) != 1:
-        return False, 0.0
-    mask, truth = answer.masks[0].to_array(), scene.structure(question.targets[0]).mask
-    dice = 2 * float((mask & truth).sum()) / max(1, int(mask.sum() + truth.sum()))
-    return dice >= 0.5, dice
+    question, reference = (turn.text for turn in sample.turns)
+    if sample.answer_type in CLOSED_TYPES:
+        return closed_match(answer.text, reference, options_of(question)), None
+    return exact_match(answer.text, reference), None
+
+
+def conversations(path: Path, root: Path, turns: int, count: int, seed: int) -> list[list[Sample]]:
+    """Up to ``count`` images, each with as many different questions as there are turns.
+
+    Raises:
+        MedPLIBError: the file cannot be used, or no image has enough questions.
+    """
+    records, facts, _ = usable_records(path, root, "skip")
+    by_image: dict[int, list[int]] = defaultdict(list)
+    for number, fact in facts:
+        if fact.images == 1:
+            by_image[fact.picture].append(number)
+    rng, found = np.random.default_rng(seed), []
+    for numbers in by_image.values():
+        samples = [parse_record(records[number], root) for number in rng.permutation(numbers).tolist()]
+        single = {(one.turns[0].text, one.regions): one for one in samples if len(one.turns) == 2}
+        if len(single) >= turns:
+            found.append(list(single.values())[:turns])
+    if not found:
+        raise MedPLIBError(f"no image of {path} has {turns} different questions; give another file or fewer --turns")
+    return [found[place] for place in rng.permutation(len(found))[:count].tolist()]
+
+
+def measure(predictor: Predictor, talks: Sequence[list[Sample]]) -> dict[tuple[bool, int], list]:
+    """Judgements by (remembered, turn)."""
+    results = defaultdict(list)
+    for talk in talks:
+        loaded = [load_sample(sample) for sample in talk]
+        image = predictor.set_image(talk[0].images[0])
+        alone = [predictor.ask(image, _question(one), list(one.regions)) for one in loaded]
+        for first in range(len(talk)):
+            history: list[tuple[str, str]] = []
+            marks: list[np.ndarray] = []
+            for turn in range(1, len(talk) + 1):
+                place = (first + turn - 1) % len(talk)
+                asked = loaded[place]
+                marks += asked.regions
+                answer = predictor.ask(image, _question(asked), marks, history=history) if history else alone[place]
+                history.append((_question(asked), answer.text))
+                for remembered, given in ((True, answer), (False, alone[place])):
+                    results[remembered, turn].append(judge(given, asked))
+    return results
+
+
+def _question(asked: LoadedSample) -> str:
+    return asked.turns[0].text.replace(IMAGE_TOKEN, "").strip()
 
 
 def main() -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="checkpoint; the nano when absent")
-    parser.add_argument("--images", type=positive, default=30)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="checkpoint; the default model when absent")
+    parser.add_argument("--records", type=Path, default=SAMPLE, help="held-out records; the sample's when absent")
+    parser.add_argument("--root", type=Path, help="folder of their images; the records' own when absent")
+    parser.add_argument("--turns", type=positive, default=4)
+    parser.add_argument("--images", type=positive, default=30, help="conversations, each in all rotations")
     parser.add_argument("--seed", type=int, default=4242)
     options = parser.parse_args()
-    predictor = Predictor.from_pretrained(options.model or default_model())
-    stream, rng = PhantomStream(options.seed), np.random.default_rng(options.seed)
-    results = defaultdict(list)  # by (remembered, turn)
-    index = asked = 0
-    while asked < options.images:
-        scene, questions = stream.item(index)
-        index += 1
-        groups = [[one for one in questions if one.kind in kinds] for kinds in KINDS]
-        if not all(groups):
-            continue
-        asked += 1
-        chosen = [group[int(rng.integers(len(group)))] for group in groups]
-        image = predictor.set_image(scene.image)
-        for first in range(len(chosen)):
-            history: list[tuple[str, str]] = []
-            marks: list[np.ndarray] = []
-            for turn, question in enumerate(chosen[first:] + chosen[:first], start=1):
-                marked = [scene.structure(name).mask for name in question.regions]
-                alone = predictor.ask(image, question.question, marked)
-                marks += marked
-                answer = predictor.ask(image, question.question, marks, history=history) if history else alone
-                history.append((question.question, answer.text))
-                for remembered, given in ((True, answer), (False, alone)):
-                    results[remembered, turn].append(judge(given, question, scene))
-    rows = []
-    for turn in range(1, len(KINDS) + 1):
-        right = [np.mean([one for one, _ in results[kind, turn]]) for kind in (True, False)]
-        dice = [np.mean([one for _, one in results[kind, turn] if one is not None]) for kind in (True, False)]
-        rows.append([str(turn), str(len(results[True, turn])), *(f"{value:.3f}" for value in (*right, *dice))])
+    try:
+        root = options.root or options.records.parent
+        talks = conversations(options.records, root, options.turns, options.images, options.seed)
+        results = measure(Predictor.from_pretrained(options.model or default_model()), talks)
+    except MedPLIBError as error:
+        parser.error(str(error))
+    rows, right = [], {}
+    for turn in range(1, options.turns + 1):
+        cells = []
+        for remembered in (True, False):
+            right[remembered, turn] = float(np.mean([one for one, _ in results[remembered, turn]]))
+            dice = [one for _, one in results[remembered, turn] if one is not None]
+            cells.append((f"{right[remembered, turn]:.3f}", f"{np.mean(dice):.3f}" if dice else "–"))
+        rows.append([str(turn), str(len(results[True, turn])), *(cell[n] for n in (0, 1) for cell in cells)])
     head = ["turn", "questions", "accuracy, remembered", "accuracy, alone", "Dice, remembered", "Dice, alone"]
-    sys.stdout.write("\n".join(table(head, rows)) + "\n")
+    late, alone = (right[remembered, options.turns] for remembered in (True, False))
+    last = f"Accuracy as turn {options.turns}: {late:.3f}, alone: {alone:.3f}; difference {late - alone:+.3f}."
+    sys.stdout.write("\n".join([*table(head, rows), "", last]) + "\n")
     return 0
 
 

@@ -15,13 +15,12 @@ import sys
 import tempfile
 import weakref
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from tables import table
+from common import ROOT, bench_parser, publish
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,7 +34,6 @@ from model.train.recipe_io import load_recipe
 from model.train.starting import mixture_config
 from model.train.trainable import add_lora, set_trainable
 
-ROOT = Path(__file__).resolve().parents[2]
 MID = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
 FOUR, AGAIN, DEEP = "schedule.batch_size=4", "engine.gradient_checkpointing=true", "engine.kind=deepspeed"
 BOTH: tuple[tuple[str, ...], ...] = ((), (AGAIN,))
@@ -122,9 +120,8 @@ def measure(stage: int, sizes: str, overrides: list[str], result: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose description holds it")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="DIR")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -148,23 +145,17 @@ def main() -> int:
             subprocess.run([sys.executable, *launch * (processes > 1), __file__, *case], env=environment, check=True)
             measured, planned = json.loads(result.read_text())
             errors.append(planned / measured - 1)
-            rows.append([size, name, *(f"{n / 2**20:,.0f}" for n in (planned, measured)), f"{errors[-1]:+.1%}"])
-            sys.stderr.write(" · ".join(rows[-1]) + "\n")
+            row = {"sizes": size, "run": name, "planned MiB": planned / 2**20, "measured MiB": measured / 2**20}
+            rows.append(row | {"error": f"{errors[-1]:+.1%}"})
+            sys.stderr.write(" · ".join(map(str, rows[-1].values())) + "\n")
     mean, within = sum(map(abs, errors)) / len(errors), sum(abs(error) <= 0.15 for error in errors)
-    lines = [
-        f"# Planned and measured peaks, {datetime.now(UTC):%d %B %Y}",
-        "",
-        f"Made by `scripts/bench/plan.py` on a CPU, torch {torch.__version__}: two steps with random weights, records "
-        "of 64 text tokens and an image, half of them supervised; `nano` as `configs/model/nano.yaml`, `mid` with a "
-        "decoder of 12 layers, 768 wide; DeepSpeed with buckets of 5 million numbers. MiB, tensors alive in the first "
-        "process.",
-        "",
-        *table(["sizes", "run", "planned", "measured", "error"], rows),
-        "",
+    notes = [
+        "Two steps with random weights on a CPU, records of 64 text tokens and an image, half of them supervised; "
+        "`nano` as `configs/model/nano.yaml`, `mid` with a decoder of 12 layers, 768 wide; DeepSpeed with buckets of 5 "
+        "million numbers. Tensors alive in the first process.",
         f"{within} of {len(rows)} within 15 %; mean error {mean:.1%}, largest {max(errors, key=abs):+.1%}.",
-    ]  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{datetime.now(UTC):%Y-%m-%d}-plan-cpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    ]
+    publish(options.out, "plan-cpu", "Planned and measured peaks", rows, notes)
     return 0
 
 

@@ -1,59 +1,56 @@
-"""Measure the servers as their clients see them: real programs on loopback, real requests; one dated report.
+"""Measure the servers as their clients see them: real programs on loopback, real requests; one dated table and its CSV.
 
     python scripts/bench/serve.py [--model DIR] [--device cuda] [--workers 1] [--out docs/benchmarks] [--soak 60]
 
-Requests are those of ``data/sample``. The clients run in this process and share the machine with the servers. With
-``--soak S``, 200 clients ask without a pause for S seconds and the servers' memory is watched.
+Requests are those of ``data/sample``. The clients run in this process and share the machine with the servers. Measured
+are growing numbers of clients, each of whom asks again when it has its answer; the bytes of masks in each of their
+forms; and the controller, by the same requests straight to a worker and through it, in turns. With ``--soak S``, 200
+clients ask without a pause for S seconds and the servers' memory is watched.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
-import json
 import logging
 import math
-import os
-import platform
-import re
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
-from scripted_worker import MODEL as SCRIPTED
+from common import ANSWER, NANO, bench_parser, publish, sample_questions
+from fastapi import FastAPI, Request
+from starlette.responses import StreamingResponse
 
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn, render
 from model.processing.special_tokens import IMAGE_TOKEN
 from model.serve.access import bearer
-from model.serve.children import Child
-from model.serve.protocol import Chunk, ChunkReader, GenerateRequest, RegisterWorker
+from model.serve.protocol import Chunk, ChunkReader, GenerateRequest, RegisterWorker, WorkerStatus
+from model.serve.running import run_app
 from model.serve.stack import API_KEY, Stack, StackSettings, free_ports
 
-ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = ROOT / "data" / "sample"
+TASKS = ("vqa", "region", "grounding")
 CLIENTS = (1, 2, 4, 8, 16, 32)
-ANSWER = 48  # tokens at most
 SOAKING = 200  # clients
-STREAM = "/worker_generate_stream"
-Rows = list[tuple[str, ...]]
+SCRIPTED = "scripted"  # the model of a worker that answers at once
+SPANS = ((0.2, 0.4), (0.8, 1.0))  # parts of a soak whose memory is compared
+FORMS = {"run lengths": {}, "published list of pixels": {"mask_format": "pixels"}, "PNG too": {"mask_png": True}}
+Row = dict[str, str | float]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "assets" / "medplib-nano")
+    parser = bench_parser(__doc__, None)
+    parser.add_argument("--model", type=Path, default=NANO)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--slots", type=int, help="answers that a worker writes at once")
@@ -61,63 +58,40 @@ def main() -> int:
     parser.add_argument("--short", type=int, default=300, help="requests with which the controller is measured")
     parser.add_argument("--soak", type=float, metavar="S", help="ask for so long with 200 clients, and nothing else")
     parser.add_argument("--only", choices=("clients", "bytes", "controller"), help="measure one thing")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the report there too, as docs/benchmarks")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    settings = StackSettings(
-        options.model,
-        web=False,
-        devices=[options.device] * options.workers,
-        worker_flags=["--slots", str(options.slots)] if options.slots else [],
-    )
+    flags = ["--slots", str(options.slots)] if options.slots else []
+    devices = [options.device] * options.workers
+    settings = StackSettings(options.model, web=False, devices=devices, worker_flags=flags)
     with Stack(settings, lambda line: None) as stack:
         bench = Bench(stack)
+        measures = {
+            "clients": lambda: bench.clients(options.requests),
+            "bytes": bench.bytes,
+            "controller": lambda: bench.overhead(options.short),
+        }
         if options.soak:
-            parts = [("Soak", ("", "measured"), asyncio.run(bench.soak(options.soak)))]
+            rows = asyncio.run(bench.soak(options.soak))
         else:
-            tables: dict[str, tuple[str, tuple[str, ...], Callable[[], Coroutine[Any, Any, Rows]]]] = {
-                "clients": ("Clients", CLIENTS_HEAD, lambda: bench.load(options.requests)),
-                "bytes": ("Bytes of an answer with masks", BYTES_HEAD, bench.sizes),
-                "controller": ("Controller", OVERHEAD_HEAD, lambda: bench.overhead(options.short)),
-            }
-            chosen = [table for name, table in tables.items() if options.only in (None, name)]
-            parts = [(title, head, asyncio.run(measure())) for title, head, measure in chosen]
-    text = report(options, parts)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        kind = "soak" if options.soak else "serve"
-        name = f"{datetime.now(UTC):%Y-%m-%d}-{kind}-{options.model.name}-{options.device.partition(':')[0]}.md"
-        (options.out / name).write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+            chosen = [measure for name, measure in measures.items() if options.only in (None, name)]
+            rows = [row for measure in chosen for row in asyncio.run(measure())]
+    name = f"{'soak' if options.soak else 'serve'}-{options.model.name}-{options.device.partition(':')[0]}"
+    note = f"`{options.model.name}`, workers: {options.workers}, on {options.device}; clients on the same machine."
+    publish(options.out, name, "Serving", rows, [note])
     return 0
-
-
-CLIENTS_HEAD = (
-    *("clients", "requests a second", "tokens a second", "first token p50 ms", "p95 ms"),
-    *("answer p50 ms", "p95 ms", "failed"),
-)
-BYTES_HEAD = ("masks as", "last object", "whole stream", "times run lengths")
-OVERHEAD_HEAD = ("worker", "what", "direct p50 ms", "through the controller p50 ms", "difference ms")
 
 
 @dataclass(frozen=True)
 class Heard:
-    """How one request went.
+    """How one request went: seconds to the first token and to the end, tokens, bytes of the stream and of its last
+    object; ``outcome`` is ``ok``, a status, or an error code."""
 
-    Attributes:
-        first: seconds to the first token; None without one.
-        whole: seconds to the end.
-        tokens: of the answer.
-        bytes, last_bytes: of the stream and of its last object.
-        outcome: ``ok``, a status, or an error code.
-    """
-
-    first: float | None
     whole: float
-    tokens: int
-    bytes: int
-    last_bytes: int
     outcome: str
+    first: float | None = None
+    tokens: int = 0
+    bytes: int = 0
+    last_bytes: int = 0
 
 
 class Bench:
@@ -130,90 +104,64 @@ class Bench:
         self.key = stack["controller"].program.environment[API_KEY]
         (self.model,) = httpx.post(f"{self.controller}/list_models", trust_env=False).json()["models"]
 
-    # --- load -----------------------------------------------------------------------------------------------------
-
-    async def load(self, count: int) -> Rows:
-        """Requests of all kinds at growing numbers of clients, each of whom asks again when it has its answer."""
-        rows: Rows = []
+    async def clients(self, count: int) -> list[Row]:
+        """Requests of all kinds at growing numbers of clients."""
+        rows = []
         async with connection() as client:
             await ask_all(client, self.controller, sample_bodies(24, self.model), 4)  # warm
             for clients in CLIENTS:
                 bodies = sample_bodies(max(count, 3 * clients), self.model)
                 begun = time.perf_counter()
                 heard = await ask_all(client, self.controller, bodies, clients)
-                seconds = time.perf_counter() - begun
-                rows.append(load_row(clients, heard, seconds))
+                rows.append(row(f"{clients} clients", heard, time.perf_counter() - begun))
         return rows
 
-    # --- bytes ----------------------------------------------------------------------------------------------------
-
-    async def sizes(self) -> Rows:
+    async def bytes(self) -> list[Row]:
         """Answers with masks, as run lengths, as the published list of pixels, and with PNGs."""
-        requests = [one for one in sample_requests(36, self.model) if is_grounding(one)]
-        found: dict[str, list[Heard]] = {}
+        rows = []
         async with connection() as client:
-            for name, change in (
-                ("run lengths", {}),
-                ("published list of pixels", {"mask_format": "pixels"}),
-                ("run lengths and PNG", {"mask_png": True}),
-            ):
-                bodies = [one.model_copy(update=change).model_dump_json().encode() for one in requests]
+            for name, change in FORMS.items():
+                bodies = sample_bodies(12, self.model, ("grounding",), **change)
+                begun = time.perf_counter()
                 heard = await ask_all(client, self.controller, bodies, 4)
-                found[name] = [one for one in heard if one.outcome == "ok"]
-        base = statistics.mean(one.bytes for one in found["run lengths"])
-        return [
-            (
-                name,
-                f"{statistics.mean(one.last_bytes for one in heard):,.0f}",
-                f"{statistics.mean(one.bytes for one in heard):,.0f}",
-                f"{statistics.mean(one.bytes for one in heard) / base:.2f}",
-            )
-            for name, heard in found.items()
-        ]
+                rows.append(row(f"masks as {name}", heard, time.perf_counter() - begun))
+        return rows
 
-    # --- the controller -------------------------------------------------------------------------------------------
-
-    async def overhead(self, count: int) -> Rows:
-        """The same requests straight to a worker and through the controller, in turns, one at a time."""
-        rows: Rows = []
-        with scripted_worker(1) as scripted:
+    async def overhead(self, count: int) -> list[Row]:
+        """The same requests straight to a worker and through the controller, one at a time."""
+        rows = []
+        with scripted_worker() as scripted:
             async with connection() as client:
-                await self.register(client, scripted)
+                message = RegisterWorker(worker_name=scripted, check_heart_beat=False).model_dump()
+                at = f"{self.controller}/register_worker"
+                (await client.post(at, json=message, headers=bearer(self.key))).raise_for_status()
                 small = GenerateRequest(model=SCRIPTED, prompt="x").model_dump_json().encode()
                 large = GenerateRequest(model=SCRIPTED, prompt="x", images=["A" * 400_000]).model_dump_json().encode()
                 for name, bodies, worker in (
-                    ("scripted, 50 byte request", [small] * count, scripted),
-                    ("scripted, 400 kB request", [large] * count, scripted),
+                    ("scripted worker, 50 byte request", [small] * count, scripted),
+                    ("scripted worker, 400 kB request", [large] * count, scripted),
                     ("model", sample_bodies(max(12, count // 5), self.model), self.worker),
                 ):
-                    rows += overhead_rows(name, *await self.in_turns(client, bodies, worker))
+                    rows += await self.in_turns(client, name, bodies, worker)
         return rows
 
-    async def register(self, client: httpx.AsyncClient, worker: str) -> None:
-        """Make a worker known that sends no heartbeats."""
-        message = RegisterWorker(worker_name=worker, check_heart_beat=False)
-        answer = await client.post(
-            f"{self.controller}/register_worker", json=message.model_dump(), headers=bearer(self.key)
-        )
-        answer.raise_for_status()
-
-    async def in_turns(
-        self, client: httpx.AsyncClient, bodies: Sequence[bytes], worker: str
-    ) -> tuple[list[Heard], list[Heard]]:
+    async def in_turns(self, client: httpx.AsyncClient, name: str, bodies: Sequence[bytes], worker: str) -> list[Row]:
         """Each request direct and through the controller; which comes first changes."""
-        direct, through = [], []
+        sides: dict[str, list[Heard]] = {worker: [], self.controller: []}
         for number, body in enumerate(bodies):
-            sides = [(direct, worker), (through, self.controller)]
-            for heard, address in sides[:: 1 if number % 2 else -1]:
-                heard.append(await ask(client, address, body, self.key if heard is direct else None))
-        failed = Counter(one.outcome for one in (*direct, *through) if one.outcome != "ok")
+            for address in list(sides)[:: 1 if number % 2 else -1]:
+                sides[address].append(await ask(client, address, body, self.key if address == worker else None))
+        failed = Counter(one.outcome for heard in sides.values() for one in heard if one.outcome != "ok")
         if failed:
             raise MedPLIBError(f"requests failed while the controller was measured: {dict(failed)}")
-        return direct[len(direct) // 10 :], through[len(through) // 10 :]  # the first warm up
+        direct, through = (heard[len(heard) // 10 :] for heard in sides.values())  # the first warm up
+        apart = (statistics.median(one.whole for one in through) - statistics.median(one.whole for one in direct)) * 1e3
+        met = f"; at most 3 ms: {'met' if apart <= 3 else 'missed'}" if worker != self.worker else ""
+        rows = [row(f"{name}, {way}", heard) for way, heard in (("direct", direct), ("through controller", through))]
+        rows[1]["note"] = f"controller: {apart:.2f} ms{met}"
+        return rows
 
-    # --- soak -----------------------------------------------------------------------------------------------------
-
-    async def soak(self, seconds: float) -> Rows:
+    async def soak(self, seconds: float) -> list[Row]:
         """Many clients without a pause; memory of the servers early, late, and at most."""
         memory: dict[str, list[float]] = {child.program.name: [] for child in self.stack.children}
         heard: list[Heard] = []
@@ -224,37 +172,52 @@ class Bench:
             while time.perf_counter() < begun + seconds:
                 await asyncio.sleep(1)
                 for child in self.stack.children:
-                    memory[child.program.name].append(resident_mb(child))
-        outcomes = Counter(one.outcome for one in heard)
-        good = [one for one in heard if one.outcome == "ok"]
-        whole = sorted(one.whole for one in good)
-        rows = [
-            ("clients", str(SOAKING)),
-            ("seconds", f"{time.perf_counter() - begun:.0f}"),
-            ("requests", f"{len(heard)}, of which " + ", ".join(f"{n} {name}" for name, n in outcomes.most_common())),
-            ("answers a second", f"{len(good) / seconds:.1f}"),
-            ("answer p50, p95 and longest", " / ".join(f"{share(whole, q):.2f} s" for q in (0.5, 0.95, 1.0))),
-        ]
+                    with suppress(psutil.Error):  # gone
+                        memory[child.program.name].append(psutil.Process(child.pid).memory_info().rss / 1e6)
+        outcomes = ", ".join(f"{n} {name}" for name, n in Counter(one.outcome for one in heard).most_common())
+        rows = [row(f"{SOAKING} clients for {seconds:.0f} s", heard, seconds) | {"note": outcomes}]
         for name, values in memory.items():
-            settled, last = mean_of(values, 0.2, 0.4), mean_of(values, 0.8, 1.0)
-            change = (last / settled - 1) * 100
-            rows.append(
-                (f"memory of the {name}", f"{settled:.0f} → {last:.0f} MB ({change:+.1f} %), at most {max(values):.0f}")
-            )
+            early, late = (values[int(start * len(values)) : int(end * len(values)) + 1] for start, end in SPANS)
+            settled, last = statistics.mean(early), statistics.mean(late)
+            change = f"{settled:.0f} → {last:.0f} MB ({last / settled - 1:+.1%}), at most {max(values):.0f}"
+            rows.append({"what": f"memory of the {name}", "note": change})
         return rows
 
     async def keep_asking(self, client: httpx.AsyncClient, end: float, number: int, heard: list[Heard]) -> None:
-        """One client's requests until ``end``; after a refusal it waits as long as it was told to."""
+        """One client's requests until ``end``, a second apart after a refusal."""
         bodies = sample_bodies(24, self.model)
         while time.perf_counter() < end:
-            one = await ask(client, self.controller, bodies[number % len(bodies)])
-            heard.append(one)
+            heard.append(await ask(client, self.controller, bodies[number % len(bodies)]))
             number += 1
-            if one.outcome != "ok":
+            if heard[-1].outcome != "ok":
                 await asyncio.sleep(1)
 
 
-# --- one request ------------------------------------------------------------------------------------------------------
+def row(what: str, heard: Sequence[Heard], seconds: float | None = None) -> Row:
+    """One measurement, in ms and bytes; rates where the requests took so many ``seconds`` together."""
+    good = [one for one in heard if one.outcome == "ok"]
+    first, whole = sorted(one.first for one in good if one.first is not None), sorted(one.whole for one in good)
+    rates: Row = {}
+    if seconds:
+        rates = {"requests a second": len(good) / seconds, "tokens a second": sum(o.tokens for o in good) / seconds}
+    times = {"first token": first, "answer": whole}
+    return {
+        "what": what,
+        **rates,
+        **{f"{name} p{q} ms": share(of, q / 100) * 1e3 for name, of in times.items() for q in (50, 95)},
+        "longest ms": share(whole, 1) * 1e3,
+        "stream bytes": statistics.mean(one.bytes for one in good) if good else math.nan,
+        "last object bytes": statistics.mean(one.last_bytes for one in good) if good else math.nan,
+        "failed": len(heard) - len(good),
+    }
+
+
+def share(values: Sequence[float], quantile: float) -> float:
+    """A quantile of sorted values; NaN where there are none."""
+    return values[min(len(values) - 1, int(quantile * len(values)))] if values else math.nan
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 def connection() -> httpx.AsyncClient:
@@ -266,24 +229,23 @@ def connection() -> httpx.AsyncClient:
 async def ask(client: httpx.AsyncClient, address: str, body: bytes, key: str | None = None) -> Heard:
     """Send a request and read its answer to the end."""
     headers = {**bearer(key), "Content-Type": "application/json"}
-    begun, first, received, reader = time.perf_counter(), None, 0, ChunkReader()
-    last, last_bytes = Chunk(text=""), 0
+    begun, first, received, reader, last = time.perf_counter(), None, 0, ChunkReader(), Chunk(text="")
     try:
-        async with client.stream("POST", address + STREAM, content=body, headers=headers) as response:
+        async with client.stream(
+            "POST", f"{address}/worker_generate_stream", content=body, headers=headers
+        ) as response:
             if response.status_code != 200:
-                return Heard(None, time.perf_counter() - begun, 0, 0, 0, str(response.status_code))
+                return Heard(time.perf_counter() - begun, str(response.status_code))
             async for data in response.aiter_raw():
                 received += len(data)
-                for chunk in reader.feed(data):
-                    last = chunk
-                    if first is None and chunk.error_code == 0 and chunk.answer:
+                for last in reader.feed(data):
+                    if first is None and last.error_code == 0 and last.answer:
                         first = time.perf_counter() - begun
     except (httpx.HTTPError, ValueError) as error:
-        return Heard(first, time.perf_counter() - begun, 0, received, 0, type(error).__name__)
-    last_bytes = len(last.encode())
+        return Heard(time.perf_counter() - begun, type(error).__name__, first, bytes=received)
     outcome = f"error {last.error_code}" if last.error_code else "ok" if received else "empty"
     tokens = (last.usage or {}).get("completion_tokens", 0)
-    return Heard(first, time.perf_counter() - begun, tokens, received, last_bytes, outcome)
+    return Heard(time.perf_counter() - begun, outcome, first, tokens, received, len(last.encode()))
 
 
 async def ask_all(client: httpx.AsyncClient, address: str, bodies: Sequence[bytes], clients: int) -> list[Heard]:
@@ -297,149 +259,77 @@ async def ask_all(client: httpx.AsyncClient, address: str, bodies: Sequence[byte
     return list(await asyncio.gather(*(one(body) for body in bodies)))
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
-
-
 @cache
-def sample_requests(count: int, model: str) -> tuple[GenerateRequest, ...]:
-    """Questions about images, regions and for masks in turn, spread over the sample's pictures."""
-    kinds = [json.loads((SAMPLE / f"{task}.json").read_text("utf-8")) for task in ("vqa", "region", "grounding")]
-    requests = []
-    for number in range(count):
-        records = kinds[number % 3]
-        record = records[number * 7 % len(records)]
-        question = record["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip()
-        regions = re.findall(r"<region>(.*?)</region>", question)
-        question = re.sub(r"<region>.*?</region>", "<region></region>", question)
-        requests.append(
-            GenerateRequest(
-                model=model,
-                prompt=render([Turn("human", f"{IMAGE_TOKEN}\n{question}")]),
-                images=[encoded(record["image"])],
-                region_masks=[encoded(region) for region in regions],
-                max_new_tokens=ANSWER,
-            )
+def sample_bodies(count: int, model: str, tasks: tuple[str, ...] = TASKS, **change: object) -> tuple[bytes, ...]:
+    """Questions of the tasks in turn, as they go over the wire."""
+    bodies = []
+    for question in sample_questions(count, tasks):
+        request = GenerateRequest(
+            model=model,
+            prompt=render([Turn("human", f"{IMAGE_TOKEN}\n{question.question}")]),
+            images=[encoded(question.image)],
+            region_masks=[encoded(region) for region in question.regions],
+            max_new_tokens=ANSWER,
+            **change,
         )
-    return tuple(requests)
+        bodies.append(request.model_dump_json(exclude_unset=True).encode())
+    return tuple(bodies)
 
 
 @cache
-def sample_bodies(count: int, model: str) -> tuple[bytes, ...]:
-    """The same as they go over the wire."""
-    return tuple(request.model_dump_json(exclude_unset=True).encode() for request in sample_requests(count, model))
-
-
-@cache
-def encoded(name: str) -> str:
-    """A file of the sample in base64."""
-    return base64.b64encode((SAMPLE / name).read_bytes()).decode()
-
-
-def is_grounding(request: GenerateRequest) -> bool:
-    """Whether it asks for a mask."""
-    return bool(re.search(r"segment|mask|outline|show me|mark the", request.prompt.rpartition("USER:")[2], re.I))
+def encoded(path: Path) -> str:
+    """A file in base64."""
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 
+def scripted_app() -> FastAPI:
+    """A worker that answers at once, so that what is left of a request's time is the controller's."""
+    app = FastAPI()
+
+    @app.post("/worker_get_status")
+    async def status() -> WorkerStatus:
+        return WorkerStatus(model_names=[SCRIPTED])
+
+    @app.post("/worker_generate_stream")
+    async def generate(request: Request) -> StreamingResponse:
+        await request.body()
+        chunk = Chunk(text="x", answer="x").encode()
+        return StreamingResponse(iter([chunk]), media_type="application/octet-stream")
+
+    return app
+
+
+def run_scripted(port: int) -> None:
+    run_app(scripted_app(), "127.0.0.1", port)
+
+
 @contextmanager
-def scripted_worker(chunks: int) -> Iterator[str]:
-    """Run the scripted worker; gives its address."""
+def scripted_worker() -> Iterator[str]:
+    """Run the scripted worker in a process of its own; gives its address."""
     (port,) = free_ports("127.0.0.1", 1)
-    address = f"http://127.0.0.1:{port}"
-    script = Path(__file__).with_name("scripted_worker.py")
-    process = subprocess.Popen([sys.executable, str(script), str(port), str(chunks)], cwd=ROOT)
+    process = multiprocessing.get_context("spawn").Process(target=run_scripted, args=(port,), daemon=True)
+    process.start()
     try:
         end = time.monotonic() + 60
-        while not answers(address):
-            if process.poll() is not None or time.monotonic() > end:
-                raise MedPLIBError("the scripted worker does not start; run it by hand to see why")
+        while not is_up(f"http://127.0.0.1:{port}"):
+            if not process.is_alive() or time.monotonic() > end:
+                raise MedPLIBError("the scripted worker does not start; the lines above say why")
             time.sleep(0.05)
-        yield address
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait()
+        process.join()
 
 
-def answers(address: str) -> bool:
+def is_up(address: str) -> bool:
     """Whether a worker is there."""
     try:
         return httpx.post(f"{address}/worker_get_status", trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def resident_mb(child: Child) -> float:
-    """Memory of a program, in MB; 0 where it is gone."""
-    try:
-        return psutil.Process(child.pid).memory_info().rss / 1e6
-    except psutil.Error:
-        return 0.0
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def share(values: Sequence[float], quantile: float) -> float:
-    """A quantile of sorted values; NaN where there are none."""
-    return values[min(len(values) - 1, int(quantile * len(values)))] if values else math.nan
-
-
-def mean_of(values: Sequence[float], start: float, end: float) -> float:
-    """Mean of the part of the values between two shares of their number."""
-    part = values[int(start * len(values)) : max(int(end * len(values)), int(start * len(values)) + 1)]
-    return statistics.mean(part) if part else math.nan
-
-
-def load_row(clients: int, heard: Sequence[Heard], seconds: float) -> tuple[str, ...]:
-    """One number of clients."""
-    good = [one for one in heard if one.outcome == "ok"]
-    first = sorted(one.first for one in good if one.first is not None)
-    whole = sorted(one.whole for one in good)
-    times = (share(first, 0.5), share(first, 0.95), share(whole, 0.5), share(whole, 0.95))
-    return (
-        str(clients),
-        f"{len(good) / seconds:.1f}",
-        f"{sum(one.tokens for one in good) / seconds:.0f}",
-        *(f"{value * 1e3:.0f}" for value in times),
-        str(len(heard) - len(good)),
-    )
-
-
-def overhead_rows(name: str, direct: Sequence[Heard], through: Sequence[Heard]) -> Rows:
-    """Medians of both sides; the difference is the controller's."""
-    rows: Rows = []
-    for what, of in (("first token", lambda one: one.first), ("whole answer", lambda one: one.whole)):
-        sides = [[value for one in side if (value := of(one)) is not None] for side in (direct, through)]
-        if all(sides):
-            ours, theirs = (statistics.median(side) * 1e3 for side in sides)
-            rows.append((name, what, f"{ours:.2f}", f"{theirs:.2f}", f"{theirs - ours:.2f}"))
-    return rows
-
-
-def report(options: argparse.Namespace, parts: Sequence[tuple[str, tuple[str, ...], Rows]]) -> str:
-    """The whole page."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    lines = [
-        f"# Serving, {datetime.now(UTC):%d %B %Y}",
-        "",
-        f"`{options.model.name}`, {options.workers} worker{'s' if options.workers > 1 else ''} on {options.device} "
-        f"({platform.machine()}, {os.cpu_count()} cores, clients on the same), "
-        f"commit {commit.stdout.strip() or 'unknown'}; the machine's load was "
-        f"{os.getloadavg()[0]:.1f} at the end. Made by `scripts/bench/serve.py`.",
-    ]
-    for title, head, rows in parts:
-        lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-    short = [rows for title, _, rows in parts if title == "Controller"]
-    overhead = [row for rows in short for row in rows if row[0].startswith("scripted")]
-    if overhead:
-        worst = max(float(row[4]) for row in overhead)
-        lines += ["", f"- Controller at most 3 ms in the median: {worst:.2f} ms, {'met' if worst <= 3 else 'missed'}."]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,63 +1,147 @@
-"""Measure training by a recipe beside straightforward training on the same records; one dated report.
+"""Measure training by a recipe, at several commits and settings; a dated CSV and one table.
 
-    python scripts/bench/train.py configs/stages/stage4_nano.yaml model.base=assets/medplib-nano model.grounding= --mix
+    python scripts/bench/train.py configs/stages/stage4_nano.yaml model.base=assets/medplib-nano model.grounding= \
+        --mix --arm straightforward f05ef43 plain --arm before f05ef43 --arm loader data.workers=1
     python scripts/bench/train.py configs/stages/stage2_7b.yaml --random 7b --mix --device cuda --steps 20
 
-Both arms (``training_arms.py``) run in turn, each in a process of its own, through plain PyTorch on one device. What a
-recipe names and the benchmark does not need (paths, with ``--random`` and ``--mix``) may be left unset.
+An arm is a name, then a commit (the work tree without one), ``plain``, and recipe values of its own. ``plain`` is the
+straightforward loop: no grouping, no caches, no loader process, every image of every row encoded, logits at all
+positions. Each arm is a process that trains by the package of its commit. The arms take one step each in turn, and are
+stopped while another has its turn, so that a busy machine is as busy for all.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import multiprocessing
+import csv
+import json
 import os
-import platform
 import re
+import resource
+import signal
+import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
+from typing import IO, Any
+from unittest import mock
 
-import torch
-import transformers
-from mix import SAMPLE, count_padding, write_records
-from tables import number, positive, table
-from training_arms import ARMS, Measured, run_arm
-
-from model.checkpoint.directories import resolve
-from model.errors import MedPLIBError
-from model.inference.loading import usable_device
-from model.processing.tokens import build_tokenizer
-from model.train import Recipe, load_recipe
-from model.train.starting import check_paths
+from common import number, positive, table
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLERANCE = 0.01  # relative, of losses in fp32 a hundredth of that
-_COUNTED = 100_000  # drawn records
-_RANKS = 4
+SAME = 1e-5  # largest difference of losses that count as the same
+PLAIN = ("data.group_by_length=false", "data.feature_cache=", "data.workers=0", "logging.router_every=0")
+SIZES = (352, 512)  # pixels along the pictures of --mix
+DEFAULT_ARMS = (["straightforward", "plain"], ["recipe"])
+
+
+@dataclass
+class Arm:
+    """One way of training, and what its steps took.
+
+    Attributes:
+        rows: of counted steps, as ``metrics.jsonl`` has them, with ``cpu`` (seconds of the training process) and
+            ``peak`` (bytes of memory).
+    """
+
+    name: str
+    commit: str = ""
+    plain: bool = False
+    overrides: tuple[str, ...] = ()
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    process: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Arm:
+        name, *rest = words
+        commits = [word for word in rest if word != "plain" and "=" not in word]
+        own = tuple(word for word in rest if "=" in word)
+        return cls(name, "".join(commits), "plain" in rest, (*own, *(PLAIN if "plain" in rest else ())))
+
+    def start(self, options: argparse.Namespace, folder: Path, common: Sequence[str]) -> None:
+        """Start the process; it is stopped once it is ready."""
+        source = unpacked(self.commit, folder) if self.commit else ROOT
+        recipe = options.recipe.resolve()
+        recipe = source / recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe
+        own = tempfile.mkdtemp(dir=folder)
+        values = [*common, *options.overrides, *self.overrides, f"output={own}"]
+        job = {"recipe": str(recipe), "overrides": values, "plain": self.plain}
+        job |= {"random": options.random, "threads": options.threads, "steps": options.steps}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--job", json.dumps(job)],
+            env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": str(options.threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """What the process says next; then it and its loaders stand still."""
+        assert self.process is not None and self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: the arm ended with exit code {self.process.wait()}")
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def step(self) -> dict[str, Any]:
+        assert self.process is not None and self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        os.killpg(self.process.pid, signal.SIGCONT)
+        return self.answer()
+
+    def end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def median(self, name: str) -> float:
+        return statistics.median(row[name] for row in self.rows)
+
+    @property
+    def rate(self) -> float:
+        """Samples a second, of the median step."""
+        return 1 / statistics.median(1 / row["samples_per_s"] for row in self.rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            device = usable_device(options.device)
-            recipe = read_recipe(options, Path(folder), device)
-            check_sizes(options)
-            measured = {arm: measure(arm, recipe, options, device) for arm in ARMS}
-        except MedPLIBError as error:
-            parser.error(str(error))
-    text = report(options, recipe, device, measured)
+    if not options.recipe.is_file():
+        parser.error(f"there is no recipe at {options.recipe}")
+    arms = [Arm.of(words) for words in options.arm or DEFAULT_ARMS]
+    with tempfile.TemporaryDirectory() as name, ExitStack() as ends:
+        folder = Path(name)
+        common = ["validation.samples=0", "logging.progress=false", "saving.every=1000000", "engine.kind=torch"]
+        common += [f"schedule.max_steps={options.steps + 1}", f"engine.device={options.device}"]
+        common += mixed_records(folder, options.images) if options.mix else []
+        for arm in arms:
+            ends.callback(arm.end)
+            arm.start(options, folder, common)
+        for number_of_round in range(options.steps + 1):
+            for arm in arms:
+                row = arm.step()
+                arm.rows += [row] if number_of_round else []  # the first is not counted
+    name = options.name or options.recipe.stem + (f"-random-{Path(options.random).stem}" if options.random else "")
+    path = options.out / f"{datetime.now(UTC):%Y-%m-%d}-train-{name}-{options.device}"
+    head, rows = results(arms)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{report_name(options, device)}.md").write_text(text, encoding="utf-8")
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([head, *rows])
+    text = report(options, arms, table(head, rows))
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     return 0
 
@@ -65,154 +149,176 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values of all arms")
+    parser.add_argument("--arm", nargs="+", action="append", metavar="NAME", help="NAME [COMMIT] [plain] [key=value …]")
     parser.add_argument("--random", metavar="SIZE", help="random weights, sizes of configs/model/SIZE.yaml or a file")
-    parser.add_argument("--mix", action="store_true", help="records of MeCoVQA-like lengths instead of the recipe's")
-    parser.add_argument("--steps", type=positive, default=20, help="optimiser steps that are counted")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads")
+    parser.add_argument("--mix", action="store_true", help="phantoms of 352 and 512 pixels, 3 : 3 : 4 by task")
+    parser.add_argument("--images", type=positive, default=150, help="phantoms of each size")
+    parser.add_argument("--steps", type=positive, default=20, help="optimizer steps that are counted")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of the training process")
     parser.add_argument("--name", help="of the report; the recipe's when absent")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="DIR")
     return parser
 
 
-def read_recipe(options: argparse.Namespace, folder: Path, device: torch.device) -> Recipe:
-    """The recipe, run by plain PyTorch on the device; variables that nothing here needs stand for themselves.
-
-    Raises:
-        MedPLIBError: it cannot be used.
-    """
-    environment = dict(os.environ)
-    if options.random and options.mix and options.recipe.is_file():
-        for name in re.findall(r"\$\{(\w+)", options.recipe.read_text(encoding="utf-8")):
-            environment.setdefault(name, f"{name}-is-not-needed")
-    recipe = load_recipe(options.recipe, options.overrides, environment)
-    data = replace(recipe.data, validation=(), validation_images=())
-    if options.mix:
-        at = ROOT / "assets" / "medplib-nano" if options.random else resolve(recipe.model.base)
-        count = (options.steps + 1) * recipe.schedule.batch_size * recipe.schedule.accumulation
-        train = write_records(folder, count, build_tokenizer(at))
-        data = replace(data, train=(str(train),), images=(str(SAMPLE),), shares=(), task_shares={}, modality_shares={})
-    engine = replace(recipe.engine, kind="torch", device=device.type, deepspeed="")
-    logged = replace(recipe.logging, progress=False)
-    recipe = replace(recipe, data=data, engine=engine, logging=logged)
-    if not options.random:
-        check_paths(recipe)
-    return recipe
+def unpacked(commit: str, folder: Path) -> Path:
+    """The package and recipes of a commit, below ``folder``."""
+    target = folder / commit
+    if not target.is_dir():
+        command = ["git", "archive", commit, "model", "configs"]
+        content = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=BytesIO(content)) as archive:
+            archive.extractall(target, filter="data")
+    return target
 
 
-def check_sizes(options: argparse.Namespace) -> None:
-    """Refuse an unknown ``--random`` before a process is started for it."""
-    known = {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")}
-    if options.random and options.random not in known and not Path(options.random).is_file():
-        raise MedPLIBError(f"--random is {options.random!r}; give one of {', '.join(sorted(known))}, or a YAML file")
+def mixed_records(folder: Path, images: int) -> list[str]:
+    """Phantoms of both sizes below ``folder``; the recipe values that train on them."""
+    from model.data.builders.phantom import build_phantoms
+
+    files, roots = [], []
+    for size in SIZES:
+        build_phantoms(folder / str(size), images, size, size=size)
+        files += [str(folder / str(size) / f"{task}.json") for task in ("vqa", "region", "grounding")]
+        roots += [str(folder / str(size))] * 3
+    shares = [0.15, 0.15, 0.2] * len(SIZES)
+    return [f"data.train={json.dumps(files)}", f"data.images={json.dumps(roots)}", f"data.shares={shares}"]
 
 
-def measure(arm: str, recipe: Recipe, options: argparse.Namespace, device: torch.device) -> Measured:
-    """One arm in a fresh process, so that its memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        job = pool.submit(run_arm, arm, recipe, options.random, str(device), options.steps, options.threads)
-        return job.result()
+def results(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table; gains are beside the first arm and the one before."""
+    head = ["arm", "at", "samples a second", "× first", "× before", "CPU s a step", "CPU × first"]
+    head += ["waiting for data", "padding", "peak MB", "loss apart"]
+    first, before, rows = arms[0], arms[0], []
+    for arm in arms:
+        seconds = sum(row["seconds"] for row in arm.rows)
+        apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(arm.rows, first.rows, strict=True))
+        rows.append(
+            [
+                arm.name,
+                " ".join([arm.commit or "work tree", *arm.overrides[: -len(PLAIN) if arm.plain else None]]),
+                number(arm.rate),
+                f"{arm.rate / first.rate:.2f}",
+                f"{arm.rate / before.rate:.2f}",
+                f"{arm.median('cpu'):.3f}",
+                f"{first.median('cpu') / arm.median('cpu'):.2f}",
+                f"{sum(row['data_seconds'] for row in arm.rows) / seconds:.1%}",
+                f"{statistics.mean(row['padding'] for row in arm.rows):.1%}",
+                number(arm.rows[-1]["peak"] / 1e6),
+                f"{apart:.1e}" + (" (same)" if apart <= SAME else ""),
+            ]
+        )
+        before = arm
+    return head, rows
 
 
-def report(options: argparse.Namespace, recipe: Recipe, device: torch.device, measured: dict[str, Measured]) -> str:
-    """The whole report."""
-    names = ["recipe", "plain"]
-    rows = [(what, *(show(measured[name]) for name in names)) for what, show in _rows(device)]
-    gain = measured["plain"].seconds / measured["recipe"].seconds
-    cuda = device.type == "cuda"
-    where = torch.cuda.get_device_name(device) if cuda else f"CPU, threads: {options.threads}"
-    load = os.getloadavg()[0]
+def report(options: argparse.Namespace, arms: Sequence[Arm], lines: list[str]) -> str:
+    import torch
+    import transformers
+
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip() or "unknown"
-    weights = f"random weights in the sizes of `{options.random}`" if options.random else f"`{recipe.model.base}`"
-    lines = [
+    words = [
         f"# Training, {datetime.now(UTC):%d %B %Y}",
         "",
-        f"`{options.recipe.name}` from {weights} on {'MeCoVQA-like records' if options.mix else 'its own records'}, in "
-        f"{recipe.engine.precision} on {where} ({platform.machine()}); overrides: "
-        f"{', '.join(options.overrides) or 'none'}; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, commit {commit}. Optimiser steps counted: "
-        f"{options.steps}, after one that is not, of {recipe.schedule.batch_size} × {recipe.schedule.accumulation} "
-        "records. Load of the machine at the end: "
-        f"{load:.1f} processes for {os.cpu_count()} cores; where it exceeds the threads, times are those of a busy "
-        "machine. Made by `scripts/bench/train.py`.",
+        f"`{options.recipe.name}`, {'random weights of `' + options.random + '`, ' if options.random else ''}"
+        f"{'phantoms of 352 and 512 pixels' if options.mix else 'its own records'}, on {options.device}, threads: "
+        f"{options.threads}; overrides: {', '.join(options.overrides) or 'none'}; torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, work tree at {commit}. Medians of {options.steps} steps, one arm's "
+        f"after the other's, after one that is not counted. Load at the end: {os.getloadavg()[0]:.1f} processes for "
+        f"{os.cpu_count()} cores: where it exceeds the cores, seconds of CPU say more than those of the clock. "
+        "`loss apart` is the largest difference from the first arm's loss in a step; arms that order or augment "
+        f"records differ. Made by `scripts/bench/train.py`; {len(arms)} arms.",
         "",
-        "`recipe` trains as the recipe says. `plain` takes the same records in random order, pads to the longest of a "
-        "batch, encodes every image of every row at every step, and computes logits at all positions.",
-        "",
-        *table(("", *names), rows),
-        "",
-        f"The recipe's steps are {gain:.2f} times as fast as the plain ones.",
-        "",
-        *_agreement(recipe, measured),
+        *lines,
     ]
-    if cuda:
-        lines += [
-            "",
-            "MFU is (4·P + 2·P_t)·tokens + 6·layers·width·Σ length² over seconds and over the rate of matrix products "
-            f"as measured here ({number(measured['recipe'].rate / 1e12)} TFLOP/s in bf16). P: weights of the decoder's "
-            "linear layers that a token passes; P_t: those that learn; tokens and lengths without padding. Towers, "
-            "logits and what gradient checkpointing computes again are not counted.",
-        ]
-    return "\n".join([*lines, "", *_counted()]) + "\n"
+    return "\n".join(words) + "\n"
 
 
-def _rows(device: torch.device) -> list[tuple[str, object]]:
-    rows = [
-        ("samples a second", lambda m: number(m.samples / m.seconds)),
-        ("tokens a second, padding not counted", lambda m: number(m.tokens / m.seconds)),
-        ("padding, share of all tokens", lambda m: f"{1 - m.tokens / m.places:.1%}"),
-        (f"peak memory, MB{'' if device.type == 'cuda' else ' resident'}", lambda m: number(m.peak / 1e6)),
-        ("waiting for data, share of the time", lambda m: f"{m.waited / m.seconds:.1%}"),
-        ("making the feature cache before, s", lambda m: number(m.prepared) if m.prepared else "no cache"),
-    ]
-    if device.type == "cuda":
-        rows.append(("MFU", lambda m: f"{m.operations / m.seconds / m.rate:.1%}"))
-    return rows
+# --- in the process of an arm --------------------------------------------------------------------------------------
 
 
-def _agreement(recipe: Recipe, measured: dict[str, Measured]) -> list[str]:
-    """Whether both arms have the same loss on the batch that both see first."""
-    bound = TOLERANCE if recipe.engine.precision == "bf16" else TOLERANCE / 100
-    ours, plain = (measured[name].losses["loss"] for name in ("recipe", "plain"))
-    apart = abs(ours - plain) / max(abs(plain), 1e-12)
-    verdict = "they agree" if apart <= bound else "THEY DIFFER"
-    return [
-        f"Loss on the batch that both see first: {ours:.6f} and {plain:.6f}; {verdict} within {bound:g} (relative)."
-    ]
+def run_job(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
+    """Train one step a line; answer each with its row."""
+    import torch
+
+    from model.train import load_recipe
+    from model.train.loop import Trainer
+
+    torch.set_num_threads(job["threads"])
+    environment = dict(os.environ)
+    if job["random"]:  # paths of weights that nothing here needs stand for themselves
+        for name in re.findall(r"\$\{(\w+)", Path(job["recipe"]).read_text(encoding="utf-8")):
+            environment.setdefault(name, f"{name}-is-not-needed")
+    recipe = load_recipe(Path(job["recipe"]), job["overrides"], environment)
+    with ExitStack() as patches:
+        if job["random"]:
+            patches.enter_context(mock.patch("model.train.loop.check_start"))
+            made = random_network(job["random"], torch.device(recipe.engine.device))
+            patches.enter_context(mock.patch("model.train.loop.starting_network", made))
+        if job["plain"]:
+            patches.enter_context(mock.patch("model.modeling.medplib.causal_ce", all_logits))
+        trainer = Trainer(recipe)
+        trainer.set_up()
+        if job["plain"]:
+            collate = trainer.processor.collate
+            trainer.processor.collate = lambda samples, **_: collate(samples)  # type: ignore[method-assign]
+        rows: list[dict[str, Any]] = []
+        assert trainer.journal is not None
+        trainer.journal.step = rows.append  # type: ignore[method-assign]
+        answers.write("{}\n")
+        answers.flush()
+        for _ in commands:
+            begun = time.process_time()
+            trainer.train_step()
+            used = time.process_time() - begun
+            cuda = recipe.engine.device == "cuda"
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = torch.cuda.max_memory_allocated() if cuda else resident
+            answers.write(json.dumps({**rows.pop(), "cpu": used, "peak": peak}) + "\n")
+            answers.flush()
 
 
-def _counted() -> list[str]:
-    """Padding of whole epochs at the 7B's 576 tokens an image; counted, not timed."""
-    rows = []
-    for batch in (4, 8, 16, 32):
-        cells = [
-            f"{count_padding(_COUNTED, 576, text_only, batch, _RANKS, grouped):.1%}"
-            for text_only in (0.0, 0.1, 0.5)
-            for grouped in (False, True)
-        ]
-        rows.append((str(batch), *cells))
-    head = ["records a rank", *(f"{share}, {order}" for share in _TEXTS for order in ("random", "grouped"))]
-    return [
-        "## Padding at 576 tokens an image, counted",
-        "",
-        f"One epoch of {_COUNTED:,} drawn lengths on {_RANKS} ranks, in random order and with "
-        "`data.group_by_length`; how lengths are drawn is an assumption that `scripts/bench/mix.py` states.",
-        "",
-        *table(head, rows),
-    ]
+def random_network(size: str, device: Any) -> Any:
+    """Stands for ``starting_network``: random weights that learn what the recipe says."""
+
+    def made(recipe: Any) -> Any:
+        import torch
+        from common import make_network
+
+        from model.modeling.configuration import LossConfig
+        from model.train.trainable import add_lora, set_trainable
+
+        dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+        network, processor = make_network(size, device, dtype, None, 2 if recipe.stage == 4 else 0)
+        network.config.loss = LossConfig(**vars(recipe.losses))
+        data = recipe.data
+        processor.settings = replace(processor.settings, template=data.template, max_length=data.max_length)
+        add_lora(network, recipe.lora)
+        set_trainable(network, recipe.trainable)
+        return network, processor
+
+    return made
 
 
-_TEXTS = ("images only", "10 % text only", "50 % text only")
+def all_logits(hidden: Any, labels: Any, lm_head: Any) -> Any:
+    """The loss from logits at all positions of the sequence, padding and images too, as it is usually written."""
+    from torch.nn import functional
 
+    from model.modeling.configuration import IGNORE_INDEX
+    from model.modeling.losses import TokenLosses
 
-def report_name(options: argparse.Namespace, device: torch.device) -> str:
-    """YYYY-MM-DD-train-NAME-DEVICE."""
-    name = options.name or options.recipe.stem + (f"-random-{Path(options.random).stem}" if options.random else "")
-    return f"{datetime.now(UTC):%Y-%m-%d}-train-{name}-{device.type}"
+    flat, targets = lm_head(hidden).float()[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    values = functional.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    rows, places = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return TokenLosses(values.sum() / max(len(rows), 1), values.detach().view(len(labels), -1)[rows, places], rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--job"]:
+        with os.fdopen(os.dup(1), "w") as answers:
+            os.dup2(2, 1)  # whatever prints does not answer
+            run_job(json.loads(sys.argv[2]), sys.stdin, answers)
+    else:
+        sys.exit(main())
