@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from model.checkpoint.directories import read_settings, regular_files, resolve
+from model.checkpoint.directories import base_of, is_adapter, read_settings, regular_files, resolve
 from model.errors import MedPLIBError
 
 BESIDE_WEIGHTS = 600 * 2**20
@@ -61,10 +61,8 @@ def check_checkpoint(directory: Path, base: Path | None = None) -> Stored:
     directory = resolve(directory)
     if not directory.is_dir():
         raise MedPLIBError(f"there is no directory {directory}; name a checkpoint with --model DIR")
-    if (directory / "adapter_config.json").is_file():
-        if base is None:
-            raise MedPLIBError(f"{directory} is a LoRA; name the checkpoint it was trained on with --model-base DIR")
-        return check_checkpoint(base)
+    if is_adapter(directory):
+        return check_checkpoint(base_of(directory, base))
     settings = read_settings(directory)
     weights = regular_files(directory, "*.safetensors")[0] or regular_files(directory, "*.bin")[0]
     size = sum(path.stat().st_size for path in weights)

@@ -38,17 +38,7 @@ class Metrics:
 
 
 class ControllerMetrics(Metrics):
-    """What a controller counts.
-
-    Attributes:
-        requests: answers by how they ended: ``ok``, the name of an error code in lower case, or ``left``.
-        tries: requests sent to a worker, and whether each was a retry.
-        worker_failures: faults of workers.
-        first_chunk: seconds from sending a request to a worker's first chunk.
-        duration: seconds of whole answers.
-        bytes: of answers handed on.
-        running: answers under way.
-    """
+    """What a controller counts; an answer ends in ``ok``, the name of an error code in lower case, or ``left``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,14 +52,8 @@ class ControllerMetrics(Metrics):
 
 
 class WorkerMetrics(Metrics):
-    """What a worker counts.
-
-    Attributes:
-        requests: by how they ended: the answer's ``finish``, or the name of an error code in lower case.
-        first_token: seconds from taking a request to its first token.
-        duration: seconds from taking a request to the end of its answer.
-        tokens: generated.
-        masks: painted.
+    """What a worker counts, times from taking a request on; a request ends in its answer's ``finish``, or the name of
+    an error code in lower case.
     """
 
     def __init__(self) -> None:

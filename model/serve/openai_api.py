@@ -1,8 +1,9 @@
 """The OpenAI-compatible API on the controller: ``/v1/models`` and ``/v1/chat/completions``, streamed and not.
 
-A conversation about one image goes in, text and masks come out; ``openai_messages`` makes it one request of our own,
-any worker answers it, and what went wrong comes back in the shape that OpenAI's clients read. Nothing is kept between
-requests, nothing is fetched, and no path is opened. A client that leaves takes its request with it.
+A conversation about one image goes in, text and masks come out: OpenAI's messages become one request of our own, any
+worker answers it, its chunks become completions or events, and what went wrong comes back in the shape that OpenAI's
+clients read. Nothing is kept between requests, nothing is fetched, and no path is opened. A client that leaves takes
+its request with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import anyio
@@ -22,24 +26,29 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Send
 
 from model.errors import MedPLIBError
-from model.serve.openai_examples import ASKING, ERRORS, STREAMED
-from model.serve.openai_messages import RefusedField, generate_request
-from model.serve.openai_replies import DONE, Listener, Reply
-from model.serve.openai_schema import ChatCompletion, ChatRequest, ModelCard, ModelExtension, ModelList
-from model.serve.protocol import Chunk, ErrorCode
+from model.inference.regions import place_region
+from model.processing.conversation import Turn, render
+from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, as_typed
+from model.serve import openai_schema as schema
+from model.serve.limits import ServeLimits, turns_to_drop
+from model.serve.openai_schema import AskMessage, ChatCompletion, ChatRequest, ImagePart, ModelCard, ModelList
+from model.serve.protocol import Chunk, ErrorCode, GenerateRequest
 from model.serve.refusals import MACHINE_FAULT, Refusal, client_sentence, error_body
 
 if TYPE_CHECKING:
-    from model.serve.controller_settings import ControllerSettings
+    from model.serve.controller import ControllerSettings
     from model.serve.forwarding import Forwarder
     from model.serve.ray_app import OwnAnswers
     from model.serve.registry import Registry
 
+DONE = b"data: [DONE]\n\n"
+_DEFAULT_MAX_TOKENS = 256
 Result = TypeVar("Result")
 _CLIENT_LEFT = 499  # nobody reads it; it is what logs call it
 _MAX_ITEMS = 250_000
@@ -61,7 +70,7 @@ def openai_router(
     api = _Api(forwarder, registry, settings)
     shown = [Depends(HTTPBearer(auto_error=False, scheme_name="client key"))] if settings.client_key else []
     router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route, dependencies=shown)  # in the schema only
-    refusals: dict[int | str, dict[str, Any]] = {**ERRORS}
+    refusals: dict[int | str, dict[str, Any]] = {**schema.ERRORS}
     router.add_api_route("/models", api.models, methods=["GET"], response_model=ModelList, responses=refusals)
     router.add_api_route(
         "/models/{model_id:path}", api.model, methods=["GET"], response_model=ModelCard, responses=refusals
@@ -71,7 +80,7 @@ def openai_router(
         api.chat,
         methods=["POST"],
         response_model=ChatCompletion,
-        responses={200: STREAMED, **refusals},
+        responses={200: schema.STREAMED, **refusals},
     )
     return router
 
@@ -147,9 +156,11 @@ class _Api:
 
     def _card(self, name: str) -> ModelCard:
         turns = self.registry.conversation_turns(name)
-        return ModelCard(id=name, created=self.started, medplib=ModelExtension(conversation_turns=turns))
+        return ModelCard(id=name, created=self.started, medplib=schema.ModelExtension(conversation_turns=turns))
 
-    async def chat(self, body: Annotated[ChatRequest, Body(openapi_examples=ASKING)], request: Request) -> Response:
+    async def chat(
+        self, body: Annotated[ChatRequest, Body(openapi_examples=schema.ASKING)], request: Request
+    ) -> Response:
         """Answer a question about an image, with masks where the answer points at something.
 
         With `stream`, events `data: {…}` of `object` `chat.completion.chunk`, ended by `data: [DONE]`; the one that has
@@ -166,7 +177,7 @@ class _Api:
             if not body.stream:
                 completion = reply.completion(await _unless_gone(request, listener.last()))
                 return Response(completion.model_dump_json(), media_type="application/json")
-            first = await _unless_gone(request, _first(listener))
+            first = await _unless_gone(request, listener.first())
             streaming = True
         except _ClientLeft:
             return Response(status_code=_CLIENT_LEFT)
@@ -178,14 +189,348 @@ class _Api:
         return _EventStream(events, listener, self.settings.client_timeout)
 
 
-# --- streams --------------------------------------------------------------------------------------------------------
+# --- asking: OpenAI's messages become one prompt, its image and its regions -------------------------------------------
 
 
-async def _first(listener: Listener) -> Chunk:
-    chunk = await listener.next()
-    if chunk is None:
-        raise Refusal(ErrorCode.FAILED, "the worker ended its answer before it began; ask again")
-    return chunk
+class RefusedField(MedPLIBError):
+    """A field of the request asks for something that there is not.
+
+    Attributes:
+        param: the field.
+    """
+
+    def __init__(self, param: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.param = param
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What one side says at a time.
+
+    Attributes:
+        asked: whether it is the user.
+        text: of all its messages.
+        images, regions: data URIs.
+    """
+
+    asked: bool
+    text: str
+    images: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+
+
+def generate_request(body: ChatRequest, limits: ServeLimits) -> GenerateRequest:
+    """What a worker is to answer.
+
+    Raises:
+        MedPLIBError: a field is not supported, the conversation is malformed, its question is too long, it has several
+            images, or does not say which region is where.
+    """
+    check_fields(body)
+    said = _conversation(body.messages, limits)
+    extension = body.medplib or schema.AskExtension()
+    texts, regions = _place_regions(said, [region_value(region) for region in extension.regions])
+    lengths = [sum(map(len, texts[place : place + 2])) for place in range(0, len(texts), 2)]
+    dropped = turns_to_drop(lengths, [len(own) for own in regions[::2]], limits)
+    marked = [region for own in regions[2 * dropped :] for region in own]
+    if len(marked) > limits.max_regions:
+        raise RefusedField("medplib.regions", f"{len(marked)} regions are marked, at most {limits.max_regions} may be")
+    images = _images(said)
+    wanted = body.max_completion_tokens or body.max_tokens
+    return GenerateRequest(
+        model=body.model,
+        prompt=_prompt(texts[2 * dropped :], bool(images)),
+        images=images,
+        region_masks=marked,
+        temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        max_new_tokens=wanted or min(_DEFAULT_MAX_TOKENS, limits.max_new_tokens),
+        stop=body.stop or None,
+        seed=body.seed,
+        mask_png=extension.mask_png,
+        threshold=extension.threshold,
+        no_mask_below=extension.no_mask_below,
+        top_k=0,
+        timeout=None,
+        every_target=True,
+        dropped_turns=dropped,
+    )
+
+
+def check_fields(body: ChatRequest) -> None:
+    """Refuse what is not implemented and would change the answer.
+
+    Raises:
+        RefusedField: the request asks for such a thing.
+    """
+    for name, (harmless, sentence) in schema.REFUSED.items():
+        value = getattr(body, name)
+        if value is not None and value not in harmless:
+            raise RefusedField(name, sentence)
+    if body.stream_options is not None and not body.stream:
+        raise RefusedField("stream_options", "stream_options goes with stream; set stream to true or leave it out")
+
+
+def region_value(region: schema.Region) -> Any:
+    """A region as workers read it: ``{"box": …}``, ``{"point": …}``, run lengths, or a data URI."""
+    if region.mask is not None:
+        return _data_uri(region.mask, "medplib.regions")
+    if region.rle is not None:
+        return region.rle.model_dump()
+    return {"box": region.box} if region.box is not None else {"point": region.point}
+
+
+def _conversation(messages: Sequence[AskMessage], limits: ServeLimits) -> list[_Said]:
+    """Both sides by turns, from the first question on; messages in a row of one side are one."""
+    for message in messages:
+        if message.role != "user" and any(isinstance(part, ImagePart) for part in _parts(message)):
+            raise RefusedField("messages", f"a message of the {message.role} holds an image; put it into the user's")
+    spoken = [message for message in messages if message.role in ("user", "assistant")]
+    said = [_merge(role == "user", list(several)) for role, several in groupby(spoken, lambda message: message.role)]
+    if said and not said[0].asked:  # a greeting
+        del said[0]
+    if not said or not said[-1].asked:
+        raise RefusedField("messages", "the last message is not the user's; end the messages with a question")
+    if not said[-1].text.strip():
+        raise RefusedField("messages", "the question is empty; put a text part into the last message")
+    if (length := len(said[-1].text)) > limits.max_prompt_chars:
+        raise RefusedField(
+            "messages",
+            f"the question has {length:,} characters, {limits.max_prompt_chars:,} are read; ask something shorter",
+        )
+    return said
+
+
+def _parts(message: AskMessage) -> list[schema.TextPart | ImagePart]:
+    return message.content if isinstance(message.content, list) else []
+
+
+def _texts(message: AskMessage) -> Iterator[str]:
+    if isinstance(message.content, str):
+        yield message.content
+    yield from (part.text for part in _parts(message) if isinstance(part, schema.TextPart))
+
+
+def _merge(asked: bool, messages: Sequence[AskMessage]) -> _Said:
+    """One turn of several messages."""
+    text = "\n".join(text for message in messages for text in _texts(message) if text)
+    images: list[str] = []
+    regions: list[str] = []
+    for part in (part for message in messages for part in _parts(message) if isinstance(part, ImagePart)):
+        is_region = part.medplib is not None and part.medplib.role == "region"
+        (regions if is_region else images).append(_data_uri(part.image_url.url, "messages"))
+    return _Said(asked, text, tuple(images), tuple(regions))
+
+
+def _data_uri(url: str, param: str) -> str:
+    if not url[:5].lower() == "data:":
+        raise RefusedField(
+            param, "images are not fetched from addresses or paths; send a data URI (data:image/png;base64,…)"
+        )
+    return url
+
+
+def _images(said: Sequence[_Said]) -> list[str]:
+    """The conversation's image, if there is one; clients may send the same one with every question."""
+    images = list(dict.fromkeys(image for one in said for image in one.images))
+    if len(images) > 1:
+        raise RefusedField(
+            "messages", f"a conversation is about one image, these messages hold {len(images)}; send one"
+        )
+    return images
+
+
+def _place_regions(said: Sequence[_Said], listed: list[Any]) -> tuple[list[str], list[list[Any]]]:
+    """Texts with a marker for each region, and the regions of each in the order of their markers."""
+    texts, regions = [], []
+    for one in said:
+        own: list[Any] = list(one.regions)
+        if one is said[-1]:
+            own, listed = own + listed, []
+        elif one.asked and not own:
+            marked = one.text.count(REGION_MARKER)
+            own, listed = listed[:marked], listed[marked:]
+        texts.append(_with_markers(one, len(own)))
+        regions.append(own)
+    return texts, regions
+
+
+def _with_markers(one: _Said, count: int) -> str:
+    if not one.asked:
+        return one.text.replace(REGION_MARKER, "< region></region>")
+    if count:
+        return place_region(one.text, count)
+    if REGION_MARKER in one.text:
+        raise RefusedField(
+            "medplib.regions", f"a message holds {REGION_MARKER} and no region was sent for it; add one to the request"
+        )
+    return one.text
+
+
+def _prompt(texts: Sequence[str], with_image: bool) -> str:
+    """The conversation, with what could pose as an image or end a turn taken apart."""
+    turns = [Turn("gpt" if place % 2 else "human", as_typed(text)) for place, text in enumerate(texts)]
+    if with_image:
+        turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
+    return render(turns)
+
+
+# --- answering: a worker's chunks become a completion or events -------------------------------------------------------
+
+
+class Listener:
+    """Reads an answer's stream in a task of its own and keeps its newest chunk, as each holds the whole text so far.
+
+    So a slow client delays no worker and nothing piles up, and the stream is left by the task that entered it.
+
+    Args:
+        stream: chunks; closed at its end or by ``close``.
+    """
+
+    def __init__(self, stream: AsyncIterator[Chunk]) -> None:
+        self._newest: Chunk | None = None
+        self._news = asyncio.Event()
+        self._task = asyncio.create_task(self._read(stream))
+
+    async def _read(self, stream: AsyncIterator[Chunk]) -> None:
+        try:
+            async for chunk in stream:
+                self._newest = chunk
+                self._news.set()
+        finally:
+            with contextlib.suppress(AttributeError):  # an iterator that is no generator has nothing to close
+                await stream.aclose()  # type: ignore[attr-defined]
+
+    async def next(self) -> Chunk | None:
+        """The newest chunk that was not given yet, once there is one; None at the end.
+
+        Raises:
+            Refusal: the request failed.
+        """
+        if self._newest is None and not self._task.done():
+            news = asyncio.ensure_future(self._news.wait())
+            try:
+                await asyncio.wait({news, self._task}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                news.cancel()
+        self._news.clear()
+        chunk, self._newest = self._newest, None
+        if chunk is None:
+            await self._task
+        elif chunk.error_code:
+            raise refusal_of(chunk)
+        return chunk
+
+    async def first(self) -> Chunk:
+        """The first chunk.
+
+        Raises:
+            Refusal: the request failed, or ended without an answer.
+        """
+        chunk = await self.next()
+        if chunk is None:
+            raise Refusal(ErrorCode.FAILED, "the worker ended its answer before it began; ask again")
+        return chunk
+
+    async def last(self) -> Chunk:
+        """The last chunk; errors are those of ``first``."""
+        last = await self.first()
+        while (chunk := await self.next()) is not None:
+            last = chunk
+        return last
+
+    async def close(self) -> None:
+        """Give the request up, if it is not over."""
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        if not self._task.cancelled():
+            self._task.exception()  # whoever asked for the next chunk was told
+
+
+def refusal_of(chunk: Chunk) -> Refusal:
+    """The error that a chunk tells."""
+    known = chunk.error_code in set(ErrorCode)
+    code = ErrorCode(chunk.error_code) if known else ErrorCode.FAILED
+    return Refusal(code, chunk.text, retry_after=1.0 if code is ErrorCode.BUSY else None)
+
+
+class Reply:
+    """One answer on its way to a client, whole or in events.
+
+    Args:
+        model: who answers.
+        prompt: what was asked, as programs that send no ``answer`` put it before theirs.
+    """
+
+    def __init__(self, model: str, prompt: str) -> None:
+        self.model, self.prompt = model, prompt
+        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self._said = ""
+
+    def completion(self, last: Chunk) -> ChatCompletion:
+        """The whole answer, of its last chunk."""
+        message = schema.AnswerMessage(content=self._answer(last), medplib=_extension(last))
+        return ChatCompletion(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=[schema.Choice(message=message, finish_reason=_finish(last))],
+            usage=_usage(last),
+        )
+
+    def opening(self) -> bytes:
+        """The first event."""
+        return self._event(schema.Delta(role="assistant", content=""))
+
+    def news(self, chunk: Chunk) -> bytes:
+        """What the chunk says that earlier ones did not; empty where that is nothing."""
+        answer = self._answer(chunk)
+        known = len(self._said)
+        if not answer.startswith(self._said):
+            pairs = zip_longest(self._said, answer)
+            known = next(place for place, (before, now) in enumerate(pairs) if before != now)
+        if known < len(self._said) and chunk.finish is None:  # a text cannot be taken back: wait for its end
+            return b""
+        self._said = answer
+        return self._event(schema.Delta(content=answer[known:])) if answer[known:] else b""
+
+    def ending(self, last: Chunk, with_usage: bool) -> bytes:
+        """The last events: why it ended, the masks, the count of tokens where asked for, and the end of the stream."""
+        events = self._event(schema.Delta(medplib=_extension(last)), _finish(last))
+        if with_usage:
+            events += _data(self._chunk([], _usage(last)))
+        return events + DONE
+
+    def _answer(self, chunk: Chunk) -> str:
+        return chunk.answer or chunk.text.removeprefix(self.prompt).strip()
+
+    def _event(self, delta: schema.Delta, finish: schema.Finish | None = None) -> bytes:
+        return _data(self._chunk([schema.ChunkChoice(delta=delta, finish_reason=finish)]))
+
+    def _chunk(self, choices: list[schema.ChunkChoice], usage: schema.Usage | None = None) -> schema.ChatChunk:
+        return schema.ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+
+
+def _data(event: BaseModel) -> bytes:
+    return b"data: " + event.model_dump_json().encode() + b"\n\n"
+
+
+def _finish(last: Chunk) -> schema.Finish:
+    return "length" if last.finish in ("length", "cancelled") else "stop"
+
+
+def _usage(last: Chunk) -> schema.Usage:
+    counts = last.usage or {}
+    read, said = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
+    return schema.Usage(prompt_tokens=read, completion_tokens=said, total_tokens=read + said)
+
+
+def _extension(last: Chunk) -> schema.AnswerExtension:
+    masks: list[dict[str, Any]] = last.masks
+    size = {name: int(side) for name, side in (("height", last.height), ("width", last.width)) if side.isdigit()}
+    known = {"dropped_turns": last.dropped_turns, "notes": last.notes}
+    return schema.AnswerExtension.model_validate({"masks": masks, **size, **known})
 
 
 async def _events(listener: Listener, reply: Reply, first: Chunk, with_usage: bool) -> AsyncIterator[bytes]:
@@ -262,7 +607,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def _error(refusal: Refusal, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def make_replica_app(engine: Engine, settings: RaySettings) -> FastAPI:
         engine: started.
         settings: of the application.
     """
-    from model.serve.controller_settings import ControllerSettings
+    from model.serve.controller import ControllerSettings
     from model.serve.openai_api import openai_router
     from model.serve.worker_app import WorkerSettings, make_worker_app
 

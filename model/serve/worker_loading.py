@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.checkpoint.adapters import ADAPTER_CONFIG, is_adapter
-from model.checkpoint.directories import checkpoint_name, resolve
+from model.checkpoint.directories import base_of, checkpoint_name, is_adapter, resolve
 from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
 from model.errors import MedPLIBError
 from model.inference.engine import Engine, EngineSettings, Request
@@ -66,13 +65,7 @@ class ModelChoice:
         Raises:
             MedPLIBError: there is a base too many, or one is missing.
         """
-        if not is_adapter(self.directory):
-            if self.base is not None:
-                raise MedPLIBError(f"{self.directory} is no LoRA ({ADAPTER_CONFIG} is missing); leave --model-base out")
-            return self.directory
-        if self.base is None:
-            raise MedPLIBError(f"{self.directory} is a LoRA; give the checkpoint it was trained on with --model-base")
-        return self.base
+        return base_of(self.directory, self.base) if is_adapter(self.directory) or self.base else self.directory
 
 
 def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:

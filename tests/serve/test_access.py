@@ -19,7 +19,7 @@ from model.serve.access import (
     normal_name,
     shows_key,
 )
-from model.serve.calling import WorkerCaller
+from model.serve.forwarding import WorkerCaller
 from tests.serve.fake_workers import ScriptedWorker
 
 METADATA = "169.254.169.254"

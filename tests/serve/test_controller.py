@@ -11,8 +11,7 @@ import httpx
 import pytest
 
 from model.serve.client import AnswerFailed, ControllerClient
-from model.serve.controller import make_app
-from model.serve.controller_settings import ControllerSettings
+from model.serve.controller import ControllerSettings, make_app
 from model.serve.heartbeat import Heart, Registration
 from model.serve.limits import ServeLimits
 from model.serve.protocol import Chunk, ErrorCode, GenerateRequest, WorkerStatus

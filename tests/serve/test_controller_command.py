@@ -12,8 +12,7 @@ from operator import attrgetter
 import httpx
 import pytest
 
-from model.serve.controller import main
-from model.serve.controller_settings import make_parser, settings_from
+from model.serve.controller import main, make_parser, settings_from
 from model.serve.running import parse_flags
 from tests.conftest import ROOT
 from tests.serve.fake_workers import ScriptedWorker

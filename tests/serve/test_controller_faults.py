@@ -13,10 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from model.serve.calling import CallSettings
-from model.serve.controller import make_app
-from model.serve.controller_settings import ControllerSettings
-from model.serve.forwarding import ForwardSettings
+from model.serve.controller import ControllerSettings, make_app
+from model.serve.forwarding import CallSettings, ForwardSettings
 from model.serve.protocol import Chunk, ErrorCode, GenerateRequest, error_chunk
 from model.serve.registry import RegistrySettings
 from tests.serve.fake_workers import STREAM_HEAD, ScriptedWorker, piece, raw_worker

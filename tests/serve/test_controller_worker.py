@@ -11,8 +11,7 @@ import pytest
 from model.inference.answer import Answer
 from model.serve.access import bearer
 from model.serve.client import ControllerClient
-from model.serve.controller import make_app
-from model.serve.controller_settings import ControllerSettings
+from model.serve.controller import ControllerSettings, make_app
 from model.serve.protocol import ErrorCode
 from model.serve.worker_app import WorkerSettings, make_worker_app
 from tests.serve.asking import ScriptedEngine, ask, hold_until_cancelled, message, read_chunks, talk_until_cancelled

@@ -32,10 +32,10 @@ Reader = Callable[[list[str]], argparse.Namespace]
 
 def _readers() -> dict[str, Reader]:
     """How each program reads its flags."""
-    from model.serve import controller_settings, gradio_web_server, model_worker
+    from model.serve import controller, gradio_web_server, model_worker
 
     return {
-        "model.serve.controller": partial(parse_flags, controller_settings.make_parser()),
+        "model.serve.controller": partial(parse_flags, controller.make_parser()),
         "model.serve.model_worker": partial(parse_flags, model_worker.make_parser()),
         "model.serve.gradio_web_server": partial(parse_flags, gradio_web_server.build_parser()),
     }
@@ -164,11 +164,11 @@ def test_the_script_makes_an_environment_and_serves(tmp_path: Path) -> None:
 
 def option_strings() -> set[str]:
     """Every flag of every program of serving."""
-    from model.serve import controller_settings, gradio_web_server, model_worker
+    from model.serve import controller, gradio_web_server, model_worker
 
     commands = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     parsers = [commands.choices["serve"], commands.choices["chat"], gradio_web_server.build_parser()]
-    parsers += [controller_settings.make_parser(), model_worker.make_parser()]
+    parsers += [controller.make_parser(), model_worker.make_parser()]
     return {option for parser in parsers for option in parser._option_string_actions}
 
 

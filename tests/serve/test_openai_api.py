@@ -19,8 +19,7 @@ import pytest
 from fastapi import FastAPI
 
 from model.serve.limits import BodyLimit, ServeLimits
-from model.serve.openai_api import openai_router
-from model.serve.openai_replies import Reply
+from model.serve.openai_api import Reply, openai_router
 from model.serve.openai_schema import ChatRequest
 from model.serve.protocol import Chunk, ErrorCode, GenerateRequest, error_chunk
 from model.serve.refusals import Refusal, answer_errors

@@ -16,8 +16,7 @@ from PIL import Image
 from schemathesis.checks import load_all_checks
 
 from model.inference.engine import Engine, EngineSettings
-from model.serve.controller import make_app
-from model.serve.controller_settings import ControllerSettings
+from model.serve.controller import ControllerSettings, make_app
 from model.serve.limits import ServeLimits
 from model.serve.model_worker import WorkerSettings, make_worker_app
 from tests.conftest import ROOT

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn, render
 from model.serve.limits import ServeLimits
-from model.serve.openai_messages import RefusedField, generate_request
+from model.serve.openai_api import RefusedField, generate_request
 from model.serve.openai_schema import ChatRequest
 from model.serve.protocol import GenerateRequest
 

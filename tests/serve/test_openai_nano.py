@@ -23,8 +23,7 @@ from pydicom.data import get_testdata_file
 
 from model.inference.engine import Engine, EngineSettings, Request
 from model.processing.masks import encode_rle
-from model.serve.controller import make_app
-from model.serve.controller_settings import ControllerSettings
+from model.serve.controller import ControllerSettings, make_app
 from model.serve.model_worker import WorkerSettings, make_worker_app
 from tests.conftest import ROOT
 

@@ -22,8 +22,7 @@ from model.checkpoint.opening import open_checkpoint
 from model.inference.engine import Engine, EngineSettings
 from model.inference.quantise import quantisation_of, weight_bytes
 from model.serve import worker_loading
-from model.serve.controller import make_app
-from model.serve.controller_settings import ControllerSettings
+from model.serve.controller import ControllerSettings, make_app
 from model.serve.model_worker import main, make_parser
 from model.serve.protocol import ErrorCode
 from model.serve.running import parse_flags
@@ -157,7 +156,7 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(
             f"--model-path {tmp_path}/empty": "config.json",
             f"--model-path {whole}": "holds no weights",
             f"--model-base {NANO}": "is no LoRA",
-            f"--model-path {tmp_path}/lora": "is a LoRA; give the checkpoint",
+            f"--model-path {tmp_path}/lora": "is a LoRA of",
             "--device tpu": "the device 'tpu' cannot be used",
             "--device cpu --device_map cuda": "differ; give one",
             "--controller ftp://localhost": "--controller 'ftp://localhost' is no address",

@@ -18,8 +18,7 @@ import pytest
 
 from model.inference.answer import Answer
 from model.inference.requests import EngineFull, OnText, Ticket
-from model.serve.controller import make_app
-from model.serve.controller_settings import ControllerSettings
+from model.serve.controller import ControllerSettings, make_app
 from model.serve.heartbeat import Registration
 from model.serve.model_worker import Worker, WorkerSettings, make_worker_app
 from model.serve.protocol import ErrorCode
