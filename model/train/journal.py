@@ -11,11 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from model.train.recipe import SCORES, TEACHER_FORCED, Logging
+if TYPE_CHECKING:
+    from model.train.recipe import Logging
+
+SCORES = ("mDice", "false_masks", "seg_said", "closed", "open", "region")
+"""Scores of answers generated in validation; ``mDice@T`` of each threshold besides."""
+TEACHER_FORCED = "teacher_forced/"
+"""Begins the names of scores given the reference answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +67,8 @@ class Journal:
         if self._lines_every and (step % self._lines_every == 0 or step == last):
             pace = (time.monotonic() - self._begun) / (step - self._first_step)
             left = timedelta(seconds=round(pace * (last - step)))
-            self.say(
-                f"step {step}/{last}: loss {row['loss']:.4f}, lr {row['lr']:.1e}, {pace:.2f} s a step, {left} left"
-            )
+            rate = f"lr {row['lr']:.1e}, {pace:.2f} s a step, {left} left"
+            self.say(f"step {step}/{last} ({step / last:.0%}): loss {row['loss']:.4f}, {rate}")
 
     def validation(self, row: Mapping[str, Any], files: Sequence[str], note: str) -> None:
         """Note the scores of one validation.

@@ -31,7 +31,7 @@ from model.train.checkpoints import (
     save_checkpoint,
     step_of,
 )
-from model.train.datasets import item_lengths, open_dataset
+from model.train.datasets import item_lengths, open_dataset, pack_conversations
 from model.train.durable import disk_faults, sync_tree
 from model.train.engine import BadSteps, StepResult, make_engine
 from model.train.features import cached_features
@@ -109,6 +109,8 @@ class Trainer:
         data, schedule = self.recipe.data, self.recipe.schedule
         shown = self.process.is_first and self.recipe.logging.progress
         self.dataset = open_dataset(self.recipe, self.processor, training=True, shown=shown)
+        weights = draw_weights(self.dataset, data)
+        pack_conversations(self.recipe, self.dataset, self.processor, weights)
         lengths = item_lengths(self.recipe, self.dataset, self.config)
         self.sampler = ResumableSampler(
             lengths,
@@ -116,7 +118,7 @@ class Trainer:
             batch_size=schedule.batch_size,
             rank=self.process.rank,
             world_size=self.process.world_size,
-            weights=draw_weights(self.dataset, data),
+            weights=weights,
             group_by_length=data.group_by_length,
         )
         self.steps_per_epoch = len(self.sampler) / schedule.accumulation
@@ -335,7 +337,9 @@ class Trainer:
             seconds = time.monotonic() - begun
             self.seconds_validating += seconds
             share = self.seconds_validating / max(time.monotonic() - self.begun, 1e-9)
-            note = f"validation took {seconds:.1f} s; validations are {share:.0%} of this run's time so far"
+            best = self.best
+            note = f"best {best.metric} so far {best.value:.3f}, of step {best.step}; " if best else ""
+            note += f"validation took {seconds:.1f} s; validations are {share:.0%} of this run's time so far"
             if self.validator.errors:
                 note += (
                     f"; {len(self.validator.errors)} questions failed on rank 0, the first: {self.validator.errors[0]}"

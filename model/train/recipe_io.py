@@ -48,7 +48,7 @@ def load_recipe(
         raise MedPLIBError(f"there is no recipe at {path}; the project's own are in configs/stages")
     values = read_mapping(Path(path), "recipe")
     for text in overrides:
-        _lay_override(values, text, problems)
+        lay_override(values, text, problems)
     return _finish(values, f"recipe {path}", problems, os.environ if environment is None else environment, also)
 
 
@@ -65,9 +65,13 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
     """Write ``recipe`` into ``folder`` as ``recipe.yaml``, complete, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{RECIPE_FILE}.partial"
-    text = yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(recipe_text(recipe), encoding="utf-8")
     return partial.replace(folder / RECIPE_FILE)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The complete recipe as YAML, which ``load_recipe`` reads back as the same."""
+    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
 
 
 _MAY_CHANGE = (
@@ -121,7 +125,8 @@ def _subject(problem: str) -> str:
     return problem.split(maxsplit=1)[0].split("[")[0]
 
 
-def _lay_override(values: dict[str, Any], text: str, problems: list[str]) -> None:
+def lay_override(values: dict[str, Any], text: str, problems: list[str]) -> None:
+    """Set one ``section.key=value`` in nested values; what is wrong with it goes to ``problems``."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         problems.append(f"{text!r:.80} is not of the form key=value")

@@ -1,14 +1,16 @@
-"""Which expert serves what: a checkpoint reads records with their answers, and its routers are counted.
+"""``medplib router-report``: which expert serves which task and kind of position, as sentences and JSON.
 
 Each record passes once, question and reference answer together; nothing is generated.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,13 @@ from model.modeling.projector import MoEProjector
 from model.modeling.router_tally import RouterSummary, RouterTally
 from model.modeling.splice import POSITION_KINDS, image_token_rows, position_kinds
 from model.train.balance import UNKNOWN
+from model.train.durable import write_through
 from model.train.handover import network_of_run
+from model.train.recipe_io import RECIPE_FILE, load_recipe
 
 _DIGITS = 5
 _FORMULA = "I(group; expert) / log(min(groups, experts)), groups equally likely"
-_GAP = 0.15  # difference between two tasks' shares from which on it is told
-KIND_TITLES: Mapping[str, str] = {"text": "text", "image": "image", "region": "region", "seg": "<SEG>"}
-MOST_OF = 0.8
-"""Share of the positions from which on one expert is said to take a kind of position."""
+_MOST_OF = 0.8  # share of the positions from which on one expert is said to take a kind of position
 
 
 @dataclass(frozen=True)
@@ -59,139 +60,121 @@ class Examination:
     summary: RouterSummary
     projector: RouterSummary | None = None
 
-    @property
-    def most_experts(self) -> int:
-        """The largest number of experts in a layer."""
-        return max(self.experts, default=0)
-
-    @property
-    def choices(self) -> int:
-        """Experts that a token goes to, before any is full."""
-        return round(float(self.summary.choices.sum() / self.summary.tokens.sum().clamp(min=1)))
-
-    def merged(self, groups: Sequence[tuple[str | None, str | None, str | None]]) -> RouterSummary:
-        """Sums over groups of (task, modality, kind), where None means all of them."""
-        return self.summary.merged(_places(groups, list(product(self.tasks, self.modalities, POSITION_KINDS))))
-
-    def in_projector(self, groups: Sequence[tuple[str | None, str | None]]) -> RouterSummary:
-        """Sums over the projector's groups of (task, modality), where None means all of them."""
-        assert self.projector is not None
-        return self.projector.merged(_places(groups, list(product(self.tasks, self.modalities))))
-
-    @property
-    def labels(self) -> list[tuple[str | None, str | None]]:
-        """All records, those of each task, and those of each modality, as (task, modality)."""
-        return [(None, None), *((task, None) for task in self.tasks), *((None, own) for own in self.modalities)]
+    def merged(self, groups: Sequence[tuple[str | None, ...]]) -> RouterSummary:
+        """Sums over groups of (task, modality, kind), where None means all; those of (task, modality) are the
+        projector's.
+        """
+        labels = (self.tasks, self.modalities, POSITION_KINDS)[: len(groups[0])]
+        names = [set(enumerate(name)) for name in product(*labels)]
+        wanted = [{pair for pair in enumerate(group) if pair[1] is not None} for group in groups]
+        summary = self.summary if len(labels) == 3 else self.projector
+        assert summary is not None
+        return summary.merged([[at for at, name in enumerate(names) if group <= name] for group in wanted])
 
     def by_layer(self, values: torch.Tensor) -> list[np.ndarray]:
         """What is given for each expert [layers, groups, experts], each layer without experts that it has not."""
         return [layer[:, :own].numpy() for layer, own in zip(values, self.experts, strict=True)]
 
 
-def _places(wanted: Sequence[tuple[str | None, ...]], names: Sequence[tuple[str, ...]]) -> list[list[int]]:
-    """Which of the named groups belong to each wanted one, where None means any."""
-    return [
-        [at for at, own in enumerate(names) if all(w is None or w == n for w, n in zip(group, own, strict=True))]
-        for group in wanted
-    ]
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
-def open_examined(path: Path) -> tuple[Any, Any, str]:
-    """The network and processor of a checkpoint or of a run, finished or not, and where they lie.
+def report(options: argparse.Namespace) -> int:
+    """Read records, print what stands out and write all numbers.
 
     Raises:
-        MedPLIBError: there is none, or it has no routers.
+        MedPLIBError: a number is below 1, there is no checkpoint with routers, or records or images are not named.
     """
+    if options.samples < 1 or options.batch_size < 1:
+        raise MedPLIBError("--samples and --batch-size must be at least 1")
+    files, images = _data_of(options)
+    network, processor, source = _open(options.source)
+    dataset = MixedDataset([MedPLIBDataset(path, images, processor, training=False) for path in files])
+    order = np.random.default_rng([0, 2]).permutation(len(dataset)).tolist()
+    indices: list[int] = []  # the same every time
+    for task in sorted(set(dataset.tasks)):
+        indices += [index for index in order if dataset.tasks[index] == task][: options.samples]
+    examined = examine(network.to(options.device), processor, source, dataset, sorted(indices), options.batch_size)
+    out = options.out.with_suffix(".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_through(out, as_numbers(examined))
+    sys.stdout.writelines(f"{sentence}\n" for sentence in findings(examined))
+    sys.stdout.write(f"\nwrote {out}\n")
+    return 0
+
+
+def _data_of(options: argparse.Namespace) -> tuple[list[Path], Path]:
+    """Record files and the folder of their images: those given, else those that a run was validated on."""
+    run, source, remedy = options.source / RECIPE_FILE, options.source, "give --data FILE… and --images DIR"
+    recipe = load_recipe(run).data if run.is_file() else None
+    files = options.data or [Path(path) for path in (recipe.validation or recipe.train if recipe else ())]
+    if not files:
+        raise MedPLIBError(f"{source} is no run that names records; {remedy}")
+    if not options.data and not files[0].exists():
+        here = "call this from the folder that it was trained in, or"
+        raise MedPLIBError(f"{source} names {files[0]}, which is not here; {here} {remedy}")
+    images = options.images
+    if images is None and recipe is not None and not options.data:
+        roots = set(recipe.validation_images or recipe.images if recipe.validation else recipe.images)
+        images = Path(roots.pop()) if len(roots) == 1 else None
+    if images is None:
+        raise MedPLIBError("--images is missing; give the folder that the records' paths start from")
+    return files, images
+
+
+def _open(path: Path) -> tuple[Any, Any, str]:
+    """The network and processor of a checkpoint or of a run, finished or not, and where they lie."""
     source = resolve(path)
-    unfinished = (path / "recipe.yaml").is_file() or path.name.startswith("step_")
-    if unfinished and not (source / "config.json").is_file():
-        network, processor = network_of_run(path)
-    else:
-        network, processor = load(source)
+    unfinished = (path / RECIPE_FILE).is_file() or path.name.startswith("step_")
+    from_run = unfinished and not (source / "config.json").is_file()
+    network, processor = network_of_run(path) if from_run else load(source)
     if not (network.config.moe.enabled or isinstance(network.model.projector, MoEProjector)):
         raise MedPLIBError(f"{path} is a dense model without routers; name a mixture, as stage IV makes one")
     return network.eval(), processor, str(source)
 
 
-def open_records(files: Sequence[Path], images: Path, processor: Any) -> MixedDataset:
-    """Records to be read, with their answers."""
-    return MixedDataset([MedPLIBDataset(path, images, processor, training=False) for path in files])
-
-
-def chosen_records(dataset: MixedDataset, samples: int, seed: int = 0) -> list[int]:
-    """At most ``samples`` items of each task, the same every time."""
-    order = np.random.default_rng([seed, 2]).permutation(len(dataset)).tolist()
-    taken: list[int] = []
-    for task in sorted(set(dataset.tasks)):
-        taken += [index for index in order if dataset.tasks[index] == task][:samples]
-    return sorted(taken)
-
-
+@torch.no_grad()
 def examine(
-    network: Any,
-    processor: Any,
-    source: str,
-    dataset: MixedDataset,
-    indices: Sequence[int],
-    *,
-    device: str = "cpu",
-    batch_size: int = 8,
-    shown: bool = False,
+    network: Any, processor: Any, source: str, dataset: MixedDataset, indices: Sequence[int], batch_size: int
 ) -> Examination:
-    """Let the network read items of a data set and count what its routers do.
-
-    Args:
-        network, processor, source: from ``open_examined``.
-        dataset, indices: which records.
-        device: where it computes.
-        batch_size: records a pass.
-        shown: draw a bar.
-    """
-    tasks = tuple(task for task in TASKS if task in {dataset.tasks[index] for index in indices})
-    modalities = tuple(sorted({dataset.modalities[index] or UNKNOWN for index in indices}))
-    network = network.to(device)
-    dtype = next(network.parameters()).dtype
+    """Let the network read items of a data set, so many a pass, and count what its routers do."""
+    of_items = {index: (dataset.tasks[index], dataset.modalities[index] or UNKNOWN) for index in indices}
+    tasks = tuple(task for task in TASKS if task in {task for task, _ in of_items.values()})
+    modalities = tuple(sorted({modality for _, modality in of_items.values()}))
     places = {group: place for place, group in enumerate(product(tasks, modalities))}
     tally, projector = RouterTally(len(places) * len(POSITION_KINDS)), RouterTally(len(places))
-    with tqdm(total=len(indices), unit="record", disable=not shown) as bar, torch.no_grad():
+    with tqdm(total=len(indices), unit="record", disable=None) as bar:
         for start in range(0, len(indices), batch_size):
             part = indices[start : start + batch_size]
-            batch = _moved(processor.collate([dataset[index] for index in part]), device, dtype)
+            batch = _moved(processor.collate([dataset[index] for index in part]), network)
             output = network(**batch)
             ids, stats = batch["input_ids"], output.projector_stats
             kinds = position_kinds(output.plan, ids, batch["labels"], network.config.seg_token_id)
-            groups = [places[dataset.tasks[index], dataset.modalities[index] or UNKNOWN] for index in part]
-            rows = torch.tensor(groups, device=kinds.device)  # [B]
-            tally.add(
-                output.router_stats, torch.where(kinds < 0, -1, rows[:, None] * len(POSITION_KINDS) + kinds).flatten()
-            )
+            rows = torch.tensor([places[of_items[index]] for index in part], device=kinds.device)  # [B]
+            groups = torch.where(kinds < 0, -1, rows[:, None] * len(POSITION_KINDS) + kinds)
+            tally.add(output.router_stats, groups.flatten())
             if stats is not None:
                 seen = image_token_rows(output.plan, ids, len(stats.kept), batch.get("visual_kinds"))
                 projector.add([stats], rows[seen])
             bar.update(len(part))
-    records = {task: sum(dataset.tasks[index] == task for index in indices) for task in tasks}
-    return Examination(
-        source,
-        tuple(network.config.moe.layers),
-        tuple(network.config.moe.num_experts),
-        records,
-        tasks,
-        modalities,
-        tally.summary(),
-        None if projector.sums is None else projector.summary(),
-    )
+    records = {task: sum(own == task for own, _ in of_items.values()) for task in tasks}
+    moe, in_projector = network.config.moe, None if projector.sums is None else projector.summary()
+    layers, experts = tuple(moe.layers), tuple(moe.num_experts)
+    return Examination(source, layers, experts, records, tasks, modalities, tally.summary(), in_projector)
 
 
-def _moved(batch: Mapping[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
+def _moved(batch: Mapping[str, Any], network: Any) -> dict[str, Any]:
+    like = next(network.parameters())
+
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(device, dtype if value.is_floating_point() else value.dtype)
+            return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
         return [move(item) for item in value] if isinstance(value, list) else value
 
     return {name: move(value) for name, value in batch.items()}
 
 
-# --- what it means --------------------------------------------------------------------------------------------------
+# --- what it means ----------------------------------------------------------------------------------------------------
 
 
 def specialisation(load: Sequence[np.ndarray]) -> np.ndarray:
@@ -209,8 +192,7 @@ def specialisation(load: Sequence[np.ndarray]) -> np.ndarray:
         if min(present.shape) < 2:
             found.append(math.nan)
             continue
-        mean = present.mean(axis=0)
-        information = _entropy(mean) - float(np.mean([_entropy(group) for group in present]))
+        information = _entropy(present.mean(axis=0)) - float(np.mean([_entropy(group) for group in present]))
         found.append(max(0.0, information / math.log(min(present.shape))))
     return np.asarray(found)
 
@@ -220,9 +202,9 @@ def _entropy(shares: np.ndarray) -> float:
     return float(-(positive * np.log(positive)).sum())
 
 
-def by_task(examined: Examination, kind: str | None = None) -> list[np.ndarray]:
-    """Load [tasks, experts] of positions of one kind, or of all, in each layer."""
-    return examined.by_layer(examined.merged([(task, None, kind) for task in examined.tasks]).load)
+def by_task(examined: Examination) -> list[np.ndarray]:
+    """Load [tasks, experts] of all positions, in each layer."""
+    return examined.by_layer(examined.merged([(task, None, None) for task in examined.tasks]).load)
 
 
 def by_kind(examined: Examination) -> list[np.ndarray]:
@@ -230,70 +212,69 @@ def by_kind(examined: Examination) -> list[np.ndarray]:
     return examined.by_layer(examined.merged([(None, None, kind) for kind in POSITION_KINDS]).load)
 
 
-def projector_by_task(examined: Examination) -> np.ndarray:
-    """Load [tasks, experts] of image tokens in the projector."""
-    return examined.in_projector([(task, None) for task in examined.tasks]).load[0].numpy()
+def projector_by_task(examined: Examination) -> list[np.ndarray]:
+    """Load [tasks, experts] of image tokens in the projector, as in a single layer."""
+    return [examined.merged([(task, None) for task in examined.tasks]).load[0].numpy()]
 
 
 def findings(examined: Examination) -> list[str]:
     """What stands out, in sentences."""
-    told = _of_layers(examined) if examined.layers else []
-    return [*told, _of_projector(examined)] if examined.projector is not None else told
+    sentences = _of_layers(examined) if examined.layers else []
+    return [*sentences, _of_projector(examined)] if examined.projector is not None else sentences
 
 
 def _of_layers(examined: Examination) -> list[str]:
-    if examined.most_experts <= examined.choices:
+    choices = examined.summary.choices.sum() / examined.summary.tokens.sum().clamp(min=1)  # experts of a token
+    if max(examined.experts) <= round(float(choices)):
         return ["Every position goes to all experts of its layer, so that their shares tell nothing."]
     takers = examined.by_layer(examined.merged([(None, None, kind) for kind in POSITION_KINDS]).takers)
-    told = [
-        f"Expert {expert} takes {_percents([takers[layer][place, expert] for layer in range(first, last + 1)])} of the "
-        f"{KIND_TITLES[kind]} positions in {_layers(examined, first, last)}."
-        for place, kind in enumerate(POSITION_KINDS)
-        for expert, first, last in _runs([layer[place] for layer in takers])
-    ]
-    if not told:
-        told.append(f"No kind of position is left to one expert: none has {percent(MOST_OF)} of one in any layer.")
-    return [*told, *filter(None, (_means_told(examined), _widest_gap(examined), _broken(examined)))]
-
-
-def _means_told(examined: Examination) -> str:
-    """What decides more about the expert, task or kind of position; of a single task or kind nothing can be told."""
-    of_task, of_kind = _means(examined)
+    sentences = []
+    for place, kind in enumerate(POSITION_KINDS):
+        shares = [layer[place] for layer in takers]
+        experts = [_taker(layer) for layer in shares]
+        for expert, run in groupby(range(len(shares)), experts.__getitem__):
+            if expert is not None:
+                layers = list(run)
+                low, high = (round(100 * float(of(shares[layer][expert] for layer in layers))) for of in (min, max))
+                amount = f"{low} %" if low == high else f"{low} to {high} %"
+                first, last = examined.layers[layers[0]], examined.layers[layers[-1]]
+                span = f"layer {first}" if len(layers) == 1 else f"layers {first} to {last}"
+                name = "<SEG>" if kind == "seg" else kind
+                sentences.append(f"Expert {expert} takes {amount} of the {name} positions in {span}.")
+    if not sentences:
+        sentences = [f"No kind of position is left to one expert: none has {percent(_MOST_OF)} of one in any layer."]
+    of_task, of_kind = (_mean(specialisation(of(examined))) for of in (by_task, by_kind))
     scale = "(0: all alike, 1: each its own expert)"
     if math.isfinite(of_task) and math.isfinite(of_kind):
         more = "more" if of_kind > of_task else "less"
-        return (
+        sentences.append(
             f"What kind of position it is decides {more} about the expert than which task: the specialisation is "
             f"{of_kind:.2f} by kind and {of_task:.2f} by task {scale}."
         )
-    return f"The specialisation by kind of position is {of_kind:.2f} {scale}." if math.isfinite(of_kind) else ""
-
-
-def _broken(examined: Examination) -> str:
-    """Which layers have no figures though they read the records."""
+    elif math.isfinite(of_kind):
+        sentences.append(f"The specialisation by kind of position is {of_kind:.2f} {scale}.")
     silent = [layer for layer, tokens in zip(examined.layers, examined.summary.tokens, strict=True) if not tokens.any()]
-    named = ", ".join(map(str, silent))
-    return f"The routers of these layers give no finite probabilities: {named}." if silent else ""
+    if silent:
+        sentences.append(f"The routers of these layers give no finite probabilities: {', '.join(map(str, silent))}.")
+    return sentences
+
+
+def _taker(shares: np.ndarray) -> int | None:
+    """The expert that takes most of [experts]; None where there is no such one, or no choice among them."""
+    if not np.isfinite(shares).all() or shares.max() < _MOST_OF or shares.min() == 1:
+        return None
+    return int(shares.argmax())
 
 
 def _of_projector(examined: Examination) -> str:
-    takers = examined.in_projector([(None, None)]).takers[0, 0].numpy()
+    takers = examined.merged([(None, None)]).takers[0, 0].numpy()
     if not np.isfinite(takers).all():
         return "The projector's router gave no figures: no image was read, or its probabilities are not finite."
     if takers.min() == 1:
         return "Every image token goes to all experts of the projector, so that their shares tell nothing."
-    expert = int(takers.argmax())
-    (by_own_task,) = specialisation([projector_by_task(examined)])
-    told = f"In the projector expert {expert} takes {percent(takers[expert])} of the image tokens, the most"
-    if not math.isfinite(by_own_task):
-        return f"{told}."
-    return f"{told}; the specialisation there is {by_own_task:.2f} by task."
-
-
-def _means(examined: Examination) -> tuple[float, float]:
-    """Specialisation by task (over all positions) and by kind of position, means over the layers; NaN of one alone."""
-    task, kind = (specialisation(load) for load in (by_task(examined), by_kind(examined)))
-    return _mean(task), _mean(kind)
+    expert, of_task = int(takers.argmax()), float(specialisation(projector_by_task(examined))[0])
+    more = f"; the specialisation there is {of_task:.2f} by task" if math.isfinite(of_task) else ""
+    return f"In the projector expert {expert} takes {percent(takers[expert])} of the image tokens, the most{more}."
 
 
 def _mean(values: np.ndarray) -> float:
@@ -301,93 +282,45 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else math.nan
 
 
-def _runs(takers: Sequence[np.ndarray]) -> list[tuple[int, int, int]]:
-    """Expert, first and last layer of each run of layers in which it takes most; of each layer, shares [experts]."""
-    runs: list[tuple[int, int, int]] = []
-    for layer, shares in enumerate(takers):
-        if not np.isfinite(shares).all() or shares.max() < MOST_OF or shares.min() == 1:  # no choice among them
-            continue
-        expert = int(shares.argmax())
-        if runs and runs[-1][0] == expert and runs[-1][2] == layer - 1:
-            runs[-1] = (expert, runs[-1][1], layer)
-        else:
-            runs.append((expert, layer, layer))
-    return runs
-
-
-def _widest_gap(examined: Examination) -> str:
-    """Where two tasks differ most in the same kind of position."""
-    widest, told = _GAP, ""
-    for kind in ("text", "image"):
-        takers = examined.by_layer(examined.merged([(task, None, kind) for task in examined.tasks]).takers)
-        for layer, one, two in product(range(len(takers)), range(len(examined.tasks)), range(len(examined.tasks))):
-            gap = takers[layer][one] - takers[layer][two]
-            if not np.isfinite(gap).all() or np.abs(gap).max() <= widest:
-                continue
-            expert = int(np.abs(gap).argmax())
-            more, less = (one, two) if gap[expert] > 0 else (two, one)
-            widest = float(np.abs(gap).max())
-            told = (
-                f"Tasks differ most in the {kind} positions of layer {examined.layers[layer]}: expert {expert} takes "
-                f"{percent(takers[layer][more, expert])} of those of {examined.tasks[more]} records and "
-                f"{percent(takers[layer][less, expert])} of those of {examined.tasks[less]} records."
-            )
-    return told
-
-
-def _percents(shares: Sequence[float]) -> str:
-    low, high = round(100 * float(min(shares))), round(100 * float(max(shares)))
-    return f"{low} %" if low == high else f"{low} to {high} %"
-
-
-def _layers(examined: Examination, first: int, last: int) -> str:
-    if first == last:
-        return f"layer {examined.layers[first]}"
-    return f"layers {examined.layers[first]} to {examined.layers[last]}"
-
-
 def as_numbers(examined: Examination) -> dict[str, Any]:
     """All of it as plain numbers for machines; None where no token was."""
-    groups = [(*label, kind) for label in examined.labels for kind in (None, *POSITION_KINDS)]
+    labels: list[tuple[str | None, str | None]] = [(None, None), *((task, None) for task in examined.tasks)]
+    labels += [(None, modality) for modality in examined.modalities]
     numbers: dict[str, Any] = {
         "checkpoint": examined.source,
         "layers": list(examined.layers),
-        "experts": examined.most_experts,
+        "experts": max(examined.experts, default=0),
         "records": dict(examined.records),
         "findings": findings(examined),
     }
     if examined.layers:
-        of_task, of_kind = _plain(np.asarray(_means(examined)))
-        summary = examined.merged(groups)
+        of_task, of_kind = specialisation(by_task(examined)), specialisation(by_kind(examined))
         numbers["specialisation"] = {
             "formula": _FORMULA,
-            "by_task": _plain(specialisation(by_task(examined))),
-            "by_kind": _plain(specialisation(by_kind(examined))),
-            "by_task_mean": of_task,
-            "by_kind_mean": of_kind,
+            "by_task": _plain(of_task),
+            "by_kind": _plain(of_kind),
+            "by_task_mean": _plain([_mean(of_task)])[0],
+            "by_kind_mean": _plain([_mean(of_kind)])[0],
         }
+        groups = [(*label, kind) for label in labels for kind in (None, *POSITION_KINDS)]
+        summary = examined.merged(groups)
         numbers["groups"] = [
             {"task": task, "modality": modality, "positions": kind, **summary.numbers(at, examined.experts, _DIGITS)}
             for at, (task, modality, kind) in enumerate(groups)
         ]
     if examined.projector is not None:
-        numbers["projector"] = _projector_numbers(examined)
+        summary, experts = examined.merged(labels), examined.projector.choices.shape[-1]
+        of_task = specialisation(projector_by_task(examined))
+        numbers["projector"] = {
+            "experts": experts,
+            "specialisation": {"formula": _FORMULA, "by_task": _plain(of_task)[0]},
+            "groups": [
+                {"task": task, "modality": modality, **summary.numbers_of_one(at, experts, _DIGITS)}
+                for at, (task, modality) in enumerate(labels)
+            ],
+        }
     return numbers
 
 
-def _projector_numbers(examined: Examination) -> dict[str, Any]:
-    labels = examined.labels
-    summary = examined.in_projector(labels)
-    experts = summary.choices.shape[-1]
-    return {
-        "experts": experts,
-        "specialisation": {"formula": _FORMULA, "by_task": _plain(specialisation([projector_by_task(examined)]))[0]},
-        "groups": [
-            {"task": task, "modality": modality, **summary.numbers_of_one(at, experts, _DIGITS)}
-            for at, (task, modality) in enumerate(labels)
-        ],
-    }
-
-
-def _plain(values: np.ndarray) -> list[float | None]:
-    return [round(value, _DIGITS) if math.isfinite(value) else None for value in values.tolist()]
+def _plain(values: Sequence[float] | np.ndarray) -> list[float | None]:
+    return [round(float(value), _DIGITS) if math.isfinite(value) else None for value in values]

@@ -30,7 +30,8 @@ from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKE
 from model.train.balance import UNKNOWN
 from model.train.engine import TrainingEngine
 from model.train.handover import merged_network, shares_weights
-from model.train.recipe import SCORES, TEACHER_FORCED, Validation
+from model.train.journal import SCORES, TEACHER_FORCED
+from model.train.recipe import Validation
 
 _LOWER_IS_BETTER = ("false_masks", f"{TEACHER_FORCED}ce")
 _BATCHES_A_ROUND = 4  # generated between two questions whether the run is to end

@@ -73,6 +73,6 @@ def test_a_log_gets_a_line_every_so_many_steps(values: Any, caplog: pytest.LogCa
     shown = {"logging": {"progress": True, "every": 2}, "schedule": {"batch_size": 2, "max_steps": 5}}
     with caplog.at_level(logging.INFO, logger="model"):
         run(recipe_from(values(1, **shown)))
-    lines = re.findall(r"step (\d)/5: loss [\d.]+, lr \S+, [\d.]+ s a step, 0:00:\d\d left", caplog.text)
+    lines = re.findall(r"step (\d)/5 \(\d+%\): loss [\d.]+, lr \S+, [\d.]+ s a step, 0:00:\d\d left", caplog.text)
     assert lines == ["2", "4", "5"]
     assert "\r" not in capsys.readouterr().err, "no bar where nobody looks"

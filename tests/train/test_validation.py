@@ -86,9 +86,9 @@ def learning(values: Any, short: Path) -> Any:
             "data": {**values(3)["data"], "train": files, "validation": files},
             "trainable": LEARNS,
             "lora": {"rank": 4, "targets": ["q", "up"]},
-            "schedule": {"batch_size": 8, "max_steps": 80},
+            "schedule": {"batch_size": 8, "max_steps": 120},
             "optimiser": {"lr": 1e-2, "decay": "constant"},
-            "validation": {"samples": 1000, "every": 80},
+            "validation": {"samples": 1000, "every": 120},
         }
         for name, value in sections.items():
             default[name] = {**default[name], **value} if isinstance(default.get(name), dict) else value
