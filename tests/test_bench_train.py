@@ -48,7 +48,7 @@ def test_arms_take_turns_and_have_the_same_loss(
     plain, grouped, recipe = csv.DictReader(content.open(encoding="utf-8"))
     assert [row["arm"] for row in (plain, grouped, recipe)] == ["straightforward", "grouped", "recipe"]
     for row in (plain, grouped, recipe):
-        assert float(row["samples a second"].replace(",", "")) > 0 and float(row["CPU s a step"]) > 0
+        assert float(row["questions a second"].replace(",", "")) > 0 and float(row["CPU ms a question"]) > 0
     assert recipe["loss apart"].endswith("(same)") and not grouped["loss apart"].endswith("(same)")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import json
 import os
 import re
@@ -107,13 +108,15 @@ class Arm:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def median(self, name: str) -> float:
-        return statistics.median(row[name] for row in self.rows)
-
     @property
     def rate(self) -> float:
-        """Samples a second, of the median step."""
-        return 1 / statistics.median(1 / row["samples_per_s"] for row in self.rows)
+        """Questions a second, over all steps; a sequence may hold several."""
+        return sum(row["questions"] for row in self.rows) / sum(row["seconds"] for row in self.rows)
+
+    @property
+    def cpu(self) -> float:
+        """Milliseconds of the training process for a question."""
+        return 1e3 * sum(row["cpu"] for row in self.rows) / sum(row["questions"] for row in self.rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,7 +191,7 @@ def mixed_records(folder: Path, images: int) -> list[str]:
 
 def results(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table; gains are beside the first arm and the one before."""
-    head = ["arm", "at", "samples a second", "× first", "× before", "CPU s a step", "CPU × first"]
+    head = ["arm", "at", "questions a second", "× first", "× before", "CPU ms a question", "CPU × first"]
     head += ["waiting for data", "padding", "peak MB", "loss apart"]
     first, before, rows = arms[0], arms[0], []
     for arm in arms:
@@ -201,8 +204,8 @@ def results(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
                 number(arm.rate),
                 f"{arm.rate / first.rate:.2f}",
                 f"{arm.rate / before.rate:.2f}",
-                f"{arm.median('cpu'):.3f}",
-                f"{first.median('cpu') / arm.median('cpu'):.2f}",
+                f"{arm.cpu:.1f}",
+                f"{first.cpu / arm.cpu:.2f}",
                 f"{sum(row['data_seconds'] for row in arm.rows) / seconds:.1%}",
                 f"{statistics.mean(row['padding'] for row in arm.rows):.1%}",
                 number(arm.rows[-1]["peak"] / 1e6),
@@ -225,7 +228,7 @@ def report(options: argparse.Namespace, arms: Sequence[Arm], lines: list[str]) -
         f"`{options.recipe.name}`, {'random weights of `' + options.random + '`, ' if options.random else ''}"
         f"{'phantoms of 352 and 512 pixels' if options.mix else 'its own records'}, on {options.device}, threads: "
         f"{options.threads}; overrides: {', '.join(options.overrides) or 'none'}; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, work tree at {commit}. Medians of {options.steps} steps, one arm's "
+        f"transformers {transformers.__version__}, work tree at {commit}. Over {options.steps} steps, one arm's "
         f"after the other's, after one that is not counted. Load at the end: {os.getloadavg()[0]:.1f} processes for "
         f"{os.cpu_count()} cores: where it exceeds the cores, seconds of CPU say more than those of the clock. "
         "`loss apart` is the largest difference from the first arm's loss in a step; arms that order or augment "
@@ -243,6 +246,7 @@ def run_job(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
     """Train one step a line; answer each with its row."""
     import torch
 
+    from model.modeling.configuration import IGNORE_INDEX
     from model.train import load_recipe
     from model.train.loop import Trainer
 
@@ -267,16 +271,25 @@ def run_job(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
         rows: list[dict[str, Any]] = []
         assert trainer.journal is not None
         trainer.journal.step = rows.append  # type: ignore[method-assign]
+        questions, next_batch = [0], trainer.next_batch
+
+        def counted() -> dict[str, Any]:
+            batch = next_batch()
+            answered = batch["labels"] != IGNORE_INDEX
+            questions[0] += int((answered[:, 1:] & ~answered[:, :-1]).sum())
+            return batch
+
+        trainer.next_batch = counted  # type: ignore[method-assign]
         answers.write("{}\n")
         answers.flush()
         for _ in commands:
-            begun = time.process_time()
+            questions[0], begun = 0, time.process_time()
             trainer.train_step()
             used = time.process_time() - begun
             cuda = recipe.engine.device == "cuda"
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             peak = torch.cuda.max_memory_allocated() if cuda else resident
-            answers.write(json.dumps({**rows.pop(), "cpu": used, "peak": peak}) + "\n")
+            answers.write(json.dumps({**rows.pop(), "cpu": used, "peak": peak, "questions": questions[0]}) + "\n")
             answers.flush()
 
 
@@ -319,6 +332,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--job"]:
         with os.fdopen(os.dup(1), "w") as answers:
             os.dup2(2, 1)  # whatever prints does not answer
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with its parent, standing still or not (Linux)
             run_job(json.loads(sys.argv[2]), sys.stdin, answers)
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the arms and their loaders on the way out
         sys.exit(main())
