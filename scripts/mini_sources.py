@@ -15,8 +15,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-from model.errors import MedPLIBError
-
 SETS = (
     *("polypgen", "cxr_lungs", "covid_cxr_seg", "lgg_mri", "ct_liver", "busi", "hc18", "ph2", "chase_db1"),
     *("drishti_gs", "ibsi_sts"),
@@ -46,9 +44,7 @@ def main() -> int:
     source = Path(os.environ.get("MEDPLIB_REAL", "../shared/real"))
     missing = [name for name in SETS if not (source / f"{name}.tar").is_file()]
     if missing:
-        raise MedPLIBError(
-            f"{source} lacks {', '.join(missing)} (.tar); name the folder of the real sets by MEDPLIB_REAL"
-        )
+        parser.error(f"{source} lacks {', '.join(missing)} (.tar); name the folder of the real sets by MEDPLIB_REAL")
     rows = []
     for name in SETS:
         with tarfile.open(source / f"{name}.tar") as archive:
