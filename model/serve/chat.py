@@ -21,7 +21,7 @@ from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask, dropped_note
 from model.inference.engine import Engine, Request
 from model.inference.images import PreparedImage
-from model.inference.pictures import mask_line, write_pictures
+from model.inference.overlay import mask_line, write_pictures
 from model.inference.regions import Region, place_region, region_to_mask
 from model.processing.special_tokens import REGION_MARKER, as_typed
 
@@ -94,7 +94,9 @@ class Chat:
         Raises:
             MedPLIBError: it is malformed, empty or not of the image's size.
         """
-        self.regions.append(region_to_mask(region, self._open_image().size))
+        if self.image is None:
+            raise MedPLIBError("there is no image yet; open one with /image FILE")
+        self.regions.append(region_to_mask(region, self.image.size))
 
     def ask(self, question: str) -> Answer:
         """Ask, stream the answer, write its pictures; Ctrl-C ends the answer with what was said by then.
@@ -114,7 +116,9 @@ class Chat:
             every_target=True,
         )
         answer = self._listen(request)
-        self._forget_oldest(answer.dropped_turns)
+        dropped = self.history[: answer.dropped_turns]  # those that did not fit, and their regions
+        del self.told_regions[: sum(asked.count(REGION_MARKER) for asked, _ in dropped)]
+        del self.history[: answer.dropped_turns]
         marked = np.logical_or.reduce(self.regions) if self.regions else None
         if answer.text:  # an answer that was stopped before its first word is no turn
             self.history.append((asked, answer.text))
@@ -125,16 +129,6 @@ class Chat:
         for note in (*dropped_note(answer.dropped_turns), *answer.notes):
             self.write(f"  note: {note}\n")
         return answer
-
-    def _forget_oldest(self, turns: int) -> None:
-        """Forget turns that did not fit, and their regions."""
-        marked = sum(asked.count(REGION_MARKER) for asked, _ in self.history[:turns])
-        del self.history[:turns], self.told_regions[:marked]
-
-    def _open_image(self) -> PreparedImage:
-        if self.image is None:
-            raise MedPLIBError("there is no image yet; open one with /image FILE")
-        return self.image
 
     def _listen(self, request: Request) -> Answer:
         """Wait for an answer and write its text as it grows; Ctrl-C ends it with what was said by then."""

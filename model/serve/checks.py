@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from model.checkpoint.directories import base_of, is_adapter, read_settings, regular_files, resolve
@@ -20,17 +17,6 @@ BESIDE_WEIGHTS = 600 * 2**20
 """Bytes that a worker takes beside its weights: libraries, caches, a picture or two."""
 _CGROUP = Path("/sys/fs/cgroup")
 _GIB = 2**30
-
-
-def check_packages(names: Sequence[str]) -> None:
-    """Whether the packages of serving are installed.
-
-    Raises:
-        MedPLIBError: some are not.
-    """
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise MedPLIBError(f"{', '.join(missing)} cannot be imported; install with pip install -e '.[serve]'")
 
 
 @dataclass(frozen=True)
@@ -100,46 +86,16 @@ def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None =
             )
 
 
-def check_devices(devices: Sequence[str]) -> None:
-    """Whether the CUDA driver shows the GPUs that are asked for; on other systems than Linux the workers find out.
-
-    Raises:
-        MedPLIBError: a name is none, or there is no such GPU.
-    """
-    for device in devices:
-        kind, _, number = device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
-            raise MedPLIBError(f"--device {device} is no device; give auto, cpu, cuda, cuda:1 …")
-        if kind == "cuda" and sys.platform == "linux":
-            count = ctypes.c_int(0)
-            with contextlib.suppress(OSError):  # no driver
-                driver = ctypes.CDLL("libcuda.so.1")
-                driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-            if int(number or 0) >= count.value:
-                raise MedPLIBError(f"--device {device} is not there; the CUDA driver shows {count.value} GPUs")
-
-
 def free_memory() -> int | None:
     """Bytes that this machine, or the container it is, can still give; None where that is not told."""
-    found = [_available_memory(), _container_memory()]
-    return min((value for value in found if value is not None), default=None)
-
-
-def _available_memory() -> int | None:
-    try:
+    found = []
+    with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _container_memory() -> int | None:
-    try:
-        most = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        taken = (_CGROUP / "memory.current").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return max(0, int(most) - int(taken)) if most.isdigit() and taken.isdigit() else None
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # the limit may be "max"
+        most, taken = (int((_CGROUP / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        found.append(max(0, most - taken))
+    return min(found, default=None)
 
 
 def _free_gpu_memory(device: str) -> int | None:

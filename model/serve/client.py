@@ -21,6 +21,8 @@ from urllib.parse import quote
 import httpx
 
 from model.errors import MedPLIBError
+from model.serve.auth import bearer
+from model.serve.errors import sentence_of
 from model.serve.protocol import Chunk, ChunkReader, ErrorCode, GenerateRequest
 
 _log = logging.getLogger(__name__)
@@ -51,10 +53,16 @@ class ControllerClient:
     """
 
     def __init__(self, address: str, api_key: str | None = None, silence: float = SILENCE_SECONDS) -> None:
-        self.address = _checked(address)
+        try:
+            url = httpx.URL(address)
+        except httpx.InvalidURL as error:
+            raise MedPLIBError(f"{address!r:.80} is no address; give http://host:port") from error
+        if url.scheme not in ("http", "https") or not url.host:
+            raise MedPLIBError(f"{address!r:.80} is no address of a controller; give http://host:port")
+        self.address = address.rstrip("/")
         self.silence = silence
         self.mask_thresholds: dict[str, float] = {}  # of models, where they were listed with one
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = bearer(api_key)
 
     def models(self) -> list[str]:
         """Names of the models that workers answer for, sorted."""
@@ -136,7 +144,9 @@ class AnswerStream(Iterator[Chunk]):
                     for data in response.iter_raw():
                         for chunk in reader.feed(data):
                             heard = True
-                            yield _checked_chunk(chunk)
+                            if chunk.error_code:
+                                raise AnswerFailed(chunk.text, ErrorCode(chunk.error_code))
+                            yield chunk
         except (MedPLIBError, httpx.HTTPError):
             if self.closed:
                 return
@@ -161,21 +171,14 @@ def check_status(response: httpx.Response, address: str) -> None:
     """
     if response.is_success:
         return
-    response.read()
-    try:
-        content = response.json()
-    except ValueError:
-        content = None
-    sentence = content.get("error") if isinstance(content, dict) else None
-    if isinstance(sentence, dict):  # as OpenAI's API nests it
-        sentence = sentence.get("message")
+    sentence = sentence_of(response.read())
     if response.status_code == httpx.codes.UNAUTHORIZED:
         wrong = "does not take this program's key" if "Authorization" in response.request.headers else "asks for a key"
         raise _unavailable(f"{address} {wrong}; give --client-key or set MEDPLIB_CLIENT_KEY")
     if not sentence or response.status_code == httpx.codes.FORBIDDEN:
         raise _unavailable(f"{address} answered with status {response.status_code} ({sentence or 'no sentence'})")
     code = {400: ErrorCode.BAD_INPUT, 413: ErrorCode.BAD_INPUT, 429: ErrorCode.BUSY, 504: ErrorCode.TIMEOUT}
-    raise AnswerFailed(str(sentence), code.get(response.status_code, ErrorCode.FAILED))
+    raise AnswerFailed(sentence, code.get(response.status_code, ErrorCode.FAILED))
 
 
 def _unavailable(detail: str) -> AnswerFailed:
@@ -210,23 +213,6 @@ def told_errors(address: str) -> Iterator[None]:
 def _connection(headers: dict[str, str], silence: float) -> httpx.Client:
     limits = httpx.Timeout(silence, connect=CONNECT_SECONDS)
     return httpx.Client(headers=headers, timeout=limits, trust_env=False, follow_redirects=False)
-
-
-def _checked(address: str) -> str:
-    try:
-        url = httpx.URL(address)
-    except httpx.InvalidURL as error:
-        raise MedPLIBError(f"{address!r:.80} is no address; give http://host:port") from error
-    if url.scheme not in ("http", "https") or not url.host:
-        raise MedPLIBError(f"{address!r:.80} is no address of a controller; give http://host:port")
-    return address.rstrip("/")
-
-
-def _checked_chunk(chunk: Chunk) -> Chunk:
-    if chunk.error_code:
-        known = chunk.error_code in set(ErrorCode)
-        raise AnswerFailed(chunk.text, ErrorCode(chunk.error_code) if known else ErrorCode.FAILED)
-    return chunk
 
 
 def _shut(network: Any) -> None:

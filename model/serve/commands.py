@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from model.errors import MedPLIBError
 
 LIMITS = ("image-mib", "pixels", "regions", "turns", "prompt-chars", "new-tokens")
 REQUEST_LIMITS, PAGE_LIMITS = ("body-mib",), ("volume-mib", "frames")
 """``--max-…`` of every server, of controller and workers, and of the page; see ``limits.ServeLimits``."""
+
+
+_WORKER_FLAGS = ("dtype", "slots", "max-waiting", "request-timeout")
 
 
 def whole(text: str) -> int:
@@ -69,7 +79,7 @@ def add_limit_flags(parser: argparse.ArgumentParser, *more: str) -> None:
 def add_serve_command(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """``medplib serve``; the caller sets what runs it."""
     serve = commands.add_parser("serve", help="start controller, workers and web page, until Ctrl-C")
-    serve.add_argument("--model", type=Path, metavar="DIR", help="checkpoint; the nano when absent")
+    serve.add_argument("--model", type=Path, metavar="DIR", help="checkpoint; the shipped one when absent")
     serve.add_argument("--model-base", "--model_base", type=Path, metavar="DIR", help="what a LoRA was trained on")
     serve.add_argument("--host", default="127.0.0.1", help="of page and API; 127.0.0.1 (default) is this machine alone")
     serve.add_argument("--port", type=int, default=0, metavar="N", help="of the page; 64001 or a free one when absent")
@@ -113,40 +123,55 @@ def run_serve(options: argparse.Namespace, model: Path) -> int:
     Raises:
         MedPLIBError: something is wrong with what is to be served, or a program could not be started.
     """
-    from model.serve.stack import StackSettings, run_stack
+    packages = ["fastapi", "uvicorn", "httpx", "prometheus_client", *([] if options.no_web else ["gradio"])]
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise MedPLIBError(f"{', '.join(missing)} cannot be imported; install with pip install -e '.[serve]'")
+    from model.serve.launcher import CLIENT_KEY, Launcher, LaunchSettings
+    from model.serve.server import is_loopback
 
     if options.load_8bit and options.load_4bit:
         raise MedPLIBError("--load-8bit and --load-4bit exclude each other; give one")
+    values: dict[str, Any] = {f"--{name}": getattr(options, name.replace("-", "_")) for name in _WORKER_FLAGS}
+    values |= {"--vision_tower": options.vision_tower, "--vision_pretrained": options.sam}
+    bits = next((bits for bits in (8, 4) if getattr(options, f"load_{bits}bit")), 16)
+    quantized = [f"--load-{bits}bit"] if bits < 16 else []
     hosts = [word for name in options.allow_host for word in ("--allow-host", name)]
-    workers_limits, pages_limits = (_given_limits(options, *LIMITS, *more) for more in (REQUEST_LIMITS, PAGE_LIMITS))
-    conversations = ["--log-conversations"] if options.log_conversations else []
     root_path = ["--root-path", options.root_path] if options.root_path else []
-    votes = ["--votes-file", str(options.votes_file)] if options.votes_file else []
-    dispatch = ["--dispatch-method", options.dispatch_method]
-    grace = ["--grace", f"{options.grace:g}"]
-    return run_stack(
-        StackSettings(
-            model=model,
-            base=options.model_base,
-            host=options.host,
-            port=options.port,
-            api_port=options.api_port,
-            devices=worker_devices(options.device, options.workers),
-            web=not options.no_web,
-            worker_flags=[*worker_flags(options), *grace, *workers_limits, *conversations],
-            web_flags=[*hosts, *root_path, *pages_limits, *votes, *conversations],
-            controller_flags=[*hosts, *root_path, *workers_limits, *dispatch, *grace],
-            dtype=options.dtype,
-            bits=4 if options.load_4bit else 8 if options.load_8bit else 16,
-            logs=options.logs,
-            start_seconds=options.start_timeout,
-            grace=options.grace,
-        )
+    conversations = ["--log-conversations"] if options.log_conversations else []
+    shared = _words({"--grace": f"{options.grace:g}", **_limits(options, *LIMITS, *REQUEST_LIMITS)})
+    page = _words({"--votes-file": options.votes_file, **_limits(options, *LIMITS, *PAGE_LIMITS)})
+    settings = LaunchSettings(
+        model=model,
+        base=options.model_base,
+        host=options.host,
+        port=options.port,
+        api_port=options.api_port,
+        devices=worker_devices(options.device, options.workers),
+        web=not options.no_web,
+        worker_flags=[*_words(values), *quantized, *shared, *conversations],
+        web_flags=[*hosts, *root_path, *page, *conversations],
+        controller_flags=[*hosts, *root_path, *shared, "--dispatch-method", options.dispatch_method],
+        dtype=options.dtype,
+        bits=bits,
+        logs=options.logs,
+        start_seconds=options.start_timeout,
+        grace=options.grace,
     )
+    if not is_loopback(settings.host) and not os.environ.get(CLIENT_KEY):
+        sys.stderr.write(
+            f"medplib: everyone who reaches {settings.host} may ask, as {CLIENT_KEY} is not set; "
+            "set it, or let a proxy with passwords stand before page and API\n"
+        )
+    Launcher(settings, functools.partial(print, flush=True)).run()
+    return 0
 
 
-def _given_limits(options: argparse.Namespace, *flags: str) -> list[str]:
-    values = {f"--max-{flag}": getattr(options, f"max_{flag.replace('-', '_')}") for flag in flags}
+def _limits(options: argparse.Namespace, *flags: str) -> dict[str, int | None]:
+    return {f"--max-{flag}": getattr(options, f"max_{flag.replace('-', '_')}") for flag in flags}
+
+
+def _words(values: Mapping[str, Any]) -> list[str]:
+    """Flags and values of a command line, without those that were not given."""
     return [word for name, value in values.items() if value is not None for word in (name, str(value))]
 
 
@@ -159,21 +184,10 @@ def worker_devices(names: str, workers: int | None) -> list[str]:
     devices = [name.strip() for name in names.split(",") if name.strip()]
     if not devices:
         raise MedPLIBError("--device names no device; give auto, cpu or cuda")
+    for device in devices:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise MedPLIBError(f"--device {device} is no device; give auto, cpu, cuda, cuda:1 …")
     count = len(devices) if workers is None else workers
     if count < 1:
         raise MedPLIBError(f"--workers is {count}; give at least 1")
     return [devices[number % len(devices)] for number in range(count)]
-
-
-def worker_flags(options: argparse.Namespace) -> list[str]:
-    """What of the command line is for the workers."""
-    values = {
-        "--dtype": options.dtype,
-        "--vision_tower": options.vision_tower,
-        "--vision_pretrained": options.sam,
-        "--slots": options.slots,
-        "--max-waiting": options.max_waiting,
-        "--request-timeout": options.request_timeout,
-    }
-    flags = [word for name, value in values.items() if value is not None for word in (name, str(value))]
-    return [*flags, *(f"--load-{bits}bit" for bits in (8, 4) if getattr(options, f"load_{bits}bit"))]

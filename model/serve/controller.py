@@ -13,22 +13,20 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
-from starlette.responses import StreamingResponse
-from starlette.types import Send
 
 from model.errors import MedPLIBError, escape_unprintable
-from model.serve.access import KeyGuard, WorkerAllowList, WorkerGuard, checked_key, normal_name
+from model.serve.auth import KeyGuard, WorkerAllowList, WorkerGuard, checked_key, normal_name
 from model.serve.commands import REQUEST_LIMITS, add_limit_flags, add_network_flags, seconds, whole
-from model.serve.forwarding import CallSettings, Forwarder, ForwardSettings, WorkerCaller, error_bytes
-from model.serve.limits import ServeLimits, limits_from
-from model.serve.measuring import ControllerMetrics
+from model.serve.errors import ERROR_ANSWERS, Refusal, answer_errors
+from model.serve.forwarding import ControllerMetrics, Forwarder, ForwardSettings, WorkerCaller
+from model.serve.limits import BodyLimit, ServeLimits, limits_from
 from model.serve.protocol import (
     ErrorCode,
     GenerateRequest,
@@ -37,10 +35,18 @@ from model.serve.protocol import (
     ModelQuery,
     RegisterWorker,
     WorkerStatus,
+    error_chunk,
 )
-from model.serve.refusals import ERROR_ANSWERS, Refusal, answer_errors
 from model.serve.registry import DISPATCH_METHODS, Registry, RegistrySettings
-from model.serve.running import GRACE_SECONDS, check_port, is_loopback, parse_flags, run_app, set_up_logging
+from model.serve.server import (
+    GRACE_SECONDS,
+    TimedStream,
+    check_port,
+    is_loopback,
+    parse_flags,
+    run_app,
+    set_up_logging,
+)
 
 _log = logging.getLogger("model.serve.controller")  # also where it is run as a program
 DEFAULT_PORT = 64000
@@ -55,8 +61,7 @@ class ControllerSettings:
         client_key: secret of those who ask; anyone may where there is none.
         allow_workers: hosts, addresses and networks at which workers may be.
         registry: how workers are chosen and given up.
-        calls: bounds of what is said to workers.
-        forwarding: how often a request is tried.
+        forwarding: bounds of what is said to workers.
         limits: of one request.
         client_timeout: seconds a client may take to accept the next piece of its answer.
         grace: seconds that answers under way may take once the controller is asked to stop.
@@ -66,7 +71,6 @@ class ControllerSettings:
     client_key: str | None = None
     allow_workers: Sequence[str] = ()
     registry: RegistrySettings = field(default_factory=RegistrySettings)
-    calls: CallSettings = field(default_factory=CallSettings)
     forwarding: ForwardSettings = field(default_factory=ForwardSettings)
     limits: ServeLimits = field(default_factory=ServeLimits)
     client_timeout: float = 60.0
@@ -75,7 +79,7 @@ class ControllerSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_key", checked_key(self.api_key, "--api-key"))
         object.__setattr__(self, "client_key", checked_key(self.client_key, "--client-key"))
-        times = (self.client_timeout, self.grace, self.calls.silence_timeout, self.calls.connect_timeout)
+        times = (self.client_timeout, self.grace, self.forwarding.silence_timeout, self.forwarding.connect_timeout)
         if min(*times, self.registry.expiry, self.registry.cool_down) <= 0:
             raise MedPLIBError("a time is zero or negative; give seconds above zero")
         if min(self.forwarding.tries, self.registry.max_failures) < 1:
@@ -95,35 +99,14 @@ class _AskedModel(Message):
     model: str = Field("", max_length=1000)
 
 
-class ChunkStream(StreamingResponse):
-    """An answer's chunks as they come, an error as the last of them; who leaves or takes nothing ends its answer.
-
-    Args:
-        pieces: of the answer.
-        client_timeout: seconds the client may take to accept a piece.
-    """
-
-    def __init__(self, pieces: AsyncGenerator[bytes], client_timeout: float) -> None:
-        super().__init__(pieces, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
-        self._pieces, self._client_timeout = pieces, client_timeout
-
-    async def stream_response(self, send: Send) -> None:
-        """Send all of it."""
-
-        async def send_in_time(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self._client_timeout):
-                await send(message)
-
-        async with contextlib.aclosing(self._pieces) as pieces:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with contextlib.suppress(TimeoutError):  # the server then closes the connection
-                try:
-                    async for piece in pieces:
-                        await send_in_time({"type": "http.response.body", "body": piece, "more_body": True})
-                except Refusal as refusal:
-                    last = {"type": "http.response.body", "body": error_bytes(refusal), "more_body": True}
-                    await send_in_time(last)
-                await send_in_time({"type": "http.response.body", "body": b"", "more_body": False})
+async def _with_error(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """An answer's chunks; an error as the last of them."""
+    async with contextlib.aclosing(pieces):
+        try:
+            async for piece in pieces:
+                yield piece
+        except Refusal as refusal:
+            yield error_chunk(refusal.code, refusal.sentence).encode()
 
 
 class Controller:
@@ -137,8 +120,10 @@ class Controller:
         self.settings = settings
         self.registry = Registry(settings.registry)
         self.metrics = ControllerMetrics()
-        self.caller = WorkerCaller(settings.api_key, settings.calls)
-        self.forwarder = Forwarder(self.registry, self.caller, settings.forwarding, self.metrics)
+        self.caller = WorkerCaller(settings.api_key, settings.forwarding)
+        self.forwarder = Forwarder(self.registry, self.caller, self.metrics)
+        key = settings.client_key  # controllers before this one show the other key
+        self.client_guard = Depends(KeyGuard(key, settings.api_key if key else None, name="client key"))
         self.allowed = WorkerAllowList(settings.allow_workers)
         self._refreshing: asyncio.Task[None] | None = None
         self._stopping = False
@@ -160,8 +145,8 @@ class Controller:
             await asyncio.sleep(min(1.0, self.settings.registry.expiry / 5))
             self.registry.expire()
 
-    def stop(self) -> None:
-        """Take nothing new, and end within the grace time what is under way; for the event loop's thread."""
+    async def stop(self) -> None:
+        """Take nothing new, and end within the grace time what is under way."""
         self._stopping = True
         self.forwarder.stop(max(0.0, self.settings.grace - 1))  # a second to tell the clients
 
@@ -242,7 +227,7 @@ class Controller:
             model = _AskedModel.model_validate_json(body).model
         except ValueError:
             raise Refusal(ErrorCode.BAD_INPUT, "the request is no JSON object of this route's fields") from None
-        return ChunkStream(self.forwarder.generate_bytes(body, model), self.settings.client_timeout)
+        return TimedStream(_with_error(self.forwarder.generate_bytes(body, model)), self.settings.client_timeout)
 
     async def worker_get_status(self) -> WorkerStatus:
         """All workers as if they were one, for a controller before this one."""
@@ -279,51 +264,37 @@ class Controller:
 
     # --- routes ---------------------------------------------------------------------------------------------------
 
-    def routes(self) -> list[APIRouter]:
-        """All other routes, behind the keys they need."""
-        settings = self.settings
-        workers = APIRouter(tags=["workers"], responses=ERROR_ANSWERS)
-        workers.dependencies.append(Depends(WorkerGuard(settings.api_key, name="key")))
-        workers.add_api_route("/register_worker", self.register_worker, methods=["POST"])
-        workers.add_api_route("/receive_heart_beat", self.receive_heart_beat, methods=["POST"])
-        workers.add_api_route("/drain_worker", self.drain_worker, methods=["POST"])
-        workers.add_api_route("/workers", self.list_workers, methods=["GET"])
-
-        clients = APIRouter(tags=["clients"], responses=ERROR_ANSWERS)
-        clients.dependencies.append(Depends(self.client_guard()))
-        clients.add_api_route("/refresh_all_workers", self.refresh_all_workers, methods=["POST"])
-        clients.add_api_route("/list_models", self.list_models, methods=["POST"])
-        clients.add_api_route("/get_worker_address", self.get_worker_address, methods=["POST"])
-        clients.add_api_route("/worker_get_status", self.worker_get_status, methods=["POST"])
-
-        monitors = APIRouter(tags=["monitors"], responses=ERROR_ANSWERS)
-        monitors.add_api_route("/livez", self.livez, methods=["GET"])
-        monitors.add_api_route("/readyz", self.readyz, methods=["GET"])
-        monitors.add_api_route("/metrics", self.tell_metrics, methods=["GET"], response_class=Response)
-        return [workers, clients, monitors]
-
-    def add_stream(self, app: FastAPI) -> None:
-        """Add the route of answers, which is found before all others, as it is what the controller is for."""
+    def add_routes(self, app: FastAPI) -> None:
+        """Add all routes but OpenAI's, behind the keys they need; answers come first, as they are found soonest."""
+        asking, managing = [self.client_guard], [Depends(WorkerGuard(self.settings.api_key, name="key"))]
+        schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         app.add_api_route(
             "/worker_generate_stream",
             self.worker_generate_stream,
             methods=["POST"],
             tags=["clients"],
-            dependencies=[Depends(self.client_guard())],
+            dependencies=asking,
             response_class=Response,
             responses={**ERROR_ANSWERS, 200: {"content": {"application/octet-stream": {}}}},
-            openapi_extra=_body_of(GenerateRequest),
+            openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
         )
-
-    def client_guard(self) -> KeyGuard:
-        """Where there is a client key: lets through who shows it, and controllers before this one."""
-        key = self.settings.client_key
-        return KeyGuard(key, self.settings.api_key if key else None, name="client key")
-
-
-def _body_of(message: type[Message]) -> dict[str, Any]:
-    schema = message.model_json_schema(ref_template="#/components/schemas/{model}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        routes: list[tuple[str, str, list[Any], str, Callable[..., Any]]] = [
+            ("workers", "POST", managing, "/register_worker", self.register_worker),
+            ("workers", "POST", managing, "/receive_heart_beat", self.receive_heart_beat),
+            ("workers", "POST", managing, "/drain_worker", self.drain_worker),
+            ("workers", "GET", managing, "/workers", self.list_workers),
+            ("clients", "POST", asking, "/refresh_all_workers", self.refresh_all_workers),
+            ("clients", "POST", asking, "/list_models", self.list_models),
+            ("clients", "POST", asking, "/get_worker_address", self.get_worker_address),
+            ("clients", "POST", asking, "/worker_get_status", self.worker_get_status),
+            ("monitors", "GET", [], "/livez", self.livez),
+            ("monitors", "GET", [], "/readyz", self.readyz),
+            ("monitors", "GET", [], "/metrics", self.tell_metrics),
+        ]
+        for tag, method, guards, path, handler in routes:
+            kind = Response if path == "/metrics" else JSONResponse
+            options: dict[str, Any] = {"methods": [method], "tags": [tag], "dependencies": guards}
+            app.add_api_route(path, handler, responses=ERROR_ANSWERS, response_class=kind, **options)
 
 
 def make_app(settings: ControllerSettings | None = None) -> FastAPI:
@@ -332,8 +303,7 @@ def make_app(settings: ControllerSettings | None = None) -> FastAPI:
     Raises:
         MedPLIBError: the settings do not fit.
     """
-    from model.serve.limits import BodyLimit  # these two take a while
-    from model.serve.openai_api import openai_router
+    from model.serve.openai_api import openai_router  # takes a while
 
     settings = settings or ControllerSettings()
     controller = Controller(settings)
@@ -347,11 +317,9 @@ def make_app(settings: ControllerSettings | None = None) -> FastAPI:
     app.state.controller = controller
     app.add_middleware(BodyLimit, max_bytes=settings.limits.max_body_bytes)
     answer_errors(app)
-    controller.add_stream(app)
-    for router in controller.routes():
-        app.include_router(router)
+    controller.add_routes(app)
     v1 = openai_router(controller.forwarder, controller.registry, settings)
-    app.include_router(v1, dependencies=[Depends(controller.client_guard())])
+    app.include_router(v1, dependencies=[controller.client_guard])
     return app
 
 
@@ -392,18 +360,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="host, address or network (10.0.0.0/8) at which workers may be; may be given again (default: where their "
         "registration comes from)",
     )
-    _add_numbers(parser)
-    return parser
-
-
-def _add_numbers(parser: argparse.ArgumentParser) -> None:
-    registry, calls, forwarding = RegistrySettings(), CallSettings(), ForwardSettings()
+    registry, forwarding = RegistrySettings(), ForwardSettings()
     times = parser.add_argument_group("faults and times, in seconds")
     for name, default, what in (
         ("expiry", registry.expiry, "silence after which a worker is forgotten"),
         ("cool-down", registry.cool_down, "how long a worker is left alone that failed"),
-        ("connect-timeout", calls.connect_timeout, "until a worker takes a connection"),
-        ("silence-timeout", calls.silence_timeout, "how long a worker may say nothing"),
+        ("connect-timeout", forwarding.connect_timeout, "until a worker takes a connection"),
+        ("silence-timeout", forwarding.silence_timeout, "how long a worker may say nothing"),
         ("restart-wait", forwarding.restart_wait, "how long a request waits for a worker that is being restarted"),
         ("client-timeout", 60.0, "until a client takes the next piece of its answer"),
         ("grace", GRACE_SECONDS, "how long answers may go on once the controller is stopped"),
@@ -414,11 +377,12 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
     for name, number, what in (
         ("max-failures", registry.max_failures, "failures in a row after which a worker is left alone"),
         ("tries", forwarding.tries, "workers that a request is sent to, one after another"),
-        ("max-running", calls.max_connections, "answers under way at once"),
+        ("max-running", forwarding.max_connections, "answers under way at once"),
     ):
         times.add_argument(f"--{name}", type=whole, default=number, metavar="N", help=f"{what} (default: {number})")
     add_network_flags(parser)
     add_limit_flags(parser, *REQUEST_LIMITS)
+    return parser
 
 
 def settings_from(options: argparse.Namespace) -> ControllerSettings:
@@ -434,8 +398,13 @@ def settings_from(options: argparse.Namespace) -> ControllerSettings:
         registry=RegistrySettings(
             options.dispatch_method, options.expiry, options.max_failures, cool_down=options.cool_down
         ),
-        calls=CallSettings(options.connect_timeout, options.silence_timeout, max_connections=options.max_running),
-        forwarding=ForwardSettings(options.tries, options.restart_wait),
+        forwarding=ForwardSettings(
+            tries=options.tries,
+            restart_wait=options.restart_wait,
+            connect_timeout=options.connect_timeout,
+            silence_timeout=options.silence_timeout,
+            max_connections=options.max_running,
+        ),
         limits=limits_from(options),
         client_timeout=options.client_timeout,
         grace=options.grace,
@@ -457,9 +426,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         app = make_app(settings)
         app.root_path = options.root_path  # its schema names it
-        front: dict[str, Any] = {"allow_hosts": options.allow_host, "root_path": options.root_path}
-        stop = app.state.controller.stop
-        run_app(app, options.host, options.port, grace=settings.grace, on_stop=stop, **front)
+        run_app(
+            app,
+            options.host,
+            options.port,
+            grace=settings.grace,
+            allow_hosts=options.allow_host,
+            root_path=options.root_path,
+            drain=app.state.controller.stop,
+        )
     except MedPLIBError as error:
         sys.stderr.write(f"controller: {error}\n")
         return 2

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -19,39 +18,62 @@ from typing import Any
 
 import httpx
 
-from model.serve.access import CheckedAddress, bearer
-from model.serve.measuring import ControllerMetrics
+from model.serve.auth import CheckedAddress, bearer
+from model.serve.errors import Refusal, sentence_of
 from model.serve.protocol import END_OF_CHUNK, Chunk, ErrorCode, GenerateRequest, Message, WorkerStatus
-from model.serve.refusals import Refusal, sentence_of
 from model.serve.registry import Registry, Worker
+from model.serve.server import Metrics, keep_alive_options
 
 _log = logging.getLogger(__name__)
 
 _RETRIED = (ErrorCode.FAILED, ErrorCode.BUSY, ErrorCode.DRAINING, ErrorCode.NO_WORKER)
+_KNOWN_STATUSES = {
+    429: (ErrorCode.BUSY, "the worker is busy; ask again"),
+    503: (ErrorCode.DRAINING, "the worker takes nothing new; ask again"),
+    504: (ErrorCode.TIMEOUT, "the worker took too long; ask for less"),
+}
 _LOOK_SECONDS = 0.1  # between looks at whether a worker is back
 _MAX_ERROR_BYTES = 64 * 2**10
 _KEEP_ALIVE = 4.0  # seconds; published workers close an idle connection after 5
 _TCP_OPTIONS = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
-# --- calls ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class CallSettings:
-    """Bounds of time and number.
+class ForwardSettings:
+    """Bounds of what is said to workers.
 
     Attributes:
+        tries: workers that one request is sent to at most.
+        restart_wait: seconds that a request waits for a worker that lost its connections, as one that crashed and is
+            being started again; for a worker that fails otherwise, or was never there, nobody waits.
         connect_timeout: seconds until a worker takes a connection.
         silence_timeout: seconds a worker may say nothing, before its first chunk or between two.
         status_timeout: seconds a worker may take to say how it is.
         max_connections: to all workers together.
+        max_chunk_bytes: of one object of an answer.
     """
 
+    tries: int = 3
+    restart_wait: float = 30.0
     connect_timeout: float = 3.0
     silence_timeout: float = 300.0
     status_timeout: float = 3.0
     max_connections: int = 1000
+    max_chunk_bytes: int = 64 * 2**20
+
+
+class ControllerMetrics(Metrics):
+    """What a controller counts; an answer ends in ``ok``, the name of an error code in lower case, or ``left``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = self.counter("controller_requests", "Answers, by how they ended", "outcome")
+        self.tries = self.counter("controller_tries", "Requests sent to workers", "retry")
+        self.worker_failures = self.counter("controller_worker_failures", "Faults of workers")
+        self.first_chunk = self.histogram("controller_first_chunk_seconds", "Time to a worker's first chunk")
+        self.duration = self.histogram("controller_answer_seconds", "Time of whole answers")
+        self.bytes = self.counter("controller_answer_bytes", "Bytes of answers handed on")
+        self.running = self.gauge("controller_running", "Answers under way")
 
 
 class WorkerCaller:
@@ -62,18 +84,19 @@ class WorkerCaller:
         settings: bounds of time and number.
     """
 
-    def __init__(self, key: str | None = None, settings: CallSettings | None = None) -> None:
-        self.settings = settings or CallSettings()
+    def __init__(self, key: str | None = None, settings: ForwardSettings | None = None) -> None:
+        self.settings = waits = settings or ForwardSettings()
         self._headers = {
             **bearer(key),
             "Accept": "*/*",
             "Accept-Encoding": "identity",
             "Content-Type": "application/json",
         }
-        waits = self.settings
         timeout = httpx.Timeout(waits.silence_timeout, connect=waits.connect_timeout, pool=waits.connect_timeout)
         self._timeout = timeout.as_dict()
-        self._transport = _make_transport(self.settings)
+        connections = waits.max_connections
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE)
+        self._transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=keep_alive_options(_TCP_OPTIONS))
         self._urls = lru_cache(1024)(httpx.URL)
 
     async def aclose(self) -> None:
@@ -134,23 +157,6 @@ async def read_some(response: httpx.Response) -> bytes:
     return found[:_MAX_ERROR_BYTES]
 
 
-def _make_transport(settings: CallSettings) -> httpx.AsyncHTTPTransport:
-    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]  # a machine that is off says nothing at all
-    for name, value in _TCP_OPTIONS.items():
-        if hasattr(socket, name):  # not everywhere
-            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
-    connections = settings.max_connections
-    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE)
-    return httpx.AsyncHTTPTransport(limits=limits, socket_options=options)
-
-
-# --- requests ---------------------------------------------------------------------------------------------------------
-
-
-class ForwardError(Refusal):
-    """Why a request has no answer, or none to its end: ``code``, ``sentence`` and perhaps ``retry_after``."""
-
-
 class _Fault(Exception):
     """What went wrong with one worker.
 
@@ -159,31 +165,9 @@ class _Fault(Exception):
         counts: whether it speaks against the worker.
     """
 
-    def __init__(self, error: ForwardError, counts: bool) -> None:
+    def __init__(self, error: Refusal, counts: bool) -> None:
         super().__init__(error.sentence)
         self.error, self.counts = error, counts
-
-    @property
-    def reason(self) -> str:
-        """What goes into the log: nothing that a worker said, as that may hold what a client asked."""
-        cause = f", {type(self.__cause__).__name__}" if self.__cause__ else ""
-        return f"{self.error.code.name.lower()}, status {self.error.status}{cause}"
-
-
-@dataclass(frozen=True)
-class ForwardSettings:
-    """How often and how much.
-
-    Attributes:
-        tries: workers that one request is sent to at most.
-        restart_wait: seconds that a request waits for a worker that lost its connections, as one that crashed and is
-            being started again; for a worker that fails otherwise, or was never there, nobody waits.
-        max_chunk_bytes: of one object of an answer.
-    """
-
-    tries: int = 3
-    restart_wait: float = 30.0
-    max_chunk_bytes: int = 64 * 2**20
 
 
 class Forwarder:
@@ -192,19 +176,12 @@ class Forwarder:
     Args:
         registry: the workers.
         caller: how they are spoken to.
-        settings: how often and how much.
         metrics: what happens is counted there.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        caller: WorkerCaller,
-        settings: ForwardSettings | None = None,
-        metrics: ControllerMetrics | None = None,
-    ) -> None:
-        self.registry, self.caller = registry, caller
-        self.settings, self.metrics = settings or ForwardSettings(), metrics or ControllerMetrics()
+    def __init__(self, registry: Registry, caller: WorkerCaller, metrics: ControllerMetrics) -> None:
+        self.registry, self.caller, self.metrics = registry, caller, metrics
+        self.settings = caller.settings
         self._waits: set[asyncio.Timeout] = set()
         self._stop_at: float | None = None
 
@@ -225,14 +202,18 @@ class Forwarder:
         """The chunks of an answer. A chunk with an error code, which a worker may send late, is the last one.
 
         Raises:
-            ForwardError: no worker answers, or the one that did failed on the way.
+            Refusal: no worker answers, or the one that did failed on the way.
         """
         body = request.model_dump_json(exclude_unset=True).encode()
         async with contextlib.aclosing(self.generate_bytes(body, request.model)) as pieces:
             async for piece in pieces:
                 for part in piece.split(END_OF_CHUNK):
                     if part.strip():
-                        yield _parse(part)
+                        try:
+                            chunk = Chunk.model_validate_json(part)
+                        except ValueError as error:
+                            raise _unreadable().error from error
+                        yield chunk
 
     async def generate_bytes(self, body: bytes, model: str) -> AsyncGenerator[bytes]:
         """The bytes of an answer as a worker sends them, cut only between chunks.
@@ -242,28 +223,26 @@ class Forwarder:
             model: whose answer it wants.
 
         Raises:
-            ForwardError: no worker answers, or the one that did failed on the way.
+            Refusal: no worker answers, or the one that did failed on the way.
         """
+        models = self.registry.models()
+        if not model and len(models) == 1:
+            (model,) = models
         begun, outcome = time.perf_counter(), "left"
         self.metrics.running.inc()
         try:
-            async with contextlib.aclosing(self._attempts(body, self._model(model))) as pieces:
+            async with contextlib.aclosing(self._attempts(body, model)) as pieces:
                 async for piece in pieces:
                     self.metrics.bytes.inc(len(piece))
                     yield piece
             outcome = "ok"
-        except ForwardError as error:
+        except Refusal as error:
             outcome = error.code.name.lower()
             raise
         finally:
             self.metrics.running.dec()
             self.metrics.requests.labels(outcome=outcome).inc()
             self.metrics.duration.observe(time.perf_counter() - begun)
-
-    def _model(self, asked: str) -> str:
-        """The model asked for; the only one where the request names none."""
-        models = self.registry.models()
-        return models[0] if not asked and len(models) == 1 else asked
 
     async def _attempts(self, body: bytes, model: str) -> AsyncGenerator[bytes]:
         """An answer from one worker after another, until one has begun to answer.
@@ -272,7 +251,7 @@ class Forwarder:
         """
         tried: list[str] = []
         away: list[str] = []  # took no connection
-        last: ForwardError | None = None
+        last: Refusal | None = None
         waits = False
         end = asyncio.get_running_loop().time() + self.settings.restart_wait
         while len(tried) < self.settings.tries:
@@ -302,9 +281,11 @@ class Forwarder:
                 self.registry.release(name)
         raise last or self._no_worker(model)
 
-    def _note(self, name: str, fault: _Fault) -> ForwardError:
+    def _note(self, name: str, fault: _Fault) -> Refusal:
         if fault.counts:
-            _log.warning("worker %s failed: %s", name, fault.reason)
+            cause = type(fault.__cause__).__name__ if fault.__cause__ else "no exception"
+            code = fault.error.code.name.lower()  # nothing that a worker said, as that may hold what a client asked
+            _log.warning("worker %s failed: %s, status %d, %s", name, code, fault.error.status, cause)
             lost = isinstance(fault.__cause__, (httpx.NetworkError, httpx.RemoteProtocolError))  # silence is no restart
             self.registry.report_failure(name, away=lost)
             self.metrics.worker_failures.inc()
@@ -314,15 +295,15 @@ class Forwarder:
             self.registry.report_success(name)
         return fault.error
 
-    def _no_worker(self, model: str) -> ForwardError:
+    def _no_worker(self, model: str) -> Refusal:
         models = self.registry.models()
         if model in models:
             wait = self.registry.retry_after(model)
-            return ForwardError(ErrorCode.NO_WORKER, f"{model} is not available at the moment; ask again", wait)
+            return Refusal(ErrorCode.NO_WORKER, f"{model} is not available at the moment; ask again", wait)
         if not models:
-            return ForwardError(ErrorCode.NO_WORKER, "no model is available at the moment; ask again later", 5)
+            return Refusal(ErrorCode.NO_WORKER, "no model is available at the moment; ask again later", 5)
         there = ", ".join(models)
-        return ForwardError(ErrorCode.BAD_INPUT, f"there is no model {model[:100]!r}; there is {there}", status=404)
+        return Refusal(ErrorCode.BAD_INPUT, f"there is no model {model[:100]!r}; there is {there}", status=404)
 
     async def _from_worker(self, name: str, body: bytes) -> AsyncGenerator[bytes]:
         """Whole chunks of one worker's answer, as they come.
@@ -370,18 +351,18 @@ class Forwarder:
                     worker.gone.discard(give_up)
         except TimeoutError as error:
             if wait.when() == self._stop_at:  # a loop may fire some part of a millisecond before that
-                stopped = ForwardError(ErrorCode.FAILED, "the controller is being stopped; ask again in a while", 5)
+                stopped = Refusal(ErrorCode.FAILED, "the controller is being stopped; ask again in a while", 5)
                 raise _Fault(stopped, counts=False) from error
             raise _failed("the worker went silent and was given up; ask again") from error
         except httpx.PoolTimeout as error:
-            busy = ForwardError(ErrorCode.BUSY, "too many answers are under way; ask again later", 1)
+            busy = Refusal(ErrorCode.BUSY, "too many answers are under way; ask again later", 1)
             raise _Fault(busy, counts=False) from error
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            away = ForwardError(ErrorCode.NO_WORKER, "the model's worker cannot be reached; ask again", 5)
+            away = Refusal(ErrorCode.NO_WORKER, "the model's worker cannot be reached; ask again", 5)
             raise _Fault(away, counts=True) from error
         except httpx.TimeoutException as error:
-            sentence = f"the worker said nothing for {self.caller.settings.silence_timeout:g} s; ask again, or for less"
-            raise _Fault(ForwardError(ErrorCode.TIMEOUT, sentence), counts=True) from error
+            sentence = f"the worker said nothing for {self.settings.silence_timeout:g} s; ask again, or for less"
+            raise _Fault(Refusal(ErrorCode.TIMEOUT, sentence), counts=True) from error
         except httpx.TransportError as error:
             raise _failed("the connection to the worker broke; ask again") from error
 
@@ -391,10 +372,8 @@ class _WholeChunks:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.rest = b""
+        self.rest = bytearray()
         self.given = False
-        self._held: list[bytes] = []
-        self._size = 0
 
     def feed(self, data: bytes) -> bytes:
         """What is complete with these bytes; empty while nothing is.
@@ -402,33 +381,17 @@ class _WholeChunks:
         Raises:
             _Fault: a chunk is too long, or no JSON object.
         """
-        end = data.rfind(END_OF_CHUNK) + 1
-        if not end:
-            self._hold(data)
-            return b""
-        whole = b"".join([*self._held, data[:end]])
-        self._held, self._size, self.rest = [], 0, b""
-        self._hold(data[end:])
+        self.rest += data
+        end = len(self.rest) - len(data) + data.rfind(END_OF_CHUNK) + 1 if END_OF_CHUNK in data else 0
+        whole = bytes(self.rest[:end])
+        del self.rest[:end]
         for chunk in whole[:-1].split(END_OF_CHUNK):
             chunk = chunk.strip()
             if chunk and not (chunk.startswith(b"{") and chunk.endswith(b"}")):
                 raise _unreadable()
-        return whole
-
-    def _hold(self, data: bytes) -> None:
-        if data:
-            self._held.append(data)
-            self.rest = data
-            self._size += len(data)
-        if self._size > self.max_bytes:
+        if len(self.rest) > self.max_bytes:
             raise _unreadable()
-
-
-def _parse(chunk: bytes) -> Chunk:
-    try:
-        return Chunk.model_validate_json(chunk)
-    except ValueError as error:
-        raise _unreadable().error from error
+        return whole
 
 
 class _Head(Message):
@@ -449,12 +412,12 @@ def _check_first(piece: bytes) -> None:
     except ValueError as error:
         raise _unreadable() from error
     if chunk.error_code:
-        code = ErrorCode(chunk.error_code) if chunk.error_code in set(ErrorCode) else ErrorCode.FAILED
-        raise _Fault(ForwardError(code, chunk.text), counts=code == ErrorCode.FAILED)
+        code = ErrorCode(chunk.error_code)
+        raise _Fault(Refusal(code, chunk.text), counts=code == ErrorCode.FAILED)
 
 
 def _failed(sentence: str) -> _Fault:
-    return _Fault(ForwardError(ErrorCode.FAILED, sentence, status=502), counts=True)
+    return _Fault(Refusal(ErrorCode.FAILED, sentence, status=502), counts=True)
 
 
 def _unreadable() -> _Fault:
@@ -467,22 +430,13 @@ async def _status_fault(response: httpx.Response) -> _Fault:
     said = sentence_of(await read_some(response))
     wait = response.headers.get("Retry-After", "")
     retry_after = float(wait) if wait.isdigit() and len(wait) < 6 else None
-    if status == 429:
-        return _Fault(ForwardError(ErrorCode.BUSY, said or "the worker is busy; ask again", retry_after or 1), False)
-    if status == 503:
-        draining = "the worker takes nothing new; ask again"
-        return _Fault(ForwardError(ErrorCode.DRAINING, said or draining, retry_after or 1), False)
-    if status == 504:
-        return _Fault(ForwardError(ErrorCode.TIMEOUT, said or "the worker took too long; ask for less"), False)
+    if status in _KNOWN_STATUSES:
+        code, otherwise = _KNOWN_STATUSES[status]
+        return _Fault(Refusal(code, said or otherwise, None if status == 504 else retry_after or 1), counts=False)
     if status in (401, 403):
         _log.error("a worker does not accept the controller's key; start both with the same --api-key")
         return _failed("the model's worker takes no requests at the moment; ask again later")
     if status in (400, 413, 422):
-        unread = ForwardError(ErrorCode.BAD_INPUT, said or "the worker cannot read the request", status=status)
+        unread = Refusal(ErrorCode.BAD_INPUT, said or "the worker cannot read the request", status=status)
         return _Fault(unread, counts=False)
     return _failed(said if said and status >= 500 else f"the worker answered with status {status}; ask again")
-
-
-def error_bytes(error: Refusal) -> bytes:
-    """An error as the last chunk of a stream."""
-    return Chunk(text=error.sentence, error_code=int(error.code)).encode()

@@ -20,7 +20,7 @@ from model.errors import MedPLIBError, escape_unprintable
 from model.serve.client import ControllerClient
 from model.serve.commands import PAGE_LIMITS, add_limit_flags, add_network_flags
 from model.serve.limits import BodyLimit, limits_from
-from model.serve.running import check_port, is_loopback, parse_flags, run_app, set_up_logging
+from model.serve.server import check_port, is_loopback, parse_flags, run_app, set_up_logging
 
 _log = logging.getLogger("model.serve.gradio_web_server")  # also where it is run as a program
 _GRACE_SECONDS = 5.0
@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_port(options.host, options.port)
         if not is_loopback(options.host):
             _log.warning("everyone who reaches this port can use the page; put a proxy with passwords before it")
-        front: dict[str, Any] = {"allow_hosts": options.allow_host, "root_path": options.root_path}
-        run_app(make_app(options), options.host, options.port, grace=_GRACE_SECONDS, **front)
+        hosts, root_path = options.allow_host, options.root_path
+        run_app(
+            make_app(options), options.host, options.port, grace=_GRACE_SECONDS, allow_hosts=hosts, root_path=root_path
+        )
     except MedPLIBError as error:
         sys.stderr.write(f"gradio_web_server: {error}\n")
         return 2
@@ -79,24 +81,23 @@ def make_app(options: argparse.Namespace) -> Any:
     from fastapi import FastAPI
     from fastapi.responses import PlainTextResponse
 
-    from model.serve.web.desk import Desk
-    from model.serve.web.examples import find_examples
     from model.serve.web.gate import Gate, Tray
-    from model.serve.web.votes import VoteLog
+    from model.serve.web.handlers import Handlers, VoteLog
+    from model.serve.web.view import find_examples
 
     for name in ("all_proxy", "http_proxy", "https_proxy"):  # gradio's clients would use them, or fail on SOCKS ones
         for spelling in (name, name.upper()):
             os.environ.pop(spelling, None)
-    from model.serve.web.page import Page, PageSettings, mounted
+    from model.serve.web.page import Page, mounted
 
     limits = limits_from(options)
     client = ControllerClient(options.controller, options.client_key)
     votes = VoteLog(options.votes_file, options.log_conversations)
     tray = Tray(limits.max_upload_bytes, max(limits.max_upload_bytes, 3 * limits.max_image_bytes))
-    desk = Desk(client, votes, tray, limits, find_examples())
+    handlers = Handlers(client, votes, tray, limits, find_examples())
     with contextlib.suppress(MedPLIBError):  # the page shows it
-        desk.models = client.models()
-    page = Page(desk, PageSettings(options.add_region_feature, options.model_list_mode == "reload"))
+        handlers.models = client.models()
+    page = Page(handlers, options.add_region_feature, options.model_list_mode == "reload")
 
     async def sweep() -> None:
         while True:
@@ -113,7 +114,7 @@ def make_app(options: argparse.Namespace) -> Any:
     app = FastAPI(openapi_url=None, lifespan=lifespan)
     for route in ("/livez", "/readyz"):
         app.get(route)(lambda: PlainTextResponse("ok\n"))
-    app.post("/open")(desk.tray.receive)
+    app.post("/open")(tray.receive)
     mounted(page, app, options.root_path)
     return BodyLimit(Gate(app), limits.max_upload_bytes, max_total_bytes=tray.max_held)
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from model.serve.access import bearer
+from model.errors import MedPLIBError
+from model.serve.auth import bearer
+from model.serve.errors import sentence_of
 from model.serve.protocol import HEARTBEAT_SECONDS, HeartBeat, RegisterWorker, WorkerStatus
-from model.serve.refusals import sentence_of
 
 _MAX_SENTENCE = 300
 
@@ -42,10 +43,6 @@ class Registration:
     interval: float = HEARTBEAT_SECONDS
     retry: float = 2.0
     timeout: float = 5.0
-
-
-class _Refused(Exception):
-    """The controller is there and does not take the worker."""
 
 
 class Heart:
@@ -89,25 +86,20 @@ class Heart:
         """Tell the controller the worker's state at once, as when it begins to drain; whether it heard."""
         return await self._reach(self._register)
 
-    async def _reach(self, step: Callable[[], Any]) -> bool:
+    async def _reach(self, step: Callable[[], Awaitable[None]]) -> bool:
         """Take one step; what goes wrong is logged once, not each time."""
+        where, trouble = f"the controller at {self.registration.controller}", ""
         try:
             await step()
+        except MedPLIBError as error:
+            trouble = f"{where} does not take this worker: {error}"
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            self._lost(f"the controller at {self.registration.controller} cannot be reached ({type(error).__name__})")
-        except _Refused as error:
-            self._lost(f"the controller at {self.registration.controller} does not take this worker: {error}")
-        else:
-            if self._trouble:
-                _log.warning("the controller at %s is there again", self.registration.controller)
-            self._trouble = ""
-        return not self._trouble
-
-    def _lost(self, trouble: str) -> None:
-        self.registered = False
+            trouble = f"{where} cannot be reached ({type(error).__name__})"
+        self.registered = self.registered and not trouble
         if trouble != self._trouble:
-            _log.warning("%s; trying on", trouble)
+            _log.warning("%s", f"{trouble}; trying on" if trouble else f"{where} is there again")
         self._trouble = trouble
+        return not trouble
 
     async def _beat(self) -> None:
         if self.registered:
@@ -130,10 +122,10 @@ class Heart:
         """The controller's answer.
 
         Raises:
-            _Refused: it says no.
+            MedPLIBError: it says no.
         """
         response = await self._client.post(path, json=message)
         if response.status_code != 200:
             sentence = sentence_of(response.content)[:_MAX_SENTENCE]
-            raise _Refused(sentence or f"it answered with status {response.status_code}")
+            raise MedPLIBError(sentence or f"it answered with status {response.status_code}")
         return response.json() if response.content.strip() else None

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from model.data.image_io import ImageData, ReadLimits, read_image, read_mask
 from model.errors import MedPLIBError
 from model.serve.commands import LIMITS, PAGE_LIMITS, REQUEST_LIMITS
+from model.serve.errors import Refusal
 from model.serve.protocol import ErrorCode
-from model.serve.refusals import Refusal, send_refusal
 
 _MIB = 2**20
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
@@ -203,18 +203,13 @@ def _from_run_lengths(value: Mapping[str, Any], size: tuple[int, int]) -> np.nda
 
 
 def _from_rows(rows: list[Any], size: tuple[int, int]) -> np.ndarray:
-    if not all(isinstance(row, list) for row in rows):
-        raise MedPLIBError("a region's rows are malformed; expected one list of 0 and 1 for each row of the image")
-    widths = {len(row) for row in rows}
-    if len(widths) != 1:
-        raise MedPLIBError("a region's rows are not of one length; give one number for each column of the image")
-    _check_size((len(rows), widths.pop()), size)
-    mask = np.zeros(size, dtype=bool)
-    for inside, row in zip(mask, rows, strict=True):
-        if not all(value is True or value is False or (type(value) is int and value in (0, 1)) for value in row):
-            raise MedPLIBError("a region's rows hold something other than 0 and 1; mark what is inside with 1")
-        inside[:] = row
-    return mask
+    widths = {len(row) if isinstance(row, list) else -1 for row in rows}
+    if len(widths) != 1 or -1 in widths:
+        raise MedPLIBError("a region's rows are malformed; expected lists of 0 and 1 of one length, one for each row")
+    _check_size((len(rows), *widths), size)
+    if not all(type(value) in (bool, int) and value in (0, 1) for row in rows for value in row):
+        raise MedPLIBError("a region's rows hold something other than 0 and 1; mark what is inside with 1")
+    return np.array(rows, dtype=bool)
 
 
 def _check_size(got: tuple[int, ...], size: tuple[int, int]) -> None:
@@ -266,7 +261,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         if _told_length(scope) > self.max_bytes:
-            await send_refusal(self._too_long(), scope, send)
+            await self._too_long().response(scope["path"])(scope, receive, send)
             return
         await self._pass_on(scope, receive, send)
 
@@ -305,7 +300,7 @@ class BodyLimit:
         finally:
             self._held -= length
         if refusal is not None and not begun:
-            await send_refusal(refusal, scope, send)
+            await refusal.response(scope["path"])(scope, receive, send)
 
     async def _next_piece(self, receive: Receive, length: int) -> Message:
         """The next piece of a body of which ``length`` bytes are here."""

@@ -7,46 +7,32 @@ The application itself is in ``worker_app.py``.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from model.checkpoint.directories import checkpoint_name, resolve
+from model.checkpoint.directories import checkpoint_name, default_model, resolve
 from model.errors import MedPLIBError, escape_unprintable
-from model.serve.access import checked_key, normal_name
+from model.serve.auth import checked_key, normal_name
 from model.serve.commands import REQUEST_LIMITS, add_limit_flags, add_network_flags, seconds, whole
 from model.serve.limits import limits_from
 from model.serve.protocol import HEARTBEAT_SECONDS
-from model.serve.running import GRACE_SECONDS, check_port, is_loopback, listen, parse_flags, run_app, set_up_logging
+from model.serve.server import GRACE_SECONDS, check_port, is_loopback, listen, parse_flags, run_app, set_up_logging
 
 if TYPE_CHECKING:
     from model.serve.heartbeat import Registration
-    from model.serve.worker_app import Worker, WorkerSettings
-    from model.serve.worker_loading import ModelChoice
 
 DEFAULT_PORT, DEFAULT_CONTROLLER = 64002, "http://localhost:64000"
-NANO = Path(__file__).resolve().parents[2] / "assets" / "medplib-nano"
 _ANYWHERE = ("", "0.0.0.0", "::")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _SERVER_GRACE = 2.0  # once the worker has finished, only idle connections are left
 
 _log = logging.getLogger("model.serve.model_worker")
-
-
-def __getattr__(name: str) -> Any:
-    """The application's parts under this name too; they bring torch."""
-    if name not in ("Worker", "WorkerSettings", "make_worker_app"):
-        raise AttributeError(f"module {__name__!r:.80} has no attribute {name!r:.80}")
-    return getattr(import_module("model.serve.worker_app"), name)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,15 +43,6 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Flags may be spelled with underscores too. Keys are better kept in the environment, where other users "
         "of the machine do not see them.",
     )
-    _add_addresses(parser)
-    _add_model(parser)
-    _add_service(parser)
-    add_network_flags(parser, root_path=False)
-    add_limit_flags(parser, *REQUEST_LIMITS)
-    return parser
-
-
-def _add_addresses(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="localhost", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
     parser.add_argument(
@@ -90,11 +67,8 @@ def _add_addresses(parser: argparse.ArgumentParser) -> None:
         help="secret shared with the controller (default: $MEDPLIB_API_KEY); without one only programs of this machine "
         "are answered",
     )
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model-path", type=Path, metavar="DIR", help="checkpoint; the nano when absent")
+    model.add_argument("--model-path", type=Path, metavar="DIR", help="checkpoint; the shipped one when absent")
     model.add_argument("--model-base", type=Path, metavar="DIR", help="what a LoRA in --model-path was trained on")
     model.add_argument(
         *("--model-names", "--model-name"), metavar="A[,B…]", help="what it answers for (default: the directory's name)"
@@ -113,9 +87,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--mask-gate", action="store_true", help="leave masks empty that the checkpoint's gate takes for absent things"
     )
-
-
-def _add_service(parser: argparse.ArgumentParser) -> None:
     service = parser.add_argument_group("service")
     service.add_argument("--slots", type=whole, default=8, metavar="N", help="answers written at once (default: 8)")
     service.add_argument("--max-length", type=whole, metavar="N", help="tokens of a conversation with its image")
@@ -131,49 +102,78 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=seconds, default=default, metavar="S", help=f"seconds {what} (default: {default:g})"
         )
     service.add_argument("--log-conversations", action="store_true", help="log questions and answers")
+    add_network_flags(parser, root_path=False)
+    add_limit_flags(parser, *REQUEST_LIMITS)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    signal.signal(signal.SIGTERM, _stop_loading)
+
+    def stop_loading(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop_loading)
     escape_unprintable()
     options = parse_flags(make_parser(), arguments)
     set_up_logging()
     try:
-        return _run(options)
+        _run(options)
     except MedPLIBError as error:
         sys.stderr.write(f"model_worker: {error}\n")
         return 2
     except KeyboardInterrupt:  # before the server was up
-        return 0
+        pass
+    return 0
 
 
-def _stop_loading(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     registration = _registration(options)
     directory, device = _check_model(options)
-    limits_from(options)
-    from model.inference.engine import EngineSettings  # this and what follows takes a while
-    from model.serve.worker_app import make_worker_app
-    from model.serve.worker_loading import describe_engine, load_engine
+    limits = limits_from(options)
+    import torch  # this and what follows takes a while
 
-    choice = _choice(options, directory, device)
-    settings = _settings(options, directory, registration)
+    from model.inference.engine import EngineSettings
+    from model.serve.registry import check_models
+    from model.serve.worker_app import WorkerSettings, make_worker_app
+    from model.serve.worker_loading import ModelChoice, describe_engine, load_engine
+
+    names = [name.strip() for name in (options.model_names or checkpoint_name(directory)).split(",")]
+    check_models(names)
+    choice = ModelChoice(
+        directory,
+        options.model_base,
+        device,
+        dtype=getattr(torch, _DTYPES[options.dtype]) if options.dtype else None,
+        quantisation="int8" if options.load_8bit else "int4" if options.load_4bit else None,
+        vision_tower=options.vision_tower,
+        sam=options.vision_pretrained,
+        needs_regions=options.add_region_feature,
+        needs_gate=options.mask_gate,
+    )
     bounds = EngineSettings(slots=options.slots, max_length=options.max_length, waiting=options.max_waiting)
     engine = load_engine(choice, bounds)
-    gate = engine.gate.threshold if options.mask_gate and engine.gate else None
-    turns = engine.model.config.conversation_turns
-    settings = replace(settings, no_mask_below=gate, conversation_turns=turns, details=describe_engine(engine, choice))
-    app = make_worker_app(engine, settings, _Stopper().install)
+    settings = WorkerSettings(
+        tuple(names),
+        capacity=options.slots + options.max_waiting,
+        limits=limits,
+        request_timeout=options.request_timeout,
+        client_timeout=options.client_timeout,
+        no_mask_below=engine.gate.threshold if options.mask_gate and engine.gate else None,
+        key=options.api_key,
+        registration=registration,
+        grace=options.grace,
+        log_conversations=options.log_conversations,
+        conversation_turns=engine.model.config.conversation_turns,
+        details=describe_engine(engine, choice),
+    )
+    app = make_worker_app(engine, settings)
     hosts = options.allow_host
     if registration and (hosts or is_loopback(options.host)):  # else any name is served
         hosts = [*hosts, urlsplit(registration.worker).hostname or ""]
     with engine:
-        run_app(app, options.host, options.port, grace=_SERVER_GRACE, allow_hosts=hosts)
-    return 0
+        drain = app.state.worker.finish
+        run_app(app, options.host, options.port, grace=_SERVER_GRACE, allow_hosts=hosts, drain=drain)
 
 
 def _registration(options: argparse.Namespace) -> Registration | None:
@@ -222,7 +222,7 @@ def _check_model(options: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         MedPLIBError: flags contradict each other, or there is nothing at a path.
     """
-    directory = resolve(options.model_path or NANO)
+    directory = resolve(options.model_path) if options.model_path else default_model()
     if not directory.is_dir():
         raise MedPLIBError(f"there is no checkpoint directory {directory}; give one with --model-path")
     if options.model_base is not None and not resolve(options.model_base).is_dir():
@@ -230,85 +230,6 @@ def _check_model(options: argparse.Namespace) -> tuple[Path, str]:
     if options.device and options.device_map and options.device != options.device_map:
         raise MedPLIBError(f"--device {options.device} and --device_map {options.device_map} differ; give one of them")
     return directory, options.device or options.device_map or "auto"
-
-
-def _choice(options: argparse.Namespace, directory: Path, device: str) -> ModelChoice:
-    import torch
-
-    from model.serve.worker_loading import ModelChoice
-
-    return ModelChoice(
-        directory,
-        options.model_base,
-        device,
-        dtype=getattr(torch, _DTYPES[options.dtype]) if options.dtype else None,
-        quantisation="int8" if options.load_8bit else "int4" if options.load_4bit else None,
-        vision_tower=options.vision_tower,
-        sam=options.vision_pretrained,
-        needs_regions=options.add_region_feature,
-        needs_gate=options.mask_gate,
-    )
-
-
-def _settings(options: argparse.Namespace, directory: Path, registration: Registration | None) -> WorkerSettings:
-    """What of the worker does not depend on the loaded model.
-
-    Raises:
-        MedPLIBError: a number is out of range, or no model is named.
-    """
-    from model.serve.registry import check_models
-    from model.serve.worker_app import WorkerSettings
-
-    names = [name.strip() for name in (options.model_names or checkpoint_name(directory)).split(",")]
-    check_models(names)
-    return WorkerSettings(
-        tuple(names),
-        capacity=options.slots + options.max_waiting,
-        limits=limits_from(options),
-        request_timeout=options.request_timeout,
-        client_timeout=options.client_timeout,
-        key=options.api_key,
-        registration=registration,
-        grace=options.grace,
-        log_conversations=options.log_conversations,
-    )
-
-
-class _Stopper:
-    """Lets a worker end what it has, and refuse the rest, before the server's own handling of a signal comes to it.
-
-    The first SIGTERM or Ctrl-C drains; the second one stops at once.
-    """
-
-    def __init__(self) -> None:
-        self._begun = False
-        self._handlers: dict[int, Any] = {}
-
-    def install(self, worker: Worker) -> None:
-        """Handle signals from now on; for the event loop, once the server has put its own handlers there."""
-        self._worker, self._loop = worker, asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._begun:
-            self._stop_server(number)
-            self._stop_server(number)
-            return
-        self._begun = True
-        self._loop.call_soon_threadsafe(self._begin, number)
-
-    def _begin(self, number: int) -> None:
-        self._finishing = self._loop.create_task(self._finish(number))
-
-    async def _finish(self, number: int) -> None:
-        try:
-            await self._worker.finish()
-        finally:
-            self._stop_server(number)
-
-    def _stop_server(self, number: int) -> None:
-        self._handlers[number](number, None)
 
 
 if __name__ == "__main__":

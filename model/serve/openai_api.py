@@ -15,31 +15,27 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-import anyio
 from fastapi import APIRouter, Body, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
-from starlette.responses import StreamingResponse
-from starlette.types import Message, Send
 
 from model.errors import MedPLIBError
 from model.inference.regions import place_region
 from model.processing.conversation import Turn, render
 from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, as_typed
 from model.serve import openai_schema as schema
+from model.serve.errors import MACHINE_FAULT, Refusal, client_sentence
 from model.serve.limits import ServeLimits, turns_to_drop
 from model.serve.openai_schema import AskMessage, ChatCompletion, ChatRequest, ImagePart, ModelCard, ModelList
 from model.serve.protocol import Chunk, ErrorCode, GenerateRequest
-from model.serve.refusals import MACHINE_FAULT, Refusal, client_sentence, error_body
+from model.serve.server import TimedStream, until_left
 
 if TYPE_CHECKING:
     from model.serve.controller import ControllerSettings
@@ -49,8 +45,6 @@ if TYPE_CHECKING:
 
 DONE = b"data: [DONE]\n\n"
 _DEFAULT_MAX_TOKENS = 256
-Result = TypeVar("Result")
-_CLIENT_LEFT = 499  # nobody reads it; it is what logs call it
 _MAX_ITEMS = 250_000
 _NAME = re.compile(r"[a-z]\w*")
 _TAGS = ("text", "image_url")
@@ -93,40 +87,19 @@ class _Route(APIRoute):
 
         async def handle_or_tell(request: Request) -> Response:
             try:
-                _check_items(await request.body())
+                body = await request.body()
+                if len(body) > _MAX_ITEMS and body.count(b",") > _MAX_ITEMS:  # it would hold everybody up to read them
+                    raise MedPLIBError(
+                        f"the request has more than {_MAX_ITEMS} parts; send masks as PNG or compressed run lengths"
+                    )
                 return await handle(request)
-            except ClientDisconnect:
-                return Response(status_code=_CLIENT_LEFT)
             except RequestValidationError as error:
                 param, sentence = _malformed(error)
-                return _tell(Refusal(ErrorCode.BAD_INPUT, sentence), param)
-            except MedPLIBError as error:
-                param = error.param if isinstance(error, RefusedField) else None
-                return _tell(Refusal(ErrorCode.BAD_INPUT, client_sentence(error)), param)
-            except UnknownModel as refusal:
-                return _tell(refusal, "model", "model_not_found")
-            except Refusal as refusal:
-                return _tell(refusal)
+                raise Refusal(ErrorCode.BAD_INPUT, sentence, param=param) from error
+            except RefusedField as error:
+                raise Refusal(ErrorCode.BAD_INPUT, client_sentence(error), param=error.param) from error
 
         return handle_or_tell
-
-
-def _check_items(body: bytes) -> None:
-    """Refuse JSON of very many parts, which would hold up everybody while it is read; one long text does not.
-
-    Raises:
-        MedPLIBError: the request is such a one.
-    """
-    if len(body) > _MAX_ITEMS and body.count(b",") > _MAX_ITEMS:
-        raise MedPLIBError(f"the request has more than {_MAX_ITEMS} parts; send masks as PNG or compressed run lengths")
-
-
-class UnknownModel(Refusal):
-    """There are models, and this is none of them."""
-
-    def __init__(self, model: str, known: list[str]) -> None:
-        sentence = f"there is no model {model[:100]!r} here; known: {', '.join(known) or 'none'}"
-        super().__init__(ErrorCode.BAD_INPUT, sentence, status=404)
 
 
 class _Api:
@@ -150,9 +123,13 @@ class _Api:
 
     async def model(self, model_id: str) -> ModelCard:
         """One model, if it can be asked now."""
-        if model_id not in (known := self.registry.models()):
-            raise UnknownModel(model_id, known)
+        self._check_known(model_id, self.registry.models())
         return self._card(model_id)
+
+    def _check_known(self, model: str, known: list[str]) -> None:
+        if model not in known:
+            sentence = f"there is no model {model[:100]!r} here; known: {', '.join(known) or 'none'}"
+            raise Refusal(ErrorCode.BAD_INPUT, sentence, status=404, param="model", name="model_not_found")
 
     def _card(self, name: str) -> ModelCard:
         turns = self.registry.conversation_turns(name)
@@ -166,27 +143,29 @@ class _Api:
         With `stream`, events `data: {…}` of `object` `chat.completion.chunk`, ended by `data: [DONE]`; the one that has
         a `finish_reason` carries `medplib` in its `delta`.
         """
-        known = self.registry.models()
-        if known and body.model not in known:  # where there is none, the forwarder says when to come again
-            raise UnknownModel(body.model, known)
+        if known := self.registry.models():  # where there is none, the forwarder says when to come again
+            self._check_known(body.model, known)
         asked = generate_request(body, self.settings.limits)
-        listener = Listener(self.forwarder.generate(asked))
+        chunks = newest(self.forwarder.generate(asked))
         reply = Reply(body.model, asked.prompt)
         streaming = False
         try:
+            first = await until_left(anext(chunks, None), request.receive)
+            if first is None:
+                raise Refusal(ErrorCode.FAILED, "the worker ended its answer before it began; ask again")
             if not body.stream:
-                completion = reply.completion(await _unless_gone(request, listener.last()))
+                completion = reply.completion(await until_left(_last(first, chunks), request.receive))
                 return Response(completion.model_dump_json(), media_type="application/json")
-            first = await _unless_gone(request, listener.first())
             streaming = True
-        except _ClientLeft:
-            return Response(status_code=_CLIENT_LEFT)
         finally:
             if not streaming:
-                await listener.close()
+                await chunks.aclose()
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(listener, reply, first, with_usage)
-        return _EventStream(events, listener, self.settings.client_timeout)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        events = _events(first, chunks, reply, with_usage)
+        return TimedStream(
+            events, self.settings.client_timeout, reply.opening(), media_type="text/event-stream", headers=headers
+        )
 
 
 # --- asking: OpenAI's messages become one prompt, its image and its regions -------------------------------------------
@@ -227,7 +206,12 @@ def generate_request(body: ChatRequest, limits: ServeLimits) -> GenerateRequest:
         MedPLIBError: a field is not supported, the conversation is malformed, its question is too long, it has several
             images, or does not say which region is where.
     """
-    check_fields(body)
+    for name, (harmless, refusal) in schema.REFUSED.items():  # not implemented, and would change the answer
+        value = getattr(body, name)
+        if value is not None and value not in harmless:
+            raise RefusedField(name, refusal)
+    if body.stream_options is not None and not body.stream:
+        raise RefusedField("stream_options", "stream_options goes with stream; set stream to true or leave it out")
     said = _conversation(body.messages, limits)
     extension = body.medplib or schema.AskExtension()
     texts, regions = _place_regions(said, [region_value(region) for region in extension.regions])
@@ -236,11 +220,17 @@ def generate_request(body: ChatRequest, limits: ServeLimits) -> GenerateRequest:
     marked = [region for own in regions[2 * dropped :] for region in own]
     if len(marked) > limits.max_regions:
         raise RefusedField("medplib.regions", f"{len(marked)} regions are marked, at most {limits.max_regions} may be")
-    images = _images(said)
+    images = list(dict.fromkeys(image for one in said for image in one.images))  # clients may send it each time
+    if len(images) > 1:
+        sentence = f"a conversation is about one image, these messages hold {len(images)}; send one"
+        raise RefusedField("messages", sentence)
+    turns = [Turn("gpt" if place % 2 else "human", as_typed(text)) for place, text in enumerate(texts[2 * dropped :])]
+    if images:
+        turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
     wanted = body.max_completion_tokens or body.max_tokens
     return GenerateRequest(
         model=body.model,
-        prompt=_prompt(texts[2 * dropped :], bool(images)),
+        prompt=render(turns),
         images=images,
         region_masks=marked,
         temperature=body.temperature or 0.0,
@@ -251,25 +241,9 @@ def generate_request(body: ChatRequest, limits: ServeLimits) -> GenerateRequest:
         mask_png=extension.mask_png,
         threshold=extension.threshold,
         no_mask_below=extension.no_mask_below,
-        top_k=0,
-        timeout=None,
         every_target=True,
         dropped_turns=dropped,
     )
-
-
-def check_fields(body: ChatRequest) -> None:
-    """Refuse what is not implemented and would change the answer.
-
-    Raises:
-        RefusedField: the request asks for such a thing.
-    """
-    for name, (harmless, sentence) in schema.REFUSED.items():
-        value = getattr(body, name)
-        if value is not None and value not in harmless:
-            raise RefusedField(name, sentence)
-    if body.stream_options is not None and not body.stream:
-        raise RefusedField("stream_options", "stream_options goes with stream; set stream to true or leave it out")
 
 
 def region_value(region: schema.Region) -> Any:
@@ -303,42 +277,30 @@ def _conversation(messages: Sequence[AskMessage], limits: ServeLimits) -> list[_
 
 
 def _parts(message: AskMessage) -> list[schema.TextPart | ImagePart]:
-    return message.content if isinstance(message.content, list) else []
-
-
-def _texts(message: AskMessage) -> Iterator[str]:
     if isinstance(message.content, str):
-        yield message.content
-    yield from (part.text for part in _parts(message) if isinstance(part, schema.TextPart))
+        return [schema.TextPart(type="text", text=message.content)]
+    return message.content or []
 
 
 def _merge(asked: bool, messages: Sequence[AskMessage]) -> _Said:
     """One turn of several messages."""
-    text = "\n".join(text for message in messages for text in _texts(message) if text)
+    texts: list[str] = []
     images: list[str] = []
     regions: list[str] = []
-    for part in (part for message in messages for part in _parts(message) if isinstance(part, ImagePart)):
-        is_region = part.medplib is not None and part.medplib.role == "region"
-        (regions if is_region else images).append(_data_uri(part.image_url.url, "messages"))
-    return _Said(asked, text, tuple(images), tuple(regions))
+    for part in (part for message in messages for part in _parts(message)):
+        if isinstance(part, ImagePart):
+            is_region = part.medplib is not None and part.medplib.role == "region"
+            (regions if is_region else images).append(_data_uri(part.image_url.url, "messages"))
+        else:
+            texts += [part.text] if part.text else []
+    return _Said(asked, "\n".join(texts), tuple(images), tuple(regions))
 
 
 def _data_uri(url: str, param: str) -> str:
-    if not url[:5].lower() == "data:":
-        raise RefusedField(
-            param, "images are not fetched from addresses or paths; send a data URI (data:image/png;base64,…)"
-        )
-    return url
-
-
-def _images(said: Sequence[_Said]) -> list[str]:
-    """The conversation's image, if there is one; clients may send the same one with every question."""
-    images = list(dict.fromkeys(image for one in said for image in one.images))
-    if len(images) > 1:
-        raise RefusedField(
-            "messages", f"a conversation is about one image, these messages hold {len(images)}; send one"
-        )
-    return images
+    if url[:5].lower() == "data:":
+        return url
+    sentence = "images are not fetched from addresses or paths; send a data URI (data:image/png;base64,…)"
+    raise RefusedField(param, sentence)
 
 
 def _place_regions(said: Sequence[_Said], listed: list[Any]) -> tuple[list[str], list[list[Any]]]:
@@ -368,91 +330,49 @@ def _with_markers(one: _Said, count: int) -> str:
     return one.text
 
 
-def _prompt(texts: Sequence[str], with_image: bool) -> str:
-    """The conversation, with what could pose as an image or end a turn taken apart."""
-    turns = [Turn("gpt" if place % 2 else "human", as_typed(text)) for place, text in enumerate(texts)]
-    if with_image:
-        turns[0] = Turn("human", f"{IMAGE_TOKEN}\n{turns[0].text}")
-    return render(turns)
-
-
 # --- answering: a worker's chunks become a completion or events -------------------------------------------------------
 
 
-class Listener:
-    """Reads an answer's stream in a task of its own and keeps its newest chunk, as each holds the whole text so far.
+async def newest(stream: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
+    """An answer's newest chunk, each time that there is one; each holds the whole text so far.
 
-    So a slow client delays no worker and nothing piles up, and the stream is left by the task that entered it.
+    A task of its own reads the stream, so that a slow client delays no worker and nothing piles up.
 
-    Args:
-        stream: chunks; closed at its end or by ``close``.
+    Raises:
+        Refusal: the request failed.
     """
+    waiting: list[Chunk] = []
+    news = asyncio.Event()
 
-    def __init__(self, stream: AsyncIterator[Chunk]) -> None:
-        self._newest: Chunk | None = None
-        self._news = asyncio.Event()
-        self._task = asyncio.create_task(self._read(stream))
-
-    async def _read(self, stream: AsyncIterator[Chunk]) -> None:
-        try:
+    async def read() -> None:
+        async with contextlib.aclosing(stream):
             async for chunk in stream:
-                self._newest = chunk
-                self._news.set()
-        finally:
-            with contextlib.suppress(AttributeError):  # an iterator that is no generator has nothing to close
-                await stream.aclose()  # type: ignore[attr-defined]
+                if chunk.error_code:
+                    code = ErrorCode(chunk.error_code)
+                    raise Refusal(code, chunk.text, retry_after=1.0 if code is ErrorCode.BUSY else None)
+                waiting[:] = [chunk]
+                news.set()
 
-    async def next(self) -> Chunk | None:
-        """The newest chunk that was not given yet, once there is one; None at the end.
-
-        Raises:
-            Refusal: the request failed.
-        """
-        if self._newest is None and not self._task.done():
-            news = asyncio.ensure_future(self._news.wait())
-            try:
-                await asyncio.wait({news, self._task}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                news.cancel()
-        self._news.clear()
-        chunk, self._newest = self._newest, None
-        if chunk is None:
-            await self._task
-        elif chunk.error_code:
-            raise refusal_of(chunk)
-        return chunk
-
-    async def first(self) -> Chunk:
-        """The first chunk.
-
-        Raises:
-            Refusal: the request failed, or ended without an answer.
-        """
-        chunk = await self.next()
-        if chunk is None:
-            raise Refusal(ErrorCode.FAILED, "the worker ended its answer before it began; ask again")
-        return chunk
-
-    async def last(self) -> Chunk:
-        """The last chunk; errors are those of ``first``."""
-        last = await self.first()
-        while (chunk := await self.next()) is not None:
-            last = chunk
-        return last
-
-    async def close(self) -> None:
-        """Give the request up, if it is not over."""
-        self._task.cancel()
-        await asyncio.wait({self._task})
-        if not self._task.cancelled():
-            self._task.exception()  # whoever asked for the next chunk was told
+    reading = asyncio.create_task(read())
+    reading.add_done_callback(lambda _: news.set())
+    try:
+        while await news.wait():
+            if not reading.done():
+                news.clear()
+            if waiting:
+                yield waiting.pop()
+            elif reading.done():
+                await reading
+                break
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)  # whoever asked for the next chunk was told
 
 
-def refusal_of(chunk: Chunk) -> Refusal:
-    """The error that a chunk tells."""
-    known = chunk.error_code in set(ErrorCode)
-    code = ErrorCode(chunk.error_code) if known else ErrorCode.FAILED
-    return Refusal(code, chunk.text, retry_after=1.0 if code is ErrorCode.BUSY else None)
+async def _last(first: Chunk, chunks: AsyncGenerator[Chunk]) -> Chunk:
+    async for chunk in chunks:
+        first = chunk
+    return first
 
 
 class Reply:
@@ -533,92 +453,30 @@ def _extension(last: Chunk) -> schema.AnswerExtension:
     return schema.AnswerExtension.model_validate({"masks": masks, **size, **known})
 
 
-async def _events(listener: Listener, reply: Reply, first: Chunk, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(first: Chunk, chunks: AsyncGenerator[Chunk], reply: Reply, with_usage: bool) -> AsyncGenerator[bytes]:
     """The answer's events; what goes wrong after the first one becomes an event too."""
-    yield reply.opening()
-    chunk: Chunk | None = first
-    last = first
-    try:
-        while chunk is not None:
-            last = chunk
-            if news := reply.news(chunk):
+    async with contextlib.aclosing(chunks):
+        last = first
+        try:
+            if news := reply.news(first):
                 yield news
-            chunk = await listener.next()
-        yield reply.ending(last, with_usage)
-    except Refusal as refusal:
-        yield _error_event(refusal)
-    except Exception:  # noqa: BLE001 - whatever it is, the client must not wait for a word that never comes
-        _log.exception("an answer's stream broke")
-        yield _error_event(Refusal(ErrorCode.FAILED, MACHINE_FAULT))
+            async for chunk in chunks:
+                last = chunk
+                if news := reply.news(chunk):
+                    yield news
+            yield reply.ending(last, with_usage)
+        except Refusal as refusal:
+            yield _error_event(refusal)
+        except Exception:  # noqa: BLE001 - whatever it is, the client must not wait for a word that never comes
+            _log.exception("an answer's stream broke")
+            yield _error_event(Refusal(ErrorCode.FAILED, MACHINE_FAULT))
 
 
 def _error_event(refusal: Refusal) -> bytes:
-    return b"data: " + json.dumps(_error(refusal)).encode() + b"\n\n" + DONE
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; whoever leaves, or takes nothing for too long, ends what they listen to."""
-
-    def __init__(self, events: AsyncIterator[bytes], listener: Listener, client_timeout: float) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._listener, self._client_timeout = listener, client_timeout
-
-    async def stream_response(self, send: Send) -> None:
-        """Send all events."""
-
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(self._client_timeout):
-                await send(message)
-
-        try:
-            with contextlib.suppress(TimeoutError):  # the server then closes the connection
-                await super().stream_response(send_in_time)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._listener.close()
-
-
-class _ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The work's result.
-
-    Raises:
-        _ClientLeft: the client left before; the work was given up.
-    """
-    result = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            raise _ClientLeft
-        return result.result()
-    finally:
-        gone.cancel()
-        result.cancel()
-        await asyncio.wait({result, gone})
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    return b"data: " + json.dumps(refusal.body("/v1/")).encode() + b"\n\n" + DONE
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def _error(refusal: Refusal, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    body = error_body("/v1/", refusal.sentence, refusal.code, refusal.status)
-    body["error"]["param"] = param
-    body["error"]["code"] = code or body["error"]["code"]
-    return body
-
-
-def _tell(refusal: Refusal, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse(_error(refusal, param, code), refusal.status, refusal.headers)
 
 
 def _malformed(error: RequestValidationError) -> tuple[str | None, str]:

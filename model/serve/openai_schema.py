@@ -365,12 +365,12 @@ def _question(text: str) -> list[dict[str, Any]]:
 ASKING: dict[str, Example] = {
     "question": {
         "summary": "A question about an image",
-        "value": {"model": "medplib-nano", "messages": _question("What kind of medical image is this?")},
+        "value": {"model": "medplib-mini", "messages": _question("What kind of medical image is this?")},
     },
     "region": {
         "summary": "A question about a region, boxed in pixels",
         "value": {
-            "model": "medplib-nano",
+            "model": "medplib-mini",
             "messages": _question("What is in the region?"),
             "medplib": {"regions": [{"box": [66, 81, 124, 125]}]},
         },
@@ -378,7 +378,7 @@ ASKING: dict[str, Example] = {
     "mask": {
         "summary": "A mask, streamed, as PNG too",
         "value": {
-            "model": "medplib-nano",
+            "model": "medplib-mini",
             "messages": _question("Please segment the optic disc."),
             "stream": True,
             "medplib": {"mask_png": True, "threshold": 0.5},
@@ -387,7 +387,7 @@ ASKING: dict[str, Example] = {
 }
 
 _EVENT = (
-    'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"medplib-nano","choices":'
+    'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"medplib-mini","choices":'
     '[{"index":0,"delta":{"content":"Fundus"},"finish_reason":null,"logprobs":null}],"usage":null}\n\n'
     "data: [DONE]\n\n"
 )
@@ -438,7 +438,7 @@ _OTHERS = (
     "504 out of time, 500 and 502 a fault of this machine"
 )
 _WRONG, _EMPTY = "invalid_request_error", "the question is empty; put a text part into the last message"
-_UNKNOWN = "there is no model 'x' here; known: medplib-nano"
+_UNKNOWN = "there is no model 'x' here; known: medplib-mini"
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: _refusal("The request is malformed, or asks for what there is not", _WRONG, "bad_input", _EMPTY),

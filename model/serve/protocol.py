@@ -30,6 +30,10 @@ class ErrorCode(IntEnum):
     NO_WORKER = 5
     DRAINING = 6  # this worker takes nothing new; another one may
 
+    @classmethod
+    def _missing_(cls, value: object) -> ErrorCode:
+        return cls.FAILED  # a code of a later version
+
     @property
     def http_status(self) -> int:
         """Status of an answer that failed before its first chunk."""
@@ -56,11 +60,11 @@ class WorkerStatus(Message):
     """
 
     model_names: list[str]
-    speed: float = Field(1.0, gt=0)
-    queue_length: int = Field(0, ge=0)
+    speed: float = Field(default=1.0, gt=0)
+    queue_length: int = Field(default=0, ge=0)
     capacity: int | None = None
     draining: bool = False
-    conversation_turns: int = Field(1, ge=1)
+    conversation_turns: int = Field(default=1, ge=1)
     details: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -76,7 +80,7 @@ class HeartBeat(Message):
     """``/receive_heart_beat``; answered by ``{"exist": bool}``: a worker that does not exist registers anew."""
 
     worker_name: str
-    queue_length: int = Field(0, ge=0)
+    queue_length: int = Field(default=0, ge=0)
 
 
 class ModelQuery(Message):
@@ -106,21 +110,21 @@ class GenerateRequest(Message):
 
     model: str = ""
     prompt: str
-    temperature: float = Field(0.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
     stop: str | list[str] | None = None
     images: list[str] = Field(default_factory=list)
     region_masks: list[Any] = Field(default_factory=list)
     mask_format: Literal["rle", "pixels"] = "rle"
     mask_png: bool = False
-    threshold: float | None = Field(None, gt=0, lt=1)
-    no_mask_below: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=0)
-    top_k: int = Field(0, ge=0)
-    timeout: float | None = Field(None, gt=0)
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    no_mask_below: float | None = Field(default=None, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=0)
+    top_k: int = Field(default=0, ge=0)
+    timeout: float | None = Field(default=None, gt=0)
     every_target: bool = False
-    dropped_turns: int = Field(0, ge=0)
+    dropped_turns: int = Field(default=0, ge=0)
 
 
 class Chunk(Message):

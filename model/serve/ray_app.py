@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.checkpoint.directories import checkpoint_name, resolve
+from model.checkpoint.directories import checkpoint_name, default_model, resolve
 from model.errors import MedPLIBError
-from model.serve.access import WorkerGuard, checked_key
+from model.serve.auth import WorkerGuard, checked_key
 from model.serve.protocol import Chunk, GenerateRequest
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from model.inference.engine import Engine
     from model.serve.worker_app import Worker
 
-NANO = Path(__file__).resolve().parents[2] / "assets" / "medplib-nano"
 _DRAIN_SECONDS = 60.0
 
 
@@ -52,7 +51,7 @@ class RaySettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    model: Path = NANO
+    model: Path = Field(default_factory=default_model)
     name: str = ""
     device: str = "auto"
     dtype: str | None = Field(None, pattern="^(fp32|bf16)$")
@@ -196,19 +195,9 @@ class OwnAnswers:
         """The answer as it grows.
 
         Raises:
-            Refusal, MedPLIBError: there is none.
+            Refusal: there is none.
         """
-        from model.serve.worker_requests import last_chunk, text_chunk
-
-        worker, most = self.worker, self.worker.settings.request_timeout
-        with worker.admitted():
-            asked = await worker.read(request.model_dump_json(exclude_unset=True).encode())
-            answers = worker.loop.ask(asked.request, min(asked.timeout or most, most))
-            with worker.holding(asked):
-                async with contextlib.aclosing(answers) as growing:
-                    async for answer in growing:
-                        if isinstance(answer, str):
-                            piece = text_chunk(asked, answer)
-                        else:
-                            piece = await worker.aside(last_chunk, asked, answer)
-                        yield Chunk.model_validate_json(piece[:-1])
+        body = request.model_dump_json(exclude_unset=True).encode()
+        async with contextlib.aclosing(self.worker.answer(body)) as pieces:
+            async for piece in pieces:
+                yield Chunk.model_validate_json(piece[:-1])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from model.errors import MedPLIBError
-from model.serve.access import CheckedAddress
+from model.serve.auth import CheckedAddress
 from model.serve.protocol import EXPIRY_SECONDS, WorkerStatus
 
 DispatchMethod = Literal["lottery", "shortest_queue"]

@@ -11,33 +11,29 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from model.errors import MedPLIBError
-from model.inference.answer import Answer
-from model.serve.access import WorkerGuard
+from model.serve.auth import WorkerGuard
+from model.serve.errors import Refusal, answer_errors, client_sentence
 from model.serve.heartbeat import Heart, Registration
 from model.serve.limits import BodyLimit, ServeLimits
-from model.serve.measuring import WorkerMetrics
-from model.serve.protocol import ErrorCode, WorkerStatus, error_chunk
-from model.serve.refusals import Refusal, answer_errors, client_sentence
+from model.serve.protocol import Chunk, ErrorCode, WorkerStatus, error_chunk
+from model.serve.server import Metrics, TimedStream, until_left
 from model.serve.worker_loop import EngineLoop
-from model.serve.worker_requests import Asked, last_chunk, read_request, text_chunk
+from model.serve.worker_requests import Asked, last_chunk, read_request
 
 if TYPE_CHECKING:
     from model.inference.engine import Engine
 
-Result = TypeVar("Result")
 _CROWDED = ("busy", "draining")  # a crowd must not fill the log
 
 _log = logging.getLogger("model.serve.model_worker")  # also where it is run as a program
@@ -86,22 +82,34 @@ class WorkerSettings:
                 raise MedPLIBError(f"{name} is {getattr(self, name)}; give a number above 0")
 
 
+class WorkerMetrics(Metrics):
+    """What a worker counts, times from taking a request on; a request ends in its answer's ``finish``, or the name of
+    an error code in lower case.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = self.counter("worker_requests", "Requests, by how they ended", "outcome")
+        self.first_token = self.histogram("worker_first_token_seconds", "Time to the first token")
+        self.duration = self.histogram("worker_answer_seconds", "Time of whole answers")
+        self.tokens = self.counter("worker_tokens", "Tokens generated")
+        self.masks = self.counter("worker_masks", "Masks painted")
+
+
 class Worker:
     """What the routes work on.
 
     Args:
         engine: started, or stepped by somebody else.
         settings: how the worker behaves.
-        on_start: called on the event loop before the first request.
     """
 
-    def __init__(
-        self, engine: Engine, settings: WorkerSettings, on_start: Callable[[Worker], None] | None = None
-    ) -> None:
-        self.settings, self._on_start = settings, on_start
+    def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
+        self.settings = settings
         self.loop = EngineLoop(engine, settings.stall_seconds)
         self.metrics = WorkerMetrics()
-        self.metrics.watch(lambda: self.loop.count("waiting"), lambda: self.loop.count("running"))
+        self.metrics.gauge("worker_waiting", "Requests waiting", lambda: self.loop.count("waiting"))
+        self.metrics.gauge("worker_running", "Requests being answered", lambda: self.loop.count("running"))
         self.draining = False
         self.active = self.requests = self.answered = 0
         self._held = 0
@@ -117,8 +125,6 @@ class Worker:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Beat while the application runs."""
-        if self._on_start is not None:
-            self._on_start(self)
         if self.heart is not None:
             self._beating = asyncio.create_task(self.heart.run())
         try:
@@ -209,8 +215,9 @@ class Worker:
             if not self.active:
                 self._idle.set()
 
-    async def read(self, body: bytes) -> Asked:
-        """What a request asks for.
+    @contextlib.asynccontextmanager
+    async def reading(self, body: bytes) -> AsyncIterator[Asked]:
+        """What a request asks for; its picture is counted while it is held.
 
         Raises:
             MedPLIBError: it is malformed.
@@ -221,192 +228,97 @@ class Worker:
         asked = await asyncio.get_running_loop().run_in_executor(self._reading, work)
         if self._held and self._held + asked.num_bytes > settings.max_held_bytes:
             raise Refusal(ErrorCode.BUSY, "too many large pictures are being asked about; ask again later", 5)
-        return asked
-
-    @contextlib.contextmanager
-    def holding(self, asked: Asked) -> Iterator[None]:
-        """Count the picture of a request while it is held."""
         self._held += asked.num_bytes
         try:
-            yield
+            yield asked
         finally:
             self._held -= asked.num_bytes
 
-    async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Do what an answer still needs outside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._writing, work, *arguments)
-
-
-class GenerateRoute:
-    """``POST /worker_generate_stream`` as an ASGI application, which hears of a client's leaving at any moment.
-
-    Args:
-        worker: who answers.
-        guard: who may ask.
-    """
-
-    def __init__(self, worker: Worker, guard: WorkerGuard) -> None:
-        self.worker, self.guard = worker, guard
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request.
+    async def answer(self, body: bytes) -> AsyncGenerator[bytes]:
+        """The chunks of an answer as they go over the wire; an error after the first one is the last.
 
         Raises:
-            Refusal, MedPLIBError: it failed before its answer began.
+            Refusal: there is no answer.
         """
-        await self.guard(Request(scope))
-        exchange = _Exchange(self.worker, send)
+        name, begun, outcome = secrets.token_hex(4), time.perf_counter(), "left"  # unless something else ends it
+        streaming, metrics, settings = False, self.metrics, self.settings
         try:
-            self.worker.check_open()  # before its body is read, which may take long
-            body = await Request(scope, receive).body()
-            with self.worker.admitted():
-                await _until_left(exchange.run(body), receive)
-        except ClientDisconnect:
-            exchange.outcome = "left"
-        except Refusal as refusal:
-            exchange.outcome = refusal.code.name.lower()
-            raise
-        finally:
-            exchange.note()
-
-
-async def _until_left(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Do the work; who leaves ends it."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-    if not working.cancelled():
-        working.result()
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class _Exchange:
-    """One request and its answer.
-
-    Args:
-        worker: who answers.
-        send: to the client.
-    """
-
-    def __init__(self, worker: Worker, send: Send) -> None:
-        self.worker, self.metrics, self._send = worker, worker.metrics, send
-        self.name = secrets.token_hex(4)
-        self.outcome = "left"  # unless something else is seen to end it
-        self._begun = time.perf_counter()
-        self._streaming = False
-
-    async def run(self, body: bytes) -> None:
-        """Read the request, stream its answer.
-
-        Raises:
-            Refusal, MedPLIBError: it failed before its answer began.
-        """
-        try:
-            asked = await self.worker.read(body)
-            del body
-            with self.worker.holding(asked):
-                await self._answer(asked)
-        except Refusal as refusal:
-            await self._fail(refusal)
-        except MedPLIBError as error:
-            await self._fail(Refusal(ErrorCode.BAD_INPUT, client_sentence(error)))
-        except _TakesNothing:
-            self.outcome = "left"
+            with self.admitted():
+                async with self.reading(body) as asked:
+                    prompt = asked.message.prompt
+                    timeout = min(asked.message.timeout or settings.request_timeout, settings.request_timeout)
+                    async with contextlib.aclosing(self.loop.ask(asked.request, timeout)) as answers:
+                        async for answer in answers:
+                            if not streaming:
+                                metrics.first_token.observe(time.perf_counter() - begun)
+                            if isinstance(answer, str):
+                                streaming = True
+                                yield Chunk(text=prompt + answer, answer=answer).encode()
+                                continue
+                            if settings.log_conversations:
+                                _log.info("request %s asked %r and was answered %r", name, prompt, answer.text)
+                            loop = asyncio.get_running_loop()
+                            chunk = await loop.run_in_executor(self._writing, last_chunk, asked, answer)
+                            streaming = True
+                            yield chunk
+                            outcome = answer.finish
+                            self.answered += 1
+                            metrics.tokens.inc(answer.new_tokens)
+                            metrics.masks.inc(len(answer.masks))
         except Exception as error:  # noqa: BLE001 - whatever it is, the client hears of it
-            _log.exception("request %s failed", self.name)
-            await self._fail(Refusal(ErrorCode.FAILED, f"the worker failed on this request ({type(error).__name__})"))
+            match error:
+                case Refusal():
+                    refusal = error
+                case MedPLIBError():
+                    refusal = Refusal(ErrorCode.BAD_INPUT, client_sentence(error))
+                case _:
+                    _log.exception("request %s failed", name)
+                    sentence = f"the worker failed on this request ({type(error).__name__})"
+                    refusal = Refusal(ErrorCode.FAILED, sentence)
+            outcome = refusal.code.name.lower()
+            if not streaming:
+                raise refusal from None
+            yield error_chunk(refusal.code, refusal.sentence).encode()
+        finally:
+            self.note(name, outcome, begun)
 
-    async def _answer(self, asked: Asked) -> None:
-        settings = self.worker.settings
-        timeout = min(asked.timeout or settings.request_timeout, settings.request_timeout)
-        async with contextlib.aclosing(self.worker.loop.ask(asked.request, timeout)) as answers:
-            async for answer in answers:
-                if not self._streaming:
-                    self.metrics.first_token.observe(time.perf_counter() - self._begun)
-                if isinstance(answer, str):
-                    await self._stream(text_chunk(asked, answer))
-                    continue
-                self._log_conversation(asked, answer)
-                await self._stream(await self.worker.aside(last_chunk, asked, answer))
-                self.outcome = answer.finish
-                self.worker.answered += 1
-                self.metrics.tokens.inc(answer.new_tokens)
-                self.metrics.masks.inc(len(answer.masks))
-        await self._stream(b"", more=False)
-
-    async def _fail(self, refusal: Refusal) -> None:
-        """Tell why there is no answer, or no end of it.
-
-        Raises:
-            Refusal: the answer has not begun, so that this can be told by a status.
-        """
-        self.outcome = refusal.code.name.lower()
-        if not self._streaming:
-            raise refusal
-        with contextlib.suppress(_TakesNothing):
-            await self._stream(error_chunk(refusal.code, refusal.sentence).encode())
-            await self._stream(b"", more=False)
-
-    async def _stream(self, piece: bytes, more: bool = True) -> None:
-        """Send a piece, as soon as the client takes it.
-
-        Raises:
-            _TakesNothing: it takes nothing.
-        """
-        if not self._streaming:
-            self._streaming = True
-            headers = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-store")]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            async with asyncio.timeout(self.worker.settings.client_timeout):
-                await self._send({"type": "http.response.body", "body": piece, "more_body": more})
-        except (TimeoutError, OSError):
-            raise _TakesNothing from None
-
-    def _log_conversation(self, asked: Asked, answer: Answer) -> None:
-        if self.worker.settings.log_conversations:
-            _log.info("request %s asked %r and was answered %r", self.name, asked.prompt, answer.text)
-
-    def note(self) -> None:
-        """Count the request."""
-        seconds = time.perf_counter() - self._begun
-        self.worker.requests += 1
-        self.metrics.requests.labels(outcome=self.outcome).inc()
+    def note(self, name: str, outcome: str, begun: float) -> None:
+        """Count a request that is over."""
+        seconds = time.perf_counter() - begun
+        self.requests += 1
+        self.metrics.requests.labels(outcome=outcome).inc()
         self.metrics.duration.observe(seconds)
-        level = logging.DEBUG if self.outcome in _CROWDED else logging.INFO
-        _log.log(level, "request %s: %s after %.2f s", self.name, self.outcome, seconds)
+        level = logging.DEBUG if outcome in _CROWDED else logging.INFO
+        _log.log(level, "request %s: %s after %.2f s", name, outcome, seconds)
 
 
-class _TakesNothing(Exception):
-    """The client is there no more, or accepts nothing of its answer."""
-
-
-def make_worker_app(
-    engine: Engine, settings: WorkerSettings | None = None, on_start: Callable[[Worker], None] | None = None
-) -> FastAPI:
+def make_worker_app(engine: Engine, settings: WorkerSettings | None = None) -> FastAPI:
     """The worker as an ASGI application; ``app.state.worker`` is what its routes work on.
 
     Args:
         engine: shared by all requests; started by the caller, who closes it too.
         settings: how the worker behaves.
-        on_start: called on the event loop before the first request.
     """
     settings = settings or WorkerSettings()
-    worker = Worker(engine, settings, on_start)
+    worker = Worker(engine, settings)
     guard = WorkerGuard(settings.key, name="worker's key")
     app = FastAPI(title="MedPLIB worker", lifespan=worker.lifespan, openapi_url=None)
     app.state.worker = worker
     app.add_middleware(BodyLimit, max_bytes=settings.limits.max_body_bytes)
     answer_errors(app)
-    app.router.routes.append(Route("/worker_generate_stream", GenerateRoute(worker, guard), methods=["POST"]))
+
+    @app.post("/worker_generate_stream", dependencies=[Depends(guard)])
+    async def worker_generate_stream(request: Request) -> Response:
+        begun = time.perf_counter()
+        try:
+            worker.check_open()  # before its body is read, which may take long
+            body = await request.body()
+        except (Refusal, ClientDisconnect) as error:
+            worker.note("unread", error.code.name.lower() if isinstance(error, Refusal) else "left", begun)
+            raise
+        pieces = worker.answer(body)
+        first = await until_left(anext(pieces), request.receive)
+        return TimedStream(pieces, settings.client_timeout, first)
 
     @app.post("/worker_get_status", dependencies=[Depends(guard)])
     async def worker_get_status() -> WorkerStatus:
@@ -427,8 +339,7 @@ def make_worker_app(
     async def readyz() -> JSONResponse:
         if worker.draining:
             raise Refusal(ErrorCode.DRAINING, "this worker takes nothing new", retry_after=1)
-        if trouble := worker.loop.trouble():
-            raise Refusal(ErrorCode.FAILED, trouble, status=503)
+        await livez()
         return JSONResponse({"ready": True})
 
     @app.get("/metrics")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from model.checkpoint.directories import base_of, checkpoint_name, is_adapter, resolve
-from model.checkpoint.opening import OpenedCheckpoint, open_checkpoint
+from model.checkpoint.pretrained import OpenedCheckpoint, open_checkpoint
 from model.errors import MedPLIBError
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
@@ -75,12 +75,28 @@ def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
         MedPLIBError: the checkpoint is not there or lacks something, the device cannot be used, or memory is too small.
     """
     begun = time.perf_counter()
-    device = _device(choice.device)
+    named = choice.device
+    device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else named)
     whole = choice.whole
     opened = open_checkpoint(whole, vision_tower=choice.vision_tower, sam=choice.sam)
-    _check_parts(choice, opened)
+    if choice.needs_regions and not opened.config.region.enabled:
+        raise MedPLIBError(
+            f"{opened.directory} has no region adapter; leave --add_region_feature out, or give a checkpoint with one"
+        )
+    if choice.needs_gate and not (resolve(choice.directory) / GATE_FILE).is_file():
+        raise MedPLIBError(
+            f"{choice.directory} has no {GATE_FILE}; leave --mask-gate out, or make one with "
+            "python -m model.inference.calibrate_gate"
+        )
     dtype = choice.dtype or (torch.float32 if device.type == "cpu" else opened.dtype or torch.float32)
-    _check_memory(opened, device, dtype, choice.quantisation, settings)
+    weights, cache = needed_bytes(opened, dtype, choice.quantisation, settings)
+    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if free is not None and weights + cache > free:
+        raise MedPLIBError(
+            f"{opened.directory} needs {weights / _GIB:.1f} GiB for its weights and {cache / _GIB:.1f} GiB for "
+            f"{settings.slots} slots and kept prompts, and {device} has {free / _GIB:.1f} GiB free; stop other "
+            "programs, take fewer --slots, or fewer bits where the GPU is not full while loading"
+        )
     try:
         model, processor, gate = load_for_inference(
             whole,
@@ -92,54 +108,15 @@ def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
             lora=None if whole is choice.directory else choice.directory,
         )
         engine = Engine(model, processor, settings, gate)
-        if device.type == "cuda":
-            _warm_up(engine)
+        if device.type == "cuda":  # what takes long the first time, and memory that is short, are noticed now
+            picture = np.zeros((64, 64, 3), dtype=np.uint8)
+            engine.ask(Request(picture, "What is it?", settings=GenerationSettings(max_new_tokens=2)))
     except torch.OutOfMemoryError as error:
         raise MedPLIBError(
             f"{choice.directory} does not fit the memory of {device}; take fewer --slots, --load-8bit or --load-4bit"
         ) from error
     _log.info("%s is on %s after %.1f s", checkpoint_name(choice.directory), device, time.perf_counter() - begun)
     return engine
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return usable_device(name)
-
-
-def _check_parts(choice: ModelChoice, opened: OpenedCheckpoint) -> None:
-    if choice.needs_regions and not opened.config.region.enabled:
-        raise MedPLIBError(
-            f"{opened.directory} has no region adapter; leave --add_region_feature out, or give a checkpoint with one"
-        )
-    if choice.needs_gate and not (resolve(choice.directory) / GATE_FILE).is_file():
-        raise MedPLIBError(
-            f"{choice.directory} has no {GATE_FILE}; leave --mask-gate out, or make one with "
-            "python -m model.inference.calibrate_gate"
-        )
-
-
-def _check_memory(
-    opened: OpenedCheckpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantisation: Scheme | None,
-    settings: EngineSettings,
-) -> None:
-    """Whether weights and caches fit what is free now.
-
-    Raises:
-        MedPLIBError: they do not.
-    """
-    weights, cache = needed_bytes(opened, dtype, quantisation, settings)
-    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if free is not None and weights + cache > free:
-        raise MedPLIBError(
-            f"{opened.directory} needs {weights / _GIB:.1f} GiB for its weights and {cache / _GIB:.1f} GiB for "
-            f"{settings.slots} slots and kept prompts, and {device} has {free / _GIB:.1f} GiB free; stop other "
-            "programs, take fewer --slots, or fewer bits where the GPU is not full while loading"
-        )
 
 
 def needed_bytes(
@@ -163,12 +140,6 @@ def needed_bytes(
     few = sum(size for name, size in sizes.items() if _QUANTISED.fullmatch(name))
     kept = whole - round(few * (dtype.itemsize - _QUANTISED_BYTES[quantisation]))
     return max(whole - cache, kept), cache  # the cache is made once the weights are small
-
-
-def _warm_up(engine: Engine) -> None:
-    """Ask once, so that what takes long the first time is behind and memory that is short is noticed now."""
-    picture = np.zeros((64, 64, 3), dtype=np.uint8)
-    engine.ask(Request(picture, "What is it?", settings=GenerationSettings(max_new_tokens=2)))
 
 
 def describe_engine(engine: Engine, choice: ModelChoice) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
 from model.inference.requests import EngineFull, NotFinite, Request, Ticket
+from model.serve.errors import Refusal
 from model.serve.protocol import ErrorCode
-from model.serve.refusals import Refusal
 
 _BROKEN_AFTER = 3  # failures in a row
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask
 from model.inference.generation import GenerationSettings
 from model.inference.requests import Request
-from model.processing.conversation import Turn, parse_prompt
+from model.processing.conversation import parse_prompt
 from model.processing.special_tokens import EOS_TOKEN, IMAGE_TOKEN
+from model.serve.errors import validation_sentence
 from model.serve.limits import ServeLimits, decode_base64, open_image, open_region
 from model.serve.protocol import Chunk, GenerateRequest
-from model.serve.refusals import validation_sentence
 
 MAX_LISTED_PIXELS = 2_000_000
 """Of all masks of an answer, where they are asked for as a list: some 25 MB of text."""
@@ -38,33 +38,13 @@ class Asked:
 
     Attributes:
         request: for the engine.
-        prompt: as it came.
-        listed: masks are wanted as lists of pixels too.
-        png: masks are wanted as PNG too.
-        timeout: seconds the answer may take; None where the client does not say.
+        message: as it came, without what was decoded of it.
         num_bytes: that its picture and regions hold.
-        dropped_turns: that the client left out already.
     """
 
     request: Request
-    prompt: str
-    listed: bool
-    png: bool
-    timeout: float | None
+    message: GenerateRequest
     num_bytes: int
-    dropped_turns: int = 0
-
-
-def read_message(body: bytes) -> GenerateRequest:
-    """The message in a request's body.
-
-    Raises:
-        MedPLIBError: it is none; what was in it is not told.
-    """
-    try:
-        return GenerateRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise MedPLIBError(validation_sentence(RequestValidationError(error.errors(include_input=False)))) from None
 
 
 def read_request(
@@ -81,16 +61,18 @@ def read_request(
     Raises:
         MedPLIBError: something in it is malformed, too large or not there.
     """
-    message = read_message(body)
+    try:
+        message = GenerateRequest.model_validate_json(body)
+    except ValidationError as error:  # what was in it is not told
+        raise MedPLIBError(validation_sentence(RequestValidationError(error.errors(include_input=False)))) from None
     if message.model and message.model not in model_names:
         raise MedPLIBError(f"there is no model {message.model!a:.60} here; there is {', '.join(model_names)}")
-    turns = _read_turns(message, limits)
+    texts = _read_texts(message, limits)
     settings = _read_settings(message, limits)
     content = _only_image(message, limits)
     image = open_image(content, limits) if content is not None else None
     regions = [open_region(region, image.size, limits) for region in message.region_masks] if image is not None else []
     chosen = message.no_mask_below if message.no_mask_below is not None else no_mask_below
-    texts = [turn.text for turn in turns]
     request = Request(
         image,
         texts[-1],
@@ -101,13 +83,12 @@ def read_request(
         no_mask_below=chosen,
         every_target=message.every_target,
     )
-    listed = message.mask_format == "pixels"
     num_bytes = sum(array.nbytes for array in (*regions, *([] if image is None else [image.pixels])))
-    return Asked(request, message.prompt, listed, message.mask_png, message.timeout, num_bytes, message.dropped_turns)
+    return Asked(request, message.model_copy(update={"images": [], "region_masks": []}), num_bytes)
 
 
-def _read_turns(message: GenerateRequest, limits: ServeLimits) -> list[Turn]:
-    """The conversation without its image, which the engine puts to the front."""
+def _read_texts(message: GenerateRequest, limits: ServeLimits) -> list[str]:
+    """What both sides said by turns, without its image, which the engine puts to the front."""
     if len(message.prompt) > limits.max_prompt_chars:
         raise MedPLIBError(
             f"the prompt has {len(message.prompt):,} characters, and {limits.max_prompt_chars:,} are read; "
@@ -119,11 +100,8 @@ def _read_turns(message: GenerateRequest, limits: ServeLimits) -> list[Turn]:
         raise MedPLIBError(f"the conversation has {asked} turns, and {limits.max_turns} are taken; start a new one")
     if sum(turn.text.count(IMAGE_TOKEN) for turn in turns) > 1:
         raise MedPLIBError(f"the conversation holds {IMAGE_TOKEN} more than once; ask about one image at a time")
-    return [Turn(turn.role, _without_image(turn.text)) for turn in turns]
-
-
-def _without_image(text: str) -> str:
-    return text.replace(IMAGE_TOKEN, "").strip() if IMAGE_TOKEN in text else text
+    texts = [turn.text for turn in turns]
+    return [text.replace(IMAGE_TOKEN, "").strip() if IMAGE_TOKEN in text else text for text in texts]
 
 
 def _read_settings(message: GenerateRequest, limits: ServeLimits) -> GenerationSettings:
@@ -156,11 +134,6 @@ def _only_image(message: GenerateRequest, limits: ServeLimits) -> bytes | None:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def text_chunk(asked: Asked, answer: str) -> bytes:
-    """The answer so far, encoded."""
-    return Chunk(text=asked.prompt + answer, answer=answer).encode()
-
-
 def last_chunk(asked: Asked, answer: Answer) -> bytes:
     """The whole answer with its masks, encoded.
 
@@ -170,29 +143,24 @@ def last_chunk(asked: Asked, answer: Answer) -> bytes:
     masks = []
     for mask in answer.masks:
         masks.append(mask.to_dict())
-        if asked.png:
-            masks[-1]["png"] = png_uri(mask)
+        if asked.message.mask_png:
+            stream = io.BytesIO()
+            Image.fromarray(mask.to_array()).save(stream, "PNG")  # one bit a pixel
+            masks[-1]["png"] = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
     height, width = answer.masks[0].rle["size"] if answer.masks else ("", "")
     return Chunk(
-        text=asked.prompt + answer.text,
+        text=asked.message.prompt + answer.text,
         answer=answer.text,
-        mask=_listed_pixels(answer.masks) if asked.listed else [],
+        mask=_listed_pixels(answer.masks) if asked.message.mask_format == "pixels" else [],
         height=str(height),
         width=str(width),
         masks=masks,
         finish=answer.finish,
         usage={"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens},
         timing={part: round(seconds, 4) for part, seconds in answer.timing.items()},
-        dropped_turns=asked.dropped_turns + answer.dropped_turns,
+        dropped_turns=asked.message.dropped_turns + answer.dropped_turns,
         notes=list(answer.notes),
     ).encode()
-
-
-def png_uri(mask: Mask) -> str:
-    """A mask as the data URI of a PNG of one bit a pixel."""
-    stream = io.BytesIO()
-    Image.fromarray(mask.to_array()).save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def _listed_pixels(masks: Sequence[Mask]) -> list[tuple[int, int]]:

@@ -34,10 +34,10 @@ from starlette.responses import StreamingResponse
 from model.errors import MedPLIBError
 from model.processing.conversation import Turn, render
 from model.processing.special_tokens import IMAGE_TOKEN
-from model.serve.access import bearer
+from model.serve.auth import bearer
+from model.serve.launcher import API_KEY, Launcher, LaunchSettings, free_ports
 from model.serve.protocol import Chunk, ChunkReader, GenerateRequest, RegisterWorker, WorkerStatus
-from model.serve.running import run_app
-from model.serve.stack import API_KEY, Stack, StackSettings, free_ports
+from model.serve.server import run_app
 
 TASKS = ("vqa", "region", "grounding")
 CLIENTS = (1, 2, 4, 8, 16, 32)
@@ -62,8 +62,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING)
     flags = ["--slots", str(options.slots)] if options.slots else []
     devices = [options.device] * options.workers
-    settings = StackSettings(options.model, web=False, devices=devices, worker_flags=flags)
-    with Stack(settings, lambda line: None) as stack:
+    settings = LaunchSettings(options.model, web=False, devices=devices, worker_flags=flags)
+    with Launcher(settings, lambda line: None) as stack:
         bench = Bench(stack)
         measures = {
             "clients": lambda: bench.clients(options.requests),
@@ -97,23 +97,21 @@ class Heard:
 class Bench:
     """The measurements of a running stack."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Launcher) -> None:
         self.stack = stack
-        self.controller = stack["controller"].program.address
-        self.worker = stack["worker 1"].program.address
-        self.key = stack["controller"].program.environment[API_KEY]
+        self.controller = stack["controller"].address
+        self.worker = stack["worker 1"].address
+        self.key = stack["controller"].environment[API_KEY]
         (self.model,) = httpx.post(f"{self.controller}/list_models", trust_env=False).json()["models"]
 
     async def clients(self, count: int) -> list[Row]:
         """Requests of all kinds at growing numbers of clients."""
         rows = []
         async with connection() as client:
-            await ask_all(client, self.controller, sample_bodies(24, self.model), 4)  # warm
+            await self.timed(client, "warm-up", sample_bodies(24, self.model), 4)
             for clients in CLIENTS:
                 bodies = sample_bodies(max(count, 3 * clients), self.model)
-                begun = time.perf_counter()
-                heard = await ask_all(client, self.controller, bodies, clients)
-                rows.append(row(f"{clients} clients", heard, time.perf_counter() - begun))
+                rows.append(await self.timed(client, f"{clients} clients", bodies, clients))
         return rows
 
     async def bytes(self) -> list[Row]:
@@ -122,10 +120,19 @@ class Bench:
         async with connection() as client:
             for name, change in FORMS.items():
                 bodies = sample_bodies(12, self.model, ("grounding",), **change)
-                begun = time.perf_counter()
-                heard = await ask_all(client, self.controller, bodies, 4)
-                rows.append(row(f"masks as {name}", heard, time.perf_counter() - begun))
+                rows.append(await self.timed(client, f"masks as {name}", bodies, 4))
         return rows
+
+    async def timed(self, client: httpx.AsyncClient, what: str, bodies: Sequence[bytes], clients: int) -> Row:
+        """All requests, so many at a time."""
+        begun, room = time.perf_counter(), asyncio.Semaphore(clients)
+
+        async def one(body: bytes) -> Heard:
+            async with room:
+                return await ask(client, self.controller, body)
+
+        heard = await asyncio.gather(*(one(body) for body in bodies))
+        return row(what, heard, time.perf_counter() - begun)
 
     async def overhead(self, count: int) -> list[Row]:
         """The same requests straight to a worker and through the controller, one at a time."""
@@ -163,7 +170,7 @@ class Bench:
 
     async def soak(self, seconds: float) -> list[Row]:
         """Many clients without a pause; memory of the servers early, late, and at most."""
-        memory: dict[str, list[float]] = {child.program.name: [] for child in self.stack.children}
+        memory: dict[str, list[float]] = {child.name: [] for child in self.stack.programs}
         heard: list[Heard] = []
         begun = time.perf_counter()
         async with connection() as client, asyncio.TaskGroup() as group:
@@ -171,9 +178,9 @@ class Bench:
                 group.create_task(self.keep_asking(client, begun + seconds, number, heard))
             while time.perf_counter() < begun + seconds:
                 await asyncio.sleep(1)
-                for child in self.stack.children:
+                for child in self.stack.programs:
                     with suppress(psutil.Error):  # gone
-                        memory[child.program.name].append(psutil.Process(child.pid).memory_info().rss / 1e6)
+                        memory[child.name].append(psutil.Process(child.pid).memory_info().rss / 1e6)
         outcomes = ", ".join(f"{n} {name}" for name, n in Counter(one.outcome for one in heard).most_common())
         rows = [row(f"{SOAKING} clients for {seconds:.0f} s", heard, seconds) | {"note": outcomes}]
         for name, values in memory.items():
@@ -248,17 +255,6 @@ async def ask(client: httpx.AsyncClient, address: str, body: bytes, key: str | N
     return Heard(time.perf_counter() - begun, outcome, first, tokens, received, len(last.encode()))
 
 
-async def ask_all(client: httpx.AsyncClient, address: str, bodies: Sequence[bytes], clients: int) -> list[Heard]:
-    """All requests, so many at a time."""
-    room = asyncio.Semaphore(clients)
-
-    async def one(body: bytes) -> Heard:
-        async with room:
-            return await ask(client, address, body)
-
-    return list(await asyncio.gather(*(one(body) for body in bodies)))
-
-
 @cache
 def sample_bodies(count: int, model: str, tasks: tuple[str, ...] = TASKS, **change: object) -> tuple[bytes, ...]:
     """Questions of the tasks in turn, as they go over the wire."""
@@ -285,8 +281,8 @@ def encoded(path: Path) -> str:
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 
-def scripted_app() -> FastAPI:
-    """A worker that answers at once, so that what is left of a request's time is the controller's."""
+def run_scripted(port: int) -> None:
+    """Serve a worker that answers at once, so that what is left of a request's time is the controller's."""
     app = FastAPI()
 
     @app.post("/worker_get_status")
@@ -299,37 +295,28 @@ def scripted_app() -> FastAPI:
         chunk = Chunk(text="x", answer="x").encode()
         return StreamingResponse(iter([chunk]), media_type="application/octet-stream")
 
-    return app
-
-
-def run_scripted(port: int) -> None:
-    run_app(scripted_app(), "127.0.0.1", port)
+    run_app(app, "127.0.0.1", port)
 
 
 @contextmanager
 def scripted_worker() -> Iterator[str]:
     """Run the scripted worker in a process of its own; gives its address."""
     (port,) = free_ports("127.0.0.1", 1)
+    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
     process = multiprocessing.get_context("spawn").Process(target=run_scripted, args=(port,), daemon=True)
     process.start()
     try:
-        end = time.monotonic() + 60
-        while not is_up(f"http://127.0.0.1:{port}"):
+        up = False
+        while not up:
             if not process.is_alive() or time.monotonic() > end:
                 raise MedPLIBError("the scripted worker does not start; the lines above say why")
             time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
+            with suppress(httpx.HTTPError):
+                up = httpx.post(f"{address}/worker_get_status", trust_env=False).status_code == 200
+        yield address
     finally:
         process.terminate()
         process.join()
-
-
-def is_up(address: str) -> bool:
-    """Whether a worker is there."""
-    try:
-        return httpx.post(f"{address}/worker_get_status", trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import nibabel
 import numpy as np
 import pydicom
@@ -19,9 +18,8 @@ import pytest
 from model.inference.answer import Mask
 from model.processing.masks import decode_rle
 from model.serve import gradio_web_server
-from model.serve.access import Entrance
-from model.serve.running import parse_flags
-from model.serve.stack import Stack, StackSettings
+from model.serve.launcher import Launcher, LaunchSettings
+from model.serve.server import Entrance, parse_flags
 from tests.conftest import ROOT
 from tests.serve.browsing import CHROMIUM, Visitor, artefacts
 from tests.serve.scripted import ScriptedController, say
@@ -46,10 +44,10 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
+def stack() -> Iterator[Launcher]:
     """A controller and a worker with the nano, as processes of their own."""
-    settings = StackSettings(NANO, web=False, worker_flags=("--add_region_feature",), grace=2.0)
-    with Stack(settings, lambda _: None) as running:
+    settings = LaunchSettings(NANO, web=False, worker_flags=("--add_region_feature",), grace=2.0)
+    with Launcher(settings, lambda _: None) as running:
         yield running
 
 
@@ -66,8 +64,8 @@ def votes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real_page(stack: Stack, serving: Any, votes: Path) -> Iterator[str]:
-    with serving(make_page(stack["controller"].program.address, votes)) as url:
+def real_page(stack: Launcher, serving: Any, votes: Path) -> Iterator[str]:
+    with serving(make_page(stack["controller"].address, votes)) as url:
         yield url
 
 
@@ -427,7 +425,7 @@ def test_every_control_has_a_name(arrive: Arrive, scripted_page: str) -> None:
 
 
 def test_a_worker_killed_while_it_answers(
-    arrive: Arrive, real_page: str, stack: Stack, wait_until: Any, tmp_path: Path
+    arrive: Arrive, real_page: str, stack: Launcher, wait_until: Any, tmp_path: Path
 ) -> None:
     visitor = arrive(real_page)
     visitor.pick("Fundus")
@@ -438,8 +436,8 @@ def test_a_worker_killed_while_it_answers(
     os.kill(worker.pid, signal.SIGKILL)
     wait_until(lambda: not worker.running(), what="the end")
     last = visitor.tab.locator(".message.model").last
-    with httpx.Client(trust_env=False) as client:  # it either had the request, or the request waits for the next one
-        wait_until(lambda: stack.look_after() or worker.ready(client), seconds=60, what="another worker")
+    # it either had the request, or the request waits for the next one
+    wait_until(lambda: stack.restart_dead() or worker.ready(), seconds=60, what="another worker")
     last.locator(".foot").wait_for()
     if last.locator(".error").count():
         error = last.locator(".error").inner_text()

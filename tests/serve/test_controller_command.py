@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from model.serve.controller import main, make_parser, settings_from
-from model.serve.running import parse_flags
+from model.serve.server import parse_flags
 from tests.conftest import ROOT
 from tests.serve.fake_workers import ScriptedWorker
 
@@ -100,9 +100,9 @@ def test_help_names_every_flag(capsys):
         (["--cool-down", "7"], "registry.cool_down", 7),
         (["--max_failures", "7"], "registry.max_failures", 7),
         (["--tries", "7"], "forwarding.tries", 7),
-        (["--connect-timeout", "7"], "calls.connect_timeout", 7),
-        (["--silence-timeout", "7"], "calls.silence_timeout", 7),
-        (["--max-running", "7"], "calls.max_connections", 7),
+        (["--connect-timeout", "7"], "forwarding.connect_timeout", 7),
+        (["--silence-timeout", "7"], "forwarding.silence_timeout", 7),
+        (["--max-running", "7"], "forwarding.max_connections", 7),
         (["--client-timeout", "7"], "client_timeout", 7),
         (["--grace", "7"], "grace", 7),
         (["--api-key", "a_key-1"], "api_key", "a_key-1"),

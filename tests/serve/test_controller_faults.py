@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from model.serve.controller import ControllerSettings, make_app
-from model.serve.forwarding import CallSettings, ForwardSettings
+from model.serve.forwarding import ForwardSettings
 from model.serve.protocol import Chunk, ErrorCode, GenerateRequest, error_chunk
 from model.serve.registry import RegistrySettings
 from tests.serve.fake_workers import STREAM_HEAD, ScriptedWorker, piece, raw_worker
@@ -258,7 +258,7 @@ def test_a_chunk_without_end_fills_no_memory(serving):
 def test_a_worker_that_says_nothing_is_given_up(serving, data):
     with (
         raw_worker(data, "hold") as (bad, _),
-        controller(serving, calls=CallSettings(silence_timeout=0.3)) as running,
+        controller(serving, forwarding=ForwardSettings(silence_timeout=0.3)) as running,
     ):
         running.register(bad)
         last = running.ask()[-1]
@@ -269,7 +269,7 @@ def test_nobody_waits_for_a_silent_worker_to_come_back(serving):
     with (
         raw_worker(b"", "hold") as (bad, _),
         controller(
-            serving, calls=CallSettings(silence_timeout=0.3), registry=RegistrySettings(max_failures=1)
+            serving, forwarding=ForwardSettings(silence_timeout=0.3), registry=RegistrySettings(max_failures=1)
         ) as running,
     ):
         running.register(bad)
@@ -292,7 +292,7 @@ def test_a_worker_whose_heart_stops_is_given_up(serving, data):
 def test_a_status_that_does_not_come_is_not_waited_for(serving):
     with (
         raw_worker(b"", "hold") as (bad, _),
-        controller(serving, calls=CallSettings(status_timeout=0.2)) as running,
+        controller(serving, forwarding=ForwardSettings(status_timeout=0.2)) as running,
     ):
         answer = running.http.post("/register_worker", json={"worker_name": bad})
         assert answer.status_code == 504 and "within 0.2 s" in answer.json()["error"]
@@ -393,7 +393,8 @@ def test_a_stopping_controller_ends_answers_with_a_sentence(serving):
         running = Running(address, app)
         running.register(url)
         running.http.post("/loop")
-        threading.Timer(0.3, lambda: loops[0].call_soon_threadsafe(app.state.controller.stop)).start()
+        stop = app.state.controller.stop
+        threading.Timer(0.3, lambda: asyncio.run_coroutine_threadsafe(stop(), loops[0])).start()
         last = running.ask()[-1]
         assert last.error_code == ErrorCode.FAILED and "being stopped" in last.text
         assert running.http.get("/readyz").status_code == 503

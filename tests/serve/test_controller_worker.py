@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from model.inference.answer import Answer
-from model.serve.access import bearer
+from model.serve.auth import bearer
 from model.serve.client import ControllerClient
 from model.serve.controller import ControllerSettings, make_app
 from model.serve.protocol import ErrorCode

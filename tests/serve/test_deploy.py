@@ -20,7 +20,7 @@ import yaml
 
 from model.cli import build_parser
 from model.serve.limits import ServeLimits
-from model.serve.running import parse_flags
+from model.serve.server import parse_flags
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.errors import MedPLIBError
-from model.serve.web.drawing import MAX_POINTS, describe, read_mark
+from model.serve.web.state import MAX_POINTS, read_mark
 
 SIZE = (60, 80)  # height, width
 
@@ -72,5 +72,5 @@ def test_what_is_no_mark_is_told(drawn, sentence):
 
 def test_the_browser_gets_back_what_it_drew():
     mark = read_mark({"kind": "box", "points": [[30, 25], [10, 5]]}, SIZE)
-    told = describe(mark, 2, spent=True)
+    told = mark.describe(2, spent=True)
     assert told == {"kind": "box", "points": [[30, 25], [10, 5]], "number": 2, "spent": True}

@@ -18,11 +18,11 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from model.serve.errors import Refusal, answer_errors
 from model.serve.limits import BodyLimit, ServeLimits
 from model.serve.openai_api import Reply, openai_router
 from model.serve.openai_schema import ChatRequest
 from model.serve.protocol import Chunk, ErrorCode, GenerateRequest, error_chunk
-from model.serve.refusals import Refusal, answer_errors
 
 Serving = Callable[..., AbstractContextManager[str]]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}

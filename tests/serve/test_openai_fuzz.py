@@ -18,7 +18,7 @@ from schemathesis.checks import load_all_checks
 from model.inference.engine import Engine, EngineSettings
 from model.serve.controller import ControllerSettings, make_app
 from model.serve.limits import ServeLimits
-from model.serve.model_worker import WorkerSettings, make_worker_app
+from model.serve.worker_app import WorkerSettings, make_worker_app
 from tests.conftest import ROOT
 
 Serving = Callable[..., AbstractContextManager[str]]

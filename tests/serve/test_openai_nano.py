@@ -24,7 +24,7 @@ from pydicom.data import get_testdata_file
 from model.inference.engine import Engine, EngineSettings, Request
 from model.processing.masks import encode_rle
 from model.serve.controller import ControllerSettings, make_app
-from model.serve.model_worker import WorkerSettings, make_worker_app
+from model.serve.worker_app import WorkerSettings, make_worker_app
 from tests.conftest import ROOT
 
 NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
@@ -218,7 +218,8 @@ def examples(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def open_url(engine: Engine, serving: Any) -> Iterator[str]:
     """A controller that asks for no key, as one starts without flags."""
-    with serving(make_worker_app(engine, WorkerSettings())) as there, serving(make_app()) as url:
+    settings = WorkerSettings(model_names=("medplib-mini",))  # as the page calls it
+    with serving(make_worker_app(engine, settings)) as there, serving(make_app()) as url:
         httpx.post(f"{url}/register_worker", json={"worker_name": there, "check_heart_beat": False})
         yield url
 
@@ -250,7 +251,7 @@ def test_the_pages_curl_works(open_url: str) -> None:
         timeout=60,
         check=True,
     )
-    assert '"id":"medplib-nano"' in found.stdout
+    assert '"id":"medplib-mini"' in found.stdout
     assert re.search(r'"content":"[^"]*[Ff]undus', found.stdout), found.stdout
 
 

@@ -25,11 +25,10 @@ from model.serve.limits import ServeLimits
 from model.serve.protocol import Chunk, ErrorCode, error_chunk
 from model.serve.web import view
 from model.serve.web.chat import Parameters
-from model.serve.web.desk import Desk
-from model.serve.web.examples import find_examples
 from model.serve.web.gate import Tray
+from model.serve.web.handlers import Handlers, VoteLog
 from model.serve.web.state import Session, Sessions
-from model.serve.web.votes import VoteLog
+from model.serve.web.view import find_examples
 from tests.serve.scripted import ScriptedController, fail, say, say_for_ever
 
 GREEDY = Parameters()
@@ -51,7 +50,7 @@ class Visit:
 
     def __init__(self, address: str, votes: VoteLog | None = None, limits: ServeLimits | None = None) -> None:
         limits = limits or ServeLimits()
-        self.desk = Desk(ControllerClient(address), votes or VoteLog(None), Tray(limits.max_image_bytes), limits)
+        self.desk = Handlers(ControllerClient(address), votes or VoteLog(None), Tray(limits.max_image_bytes), limits)
         self.session = Session()
 
     def open(self, content: bytes, name: str = "scan.png") -> None:
@@ -325,7 +324,7 @@ def test_tokens_that_are_typed_are_words(visit, controller):
 
 
 def test_a_fault_of_the_page_is_a_sentence_and_is_logged(visit, monkeypatch, caplog):
-    monkeypatch.setattr("model.serve.web.desk.open_volume", lambda *_: 1 / 0)
+    monkeypatch.setattr("model.serve.web.handlers.open_volume", lambda *_: 1 / 0)
     visit.open(png())
     assert "Something went wrong" in visit.session.notice and "ZeroDivisionError" in caplog.text
     monkeypatch.undo()

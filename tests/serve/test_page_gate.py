@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from model.serve import gradio_web_server
-from model.serve.running import parse_flags
+from model.serve.server import parse_flags
 from model.serve.web.gate import Tray
 from tests.conftest import ROOT
 from tests.serve.scripted import ScriptedController, say_for_ever
@@ -165,5 +165,5 @@ def test_the_command_serves_until_it_is_told_to_stop(port, wait_until, tmp_path)
         wait_until(lambda: httpx.get(f"{address}/readyz", trust_env=False).status_code == 200, seconds=60)
         process.terminate()
         lines = process.stderr.read().splitlines()
-        assert process.wait(30) == 0 and lines[-1].endswith(f" INFO model.serve.running: listening on {address}")
+        assert process.wait(30) == 0 and lines[-1].endswith(f" INFO model.serve.server: listening on {address}")
         assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ (INFO|WARNING) model\.serve", line) for line in lines)

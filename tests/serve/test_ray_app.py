@@ -16,8 +16,10 @@ from model.errors import MedPLIBError
 from model.processing.conversation import Turn, render
 from model.processing.masks import decode_rle
 from model.serve.protocol import Chunk, ChunkReader, GenerateRequest
-from model.serve.ray_app import NANO, build_app, read_settings
+from model.serve.ray_app import build_app, read_settings
 from tests.conftest import ROOT, free_port
+
+NANO = ROOT / "assets" / "medplib-nano"
 
 pytestmark = pytest.mark.slow  # servers of several programs start
 FUNDUS = ROOT / "data" / "sample" / "images" / "fundus_00--Phantom--seed505case000004--0000.png"

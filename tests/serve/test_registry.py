@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from model.errors import MedPLIBError
-from model.serve.access import CheckedAddress
+from model.serve.auth import CheckedAddress
 from model.serve.protocol import WorkerStatus
 from model.serve.registry import Registry, RegistrySettings
 

@@ -24,8 +24,8 @@ from model.inference.answer import Answer
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.processing.masks import decode_rle, encode_rle
-from model.serve.model_worker import WorkerSettings, make_worker_app
 from model.serve.protocol import ErrorCode
+from model.serve.worker_app import WorkerSettings, make_worker_app
 from tests.conftest import ROOT
 from tests.serve.asking import CT, MASK, ask, in_base64, message, prompt, read_chunks, refused
 

@@ -18,14 +18,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from model.checkpoint.opening import open_checkpoint
+from model.checkpoint.pretrained import open_checkpoint
 from model.inference.engine import Engine, EngineSettings
 from model.inference.quantise import quantisation_of, weight_bytes
 from model.serve import worker_loading
 from model.serve.controller import ControllerSettings, make_app
 from model.serve.model_worker import main, make_parser
 from model.serve.protocol import ErrorCode
-from model.serve.running import parse_flags
+from model.serve.server import parse_flags
 from model.serve.worker_loading import ModelChoice, describe_engine, load_engine, needed_bytes
 from tests.conftest import ROOT, free_port
 from tests.serve.asking import ask, message, read_chunks

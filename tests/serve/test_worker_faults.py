@@ -20,8 +20,8 @@ from model.inference.answer import Answer
 from model.inference.requests import EngineFull, OnText, Ticket
 from model.serve.controller import ControllerSettings, make_app
 from model.serve.heartbeat import Registration
-from model.serve.model_worker import Worker, WorkerSettings, make_worker_app
 from model.serve.protocol import ErrorCode
+from model.serve.worker_app import Worker, WorkerSettings, make_worker_app
 from model.serve.worker_loop import EngineLoop
 from model.serve.worker_requests import read_request
 from tests.serve.asking import (
@@ -378,10 +378,15 @@ def test_what_does_not_end_within_the_grace_is_told_so(serving: Any) -> None:
 
     app = make_worker_app(Closing(talk_until_cancelled), WorkerSettings(("nano",), grace=0.2))
     loops: list[asyncio.AbstractEventLoop] = []
-    app.state.worker._on_start = lambda _: loops.append(asyncio.get_running_loop())
+
+    @app.get("/loop")
+    async def loop() -> None:
+        loops.append(asyncio.get_running_loop())
+
     with serving(app) as url, asking(url) as response:
         chunks = read_chunks(response)
         assert next(chunks).error_code == 0
+        httpx.get(f"{url}/loop")
         asyncio.run_coroutine_threadsafe(app.state.worker.finish(), loops[0]).result(10)
         assert list(chunks)[-1].error_code in (ErrorCode.NONE, ErrorCode.DRAINING)
         assert app.state.worker.active == 0

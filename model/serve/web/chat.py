@@ -19,11 +19,11 @@ from model.processing.conversation import Turn, render
 from model.processing.masks import encode_rle
 from model.processing.special_tokens import IMAGE_TOKEN, SEG_TOKEN, as_typed
 from model.serve.client import AnswerStream, ControllerClient
+from model.serve.errors import client_sentence
 from model.serve.limits import ServeLimits, turns_to_drop
 from model.serve.protocol import Chunk, GenerateRequest
-from model.serve.refusals import client_sentence
 from model.serve.web.pictures import colour, plain, read_masks
-from model.serve.web.state import Exchange, Picture, Session
+from model.serve.web.state import Exchange, Session
 
 _log = logging.getLogger(__name__)
 _MACHINE_FAULT = "something went wrong in the page itself; ask again"
@@ -107,6 +107,11 @@ def build_request(
     lengths = [len(other.asked) + len(other.answer) for other in (*earlier, exchange)]
     dropped = turns_to_drop(lengths, [len(other.marks) for other in (*earlier, exchange)], limits)
     earlier = earlier[dropped:]
+    seed = parameters.seed.strip()
+    if seed and not (seed.isascii() and seed.isdigit() and int(seed) < 2**63):
+        raise MedPLIBError(f"the seed is {seed!r:.80}; give a whole number from 0 on, or leave it empty")
+    picture = exchange.picture  # sent as PNG, so that nothing of a file but its pixels leaves the page
+    encoded = base64.b64encode(picture.volume.png(picture.index, picture.window)).decode("ascii")
     turns: list[Turn] = []
     for other in earlier:
         turns += [Turn("human", other.asked), Turn("gpt", other.answer)]
@@ -120,27 +125,12 @@ def build_request(
         top_p=parameters.top_p,
         max_new_tokens=parameters.max_new_tokens,
         threshold=parameters.threshold or None,
-        seed=_read_seed(parameters.seed),
-        no_mask_below=None,
-        top_k=0,
-        timeout=None,
-        images=[_sent(exchange.picture)],
+        seed=int(seed) if seed else None,
+        images=[encoded],
         region_masks=[encode_rle(mark.region) for mark in marks],
         every_target=True,
         dropped_turns=dropped,
     )
-
-
-def _read_seed(typed: str) -> int | None:
-    text = typed.strip()
-    if text and not (text.isascii() and text.isdigit() and int(text) < 2**63):
-        raise MedPLIBError(f"the seed is {text!r:.80}; give a whole number from 0 on, or leave it empty")
-    return int(text) if text else None
-
-
-def _sent(picture: Picture) -> str:
-    """A picture as it is sent: PNG in base64, so that nothing of a file but its pixels leaves the page."""
-    return base64.b64encode(picture.volume.png(picture.index, picture.window)).decode("ascii")
 
 
 def listen(
@@ -188,7 +178,7 @@ def listen(
 
 
 def _take(exchange: Exchange, chunk: Chunk) -> None:
-    exchange.answer = plain(chunk.answer or _without_prompt(chunk.text))
+    exchange.answer = plain(chunk.answer or chunk.text.rpartition("ASSISTANT:")[2].strip())  # published workers' last
     exchange.finish = chunk.finish or exchange.finish
     exchange.dropped_turns, exchange.notes = chunk.dropped_turns, tuple(chunk.notes)
     if chunk.masks:
@@ -197,11 +187,6 @@ def _take(exchange: Exchange, chunk: Chunk) -> None:
             raise MedPLIBError("the answer's masks are not of the image's size; ask again, or another model")
         exchange.masks = masks
         exchange.shown = [True] * len(masks)
-
-
-def _without_prompt(text: str) -> str:
-    """The answer of a published worker, which sends the prompt with it."""
-    return text.rpartition("ASSISTANT:")[2].strip()
 
 
 def as_sentence(error: object) -> str:

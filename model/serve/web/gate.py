@@ -65,9 +65,11 @@ class Tray:
     def sweep(self) -> None:
         """Drop uploads that nobody took in time, and the oldest where too many wait."""
         with self._lock:
-            while self._waiting and (
-                self._is_stale(next(iter(self._waiting.values()))) or self._held() > self.max_held
-            ):
+            while self._waiting:
+                _, arrived = next(iter(self._waiting.values()))
+                held = sum(len(content) for content, _ in self._waiting.values())
+                if self._clock() - arrived <= TRAY_SECONDS and held <= self.max_held:
+                    break
                 self._waiting.popitem(last=False)
 
     def take(self, token: Any) -> bytes | None:
@@ -85,12 +87,6 @@ class Tray:
             return JSONResponse({"error": "the file is too large"}, 413)
         return JSONResponse({"token": self.put(content)})
 
-    def _is_stale(self, entry: tuple[bytes, float]) -> bool:
-        return self._clock() - entry[1] > TRAY_SECONDS
-
-    def _held(self) -> int:
-        return sum(len(content) for content, _ in self._waiting.values())
-
 
 class Gate:
     """ASGI middleware: other routes are not there, no word to gradio names a file, and browsers stay on this host."""
@@ -103,9 +99,12 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http" or not _is_open(scope["method"], scope["path"]):
-            if scope["type"] == "http":
-                await JSONResponse({"error": "there is nothing here"}, 404)(scope, receive, send)
+        if scope["type"] != "http":
+            return
+        method, path = scope["method"], scope["path"]
+        reading = method in ("GET", "HEAD") and (path in _GET or path.startswith(_GET_UNDER))
+        if not reading and (method != "POST" or path not in _POST):
+            await JSONResponse({"error": "there is nothing here"}, 404)(scope, receive, send)
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -113,7 +112,7 @@ class Gate:
                 message = {**message, "headers": [*message.get("headers", []), *_HEADERS.items()]}
             await send(message)
 
-        if scope["method"] == "POST" and scope["path"] != "/open":
+        if method == "POST" and path != "/open":
             await self._pass_words(scope, receive, send_with_headers)
         else:
             await self.app(scope, receive, send_with_headers)
@@ -142,12 +141,6 @@ class Gate:
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         await self.app(scope, replay, send)
-
-
-def _is_open(method: str, path: str) -> bool:
-    if method in ("GET", "HEAD"):
-        return path in _GET or path.startswith(_GET_UNDER)
-    return method == "POST" and path in _POST
 
 
 def _fault(body: bytes) -> str:

@@ -6,15 +6,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from model.serve.web import view
 from model.serve.web.chat import Parameters
-from model.serve.web.desk import Desk, Parts
-from model.serve.web.examples import Example
+from model.serve.web.handlers import Handlers, Parts
 from model.serve.web.state import AWAY_SECONDS, IDLE_SECONDS, Session, Sessions
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -64,31 +62,18 @@ _FOCUS_JS = """() => { if (!matchMedia('(pointer: coarse)').matches)  // where i
     document.querySelector('#question textarea')?.focus({ preventScroll: true }); }"""
 
 
-@dataclass(frozen=True)
-class PageSettings:
-    """What the page offers.
-
-    Attributes:
-        regions: whether regions can be marked.
-        reload: list the models anew whenever the page is opened.
-    """
-
-    regions: bool = False
-    reload: bool = True
-
-
 class Page:
     """Layout and wiring.
 
     Args:
-        desk: does what visitors ask for.
-        settings: what is offered.
-        sessions: the visitors.
+        handlers: do what visitors ask for.
+        regions: whether regions can be marked.
+        reload: list the models anew whenever the page is opened.
     """
 
-    def __init__(self, desk: Desk, settings: PageSettings, sessions: Sessions | None = None) -> None:
-        self.desk, self.settings = desk, settings
-        self.sessions = sessions or Sessions()
+    def __init__(self, handlers: Handlers, regions: bool, reload: bool) -> None:
+        self.handlers, self.regions, self.reload_models = handlers, regions, reload
+        self.sessions = Sessions()
         with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
             self._lay_out()
             self._wire()
@@ -112,11 +97,11 @@ class Page:
                 self._lay_out_talk()
 
     def _lay_out_picture(self) -> None:
-        template = _SOURCE.replace("LIMIT", str(self.desk.limits.max_upload_bytes))
-        shown = [{"label": example.label, "thumbnail": example.thumbnail} for example in self.desk.examples]
+        template = _SOURCE.replace("LIMIT", str(self.handlers.limits.max_upload_bytes))
+        shown = [{"label": example.label, "thumbnail": example.thumbnail} for example in self.handlers.examples]
         self.source = _own("source", template, shown)
         self.notice = _own("notice", _NOTICE, "")
-        self.viewer = _own("viewer", _VIEWER, view.viewer(Session(), self.settings.regions))
+        self.viewer = _own("viewer", _VIEWER, view.viewer(Session(), self.regions))
         with gr.Group(visible=False) as self.volume:
             self.plane = gr.Radio(label="Plane", choices=[], visible=False)
             self.slice = gr.Slider(1, 2, 1, step=1, label="Slice", visible=False, buttons=[])
@@ -145,7 +130,7 @@ class Page:
                 False, label="Remember earlier questions", info=_ALONE, elem_id="remember", min_width=220
             )
             self.forget = gr.Button("Clear conversation", size="sm", elem_id="forget")
-        most = self.desk.limits.max_new_tokens
+        most = self.handlers.limits.max_new_tokens
         with gr.Accordion("Parameters", open=False, elem_id="parameters"):
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 gives the likeliest answer.")
             self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Only with a temperature above 0.")
@@ -159,61 +144,61 @@ class Page:
     # --- what calls what ----------------------------------------------------------------------------------------------
 
     def _wire(self) -> None:
-        desk = self.desk
+        handlers = self.handlers
         arriving = {"js": asset("arrive.js"), "show_progress": "hidden", "api_visibility": "private"}
         self.blocks.load(self._arrive, self.tab, self._outputs, **arriving)
         self.blocks.unload(self._leave)
         self.model.change(self._set_memory, self.model, self.remember, show_progress="hidden", api_visibility="private")
-        self._on(self.reload.click, desk.look_for_models, self.model)
-        self._on(self.model.input, desk.choose_model, self.model)
-        self._on_data(self.source.upload, desk.open_upload)
-        self._on_data(self.source.select, lambda session, data: desk.open_example(session, data.get("index")))
-        self._on_data(self.viewer.select, desk.mark)
-        self._on_data(self.viewer.undo, lambda session, _: desk.unmark(session, False))
-        self._on_data(self.viewer.clear, lambda session, _: desk.unmark(session, True))
+        self._on(self.reload.click, handlers.look_for_models, self.model)
+        self._on(self.model.input, handlers.choose_model, self.model)
+        self._on_data(self.source.upload, handlers.open_upload)
+        self._on_data(self.source.select, lambda session, data: handlers.open_example(session, data.get("index")))
+        self._on_data(self.viewer.select, handlers.mark)
+        self._on_data(self.viewer.undo, lambda session, _: handlers.unmark(session, False))
+        self._on_data(self.viewer.clear, lambda session, _: handlers.unmark(session, True))
         for control in (self.slice, self.centre, self.width):
-            self._on(control.input, desk.turn_to, self.slice, self.centre, self.width, latest=True)
-        self._on(self.plane.input, desk.cut, self.plane)
+            self._on(control.input, handlers.turn_to, self.slice, self.centre, self.width, latest=True)
+        self._on(self.plane.input, handlers.cut, self.plane)
         for shading in (self.opacity, self.contour):
-            self._on(shading.input, desk.shade, self.opacity, self.contour, latest=True)
+            self._on(shading.input, handlers.shade, self.opacity, self.contour, latest=True)
         self._on_data(
-            self.masks.select, lambda session, data: desk.show_mask(session, data.get("id"), data.get("shown"))
+            self.masks.select, lambda session, data: handlers.show_mask(session, data.get("id"), data.get("shown"))
         )
-        self._on_data(self.talk.like, lambda session, data: desk.vote(session, data.get("id"), data.get("vote")))
-        self._on(self.stop.click, desk.stop)
-        self._on(self.forget.click, desk.forget)
-        self._wire_download()
+        self._on_data(self.talk.like, lambda session, data: handlers.vote(session, data.get("id"), data.get("vote")))
+        self._on(self.stop.click, handlers.stop)
+        self._on(self.forget.click, handlers.forget)
         self._wire_answers()
 
-    def _wire_download(self) -> None:
         def download(event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
             session = self._session(request)
-            parts, file = self.desk.download(session, _data(event).get("kind"))
+            parts, file = self.handlers.download(session, _data(event).get("kind"))
             return self._shown(parts, session, file)
 
         self._listen(self.masks.download, download, [])
 
     def _wire_answers(self) -> None:
-        drawn = [self.model, self.temperature, self.top_p, self.max_tokens, self.threshold, self.seed, self.remember]
+        drawn = [self.temperature, self.top_p, self.max_tokens, self.threshold, self.seed, self.remember]
 
-        def ask(request: gr.Request, question: str, model: str, *values: Any) -> Iterator[dict[Any, Any]]:
-            session = self._session(request)
-            for parts in self.desk.ask(session, question or "", model or "", _parameters(*values)):
-                yield self._shown(parts, session)
+        def answering(begin: Callable[..., Iterator[Parts]], *typed: Any) -> tuple[Callable[..., Any], list[Any]]:
+            """What shows an answer as it grows, and its inputs; ``begin`` takes session, typed texts, parameters."""
 
-        def again(request: gr.Request, model: str, *values: Any) -> Iterator[dict[Any, Any]]:
-            session = self._session(request)
-            for parts in self.desk.ask_again(session, model or "", _parameters(*values)):
-                yield self._shown(parts, session)
+            def run(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+                session, texts = self._session(request), [text or "" for text in values[: len(typed)]]
+                temperature, top_p, longest, threshold, seed, remember = values[len(typed) :]
+                parameters = Parameters(temperature, top_p, int(longest), threshold, seed or "", remember)
+                for parts in begin(session, *texts, parameters):
+                    yield self._shown(parts, session)
+
+            return run, [*typed, *drawn]
 
         def suggest(event: gr.EventData) -> dict[Any, Any]:
             return {self.question: str(_data(event).get("text", ""))[:500]}
 
         for asked in (self.question.submit, self.send.click):
-            self._listen(asked, ask, [self.question, *drawn])
+            self._listen(asked, *answering(self.handlers.ask, self.question, self.model))
         for pressed in (self.send.click, self.stop.click, self.talk.retry):  # a button that is hidden loses the focus
             pressed(None, js=_FOCUS_JS, show_progress="hidden", api_visibility="private")
-        self._listen(self.talk.retry, again, drawn)
+        self._listen(self.talk.retry, *answering(self.handlers.ask_again, self.model))
         self._listen(self.talk.example_select, suggest, [])
 
     def _on(self, event: Any, act: Callable[..., Parts], *inputs: Any, latest: bool = False) -> None:
@@ -249,15 +234,15 @@ class Page:
         name = request.session_hash
         session, found = self.sessions.arrive(name, known) if name else (Session(), False)
         parts = _EVERYTHING
-        if self.settings.reload or not self.desk.models:
-            parts |= self.desk.look_for_models(session, session.model, refresh=False)
+        if self.reload_models or not self.handlers.models:
+            parts |= self.handlers.look_for_models(session, session.model, refresh=False)
         if known != tab and known and not found:
             session.notice = f"{_LOST} {session.notice}".strip()
         return self._shown(parts, session)
 
     def _set_memory(self, model: str | None, request: gr.Request) -> Any:
         """Whether earlier questions are sent along: as the visitor last asked the model, else as it was trained."""
-        turns = self.desk.conversation_turns(model or "")
+        turns = self.handlers.conversation_turns(model or "")
         info = _ALONE if turns == 1 else f"This model was trained on conversations of up to {turns} questions."
         return gr.update(value=self._session(request).remembers.get(model or "", turns > 1), info=info)
 
@@ -283,7 +268,7 @@ class Page:
         with session.lock:
             shown: dict[Any, Any] = {}
             if "viewer" in parts:
-                shown[self.viewer] = view.viewer(session, self.settings.regions)
+                shown[self.viewer] = view.viewer(session, self.regions)
             if "talk" in parts:
                 shown[self.talk] = view.talk(session, self._questions(session))
             if "masks" in parts:
@@ -297,10 +282,10 @@ class Page:
             if "question" in parts:
                 shown[self.question] = ""
             if "models" in parts:
-                models = self.desk.models
+                models = self.handlers.models
                 chosen = session.model if session.model in models else models[0] if models else None
                 shown[self.model] = gr.update(choices=models, value=chosen)
-                own = self.desk.client.mask_thresholds.get(chosen or "")
+                own = self.handlers.client.mask_thresholds.get(chosen or "")
                 shown[self.threshold] = gr.update(info=_threshold_info(own))
             if "shading" in parts:
                 shown |= {self.opacity: session.opacity, self.contour: session.contour}
@@ -310,8 +295,7 @@ class Page:
 
     def _questions(self, session: Session) -> tuple[str, ...]:
         name = session.picture.volume.name if session.picture is not None else ""
-        found: Example | None = next((example for example in self.desk.examples if example.path.name == name), None)
-        return found.questions if found else ()
+        return next((one.questions for one in self.handlers.examples if one.path.name == name), ())
 
     def _volume(self, session: Session) -> dict[Any, Any]:
         picture = session.picture
@@ -357,12 +341,6 @@ def _own(name: str, template: str, value: Any) -> gr.HTML:
 def _data(event: gr.EventData) -> dict[str, Any]:
     data = event._data
     return data if isinstance(data, dict) else {}
-
-
-def _parameters(
-    temperature: float, top_p: float, max_tokens: float, threshold: float, seed: str | None, remember: bool
-) -> Parameters:
-    return Parameters(temperature, top_p, int(max_tokens), threshold, seed or "", remember)
 
 
 def _threshold_info(own: float | None) -> str:

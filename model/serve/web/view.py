@@ -3,22 +3,75 @@
 from __future__ import annotations
 
 import base64
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from model.serve.web import drawing
+from model.processing.special_tokens import IMAGE_TOKEN
 from model.serve.web.chat import messages
 from model.serve.web.downloads import kinds
-from model.serve.web.examples import GENERAL_QUESTIONS, REGION_QUESTION
 from model.serve.web.pictures import colour, overlay
 from model.serve.web.state import Picture, Session
 
+SAMPLE = Path(__file__).resolve().parents[3] / "data" / "sample"
+GENERAL_QUESTIONS = ("What kind of medical image is this?", "List the structures that you can see.")
+REGION_QUESTION = "What is in the region?"
+_NAMES = {"ct": "CT", "mr": "MR", "pet": "PET", "x_ray": "X-ray"}
+_THUMBNAIL = 112  # pixels, longer side
 _SHORTEST, _LONGEST = 960, 1600  # pixels of the longer side as shown: small pictures are enlarged, so contours are fine
 _STRETCH = 20.0  # times longer than wide, a pixel is shown as at most
 _LOSSLESS_PIXELS = 1_200_000
 _JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture to try.
+
+    Attributes:
+        path: its file.
+        label: what kind of picture it is.
+        thumbnail: a small one as a data URI.
+        questions: that can be asked about it.
+    """
+
+    path: Path
+    label: str
+    thumbnail: str
+    questions: tuple[str, ...] = field(default=GENERAL_QUESTIONS)
+
+
+def find_examples(folder: Path = SAMPLE) -> list[Example]:
+    """One picture of each modality; none where the folder is not there, as in an installed package."""
+    file = folder / "held_out.json"
+    if not file.is_file():
+        return []
+    records: dict[str, list[dict[str, Any]]] = {}
+    for record in json.loads(file.read_text(encoding="utf-8")):
+        records.setdefault(record["image"], []).append(record)
+    found: dict[str, Example] = {}
+    for image, about in records.items():
+        modality = about[0]["modality"]
+        pixels = cv2.imread(str(folder / image))
+        if modality not in found and pixels is not None:
+            label = _NAMES.get(modality, modality.replace("_", " ").capitalize())
+            scale = _THUMBNAIL / max(pixels.shape[:2])
+            small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            found[modality] = Example(folder / image, label, _data_uri("jpeg", small), _questions(about))
+    return list(found.values())
+
+
+def _questions(records: list[dict[str, Any]]) -> tuple[str, ...]:
+    asked = [GENERAL_QUESTIONS[0]]
+    for kind in ("grounding", "presence", "list"):
+        record = next((record for record in records if record.get("kind") == kind), None)
+        if record is not None:
+            asked.append(record["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip())
+    return tuple(dict.fromkeys(asked))
 
 
 def viewer(session: Session, tools: bool) -> dict[str, Any]:
@@ -32,19 +85,18 @@ def viewer(session: Session, tools: bool) -> dict[str, Any]:
     if picture is None:
         return {"picture": None, "marks": [], "tools": tools}
     height, width = picture.size
-    marks = [drawing.describe(mark, number) for number, mark in enumerate(session.marks, start=1)]
+    marks = [mark.describe(number) for number, mark in enumerate(session.marks, start=1)]
     if not marks:
-        marks = [drawing.describe(mark, number, True) for number, mark in enumerate(session.spent, start=1)]
-    shown = {"src": _data_uri(_composed(session, picture)), "width": width, "height": height}
-    shown["ratio"] = _ratio(picture)
+        marks = [mark.describe(number, True) for number, mark in enumerate(session.spent, start=1)]
+    pixels = _composed(session, picture)[:, :, ::-1]
+    if pixels.shape[0] * pixels.shape[1] <= _LOSSLESS_PIXELS:
+        source = _data_uri("png", pixels, cv2.IMWRITE_PNG_COMPRESSION, 2)
+    else:
+        source = _data_uri("jpeg", pixels, cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY)
+    shown = {"src": source, "width": width, "height": height}
+    rows, columns = picture.volume.spacing_mm or (1.0, 1.0)  # pixels need not be square, least of all across slices
+    shown["ratio"] = width / height * min(max(columns / rows, 1 / _STRETCH), _STRETCH)
     return {"picture": shown | {"label": describe(picture)}, "marks": marks, "tools": tools}
-
-
-def _ratio(picture: Picture) -> float:
-    """Width by height as the patient has them: pixels need not be square, least of all across slices."""
-    height, width = picture.size
-    rows, columns = picture.volume.spacing_mm or (1.0, 1.0)
-    return width / height * min(max(columns / rows, 1 / _STRETCH), _STRETCH)
 
 
 def describe(picture: Picture) -> str:
@@ -113,20 +165,13 @@ def _composed(session: Session, picture: Picture) -> np.ndarray:
     for number, exchange, place in session.masks():  # all of them: their place in the list is their colour
         drawn = number in here and exchange.shown[place]
         shown.append(drawn)
-        laid.append(_enlarged(exchange.masks[place].to_array(), size) if drawn else np.zeros((1, 1), dtype=bool))
+        mask = exchange.masks[place].to_array() if drawn else np.zeros((1, 1), dtype=bool)
+        if drawn:  # edges that are smooth rather than stairs
+            mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) >= 0.5
+        laid.append(mask)
     return overlay(pixels, laid, shown, session.opacity, session.contour)
 
 
-def _enlarged(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask at another size (width, height), with edges that are smooth rather than stairs."""
-    scaled = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    return scaled >= 0.5
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    if pixels.shape[0] * pixels.shape[1] <= _LOSSLESS_PIXELS:
-        kind, encoded = "png", cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 2])[1]
-    else:
-        quality = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-        kind, encoded = "jpeg", cv2.imencode(".jpg", pixels[:, :, ::-1], quality)[1]
+def _data_uri(kind: str, pixels: np.ndarray, *options: int) -> str:
+    encoded = cv2.imencode(f".{kind}", pixels, options)[1]
     return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode('ascii')}"

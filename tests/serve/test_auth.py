@@ -10,9 +10,8 @@ import pytest
 from starlette.responses import JSONResponse
 
 from model.errors import MedPLIBError
-from model.serve.access import (
+from model.serve.auth import (
     CheckedAddress,
-    Entrance,
     WorkerAllowList,
     checked_key,
     from_loopback,
@@ -20,6 +19,7 @@ from model.serve.access import (
     shows_key,
 )
 from model.serve.forwarding import WorkerCaller
+from model.serve.server import Entrance
 from tests.serve.fake_workers import ScriptedWorker
 
 METADATA = "169.254.169.254"

@@ -25,10 +25,9 @@ import pytest
 from PIL import Image
 
 from model.processing.conversation import Turn, render
-from model.serve.access import bearer
-from model.serve.children import Child
+from model.serve.auth import bearer
+from model.serve.launcher import API_KEY, Launcher, LaunchSettings, Program
 from model.serve.protocol import Chunk, ChunkReader, ErrorCode, GenerateRequest
-from model.serve.stack import API_KEY, Stack, StackSettings
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow  # servers of several programs start
@@ -41,8 +40,8 @@ Wait = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    settings = StackSettings(
+def stack() -> Iterator[Launcher]:
+    settings = LaunchSettings(
         NANO,
         web=False,
         devices=["cpu", "cpu"],
@@ -50,47 +49,47 @@ def stack() -> Iterator[Stack]:
         controller_flags=["--cool-down", "0.5"],
         grace=5,
     )
-    with Stack(settings, lambda line: None) as running:
+    with Launcher(settings, lambda line: None) as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
-def calm(stack: Stack, wait_until: Wait) -> Iterator[None]:
+def calm(stack: Launcher, wait_until: Wait) -> Iterator[None]:
     """Afterwards no program has anything left to do; those that were killed are on their way back."""
     yield
     wait_until(lambda: fit_workers(stack) >= 1 and not queued(stack), DEADLINE, "calm")
 
 
 @pytest.fixture
-def both(stack: Stack, wait_until: Wait) -> None:
+def both(stack: Launcher, wait_until: Wait) -> None:
     """Both workers are there."""
     wait_until(lambda: fit_workers(stack) == 2, DEADLINE, "two workers")
 
 
-def fit_workers(stack: Stack) -> int:
+def fit_workers(stack: Launcher) -> int:
     """Workers that answer, where the controller knows as many; what crashed is started again meanwhile."""
-    stack.look_after()
+    stack.restart_dead()
     answering = 0
-    for worker in stack.children[1:]:
+    for worker in stack.programs[1:]:
         with contextlib.suppress(httpx.TransportError):
-            answering += httpx.get(f"{worker.program.address}/readyz", trust_env=False).status_code == 200
+            answering += httpx.get(f"{worker.address}/readyz", trust_env=False).status_code == 200
     answer = httpx.get(f"{address(stack)}/readyz", trust_env=False)
     return min(answering, answer.json()["workers"]) if answer.status_code == 200 else 0
 
 
-def queued(stack: Stack) -> int:
+def queued(stack: Launcher) -> int:
     """Requests that workers have."""
     count = 0
-    for worker in stack.children[1:]:
+    for worker in stack.programs[1:]:
         with contextlib.suppress(httpx.TransportError):  # it is on its way back
-            key = bearer(worker.program.environment[API_KEY])
-            answer = httpx.post(f"{worker.program.address}/worker_get_status", headers=key, trust_env=False)
+            key = bearer(worker.environment[API_KEY])
+            answer = httpx.post(f"{worker.address}/worker_get_status", headers=key, trust_env=False)
             count += answer.json()["queue_length"]
     return count
 
 
-def address(stack: Stack) -> str:
-    return stack["controller"].program.address
+def address(stack: Launcher) -> str:
+    return stack["controller"].address
 
 
 def body(question: str = "Please segment the optic disc.", image: bytes | None = None, number: int = 0) -> bytes:
@@ -112,7 +111,7 @@ async def ask(client: httpx.AsyncClient, url: str, content: bytes, heard: list[C
     return chunks[-1]
 
 
-async def ask_together(stack: Stack, count: int, meanwhile: Callable[[], None] | None = None) -> list[Chunk | str]:
+async def ask_together(stack: Launcher, count: int, meanwhile: Callable[[], None] | None = None) -> list[Chunk | str]:
     """Many requests at once; ``meanwhile`` is done as soon as the first of them is being answered."""
     limits = httpx.Limits(max_connections=None)
     heard: list[Chunk] = []
@@ -135,12 +134,12 @@ def told(outcome: Chunk | str) -> bool:
     return isinstance(outcome, Chunk) and outcome.error_code in WELL_TOLD and len(outcome.text) > 20
 
 
-def send_signal(child: Child, number: signal.Signals) -> None:
+def send_signal(child: Program, number: signal.Signals) -> None:
     assert child.pid is not None
     os.kill(child.pid, number)
 
 
-def test_a_worker_that_dies_before_the_first_word_is_replaced_by_another(stack: Stack) -> None:
+def test_a_worker_that_dies_before_the_first_word_is_replaced_by_another(stack: Launcher) -> None:
     """It takes connections and says nothing, then is gone: its requests are answered all the same."""
     stopped = stack["worker 1"]
     send_signal(stopped, signal.SIGSTOP)
@@ -156,7 +155,7 @@ def test_a_worker_that_dies_before_the_first_word_is_replaced_by_another(stack: 
 
 
 @contextlib.contextmanager
-def connections(stack: Stack, count: int) -> Iterator[list[socket.socket]]:
+def connections(stack: Launcher, count: int) -> Iterator[list[socket.socket]]:
     """Bare connections to the controller."""
     place = urlsplit(address(stack))
     assert place.hostname and place.port
@@ -173,7 +172,7 @@ def request_text(content: bytes, length: int | None = None) -> bytes:
     return f"{head}Content-Length: {length or len(content)}\r\n\r\n".encode() + content
 
 
-def test_sockets_that_say_nothing_or_half_of_it_hold_nobody_up(stack: Stack) -> None:
+def test_sockets_that_say_nothing_or_half_of_it_hold_nobody_up(stack: Launcher) -> None:
     with connections(stack, 90) as opened:
         for one in opened[30:60]:
             one.sendall(b"POST " + STREAM.encode() + b" HTTP/1.1\r\nHost: he")
@@ -184,7 +183,7 @@ def test_sockets_that_say_nothing_or_half_of_it_hold_nobody_up(stack: Stack) -> 
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def test_clients_that_read_nothing_or_leave_hold_nobody_up(stack: Stack) -> None:
+def test_clients_that_read_nothing_or_leave_hold_nobody_up(stack: Launcher) -> None:
     with connections(stack, 30) as opened:
         for number, one in enumerate(opened):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -196,7 +195,7 @@ def test_clients_that_read_nothing_or_leave_hold_nobody_up(stack: Stack) -> None
     # that their requests come to an end too, ``calm`` looks at
 
 
-def test_a_client_that_reads_slowly_gets_its_whole_answer(stack: Stack) -> None:
+def test_a_client_that_reads_slowly_gets_its_whole_answer(stack: Launcher) -> None:
     with connections(stack, 1) as (one,):
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         one.sendall(request_text(body()).replace(b"Host: localhost", b"Host: localhost\r\nConnection: close"))
@@ -216,8 +215,8 @@ def huge() -> bytes:
 
 
 @pytest.mark.usefixtures("both")
-def test_a_huge_picture_is_refused_before_it_is_decoded(stack: Stack, huge: bytes) -> None:
-    before = [psutil.Process(worker.pid).memory_info().rss for worker in stack.children[1:]]
+def test_a_huge_picture_is_refused_before_it_is_decoded(stack: Launcher, huge: bytes) -> None:
+    before = [psutil.Process(worker.pid).memory_info().rss for worker in stack.programs[1:]]
 
     async def scenario() -> list[Chunk | str]:
         async with httpx.AsyncClient(timeout=DEADLINE, trust_env=False) as client:
@@ -230,18 +229,18 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(stack: Stack, huge: byte
     message = {"model": "medplib-nano", "messages": [{"role": "user", "content": content}]}
     answer = httpx.post(f"{address(stack)}/v1/chat/completions", json=message, timeout=DEADLINE, trust_env=False)
     assert answer.status_code == 400 and "pixels" in json.dumps(answer.json())
-    after = [psutil.Process(worker.pid).memory_info().rss for worker in stack.children[1:]]
+    after = [psutil.Process(worker.pid).memory_info().rss for worker in stack.programs[1:]]
     assert all(late - early < 100 * 2**20 for early, late in zip(before, after, strict=True))  # decoded it takes 300 MB
 
 
 @pytest.mark.usefixtures("both")
-def test_a_worker_killed_in_the_middle_of_its_answers(stack: Stack) -> None:
+def test_a_worker_killed_in_the_middle_of_its_answers(stack: Launcher) -> None:
     outcomes = asyncio.run(ask_together(stack, 24, lambda: send_signal(stack["worker 2"], signal.SIGKILL)))
     assert all(answered(outcome) or told(outcome) for outcome in outcomes), outcomes
     assert sum(map(answered, outcomes)) >= 12  # the other worker's, at least
 
 
-def test_a_controller_killed_comes_back_with_its_workers(stack: Stack, wait_until: Wait) -> None:
+def test_a_controller_killed_comes_back_with_its_workers(stack: Launcher, wait_until: Wait) -> None:
     outcomes = asyncio.run(ask_together(stack, 8, lambda: send_signal(stack["controller"], signal.SIGKILL)))
     assert all(isinstance(outcome, str) or answered(outcome) for outcome in outcomes), outcomes
 
@@ -250,7 +249,7 @@ def test_a_controller_killed_comes_back_with_its_workers(stack: Stack, wait_unti
 
 
 @pytest.mark.usefixtures("both")
-def test_two_hundred_requests_at_once_all_end(stack: Stack) -> None:
+def test_two_hundred_requests_at_once_all_end(stack: Launcher) -> None:
     outcomes = asyncio.run(ask_together(stack, 200))
     assert all(answered(outcome) or told(outcome) for outcome in outcomes), outcomes
     refused = [outcome for outcome in outcomes if isinstance(outcome, Chunk) and outcome.error_code]

@@ -11,29 +11,22 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import logging
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from fastapi import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model.errors import MedPLIBError
+from model.serve.errors import Refusal
 from model.serve.protocol import ErrorCode
-from model.serve.refusals import Refusal, send_refusal
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 _LOOPBACK: tuple[IPNetwork, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 _MAX_NAME = 300
 _RESOLVE_SECONDS = 5.0
-_HOST = re.compile(r"\[(?P<v6>[^\]]*)\](:\d*)?|(?P<name>[^:]*)(:\d*)?")
-_MAX_LOGGED_HOSTS = 32
-
-_log = logging.getLogger(__name__)
 
 
 def bearer(key: str | None) -> dict[str, str]:
@@ -101,54 +94,6 @@ class WorkerGuard(KeyGuard):
         if not self.keys and (not from_loopback(peer) or "origin" in request.headers):
             sentence = "without a key only programs of this machine may do this; start this server with --api-key"
             raise Refusal(ErrorCode.BAD_INPUT, sentence, status=403)
-
-
-class Entrance:
-    """ASGI middleware in front of a whole server: the ``Host`` allow-list, and the sub-path of a proxy.
-
-    A name of somebody else that is made to point here (DNS rebinding) would let any web page use this server through
-    its reader's browser, which sends that name. Loopback's names are served always. A request without the header is
-    served too: no browser sends one.
-
-    Args:
-        app: the server.
-        names: further host names that are served; None serves any.
-        addresses: serve every IP address too; an address, unlike a name, cannot be made to point elsewhere.
-        root_path: ``/sub/path`` under which a proxy shows the server, taken off where the proxy leaves it; or empty.
-    """
-
-    def __init__(self, app: ASGIApp, names: Sequence[str] | None, addresses: bool = False, root_path: str = "") -> None:
-        self.app, self.addresses, self.root_path = app, addresses, root_path
-        self.names = None if names is None else {"localhost", *(name.lower().rstrip(".") for name in names)}
-        self._logged: set[str] = set()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 403."""
-        if scope["type"] == "http":
-            if self.root_path and scope["path"].startswith(f"{self.root_path}/"):
-                scope = {**scope, "path": scope["path"].removeprefix(self.root_path)}
-            header = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-            if header and not self._serves(header):
-                self._log_refused(header)
-                sentence = f"this server is not reached under the name {header[:100]!r}"
-                await send_refusal(Refusal(ErrorCode.BAD_INPUT, sentence, status=403), scope, send)
-                return
-        await self.app(scope, receive, send)
-
-    def _serves(self, header: str) -> bool:
-        match = _HOST.fullmatch(header.strip().lower())
-        host = (match["v6"] or match["name"] or "").rstrip(".") if match else ""
-        address = ip_address(host)
-        return (
-            self.names is None
-            or host in self.names
-            or (address is not None and (self.addresses or address.is_loopback))
-        )
-
-    def _log_refused(self, header: str) -> None:
-        if header not in self._logged and len(self._logged) < _MAX_LOGGED_HOSTS:
-            self._logged.add(header)
-            _log.warning("refused a request for the host %.100r; --allow-host NAME serves a name", header)
 
 
 @dataclass(frozen=True)
@@ -253,7 +198,7 @@ class WorkerAllowList:
         networks = await self._allowed(peer)
         if not addresses:
             raise MedPLIBError(f"the host {parts.hostname!r} of the worker's name has no address; name one that has")
-        if any(_nowhere(address) for address in addresses):
+        if any(one.is_unspecified or one.is_multicast or one.is_link_local for one in addresses):  # a cloud's services
             raise MedPLIBError(f"no worker is at {parts.hostname}; name the address at which it is reached")
         if not all(any(address in network for network in networks) for address in addresses):
             raise MedPLIBError(
@@ -271,11 +216,6 @@ class WorkerAllowList:
             return list(_LOOPBACK)
         address = ip_address(peer)
         return [] if address is None else [ipaddress.ip_network(address)]
-
-
-def _nowhere(address: IPAddress) -> bool:
-    """Addresses of no worker, whatever the list says; a cloud's own services are link-local."""
-    return address.is_unspecified or address.is_multicast or address.is_link_local
 
 
 async def _resolve(host: str) -> list[IPAddress]:

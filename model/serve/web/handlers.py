@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import base64
 import functools
+import json
 import logging
-import tempfile
+import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, get_args
 
@@ -18,12 +21,11 @@ from model.data.volumes import Volume, open_volume
 from model.errors import MedPLIBError
 from model.serve.client import ControllerClient
 from model.serve.limits import ServeLimits, safe_file_name
-from model.serve.web import chat, drawing
-from model.serve.web.downloads import Kind, write
-from model.serve.web.examples import Example
+from model.serve.web import chat
+from model.serve.web.downloads import Kind, encode
 from model.serve.web.gate import Tray
-from model.serve.web.state import Exchange, Picture, Session
-from model.serve.web.votes import VoteLog
+from model.serve.web.state import Exchange, Picture, Session, read_mark
+from model.serve.web.view import Example
 
 Parts = frozenset[str]
 P = ParamSpec("P")
@@ -36,16 +38,16 @@ _MACHINE_FAULT = "Something went wrong in the page; try again."
 
 
 def told(
-    method: Callable[Concatenate[Desk, Session, P], Parts],
-) -> Callable[Concatenate[Desk, Session, P], Parts]:
+    method: Callable[Concatenate[Handlers, Session, P], Parts],
+) -> Callable[Concatenate[Handlers, Session, P], Parts]:
     """Run a method with the session locked; what goes wrong becomes the page's notice."""
 
     @functools.wraps(method)
-    def run(desk: Desk, session: Session, *arguments: P.args, **options: P.kwargs) -> Parts:
+    def run(handlers: Handlers, session: Session, *arguments: P.args, **options: P.kwargs) -> Parts:
         with session.lock:
             before, session.notice = session.notice, ""
             try:
-                parts = method(desk, session, *arguments, **options)
+                parts = method(handlers, session, *arguments, **options)
             except MedPLIBError as error:
                 session.notice = chat.as_sentence(error)
                 return _after_failing(session)
@@ -58,8 +60,50 @@ def told(
     return run
 
 
+class VoteLog:
+    """A file that votes are appended to; safe to use from many threads and processes.
+
+    Args:
+        path: the file, made at the first vote and readable by its owner alone; None keeps none.
+        log_conversations: write question and answer too.
+
+    Raises:
+        MedPLIBError: the file cannot be there.
+    """
+
+    def __init__(self, path: Path | None, log_conversations: bool = False) -> None:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise MedPLIBError(f"{path} cannot hold the votes; give a file in a folder that exists with --votes-file")
+        self.path, self.log_conversations = path, log_conversations
+        self._lock = threading.Lock()
+
+    def write(self, exchange: Exchange) -> None:
+        """Append the exchange's vote as it is now; a full disk is logged and does not disturb the visitor."""
+        if self.path is None:
+            return
+        entry: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "vote": {1: "up", -1: "down"}.get(exchange.vote, "withdrawn"),
+            "model": exchange.model,
+            "finish": exchange.finish,
+            "seconds": round(exchange.seconds, 2),
+            "regions": len(exchange.marks),
+            "masks": len(exchange.masks),
+        }
+        if self.log_conversations:
+            entry |= {"question": exchange.question, "answer": exchange.answer}
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        try:
+            with self._lock:
+                number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                with os.fdopen(number, "w", encoding="utf-8") as stream:
+                    stream.write(line)
+        except OSError as error:
+            _log.warning("a vote could not be written to %s: %s", self.path, error.strerror or error)
+
+
 @dataclass
-class Desk:
+class Handlers:
     """Actions of visitors.
 
     Attributes:
@@ -133,7 +177,7 @@ class Desk:
         picture = _picture(session)
         if len(session.marks) >= self.limits.max_regions:
             raise MedPLIBError(f"at most {self.limits.max_regions} regions can be marked; ask about them first")
-        session.marks.append(drawing.read_mark(drawn, picture.size))
+        session.marks.append(read_mark(drawn, picture.size))
         return Parts({"viewer", "talk"})
 
     @told
@@ -222,20 +266,17 @@ class Desk:
         ]
         if not any(shown for _, shown in every):
             raise MedPLIBError("no mask is shown to be saved; tick one in the list, or ask for one")
-        with tempfile.TemporaryDirectory(prefix="medplib-") as folder:
-            path = write(
-                kind,
-                [mask for mask, _ in every],
-                picture.volume,
-                picture.index,
-                Path(folder),
-                shown=[shown for _, shown in every],
-                opacity=session.opacity,
-                contour=session.contour,
-                window=picture.window,
-            )
-            data = base64.b64encode(path.read_bytes()).decode("ascii")
-            made |= {"name": path.name, "data": data, "key": session.next_number()}
+        name, content = encode(
+            kind,
+            [mask for mask, _ in every],
+            picture.volume,
+            picture.index,
+            shown=[shown for _, shown in every],
+            opacity=session.opacity,
+            contour=session.contour,
+            window=picture.window,
+        )
+        made |= {"name": name, "data": base64.b64encode(content).decode("ascii"), "key": session.next_number()}
         return Parts({"masks"})
 
     @told
