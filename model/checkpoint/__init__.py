@@ -10,21 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.checkpoint.assembling import assemble, lay_over
-    from model.checkpoint.describing import describe
-    from model.checkpoint.loading import load, load_with_report
+    from model.checkpoint.assembling import assemble, lay_over, upcycle
+    from model.checkpoint.loading import describe, load, load_with_report
     from model.checkpoint.lora import merge_lora, merge_lora_state
     from model.checkpoint.report import LoadReport
     from model.checkpoint.saving import export_published, save, save_adapter
-    from model.checkpoint.upcycling import upcycle
 
 # Imported when first used: looking for a directory needs no torch.
 _HOMES = {
-    **dict.fromkeys(("assemble", "lay_over"), "assembling"),
-    **dict.fromkeys(("load", "load_with_report"), "loading"),
+    **dict.fromkeys(("assemble", "lay_over", "upcycle"), "assembling"),
+    **dict.fromkeys(("describe", "load", "load_with_report"), "loading"),
     **dict.fromkeys(("merge_lora", "merge_lora_state"), "lora"),
     **dict.fromkeys(("export_published", "save", "save_adapter"), "saving"),
-    **{"describe": "describing", "LoadReport": "report", "upcycle": "upcycling"},
+    "LoadReport": "report",
 }
 
 __all__ = ["LoadReport", "assemble", "describe", "export_published", "lay_over", "load", "load_with_report"]

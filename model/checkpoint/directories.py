@@ -14,6 +14,8 @@ from model.errors import MedPLIBError, shown
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED = "merged"
 """Folder of a run that holds its exported network."""
+SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "medplib-mini"
+"""What is asked, served and fine-tuned where no other checkpoint is named."""
 _HUB_ID = re.compile(r"([\w.-]+)/([\w.-]+)(?:@([\w./-]+))?")
 _SNAPSHOTS, _REPOSITORY = "snapshots", "models--"
 # How a network is run is the caller's choice, never that of a file (an attention kernel may come from the network).
@@ -23,6 +25,18 @@ _CHOICES_OF_THE_CALLER = {
     *("auto_map", "trust_remote_code", "quantization_config", "gradient_checkpointing", "torchscript"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "chunk_size_feed_forward"),
 }
+
+
+def default_model() -> Path:
+    """The checkpoint that ``MEDPLIB_MODEL`` names, else the one that ships with the project.
+
+    Raises:
+        MedPLIBError: it is not there, as after installing without the project's folder.
+    """
+    directory = resolve(os.environ.get("MEDPLIB_MODEL") or SHIPPED_MODEL)
+    if not (directory / "config.json").is_file():
+        raise MedPLIBError(f"no checkpoint at {directory}; name one with --model DIR or set MEDPLIB_MODEL")
+    return directory
 
 
 def resolve(path: str | Path) -> Path:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from model.checkpoint.names import sam_config_from_state_dict
 from model.checkpoint.report import Shape, understanding
-from model.checkpoint.sam_names import sam_config_from_state_dict
 from model.errors import MedPLIBError
 from model.modeling.configuration import (
     InContextConfig,
@@ -107,7 +107,12 @@ def infer_config(
         moe=_moe(settings, shapes, notes),
         region=_region(settings, shapes, notes),
         mask=replace(mask, geometry="legacy", threshold=PUBLISHED_THRESHOLD),
-        in_context=_in_context(settings, shapes),
+        in_context=InContextConfig(
+            token_compressor=any(key.startswith("model.mm_token_compressor.") for key in shapes),
+            compressed_tokens=int(settings.get("mm_compressed_token_count") or 256),
+            mask_encoder=any(key.startswith("model.mask_encoder.") for key in shapes),
+            mask_encoder_tokens=int(settings.get("mask_encoder_token_count") or 64),
+        ),
         vision_select_layer=int(settings.get("mm_vision_select_layer", -2)),
         vision_select_feature=settings.get("mm_vision_select_feature", "patch"),
         seg_token_id=seg_token_id,
@@ -224,15 +229,6 @@ def _region(settings: Mapping[str, Any], shapes: Mapping[str, Shape], notes: lis
     return RegionConfig(enabled=present, max_points=int(settings.get("max_sample_point") or 512))
 
 
-def _in_context(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> InContextConfig:
-    return InContextConfig(
-        token_compressor=any(key.startswith("model.mm_token_compressor.") for key in shapes),
-        compressed_tokens=int(settings.get("mm_compressed_token_count") or 256),
-        mask_encoder=any(key.startswith("model.mask_encoder.") for key in shapes),
-        mask_encoder_tokens=int(settings.get("mask_encoder_token_count") or 64),
-    )
-
-
 def _below(shapes: Mapping[str, Shape], prefix: str) -> dict[str, torch.Tensor]:
     """Meta tensors of the names below ``prefix``."""
     return {
@@ -250,7 +246,7 @@ def published_settings(config: MedPLIBConfig, dtype: str, vision_tower: str) -> 
         dtype: of its weights, as torch names it (``float32``, ``bfloat16``).
         vision_tower: CLIP directory or hub name to put down.
     """
-    text = config.text_config.to_dict()
+    values, text = config.to_dict(), config.text_config.to_dict()
     rope = text.get("rope_parameters") or {}
     settings = {name: text[name] for name in _TEXT_KEYS if name in text}
     return (
@@ -285,15 +281,9 @@ def published_settings(config: MedPLIBConfig, dtype: str, vision_tower: str) -> 
             "icl_mask_encoder": config.in_context.mask_encoder,
             "mask_encoder_token_count": config.in_context.mask_encoder_tokens,
             "moe": _published_moe(config),
-            NATIVE_SECTION: native_section(config),
+            NATIVE_SECTION: {name: values[name] for name in _NATIVE_KEYS},
         }
     )
-
-
-def native_section(config: MedPLIBConfig) -> dict[str, Any]:
-    """Everything that rebuilds the configuration, as plain values."""
-    values = config.to_dict()
-    return {name: values[name] for name in _NATIVE_KEYS}
 
 
 def _published_moe(config: MedPLIBConfig) -> dict[str, Any]:

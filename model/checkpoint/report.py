@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from model.errors import MedPLIBError
 
 Shape = tuple[int, ...]
@@ -46,7 +48,10 @@ class LoadReport:
             lines[0] += f", {self.ignored} buffers without content left out"
         lines += _listing("missing", self.missing)
         lines += _listing("unexpected", self.unexpected)
-        lines += _listing("of another shape", [_misfit(key, *shapes) for key, shapes in self.misshaped.items()])
+        misfits = [
+            f"{key} is {list(found)}, expected {list(wanted)}" for key, (found, wanted) in self.misshaped.items()
+        ]
+        lines += _listing("of another shape", misfits)
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -60,19 +65,15 @@ class LoadReport:
             "of another shape": len(self.misshaped),
         }
         found = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
-        sentence = (
-            f"the weights in {self.source} do not fit the network that its config describes ({found}); {self._advice()}"
-        )
-        raise MedPLIBError("\n".join([sentence, *str(self).splitlines()[1:]]))
-
-    def _advice(self) -> str:
+        advice = "use the config.json that belongs to these weights"
         if any(key.startswith("model.vision_tower.") for key in (*self.missing, *self.misshaped)):
-            return "give the CLIP directory it was trained with (vision_tower=, --vision_tower)"
-        if any(key.startswith("model.sam.") for key in self.missing):
-            return "give the SAM-Med2D file (sam=, --vision_pretrained)"
-        if self.missing and not self.unexpected:
-            return "the download may be incomplete: check that all weight files are there"
-        return "use the config.json that belongs to these weights"
+            advice = "give the CLIP directory it was trained with (vision_tower=, --vision_tower)"
+        elif any(key.startswith("model.sam.") for key in self.missing):
+            advice = "give the SAM-Med2D file (sam=, --vision_pretrained)"
+        elif self.missing and not self.unexpected:
+            advice = "the download may be incomplete: check that all weight files are there"
+        sentence = f"the weights in {self.source} do not fit the network that its config describes ({found}); {advice}"
+        raise MedPLIBError("\n".join([sentence, *str(self).splitlines()[1:]]))
 
 
 def compare(
@@ -101,6 +102,26 @@ def compare(
     )
 
 
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor holds floating numbers alone, neither NaN nor infinite; reads it once, without a copy."""
+    if not value.is_floating_point():
+        return False
+    if not value.numel() or value.dtype.itemsize == 1:  # no kernel reads eight-bit floats; they are converted first
+        return True
+    low, high = value.aminmax()  # NaN comes through
+    return bool(low.isfinite() & high.isfinite())
+
+
+def refuse_faulty(names: Sequence[str], source: str) -> None:
+    """Raise a ``MedPLIBError`` that names tensors whose values are no finite numbers, if there are any."""
+    if names:
+        shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+        raise MedPLIBError(
+            f"{source} hold NaN, infinite or whole numbers in {len(names)} tensors ({shown}), expected finite ones; "
+            "fetch them again, or take an earlier checkpoint of the run"
+        )
+
+
 @contextmanager
 def understanding(what: str, remedy: str) -> Iterator[None]:
     """Turn whatever the values of somebody's file trip inside into one sentence.
@@ -119,10 +140,6 @@ def understanding(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # a number that is a word fails in as many ways as there are libraries that read it
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MedPLIBError(f"{what} is not understood ({reason}); {remedy}") from error
-
-
-def _misfit(key: str, found: Shape, expected: Shape) -> str:
-    return f"{key} is {list(found)}, expected {list(expected)}"
 
 
 def _listing(kind: str, entries: Sequence[str]) -> list[str]:

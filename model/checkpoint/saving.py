@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from model.checkpoint.directories import ADAPTER_CONFIG
 from model.checkpoint.lora import MATRIX
 from model.checkpoint.names import native_to_published, published_buffers
-from model.checkpoint.processors import write_published_processor
 from model.checkpoint.published_config import published_settings
 from model.checkpoint.shards import MAX_SHARD, WeightFormat, write_shards
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 
+_PUBLISHED_MAX_LENGTH = 2048
+_BYTES = 256
+_FIRST_PIECE = 3 + _BYTES  # after <unk>, <s>, </s> and the bytes
+_UNKNOWN, _CONTROL, _NORMAL, _BYTE = 2, 3, 1, 6  # piece types of sentencepiece's format
 # What a checkpoint consists of, and is therefore replaced with it; anything else in the directory stays.
 _OWN_FILES = re.compile(
     r".*\.safetensors|.*\.bin|.*\.index\.json|config\.json|generation_config\.json|processor_config\.json|"
@@ -46,12 +50,8 @@ def save(
     state = _plain_state(model)
     with _replacing(Path(directory)) as folder:
         write_shards(state, folder, max_shard=max_shard)
-        settings = model.config.to_dict() | {
-            "architectures": [type(model).__name__],
-            "dtype": _dtype_name(state),
-        }
-        _write_json(folder / "config.json", settings)
-        _write_json(folder / "generation_config.json", _generation_settings(model))
+        settings = model.config.to_dict()
+        _write_configs(folder, model, settings | {"architectures": [type(model).__name__], "dtype": _dtype_name(state)})
         processor.save_pretrained(folder)
     return Path(directory)
 
@@ -83,10 +83,12 @@ def export_published(
     state = published_state(model)
     with _replacing(Path(directory)) as folder:
         write_shards(state, folder, fmt, max_shard)
-        settings = published_settings(model.config, _dtype_name(state), vision_tower)
-        _write_json(folder / "config.json", settings)
-        _write_json(folder / "generation_config.json", _generation_settings(model))
-        write_published_processor(processor, folder)
+        _write_configs(folder, model, published_settings(model.config, _dtype_name(state), vision_tower))
+        # The tokenizer in the published files, and our settings, which published code does not look for.
+        processor.save_pretrained(folder)
+        (folder / "tokenizer.json").unlink(missing_ok=True)  # of another library generation: the model file decides
+        length = processor.settings.max_length or _PUBLISHED_MAX_LENGTH
+        write_published_tokenizer(processor.tokenizer, folder, length, processor.sentencepiece_model)
     return Path(directory)
 
 
@@ -129,6 +131,10 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> Path:
 def published_state(model: MedPLIBForCausalLM) -> dict[str, Tensor]:
     """State dict under the published names, with the rotary buffers that published code expects; shares memory."""
     config = model.config
+    if config.mask.stem_channels:
+        raise MedPLIBError(
+            "the published layout has no convolutional stem (mask.stem_channels); save this network in the native one"
+        )
     state = _plain_state(model)
     named = {name: native_to_published(name, config.projector.type) for name in state}
     strangers = [name for name, published in named.items() if published is None]
@@ -170,9 +176,10 @@ def _dtype_name(state: dict[str, Tensor]) -> str:
     return str(widest).removeprefix("torch.")
 
 
-def _generation_settings(model: MedPLIBForCausalLM) -> dict[str, Any]:
-    config = model.config
-    return {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+def _write_configs(folder: Path, model: MedPLIBForCausalLM, settings: dict[str, Any]) -> None:
+    ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "config.json", settings)
+    _write_json(folder / "generation_config.json", ids)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -182,7 +189,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 @contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
     """A folder beside ``directory`` that takes its place when the block ends well, and vanishes otherwise."""
-    if directory.exists() and not _replaceable(directory):
+    replaceable = directory.is_dir() and ((directory / "config.json").is_file() or not any(directory.iterdir()))
+    if directory.exists() and not replaceable:
         raise MedPLIBError(f"{directory} exists and is not a checkpoint; name a new directory")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -192,25 +200,105 @@ def _replacing(directory: Path) -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         yield folder
-        _swap(folder, directory)
+        old = folder.with_suffix(".replaced")
+        if directory.exists():
+            directory.rename(old)
+        folder.rename(directory)
+        if old.exists():
+            for entry in old.iterdir():  # what is not part of a checkpoint stays (a model card, a recipe, pictures)
+                if not _OWN_FILES.fullmatch(entry.name) and not (directory / entry.name).exists():
+                    entry.rename(directory / entry.name)
+            shutil.rmtree(old)
     except OSError as error:
         raise MedPLIBError(f"cannot write {directory}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _swap(folder: Path, directory: Path) -> None:
-    if not directory.exists():
-        folder.rename(directory)
-        return
-    old = folder.with_suffix(".replaced")
-    directory.rename(old)
-    folder.rename(directory)
-    for entry in old.iterdir():  # what is not part of a checkpoint stays (a model card, a recipe, pictures)
-        if not _OWN_FILES.fullmatch(entry.name) and not (directory / entry.name).exists():
-            entry.rename(directory / entry.name)
-    shutil.rmtree(old)
+# --- the tokenizer in the published layout: a sentencepiece model, and the added tokens beside it ---------------------
 
 
-def _replaceable(directory: Path) -> bool:
-    return directory.is_dir() and ((directory / "config.json").is_file() or not any(directory.iterdir()))
+def write_published_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, directory: Path, max_length: int, model_file: bytes | None = None
+) -> None:
+    """Write tokenizer.model and the JSON files beside it, as published checkpoints hold them.
+
+    Args:
+        tokenizer: as ``build_tokenizer`` makes it.
+        directory: an existing folder.
+        max_length: ``model_max_length`` to put down, in tokens.
+        model_file: content of the original tokenizer.model; rebuilt from the tokenizer when absent.
+    """
+    (directory / "tokenizer.model").write_bytes(model_file or sentencepiece_model(tokenizer))
+    base = len(_backend(tokenizer)["vocab"])
+    added = {token: number for token, number in tokenizer.get_added_vocab().items() if number >= base}
+    plain = {
+        name: {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
+    }
+    settings = {
+        **{name: {"__type": "AddedToken", **token} for name, token in plain.items()},
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+        "model_max_length": max_length,
+        "pad_token": None,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    for name, content in (
+        ("added_tokens.json", added),
+        ("special_tokens_map.json", {**plain, "pad_token": "<unk>"}),
+        ("tokenizer_config.json", settings),
+    ):
+        _write_json(directory / name, content)
+
+
+def sentencepiece_model(tokenizer: PreTrainedTokenizerFast) -> bytes:
+    """The sentencepiece BPE model that a LLaMA tokenizer was made from, rebuilt from its pieces.
+
+    A piece's score is minus its place after the bytes, as sentencepiece's BPE trainer writes it; merges follow from
+    the scores, so the pieces in order are all there is to know.
+
+    Raises:
+        MedPLIBError: the vocabulary is not laid out like LLaMA's.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    formats: Any = sentencepiece_model_pb2  # generated code, invisible to type checkers
+    backend = _backend(tokenizer)
+    pieces = sorted(backend["vocab"], key=backend["vocab"].get)
+    expected = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(_BYTES))]
+    if pieces[:_FIRST_PIECE] != expected:
+        raise MedPLIBError(
+            "the tokenizer is not laid out like LLaMA's (<unk>, <s>, </s>, 256 bytes, pieces), so it cannot be written "
+            "for published code; save the checkpoint in the native layout"
+        )
+    model = formats.ModelProto()
+    for place, piece in enumerate(pieces):
+        entry = model.pieces.add()
+        entry.piece = piece
+        entry.score = float(min(0, _FIRST_PIECE - place))
+        entry.type = _CONTROL if 0 < place < 3 else _BYTE if 3 <= place < _FIRST_PIECE else _NORMAL
+    model.pieces[0].type = _UNKNOWN
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = formats.TrainerSpec.ModelType.BPE
+    trainer.vocab_size = len(pieces)
+    trainer.byte_fallback = True
+    trainer.split_digits = True
+    trainer.allow_whitespace_only_pieces = True
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = True
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return model.SerializeToString()
+
+
+def _backend(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model.get("type") != "BPE":
+        raise MedPLIBError(f"the tokenizer is of type {model.get('type')}; published checkpoints need LLaMA's BPE")
+    return model

@@ -88,9 +88,16 @@ def find_weights(directory: Path) -> WeightFiles:
         raise MedPLIBError(f"{directory} holds no weights{seen}; expected *.safetensors or pytorch_model*.bin there")
     notes += [f"incomplete set of weights left unread, without {problem}" for problem in problems]
     notes += _index_notes(directory, found)
-    weights = WeightFiles(found, tuple(notes))
-    _refuse_twice_named(weights)
-    return weights
+    holder: dict[str, Path] = {}
+    for path in found if len(found) > 1 else ():
+        for name in _shapes(path):
+            if name in holder:
+                raise MedPLIBError(
+                    f"{name} lies both in {holder[name].name} and {path.name} of {directory}: "
+                    "two sets of weights side by side; remove one of them"
+                )
+            holder[name] = path
+    return WeightFiles(found, tuple(notes))
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -150,7 +157,12 @@ def write_shards(
         dict(state), filename_pattern=f"{stem}{{suffix}}.{suffix}", max_shard_size=max_shard
     )
     for name, keys in split.filename_to_tensors.items():
-        part = _unshared({key: state[key].detach().cpu().contiguous() for key in keys})
+        part: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for key in keys:
+            value = state[key].detach().cpu().contiguous()
+            part[key] = value.clone() if value.data_ptr() in seen else value  # safetensors refuses shared memory
+            seen.add(value.data_ptr())
         if weight_format == "safetensors":
             save_file(part, directory / name, metadata={"format": "pt"})
             (directory / name).chmod(0o644)  # safetensors makes files that only their owner can read
@@ -160,16 +172,6 @@ def write_shards(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _unshared(part: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights as tensors of their own: safetensors refuses shared memory."""
-    seen: set[int] = set()
-    for key, value in part.items():
-        if value.data_ptr() in seen:
-            part[key] = value.clone()
-        seen.add(value.data_ptr())
-    return part
 
 
 def _shapes(path: Path) -> dict[str, Shape]:
@@ -211,20 +213,6 @@ def _index_notes(directory: Path, found: tuple[Path, ...]) -> list[str]:
         if not named <= names:
             notes.append(f"{path.name} names files that are not there or not used; the files that exist were used")
     return notes
-
-
-def _refuse_twice_named(weights: WeightFiles) -> None:
-    if len(weights.files) == 1:
-        return
-    holder: dict[str, Path] = {}
-    for path in weights.files:
-        for name in _shapes(path):
-            if name in holder:
-                raise MedPLIBError(
-                    f"{name} lies both in {holder[name].name} and {path.name} of {path.parent}: "
-                    "two sets of weights side by side; remove one of them"
-                )
-            holder[name] = path
 
 
 def _is_zip(path: Path) -> bool:

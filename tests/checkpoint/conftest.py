@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint.processors import new_processor
+from model.checkpoint.loading import new_processor
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 from model.processing.special_tokens import SEG_TOKEN

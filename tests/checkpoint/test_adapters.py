@@ -12,9 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint.adapters import merge_adapter
 from model.checkpoint.directories import is_adapter
-from model.checkpoint.lora import merge_lora
+from model.checkpoint.lora import merge_adapter, merge_lora
 from model.checkpoint.names import native_to_published
 from model.errors import MedPLIBError
 from model.inference.loading import load_for_inference

@@ -214,7 +214,7 @@ def test_what_is_no_file_is_never_opened(make, tmp_path: Path, name: str, make_i
     (folder / name).unlink(missing_ok=True)
     make_it(folder / name)
     if name == "sam.pth":
-        from model.checkpoint.starting_points import read_sam
+        from model.checkpoint.pretrained import read_sam
 
         with pytest.raises(MedPLIBError, match=r"is no file|does not exist"):
             read_sam(folder / name)

@@ -57,6 +57,12 @@ def without(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
+def test_a_convolutional_stem_has_no_published_layout(make, tmp_path: Path) -> None:
+    with pytest.raises(MedPLIBError, match="stem_channels"):
+        export_published(*make(mask={"stem_channels": (8, 8, 8)}), tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
 def test_sizes_from_shapes_alone(make, published: Path) -> None:
     model, processor, report = load_with_report(published)
     assert_same_weights(model, make()[0])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint.building import network_shapes
+from model.checkpoint.loading import network_shapes
 from model.checkpoint.names import native_to_published
 from model.checkpoint.published_config import NATIVE_SECTION, infer_config, published_settings, text_config
 from model.errors import MedPLIBError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import SamConfig
 
-from model.checkpoint.sam_names import (
+from model.checkpoint.names import (
     native_to_original,
     original_to_native,
     sam_config_from_state_dict,

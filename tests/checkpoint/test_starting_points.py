@@ -9,8 +9,8 @@ import torch
 
 from model.checkpoint import export_published, lay_over, load, save, upcycle
 from model.checkpoint.assembling import resize_vocabulary
-from model.checkpoint.building import fresh_parts
 from model.checkpoint.directories import read_settings, resolve
+from model.checkpoint.loading import fresh_parts
 from model.errors import MedPLIBError
 from model.modeling.configuration import MoEConfig, ProjectorConfig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint.processors import sentencepiece_model, write_published_tokenizer
+from model.checkpoint.saving import sentencepiece_model, write_published_tokenizer
 from model.processing.tokens import build_tokenizer, train_tokenizer
 from tests.tiny import TEXTS
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model.checkpoint.building import empty_network, network_shapes
+from model.checkpoint.loading import init_empty, network_shapes
 from model.checkpoint.lora import merge_lora, merge_lora_state
 from model.checkpoint.names import native_to_published, published_buffers
+from model.checkpoint.pretrained import read_clip_config
 from model.checkpoint.published_config import NATIVE_SECTION, infer_config, published_settings
-from model.checkpoint.starting_points import read_clip_config
 
 WRITERS_OWN = ("_name_or_path", "transformers_version")
 
@@ -66,7 +66,7 @@ def test_network_has_exactly_the_exported_keys(golden: Path, export: dict[str, A
     clip = read_clip_config(golden / "models" / "clip-vit-tiny-patch14-336")
     shapes = {name: tuple(shape) for name, shape in export["merged_keys"].items()}
     inferred = infer_config(export["config"], shapes, clip, seg_token_id=640)
-    model = empty_network(inferred.config)
+    model = init_empty(inferred.config)
     ours = {native_to_published(name): shape for name, shape in network_shapes(model).items()}
     ours |= {name: (length,) for name, length in published_buffers(model.config).items()}
     assert ours == shapes

@@ -16,7 +16,7 @@ from PIL import Image
 from model.checkpoint import load
 from model.inference.generation import GenerationSettings
 from model.inference.predictor import Predictor, PreparedImage
-from model.inference.prompts import Prompt, visual_tokens
+from model.inference.prompts import Prompt
 from model.inference.requests import Request, Ticket
 from model.inference.running import Running
 from model.inference.schedule import EngineSettings, Schedule
@@ -58,7 +58,7 @@ def say(predictor: Predictor, prompts: Mapping[str, Recorded], max_new_tokens: i
         request = Request(image, "as recorded", settings=GenerationSettings(max_new_tokens))
         grid = predictor.processor.settings.grid
         masks = torch.zeros(0, grid, grid) if region is None else torch.from_numpy(region)
-        opening, patches = ids.index(IMAGE_PLACEHOLDER), visual_tokens(predictor.model)
+        opening, patches = ids.index(IMAGE_PLACEHOLDER), predictor.model.config.visual_tokens
         prompt = Prompt(
             image,
             torch.tensor([ids]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint.building import empty_network, network_shapes
+from model.checkpoint.loading import init_empty, network_shapes
 from model.checkpoint.names import native_to_published, published_buffers
 from model.checkpoint.published_config import infer_config
 from model.modeling.medplib import MedPLIBForCausalLM
@@ -34,7 +34,7 @@ def reference(golden: Path, name: str) -> Shapes:
 def network(shapes: Shapes, **settings: Any) -> MedPLIBForCausalLM:
     """The network that our configuration reading makes of these shapes and a config.json without CLIP or SAM sizes."""
     inferred = infer_config({**SETTINGS, **settings}, shapes, clip=None, seg_token_id=32000)
-    model = empty_network(inferred.config)
+    model = init_empty(inferred.config)
     assert all(parameter.is_meta for parameter in model.parameters())
     return model
 

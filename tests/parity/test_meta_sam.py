@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint.sam_names import native_to_original, sam_config_from_state_dict, state_to_native
+from model.checkpoint.names import native_to_original, sam_config_from_state_dict, state_to_native
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.sam_med2d import SamMed2D
 

@@ -14,8 +14,8 @@ import torch
 
 from model.checkpoint import load
 from model.eval import cal_metric, cal_metric_omniMedVQA
-from model.eval.metrics import PublishedMasks, PublishedText, score_predictions
-from model.eval.metrics.published import published_row, published_words
+from model.eval.metrics.published import PublishedMasks, PublishedText, published_row, published_words
+from model.eval.metrics.scores import score_predictions
 from model.eval.predictions import Prediction, read_predictions
 from model.inference.predictor import Predictor
 from model.processing.masks import encode_rle

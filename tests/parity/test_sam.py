@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.checkpoint.sam_names import sam_config_from_state_dict, state_to_native
+from model.checkpoint.names import sam_config_from_state_dict, state_to_native
 from model.modeling.configuration import IMAGE_PLACEHOLDER, MaskConfig
 from model.modeling.mask_head import MaskHead, restore_masks
 from model.modeling.sam_med2d import SamMed2D

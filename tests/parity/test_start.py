@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import assemble, export_published, load, load_with_report, save
-from model.checkpoint.starting_points import read_sam
+from model.checkpoint.pretrained import read_sam
 from model.errors import MedPLIBError
 from model.processing.special_tokens import SPECIAL_TOKENS
 

@@ -1,37 +1,48 @@
-"""Open a checkpoint directory of either layout: sizes and tensors under our names, read when asked for."""
+"""Read checkpoints and pretrained parts: sizes, and tensors under our names, read when asked for.
+
+``open_checkpoint`` takes a directory of either layout; the readers below it take what MedPLIB starts from, in the
+formats it is published in: LLaMA, CLIP, SAM-Med2D, a LLaVA projector. They give names without a prefix of the network.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, SamConfig
 
 from model.checkpoint.directories import base_of, read_settings, resolve
-from model.checkpoint.names import is_empty_buffer, native_to_published, published_to_native
-from model.checkpoint.published_config import NATIVE_SECTION, infer_config
-from model.checkpoint.report import Shape, understanding
-from model.checkpoint.shards import WeightFiles, find_weights
-from model.checkpoint.starting_points import (
-    CLIP_PREFIX,
-    SAM_PREFIX,
-    clip_difference,
-    find_vision_tower,
-    read_clip_config,
-    read_clip_tensors,
-    read_sam,
+from model.checkpoint.names import (
+    is_empty_buffer,
+    native_to_published,
+    published_to_native,
+    sam_config_from_state_dict,
+    state_to_native,
 )
+from model.checkpoint.published_config import (
+    NATIVE_SECTION,
+    clip_config_from_shapes,
+    infer_config,
+    projector_type,
+    text_config,
+)
+from model.checkpoint.report import Shape, understanding
+from model.checkpoint.shards import WeightFiles, find_weights, read_tensors
 from model.errors import MedPLIBError
-from model.modeling.configuration import MedPLIBConfig
+from model.modeling.configuration import MaskConfig, MedPLIBConfig
 from model.processing.special_tokens import SEG_TOKEN
 from model.processing.tokens import build_tokenizer
 
+CLIP_PREFIX = "model.vision_tower.clip."
+SAM_PREFIX = "model.sam."
+PROJECTOR_PREFIX = "model.projector."
 Layout = Literal["native", "published"]
 _EMBEDDING, _HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
 
@@ -103,16 +114,21 @@ def open_checkpoint(
     directory = base_of(directory, base)
     settings = read_settings(directory)
     if is_native(settings):
-        unread = tuple(
-            f"{path} was not read: a native checkpoint is whole" for path in (vision_tower, sam) if path is not None
+        unread = tuple(f"{path} was not read: a native checkpoint is whole" for path in (vision_tower, sam) if path)
+        with understanding(str(directory / "config.json"), "correct it or save the checkpoint again"):
+            config = MedPLIBConfig.from_dict(settings)
+        weights = find_weights(directory)
+        shapes, tied = _with_tied_head(weights.shapes(), config)
+        notes = (*unread, *weights.notes)
+        return OpenedCheckpoint(
+            directory, "native", config, shapes, weights, tied=tied, dtype=_dtype(settings), notes=notes
         )
-        return _open_native(directory, settings, unread)
     return _open_published(
         directory, settings, None if vision_tower is None else resolve(vision_tower), None if sam is None else Path(sam)
     )
 
 
-def read_seg_token_id(directory: Path, vocabulary: int) -> int:
+def _seg_token_id(directory: Path, vocabulary: int) -> int:
     """Id of ``<SEG>`` in a published directory, whose tokenizer must fit the embedding's rows.
 
     Raises:
@@ -136,23 +152,14 @@ def read_seg_token_id(directory: Path, vocabulary: int) -> int:
     return token_id
 
 
-def _open_native(directory: Path, settings: dict[str, Any], notes: tuple[str, ...]) -> OpenedCheckpoint:
-    with understanding(str(directory / "config.json"), "correct it or save the checkpoint again"):
-        config = MedPLIBConfig.from_dict(settings)
-    weights = find_weights(directory)
-    shapes, tied = _with_tied_head(weights.shapes(), config)
-    return OpenedCheckpoint(
-        directory, "native", config, shapes, weights, tied=tied, dtype=_dtype(settings), notes=(*notes, *weights.notes)
-    )
-
-
 def _open_published(
     directory: Path, settings: dict[str, Any], vision_tower: Path | None, sam: Path | None
 ) -> OpenedCheckpoint:
     weights = find_weights(directory)
     stored = weights.shapes()
-    _refuse_unmerged(directory, stored)
-    seg_token_id = read_seg_token_id(directory, stored.get("model.embed_tokens.weight", (0,))[0])
+    if lora := next((name for name in stored if re.search(r"\.lora_[AB]\.", name)), None):
+        raise MedPLIBError(f"{directory} holds unmerged LoRA weights ({lora}, …); merge them into the weights first")
+    seg_token_id = _seg_token_id(directory, stored.get("model.embed_tokens.weight", (0,))[0])
     notes = list(weights.notes)
     clip_directory, clip = _clip(directory, settings, stored, vision_tower, notes)
     added = _missing_parts(directory, stored, clip_directory, sam, notes)
@@ -160,7 +167,6 @@ def _open_published(
     with understanding(str(directory / "config.json"), "fetch it again"):
         inferred = infer_config(settings, shapes, clip, seg_token_id)
     named = {name: published_to_native(name) for name in stored}
-    buffers = [name for name in stored if is_empty_buffer(name)]
     native = {str(ours): stored[name] for name, ours in named.items() if ours is not None}
     native, tied = _with_tied_head(native, inferred.config)
     return OpenedCheckpoint(
@@ -170,7 +176,7 @@ def _open_published(
         shapes={**native, **{name: tuple(value.shape) for name, value in added.items()}},
         weights=weights,
         unexpected=tuple(name for name, ours in named.items() if ours is None and not is_empty_buffer(name)),
-        ignored=len(buffers),
+        ignored=sum(map(is_empty_buffer, stored)),
         added=added,
         tied=tied,
         dtype=_dtype(settings),
@@ -224,13 +230,132 @@ def _missing_parts(
     return added
 
 
-def _refuse_unmerged(directory: Path, stored: Mapping[str, Shape]) -> None:
-    lora = [name for name in stored if re.search(r"\.lora_[AB]\.", name)]
-    if lora:
-        raise MedPLIBError(f"{directory} holds unmerged LoRA weights ({lora[0]}, …); merge them into the weights first")
-
-
 def _dtype(settings: Mapping[str, Any]) -> torch.dtype | None:
     name = settings.get("dtype") or settings.get("torch_dtype")
     dtype = getattr(torch, str(name).removeprefix("torch."), None) if name else None
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+# --- pretrained parts -------------------------------------------------------------------------------------------------
+
+
+def read_clip_config(directory: Path) -> CLIPVisionConfig:
+    """CLIP's vision sizes from a directory of the whole CLIP or of its vision half.
+
+    Raises:
+        MedPLIBError: the directory is not CLIP's.
+    """
+    directory = resolve(directory)
+    settings = read_settings(directory)
+    vision = settings.get("vision_config", settings)
+    if not isinstance(vision, dict) or "patch_size" not in vision:
+        raise MedPLIBError(f"{directory / 'config.json'} is not CLIP's (no patch_size); give a CLIP directory")
+    with understanding(str(directory / "config.json"), "fetch it again"):
+        return CLIPVisionConfig(
+            **{key: value for key, value in vision.items() if key not in ("model_type", "torch_dtype")}
+        )
+
+
+def read_clip_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """CLIP's vision tensors under the names of ``CLIPVisionModel`` (no ``vision_model.`` before them)."""
+    for name, value in find_weights(resolve(directory)).tensors():
+        inner = name.removeprefix("vision_model.")
+        if not inner.startswith(("text_", "logit_scale", "visual_projection")) and not is_empty_buffer(inner):
+            yield inner, value
+
+
+def read_sam(path: Path) -> tuple[SamConfig, MaskConfig, dict[str, Tensor]]:
+    """SAM or SAM-Med2D of any size: ``{"model": state_dict}``, a bare state dict, or safetensors.
+
+    Returns:
+        Sizes, the adapter's settings, and tensors under the names of ``SamMed2D``.
+
+    Raises:
+        MedPLIBError: the file is not SAM's.
+    """
+    state = dict(read_tensors(path))
+    with understanding(str(path), "give a SAM or SAM-Med2D file"):
+        sizes, mask = sam_config_from_state_dict(state)
+    return sizes, mask, state_to_native(state)
+
+
+def read_projector(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """A dense projector: LLaVA's ``mm_projector.bin``, or that of a whole checkpoint directory (our stage I's result).
+
+    Returns:
+        ``mm_projector_type`` of the tensors, and tensors under our full names.
+
+    Raises:
+        MedPLIBError: there is no dense projector, or a file holds something else too.
+    """
+    whole = path.is_dir()
+    projector, others = {}, []
+    for name, value in find_weights(path).tensors() if whole else read_tensors(path):
+        native = name if name.startswith(PROJECTOR_PREFIX) else published_to_native(name)
+        if native and native.startswith(f"{PROJECTOR_PREFIX}layers."):
+            projector[native] = value
+        else:
+            others.append(name)
+    if not projector or (others and not whole):
+        raise MedPLIBError(f"{path} is no projector: expected model.mm_projector.* in it, got {others[:3]}")
+    published = {native_to_published(name): tuple(value.shape) for name, value in projector.items()}
+    return projector_type({}, {name: shape for name, shape in published.items() if name}), projector
+
+
+def read_language_model(directory: Path) -> tuple[LlamaConfig, dict[str, Tensor], str | None, tuple[str, ...]]:
+    """A LLaMA, Vicuna or LLaVA directory.
+
+    Returns:
+        Its sizes, with the vocabulary as stored; decoder, ``lm_head`` and projector tensors under our full names;
+        ``mm_projector_type`` of those, None without a projector; contradictions found.
+
+    Raises:
+        MedPLIBError: it is not one, or holds tensors that belong to none of them.
+    """
+    settings = read_settings(directory)
+    notes: list[str] = []
+    weights = find_weights(directory)
+    stored = {name: value for name, value in weights.tensors() if not is_empty_buffer(name)}
+    shapes = {name: tuple(value.shape) for name, value in stored.items()}
+    with understanding(str(directory / "config.json"), "fetch it again"):
+        config = text_config(settings, shapes, notes)
+    state: dict[str, Tensor] = {}
+    unknown = []
+    for name, value in stored.items():
+        native = published_to_native(name)
+        if native is None or not native.startswith(("lm_head.", "model.decoder.", PROJECTOR_PREFIX, CLIP_PREFIX)):
+            unknown.append(name)
+        else:
+            state[native] = value
+    if unknown or _EMBEDDING not in state:
+        what = f"{unknown[0]} in it" if unknown else "no model.embed_tokens.weight in it"
+        raise MedPLIBError(f"{directory} is no LLaMA or LLaVA directory: {what}; give one, or load it as a checkpoint")
+    state.setdefault(_HEAD, state[_EMBEDDING])  # tied
+    has_projector = any(name.startswith(PROJECTOR_PREFIX) for name in state)
+    return config, state, projector_type(settings, shapes) if has_projector else None, (*weights.notes, *notes)
+
+
+def find_vision_tower(named: str | None, directory: Path) -> Path | None:
+    """The CLIP directory that a config.json names, if it is here: as named, beside the checkpoint, in the working
+    directory or in the Hugging Face cache. Often it is a path of the authors' machine, so its last part is tried too.
+    """
+    if not named:
+        return None
+    places = [directory, directory.parent, Path.cwd()]
+    candidates = [Path(named), *(place / name for name in (named, Path(named).name) for place in places)]
+    for path in map(resolve, candidates):
+        with suppress(OSError, ValueError):  # a folder that may not be entered, such as the authors' home
+            if path != directory and (path / "config.json").is_file():
+                return path
+    return None
+
+
+def clip_difference(config: CLIPVisionConfig, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """How a CLIP directory's sizes differ from a published checkpoint's own CLIP tensors; None if they do not."""
+    if not any(name.startswith("model.vision_tower.") for name in shapes):
+        return None
+    stored = clip_config_from_shapes(shapes)
+    for name in ("hidden_size", "num_hidden_layers", "image_size", "patch_size", "intermediate_size"):
+        if getattr(stored, name) != getattr(config, name):
+            return f"its {name} is {getattr(config, name)}, that of the checkpoint's weights {getattr(stored, name)}"
+    return None
