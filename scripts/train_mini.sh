@@ -3,7 +3,7 @@
 #   bash scripts/train_mini.sh
 #   MEDPLIB_RUNS   folder of everything that is made (default runs); what is already there is not made again
 #   MINI_UNTIL     data, towers or joint stops after that step
-# Two CPU cores, 12 GB of memory and disk; docs/mini.md states the hours. Started again, it goes on where it ended.
+# Two CPU cores, 12 GB of memory and disk; the model card states the hours. Started again, it goes on where it ended.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -51,3 +51,16 @@ pretrain base base/config.json
 [ "${MINI_UNTIL:-}" != towers ] || exit 0
 
 train configs/mini/joint.yaml joint
+[ "${MINI_UNTIL:-}" != joint ] || exit 0
+
+# The last, short stage, from three seeds: the first is the model, all of them give the spread of its figures.
+for seed in 0 1 2; do
+  train configs/mini/joint.yaml "last$seed" model.base="$mini/joint/merged" seed="$seed" schedule.max_steps=300 \
+    optimiser.lr=1.5e-4 validation.every=300
+  [ -e "$mini/eval/$seed/report.json" ] ||
+    medplib eval "$mini/last$seed" "$mini/mix" --split test --out "$mini/eval/$seed"
+done
+[ -e "$mini/medplib-mini/config.json" ] || medplib export "$mini/last0" "$mini/medplib-mini" --dtype float16
+python scripts/mini_report.py --mini "$mini" --out "$mini/report.json" "$mini"/eval/[012]
+python scripts/nano_report.py --data "$mini/data/phantoms/test" --train "$mini/data/phantoms/validation" \
+  --out "$mini/phantoms.json" mini="$mini/medplib-mini"

@@ -50,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     if options.on_bad_record:
         options.overrides.append(f"data.on_bad_record={options.on_bad_record}")
-    _set_up_logging()
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    first = os.environ.get("RANK", "0") == "0"  # whose messages are shown; others only warn
+    logging.getLogger("model").setLevel(logging.INFO if first else logging.WARNING)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # for the developers of the libraries
     try:
         return _train(options)
     except MedPLIBError as error:
@@ -61,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{where}{error.strerror or error}; mend that and go on with --resume\n")
         return 2
     except RuntimeError as error:
-        from model.train.feeding import short_of_shared_memory
+        from model.train.datasets import short_of_shared_memory
         from model.train.run_record import has_lost_ranks, told_as_lost
 
         if short := short_of_shared_memory(error):
@@ -103,15 +107,6 @@ def _train(options: argparse.Namespace) -> int:
             sys.stderr.write(f"{stopped.message}\n")
         return int(str(stopped.code))
     return 0
-
-
-def _set_up_logging() -> None:
-    """Messages of rank 0 at INFO; other ranks only warn."""
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("model").setLevel(logging.INFO if first else logging.WARNING)
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # for the developers of the libraries
 
 
 if __name__ == "__main__":

@@ -174,23 +174,17 @@ def fitted_weights(labels: Mapping[str, Sequence[str]], shares: Mapping[str, Map
         ]
         if max(float(np.abs(miss).max()) for miss in misses) < _TOLERANCE / 1000:
             break
-    _refuse_missed(list(shares), names, targets, misses)
-    return (weights / sizes)[np.reshape(cell_of, -1)] / weights.sum()
-
-
-def _refuse_missed(
-    kinds: Sequence[str], names: Mapping[str, np.ndarray], targets: Sequence[np.ndarray], misses: Sequence[np.ndarray]
-) -> None:
+    kinds = list(shares)
     worst = int(np.argmax([miss.max() for miss in misses]))
     label = int(misses[worst].argmax())
-    miss, target = float(misses[worst][label]), float(targets[worst][label])
-    if miss < _TOLERANCE:
-        return
-    told = " and ".join("data.shares" if kind == "file" else f"data.{kind}_shares" for kind in kinds)
-    raise MedPLIBError(
-        f"{told} contradict each other for these records: {kinds[worst]} {names[kinds[worst]][label]} is to have "
-        f"{target:.1%} of the draws and would get {target - miss:.1%}; loosen one of them"
-    )
+    short, wanted = float(misses[worst][label]), float(targets[worst][label])
+    if short >= _TOLERANCE:
+        told = " and ".join("data.shares" if kind == "file" else f"data.{kind}_shares" for kind in kinds)
+        raise MedPLIBError(
+            f"{told} contradict each other for these records: {kinds[worst]} {names[kinds[worst]][label]} is to have "
+            f"{wanted:.1%} of the draws and would get {wanted - short:.1%}; loosen one of them"
+        )
+    return (weights / sizes)[np.reshape(cell_of, -1)] / weights.sum()
 
 
 def labels_of(dataset: MixedDataset) -> dict[str, list[str]]:

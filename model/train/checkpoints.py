@@ -1,7 +1,10 @@
-"""Checkpoints to resume from: weights that learn, optimiser, data order and random numbers; the newest few are kept."""
+"""Checkpoints to resume from (weights that learn, optimiser, data order, random numbers), and the network that a run
+ends with (LoRA merged, native names, on rank 0).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,6 +13,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from model.checkpoint import merge_lora
+from model.checkpoint.loading import finish, init_empty
+from model.checkpoint.lora import merge_lora_state
 from model.errors import MedPLIBError
-from model.train.durable import (
-    MANIFEST,
-    damage,
-    disk_faults,
-    facts_of,
-    file_names,
-    read_manifest,
-    sync_folder,
-    sync_tree,
-    write_through,
-)
+from model.modeling.configuration import MedPLIBConfig
+from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.processor import MedPLIBProcessor
 from model.train.engine import TrainingEngine
 from model.train.process import Process
+from model.train.recipe import Recipe
+from model.train.recipe_io import RECIPE_FILE, load_recipe
+from model.train.run_record import disk_faults, read_record, sync, write_through
+from model.train.starting import starting_network
+from model.train.trainable import is_quantised, merge_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,8 @@ FOLDER = "checkpoints"
 """Folder inside a run that holds them, one ``step_…`` folder each."""
 _STEP = re.compile(r"step_(\d+)")
 WEIGHTS = "trainable.safetensors"
+MANIFEST = "manifest.json"
+"""File of a checkpoint that lists its other files with ``bytes`` and ``sha256``."""
 _PROGRESS = "progress.json"
 
 
@@ -64,18 +71,24 @@ def save_checkpoint(
     with disk_faults(f"the checkpoint of step {step} in {final.parent} (newest whole one there: {kept})"):
         try:
             if process.is_first:
-                remove_leftovers(run_folder)
+                for left in (run_folder / FOLDER).glob("step_*.*"):  # half done when the run was killed, or damaged
+                    shutil.rmtree(left)
                 partial.mkdir(parents=True)
             process.barrier()
             _write(engine, partial, {**progress, "world_size": process.world_size})
         except Exception:
             with suppress(OSError):
-                for path in file_names(partial):  # a writer that failed may hold its file open, removed or not
+                for path in _file_names(partial):  # a writer that failed may hold its file open, removed or not
                     os.truncate(partial / path, 0)
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if process.is_first:
-            _put_in_place(partial, final)
+            replaced = final.with_suffix(".replaced")
+            if final.exists():
+                final.rename(replaced)
+            partial.rename(final)
+            sync(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
             rotate(run_folder, keep, best)
     process.barrier()
     return final
@@ -90,43 +103,36 @@ def _write(engine: TrainingEngine, folder: Path, progress: Mapping[str, Any]) ->
         save_file({name: value.contiguous().cpu() for name, value in weights.items()}, folder / WEIGHTS)
         (folder / _PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
     process.barrier()
-    own = facts_of(folder, file_names(folder)[process.rank :: process.world_size])
+    own: dict[str, Any] = {}
+    for name in _file_names(folder)[process.rank :: process.world_size]:
+        with (folder / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        own[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
     files = {name: facts for part in process.gather(own) for name, facts in part.items()}
     if process.is_first:
         write_through(folder / MANIFEST, {"files": dict(sorted(files.items()))})
-        sync_tree(folder)
+        sync(folder, *folder.rglob("*"))
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
-    replaced = final.with_suffix(".replaced")
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _file_names(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative to it and sorted; the manifest is left out."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != MANIFEST)
 
 
 def rotate(run_folder: Path, keep: int, best: int | None = None) -> None:
     """Remove all but the newest ``keep``, the newest that followed a good step, and that of step ``best``."""
     found = list_checkpoints(run_folder)
     staying = {*found[-keep:], *(path for path in found if step_of(path) == best)}
-    staying.update(next(([path] for path in reversed(found) if _followed_a_good_step(path)), []))
+    for path in reversed(found):
+        with suppress(MedPLIBError):
+            if not read_progress(path).get("bad_steps", {}).get("in_a_row"):
+                staying.add(path)
+                break
     for old in found:
         if old not in staying:
             shutil.rmtree(old.rename(old.with_suffix(".removed")))
-
-
-def _followed_a_good_step(folder: Path) -> bool:
-    try:
-        return not read_progress(folder).get("bad_steps", {}).get("in_a_row")
-    except MedPLIBError:
-        return False
-
-
-def remove_leftovers(run_folder: Path) -> None:
-    """Remove what a run left half done that was killed while it saved, or that is damaged."""
-    for path in (run_folder / FOLDER).glob("step_*.*"):
-        shutil.rmtree(path)
 
 
 def find_whole_checkpoint(run_folder: Path, process: Process) -> Path | None:
@@ -165,19 +171,36 @@ def _put_aside(damaged: Sequence[Path]) -> None:
 def _fault(folder: Path, process: Process) -> str:
     """What is wrong with a checkpoint, the same on every rank; each rank reads its share of the files."""
     try:
-        files = process.on_first(partial(_files_to_check, folder))
+        files = process.on_first(partial(read_manifest, folder))
     except (OSError, MedPLIBError) as error:  # on every rank
         return str(error)
     own = damage(folder, dict(list(files.items())[process.rank :: process.world_size]))
     return next(filter(None, process.gather(own)), "")
 
 
-def _files_to_check(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint's manifest lists; nothing for one of an older version, which has no manifest."""
     read_progress(folder)
+    path = folder / MANIFEST
     try:
-        return read_manifest(folder)
+        return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
     except (ValueError, KeyError, TypeError) as error:
-        raise MedPLIBError(f"{folder / MANIFEST} is no list of files: {error}") from None
+        raise MedPLIBError(f"{path} is no list of files: {error}") from None
+
+
+def damage(folder: Path, facts: dict[str, dict[str, Any]]) -> str:
+    """What is wrong with the first of these files that is not as the manifest says; empty where all are."""
+    for name, expected in facts.items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            with (folder / name).open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} holds other bytes than were written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+    return ""
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -208,7 +231,7 @@ def load_checkpoint(engine: TrainingEngine, folder: Path) -> dict[str, Any]:
     return progress
 
 
-def load_trainable(network: torch.nn.Module, folder: Path) -> None:
+def load_trainable(network: nn.Module, folder: Path) -> None:
     """Lay a checkpoint's learnt weights over a network that was set up by the same recipe.
 
     Raises:
@@ -262,3 +285,79 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+# --- the network that a run ends with ---------------------------------------------------------------------------------
+
+
+def shares_weights(recipe: Recipe) -> bool:
+    """Whether a rank's network holds only a share of the weights."""
+    return recipe.engine.kind == "deepspeed" and (recipe.engine.zero_stage == 3 or recipe.engine.expert_parallel > 1)
+
+
+def merged_network(
+    engine: TrainingEngine, config: MedPLIBConfig, recipe: Recipe, checkpoint: Path | None = None
+) -> MedPLIBForCausalLM | None:
+    """The trained network without LoRA on rank 0, None elsewhere. Called by every rank.
+
+    Where ranks share weights out it is a copy; elsewhere it is the engine's network, which cannot train any more.
+
+    Args:
+        engine, config, recipe: of the run.
+        checkpoint: one of the run's, whose learnt weights are taken instead of the engine's.
+    """
+    if shares_weights(recipe):
+        state = engine.gather(trainable_only=False)
+        if not engine.process.is_first:
+            return None
+        if checkpoint is not None:
+            state |= load_file(checkpoint / WEIGHTS)
+        scaling = recipe.lora.alpha / recipe.lora.rank if recipe.lora.rank else 1.0
+        return finish(init_empty(config), merge_lora_state(state, scaling))
+    if not engine.process.is_first:
+        return None
+    if checkpoint is not None:
+        load_trainable(engine.network, checkpoint)
+    return _merged(engine.network)
+
+
+def network_of_run(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
+    """The merged network of an unfinished run, see ``unmerged_network``."""
+    network, processor, _ = unmerged_network(folder)
+    return _merged(network), processor
+
+
+def unmerged_network(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, Recipe]:
+    """The network of a run with its LoRA apart, from the checkpoint that ``merged/`` is of, or else the newest.
+
+    Args:
+        folder: a run folder, or one ``step_…`` folder of its checkpoints.
+
+    Returns:
+        The network, its processor, and the recipe of the run.
+
+    Raises:
+        MedPLIBError: there is no checkpoint, or its starting points are gone.
+    """
+    run_folder = folder.parent.parent if folder.parent.name == FOLDER else folder
+    checkpoint = folder if run_folder is not folder else next(reversed(list_checkpoints(folder)), None)
+    best = (read_record(folder).get("merged") or {}).get("step")
+    if best is not None and checkpoint_of(folder, best) in list_checkpoints(folder):
+        checkpoint = checkpoint_of(folder, best)
+    if checkpoint is None or not (run_folder / RECIPE_FILE).is_file():
+        raise MedPLIBError(f"{folder} holds no training checkpoint; expected {RECIPE_FILE} and {FOLDER}/step_…")
+    recipe = load_recipe(run_folder / RECIPE_FILE)
+    engine = replace(recipe.engine, attention="sdpa")  # merging needs no attention, and may happen without a GPU
+    network, processor = starting_network(replace(recipe, engine=engine))
+    load_trainable(network, checkpoint)
+    return network, processor, recipe
+
+
+def _merged(network: nn.Module) -> MedPLIBForCausalLM:
+    if is_quantised(network):
+        merge_quantised(network)
+        network.to("cpu")
+    plain = merge_lora(network)
+    assert isinstance(plain, MedPLIBForCausalLM)
+    plain.eval().requires_grad_(False)
+    return plain

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +77,8 @@ class BadSteps:
         )
 
 
-class TrainingEngine(ABC):
-    """Forward, backward and update of one network.
+class TrainingEngine:
+    """Forward, backward and update of one network by plain PyTorch in one process: float32 weights, autocast for bf16.
 
     Args:
         network: the network with its trainable parameters marked.
@@ -90,59 +89,30 @@ class TrainingEngine(ABC):
 
     def __init__(self, network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> None:
         self.network, self.recipe, self.process, self.factor = network, recipe, process, factor
+        self._set_up()
 
-    @abstractmethod
+    def _set_up(self) -> None:
+        self.network.to(self.process.device)
+        self.optimiser = make_optimiser(self.network, self.recipe)
+        self.schedule = LambdaLR(self.optimiser, self.factor)
+
     def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
         """The network's output for a collated batch (moved to the device first)."""
-
-    @abstractmethod
-    def accumulate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; returns ``loss`` and its parts, detached scalars."""
-
-    @abstractmethod
-    def step(self) -> StepResult:
-        """Update the weights from what was accumulated, or drop it on all ranks where it is not finite on one."""
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write what ``load`` needs; called by every rank."""
-
-    @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Take up weights, optimiser and learning rate of ``save``; called by every rank."""
-
-    @abstractmethod
-    def gather(self, trainable_only: bool) -> dict[str, Tensor]:
-        """Whole weights by name, on rank 0 (others get an empty mapping); called by every rank."""
-
-    def move(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch on this device, its images in the type of the weights."""
-        dtype = next(self.network.parameters()).dtype
-        moved = {name: _to(value, self.process.device) for name, value in batch.items()}
-        for name in _IMAGES:
-            if isinstance(moved.get(name), Tensor):
-                moved[name] = moved[name].to(dtype)
-        return moved
-
-
-class TorchEngine(TrainingEngine):
-    """Plain PyTorch in one process: float32 weights, autocast where the recipe says bf16."""
-
-    def __init__(self, network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> None:
-        super().__init__(network.to(process.device), recipe, process, factor)
-        self.optimiser = make_optimiser(network, recipe, process)
-        self.schedule = LambdaLR(self.optimiser, factor)
-
-    def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
         with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16"):
             return self.network(**self.move(batch), **options)
 
     def accumulate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; returns ``loss`` and its parts, detached scalars."""
         output = self.forward(batch)
-        (_marked(output.loss) / self.recipe.schedule.accumulation).backward()
-        return _detached(output)
+        # A loss that is not finite gets gradients that are not, which no engine overlooks.
+        self._backward(output.loss * torch.where(output.loss.detach().isfinite(), 1.0, math.nan).to(output.loss.dtype))
+        return {"loss": output.loss.detach(), **{name: value.detach() for name, value in output.losses.items()}}
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss / self.recipe.schedule.accumulation).backward()
 
     def step(self) -> StepResult:
+        """Update the weights from what was accumulated, or drop it on all ranks where it is not finite on one."""
         clip = self.recipe.optimiser.clip or float("inf")
         norm = torch.as_tensor(nn.utils.clip_grad_norm_(trainable_parameters(self.network), clip)).item()
         lr = float(self.schedule.get_last_lr()[0])
@@ -153,11 +123,13 @@ class TorchEngine(TrainingEngine):
         return StepResult(lr, norm, self.optimiser.overflow)
 
     def save(self, folder: Path) -> None:
-        weights = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+        """Write what ``load`` needs; called by every rank."""
+        weights = _state(self.network, trainable_only=True)
         state = {"optimiser": self.optimiser.state_dict(), "step": self.schedule.last_epoch, "weights": weights}
         torch.save(state, folder / "torch.pt")
 
     def load(self, folder: Path) -> None:
+        """Take up weights, optimiser and learning rate of ``save``; called by every rank."""
         path = folder / "torch.pt"
         if not path.is_file():
             raise MedPLIBError(
@@ -170,18 +142,30 @@ class TorchEngine(TrainingEngine):
         _set_rate(self.schedule, self.factor)
 
     def gather(self, trainable_only: bool) -> dict[str, Tensor]:
+        """Whole weights by name, on rank 0 (others get an empty mapping); called by every rank."""
         return _state(self.network, trainable_only)
+
+    def move(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch on this device, its images in the type of the weights."""
+        dtype = next(self.network.parameters()).dtype
+        moved = {name: _to(value, self.process.device) for name, value in batch.items()}
+        for name in _IMAGES:
+            if isinstance(moved.get(name), Tensor):
+                moved[name] = moved[name].to(dtype)
+        return moved
 
 
 class DeepSpeedEngine(TrainingEngine):
     """DeepSpeed with ZeRO 0 to 3, on CUDA (nccl) or CPU (gloo); ``process.join`` comes first."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> None:
-        super().__init__(network, recipe, process, factor)
+    def _set_up(self) -> None:
         import deepspeed
 
-        if recipe.engine.zero_stage == 3:
-            _keep_towers_in_step(network)
+        network, recipe, process = self.network, self.recipe, self.process
+        if recipe.engine.zero_stage == 3:  # its weights are gathered by all ranks together, so all run the towers
+            for module in network.modules():
+                if hasattr(module, "always_encode"):
+                    module.always_encode = True  # type: ignore[assignment]
         self._shares_experts = recipe.engine.expert_parallel > 1
         if self._shares_experts:
             from model.train.expert_parallel import share_experts
@@ -189,14 +173,18 @@ class DeepSpeedEngine(TrainingEngine):
             share_experts(network, recipe.engine.expert_parallel)
         config = deepspeed_config(recipe)
         if recipe.engine.zero_stage == 3:
-            _share_out(network, config, process.device)
+            # DeepSpeed by itself would first move the whole network, and ZeRO-3 is chosen because that does not fit.
+            # This leaves each rank its share of every weight, one weight at a time; buffers stay whole.
+            deepspeed.zero.Init(module=network, config_dict_or_path=config)
+            for buffer in network.buffers():
+                buffer.data = buffer.to(process.device)
         else:
             network.to(process.device)
         self.engine, *_ = deepspeed.initialize(
             model=network,
             model_parameters=trainable_parameters(network),
-            optimizer=(optimiser := make_optimiser(network, recipe, process)),
-            lr_scheduler=lambda optimiser: LambdaLR(optimiser, factor),
+            optimizer=(optimiser := make_optimiser(network, recipe)),
+            lr_scheduler=lambda optimiser: LambdaLR(optimiser, self.factor),
             config=config,
             dist_init_required=False,
         )
@@ -210,15 +198,17 @@ class DeepSpeedEngine(TrainingEngine):
     def accumulate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         if self._between:
             self.engine.step()  # DeepSpeed counts micro-batches by its own step()
-        output = self.forward(batch)
-        self.engine.backward(_marked(output.loss))
+        return super().accumulate(batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
         self._between = True
-        return _detached(output)
 
     def step(self) -> StepResult:
         lr = self.engine.get_lr()[0]
         if self._unguarded is not None:
-            bad = torch.tensor(float(not _gradients_are_finite(self.network)))
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            bad = torch.tensor(float(not nn.utils.get_total_norm(gradients).isfinite()))
             self._unguarded.overflow = bool(self.process.sum(bad) > 0)
         self.engine.step()
         self._between = False
@@ -247,7 +237,11 @@ class DeepSpeedEngine(TrainingEngine):
     def gather(self, trainable_only: bool) -> dict[str, Tensor]:
         if self.recipe.engine.zero_stage < 3:
             mine = _state(self.network, trainable_only) if self.process.is_first else {}
-            return mine | self._experts_elsewhere(trainable_only)
+            if self._shares_experts:
+                from model.train.expert_parallel import experts_elsewhere
+
+                mine |= experts_elsewhere(self.network, trainable_only)
+            return mine
         import deepspeed
 
         whole: dict[str, Tensor] = {}
@@ -262,36 +256,10 @@ class DeepSpeedEngine(TrainingEngine):
             whole |= {name: value.cpu() for name, value in self.network.named_buffers() if name in kept}
         return whole
 
-    def _experts_elsewhere(self, trainable_only: bool) -> dict[str, Tensor]:
-        if not self._shares_experts:
-            return {}
-        from model.train.expert_parallel import experts_elsewhere
-
-        return experts_elsewhere(self.network, trainable_only)
-
-
-def _keep_towers_in_step(network: nn.Module) -> None:
-    """Run the towers on every rank, images or not: with ZeRO-3 their weights are gathered by all ranks together."""
-    for module in network.modules():
-        if hasattr(module, "always_encode"):
-            module.always_encode = True  # type: ignore[assignment]
-
-
-def _share_out(network: nn.Module, config: dict[str, Any], device: torch.device) -> None:
-    """Leave this rank its share of every weight, one weight at a time; buffers stay whole.
-
-    DeepSpeed by itself would first move the whole network, which ZeRO-3 is chosen for because it does not fit.
-    """
-    import deepspeed
-
-    deepspeed.zero.Init(module=network, config_dict_or_path=config)
-    for buffer in network.buffers():
-        buffer.data = buffer.to(device)
-
 
 def make_engine(network: nn.Module, recipe: Recipe, process: Process, factor: Callable[[int], float]) -> TrainingEngine:
     """The engine that the recipe names, around a network whose trainable parameters are marked."""
-    kind = DeepSpeedEngine if recipe.engine.kind == "deepspeed" else TorchEngine
+    kind = DeepSpeedEngine if recipe.engine.kind == "deepspeed" else TrainingEngine
     return kind(network, recipe, process, factor)
 
 
@@ -349,7 +317,7 @@ class SkippingAdamW(torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
-def make_optimiser(network: nn.Module, recipe: Recipe, process: Process) -> SkippingAdamW:
+def make_optimiser(network: nn.Module, recipe: Recipe) -> SkippingAdamW:
     """AdamW over the trainable parameters, LoRA matrices in a group of their own."""
     lora: list[nn.Parameter] = []
     full: list[nn.Parameter] = []
@@ -385,23 +353,10 @@ def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def _marked(loss: Tensor) -> Tensor:
-    """The same loss; one that is not finite gets gradients that are not, which no engine overlooks."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss.dtype)
-
-
-def _gradients_are_finite(network: nn.Module) -> bool:
-    return bool(nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None]).isfinite())
-
-
 def _state(network: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
     if not trainable_only:
         return network.state_dict()
     return {name: value.detach() for name, value in network.named_parameters() if value.requires_grad}
-
-
-def _detached(output: Any) -> dict[str, Tensor]:
-    return {"loss": output.loss.detach(), **{name: value.detach() for name, value in output.losses.items()}}
 
 
 def _to(value: Any, device: torch.device) -> Any:

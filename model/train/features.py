@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from model.data.dataset import MixedDataset
 from model.data.features import CachedFeatures, FeatureStore
 from model.data.image_io import read_image
-from model.data.progress import record_bar
+from model.data.validate import record_bar
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.images import Size
@@ -84,7 +83,7 @@ def _towers(
     recipe: Recipe, network: MedPLIBForCausalLM, processor: MedPLIBProcessor, process: Process
 ) -> dict[str, _Tower]:
     folder, settings, tower = Path(recipe.data.feature_cache), asdict(processor.settings), network.model.vision_tower
-    halved = recipe.engine.kind == "torch" and recipe.engine.precision == "bf16"  # as TorchEngine computes
+    halved = recipe.engine.kind == "torch" and recipe.engine.precision == "bf16"  # as TrainingEngine computes
 
     def make(name: str, module: nn.Module, encode: Callable[[Tensor], Tensor], told: Mapping[str, Any]) -> _Tower:
         @torch.no_grad()
@@ -189,10 +188,9 @@ class _Pixels(Dataset):
             image = read_image(path)
         except (MedPLIBError, OSError) as error:
             return str(error)
-        return path, image.size, {name: self._input(name, image.pixels) for name in names}
-
-    def _input(self, tower: str, pixels: np.ndarray) -> Tensor:
-        return self.processor.clip_input(pixels) if tower == "clip" else self.processor.sam_input(pixels)[0]
+        pixels, processor = image.pixels, self.processor
+        inputs = {n: processor.clip_input(pixels) if n == "clip" else processor.sam_input(pixels)[0] for n in names}
+        return path, image.size, inputs
 
 
 def _fill(

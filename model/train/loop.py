@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from model.checkpoint import export_published, save
+from model.data.lengths import LengthCheck, real_tokens
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
@@ -24,6 +27,7 @@ from model.train.checkpoints import (
     find_whole_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    merged_network,
     random_state,
     read_progress,
     restore_random_state,
@@ -31,20 +35,23 @@ from model.train.checkpoints import (
     save_checkpoint,
     step_of,
 )
-from model.train.datasets import item_lengths, open_dataset, pack_conversations
-from model.train.durable import disk_faults, sync_tree
+from model.train.datasets import (
+    check_unchanged,
+    fingerprint,
+    in_shared_memory,
+    open_dataset,
+    save_marks,
+    taken_from,
+)
 from model.train.engine import BadSteps, StepResult, make_engine
 from model.train.features import cached_features
-from model.train.feeding import Feed, in_shared_memory, taken_from
-from model.train.fingerprint import Fingerprint, check_unchanged, fingerprint, save_marks
-from model.train.handover import merged_network, remove_half_merged
 from model.train.journal import VALIDATION_FILE, Journal, read_rows
 from model.train.meters import Meters
 from model.train.process import join, leave, resolved
 from model.train.readiness import check_room, check_start
 from model.train.recipe import Recipe
 from model.train.recipe_io import save_recipe
-from model.train.run_record import RunRecord, status_of
+from model.train.run_record import RunRecord, disk_faults, status_of, sync
 from model.train.signals import HEEDED, RunStopped, StopRequest, leave_signals_to_the_parent
 from model.train.stages import STAGE_NAMES, rate_factor, schedule_notes, total_steps
 from model.train.starting import starting_network
@@ -110,8 +117,11 @@ class Trainer:
         shown = self.process.is_first and self.recipe.logging.progress
         self.dataset = open_dataset(self.recipe, self.processor, training=True, shown=shown)
         weights = draw_weights(self.dataset, data)
-        pack_conversations(self.recipe, self.dataset, self.processor, weights)
-        lengths = item_lengths(self.recipe, self.dataset, self.config)
+        shared = LengthCheck.of(self.processor).shared
+        self.dataset.pack(data.conversation_turns, weights, self.processor.settings.max_length, shared)
+        lengths = np.zeros(len(self.dataset), np.int64)
+        if data.group_by_length:
+            lengths = self.dataset.tokens + self.dataset.images * (self.config.visual_tokens - 1)
         self.sampler = ResumableSampler(
             lengths,
             seed=self.recipe.seed,
@@ -144,12 +154,9 @@ class Trainer:
         if found is None:
             logger.info("no checkpoint to resume from in %s; starting anew", self.recipe.folder)
         elif not allow_changed_data:
-            self.process.on_first(lambda: self._check_data(found))
+            data, folder = self.dataset.datasets, self.recipe.folder
+            self.process.on_first(lambda: check_unchanged(read_progress(found).get("data", {}), data, folder))
         return found
-
-    def _check_data(self, checkpoint: Path) -> None:
-        saved: Fingerprint = read_progress(checkpoint).get("data", {})
-        check_unchanged(saved, self.dataset.datasets, self.recipe.folder)
 
     def _take_up(self, checkpoint: Path) -> None:
         progress = load_checkpoint(self.engine, checkpoint)
@@ -164,21 +171,19 @@ class Trainer:
 
     def _begin_record(self) -> None:
         """Make the run folder tell what goes on in it."""
-        folder, process = self.recipe.folder, self.process
-        with disk_faults(f"the run folder {folder}"):
-            process.on_first(self._open_record)
-            self.journal = Journal(
-                folder, self.recipe.logging, self.total_steps, self.step_number, writes=process.is_first
-            )
+        folder, process, step = self.recipe.folder, self.process, self.step_number
 
-    def _open_record(self) -> None:
-        folder = self.recipe.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.record = RunRecord(folder, self.recipe.stage)
-        self._former_total = int(self.record.content.get("total_steps") or 0) if self.step_number else 0
-        save_recipe(self.recipe, folder)
-        save_marks(self.dataset.datasets, folder)
-        self.record.begin(self.process.world_size, self.step_number, self.total_steps, self.data)
+        def begin() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.record = RunRecord(folder, self.recipe.stage)
+            self._former_total = int(self.record.content.get("total_steps") or 0) if step else 0
+            save_recipe(self.recipe, folder)
+            save_marks(self.dataset.datasets, folder)
+            self.record.begin(process.world_size, step, self.total_steps, self.data)
+
+        with disk_faults(f"the run folder {folder}"):
+            process.on_first(begin)
+            self.journal = Journal(folder, self.recipe.logging, self.total_steps, step, writes=process.is_first)
 
     def _check_best(self) -> None:
         assert self.validator is not None
@@ -236,7 +241,11 @@ class Trainer:
             RunStopped: after SIGTERM, SIGUSR1 or Ctrl-C; what was done is saved and can be resumed.
             MedPLIBError: too many steps were not finite, or the disk is full.
         """
-        if self._lacks_validation():
+        journal = self.journal
+        assert journal is not None
+        # A run may have been ended between the newest checkpoint and the validation of its step.
+        due = self.step_number > 0 and self.is_due(self.recipe.validation.every)
+        if due and self.process.on_first(lambda: journal.last_validation) < self.step_number:
             self.validate()
         while self.step_number < self.total_steps and not self.is_out_of_patience():
             self.train_step()
@@ -255,9 +264,13 @@ class Trainer:
         """One optimiser step over ``accumulation`` micro-batches."""
         begun = time.perf_counter()
         parts: dict[str, torch.Tensor] = {}
-        feed = Feed(self.config.visual_tokens)
+        feed = torch.zeros(3, dtype=torch.float64)  # seconds that data were waited for, tokens, tokens with padding
         for _ in range(self.recipe.schedule.accumulation):
-            for name, value in self.engine.accumulate(feed.take(self.next_batch)).items():
+            asked = time.perf_counter()
+            batch = self.next_batch()
+            waited = time.perf_counter() - asked
+            feed += torch.tensor([waited, *real_tokens(batch, self.config.visual_tokens)], dtype=torch.float64)
+            for name, value in self.engine.accumulate(batch).items():
                 parts[name] = parts.get(name, 0.0) + value.float()
         result = self.engine.step()
         self.step_number += 1
@@ -291,7 +304,7 @@ class Trainer:
             generator=torch.Generator(),  # the loader's own draws must not move the global random numbers
         )
 
-    def _note(self, parts: dict[str, torch.Tensor], result: StepResult, feed: Feed, seconds: float) -> None:
+    def _note(self, parts: dict[str, torch.Tensor], result: StepResult, feed: torch.Tensor, seconds: float) -> None:
         """Report the step: losses are means over its micro-batches and ranks."""
         assert self.journal is not None
         total = self.process.sum(torch.stack(list(parts.values())))
@@ -299,7 +312,9 @@ class Trainer:
         row: dict[str, Any] = {"step": self.step_number, **dict(zip(parts, means.tolist(), strict=True))}
         row |= {"lr": result.lr, "grad_norm": result.grad_norm, "epoch": self.step_number / self.steps_per_epoch}
         row |= {"seconds": seconds, "samples_per_s": self._samples_per_step / seconds}
-        row |= feed.report(self.process, seconds)
+        waited, real, padded = self.process.sum(feed).tolist()
+        row |= {"data_seconds": waited / self.process.world_size, "padding": 1 - real / padded}
+        row["tokens_per_s"] = real / seconds
         last = self.step_number == self.total_steps
         row |= self.meters.step(self.process, self.step_number, last)
         first = self.bad_steps.note(skipped=result.skipped)
@@ -361,13 +376,6 @@ class Trainer:
                 self.save()  # so a resumed run never begins before its best checkpoint
             self.process.on_first(lambda: rotate(self.recipe.folder, self.recipe.saving.keep, self.step_number))
 
-    def _lacks_validation(self) -> bool:
-        """Whether the run was ended between the newest checkpoint and the validation of its step."""
-        journal = self.journal
-        assert journal is not None
-        due = self.step_number > 0 and self.is_due(self.recipe.validation.every)
-        return due and self.process.on_first(lambda: journal.last_validation) < self.step_number
-
     def save(self) -> None:
         """Write a checkpoint to resume from."""
         assert self.journal is not None
@@ -414,12 +422,14 @@ class Trainer:
         shortened = self._noted(self.dataset.shortened)
         network = merged_network(self.engine, self.config, self.recipe, checkpoint)
         if network is not None:
-            remove_half_merged(self.recipe.folder)
+            for left in (*self.recipe.folder.glob(".*.partial"), *self.recipe.folder.glob(".*.replaced")):
+                if left.is_dir():  # of a run that was killed while it wrote its result
+                    shutil.rmtree(left)
             with disk_faults(f"the merged result {self.recipe.merged}"):
                 save(network, self.processor, self.recipe.merged)
                 if self.recipe.saving.published:
                     export_published(network, self.processor, self.recipe.folder / "published")
-                sync_tree(self.recipe.merged)
+                sync(self.recipe.merged, *self.recipe.merged.rglob("*"))
             logger.info(
                 "wrote %s; %d records were skipped, %d answers cut off at %d tokens",
                 *(self.recipe.merged, skipped, shortened, self.recipe.data.max_length),

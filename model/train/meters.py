@@ -76,7 +76,8 @@ class Meters:
         with torch.no_grad():
             self._add_losses(output, labels)
             if self.every:
-                self._add_routers(output, labels[0], named)
+                seg = self._config.seg_token_id
+                tally_routers(output, named, seg, labels[0], self._tally, self._projector_tally)
 
     def _add_losses(self, output: MedPLIBOutput, labels: Tensor) -> None:
         losses, rows = output.row_losses, output.mask_rows
@@ -88,17 +89,6 @@ class Meters:
         per_row[:, _MASKS:].index_add_(0, rows, per_mask.t().float())
         for own in labels:  # a row counts for its task and for its modality
             self._step.index_add_(0, own, per_row)
-
-    def _add_routers(self, output: MedPLIBOutput, tasks: Tensor, named: Mapping[str, Any]) -> None:
-        assert output.plan is not None
-        ids, stats = named["input_ids"], output.projector_stats
-        if output.router_stats:
-            kinds = position_kinds(output.plan, ids, named["labels"], self._config.seg_token_id)  # [B, L]
-            groups = torch.where(kinds < 0, -1, tasks[:, None] * len(POSITION_KINDS) + kinds)
-            self._tally.add(output.router_stats, groups.flatten())
-        if stats is not None:
-            rows = image_token_rows(output.plan, ids, len(stats.kept), named.get("visual_kinds"))
-            self._projector_tally.add([stats], tasks[rows])
 
     # --- once a step --------------------------------------------------------------------------------------------------
 
@@ -135,28 +125,22 @@ class Meters:
         layers, projector = (_taken(tally, process) for tally in (self._tally, self._projector_tally))
         if layers is None and projector is None:
             return None
-        row = {"step": step, "steps": self._window_steps, "layers": list(self._config.moe.layers)}
+        row: dict[str, Any] = {"step": step, "steps": self._window_steps, "layers": list(self._config.moe.layers)}
         self._window_steps = 0
-        row |= {"kinds": {}, "tasks": {}} if layers is None else self._layer_shares(layers)
+        row |= {"kinds": {}, "tasks": {}}
+        tasks, kinds = range(len(self.tasks)), len(POSITION_KINDS)
+        if layers is not None:
+            experts = self._config.moe.num_experts
+            by_kind = layers.merged([[task * kinds + kind for task in tasks] for kind in range(kinds)])
+            by_task = layers.merged([[task * kinds + kind for kind in range(kinds)] for task in tasks])
+            row["kinds"] = _by_name(by_kind, POSITION_KINDS, experts)
+            row["tasks"] = _by_name(by_task, self.tasks, experts)
         if projector is not None and projector.tokens.any():
-            row["projector"] = self._projector_shares(projector)
+            own = self._config.projector.num_experts
+            found = ((task, projector.numbers_of_one(at, own, _DIGITS)) for at, task in enumerate(self.tasks))
+            row["projector"] = projector.merged([tasks]).numbers_of_one(0, own, _DIGITS)
+            row["projector"]["tasks"] = {task: numbers for task, numbers in found if numbers["tokens"]}
         return row
-
-    def _layer_shares(self, summary: RouterSummary) -> dict[str, Any]:
-        kinds, experts = len(POSITION_KINDS), self._config.moe.num_experts
-        tasks = range(len(self.tasks))
-        by_kind = summary.merged([[task * kinds + kind for task in tasks] for kind in range(kinds)])
-        by_task = summary.merged([[task * kinds + kind for kind in range(kinds)] for task in tasks])
-        return {
-            "kinds": _by_name(by_kind, POSITION_KINDS, experts),
-            "tasks": _by_name(by_task, self.tasks, experts),
-        }
-
-    def _projector_shares(self, summary: RouterSummary) -> dict[str, Any]:
-        experts = self._config.projector.num_experts
-        whole = summary.merged([range(len(self.tasks))]).numbers_of_one(0, experts, _DIGITS)
-        tasks = ((task, summary.numbers_of_one(group, experts, _DIGITS)) for group, task in enumerate(self.tasks))
-        return whole | {"tasks": {task: numbers for task, numbers in tasks if numbers["tokens"]}}
 
     def state_dict(self, process: Process) -> dict[str, Any]:
         """What has come together since the last rows, in plain numbers. Called by every rank."""
@@ -181,6 +165,33 @@ class Meters:
     def is_due(self, step: int, last: bool) -> bool:
         """Whether a row of the coarse interval ends with this step."""
         return bool(self.every) and (last or step % self.every == 0)
+
+
+def tally_routers(
+    output: MedPLIBOutput,
+    inputs: Mapping[str, Any],
+    seg_token_id: int,
+    labels: Tensor,
+    decoder: RouterTally,
+    projector: RouterTally,
+) -> None:
+    """Count what the routers of one pass did.
+
+    Args:
+        output, inputs: of the pass.
+        labels: long [B], a number for each row.
+        decoder: its groups are ``label · kinds + kind of position``.
+        projector: of a mixture in the projector; its groups are the labels.
+    """
+    assert output.plan is not None
+    ids, stats = inputs["input_ids"], output.projector_stats
+    if output.router_stats:
+        kinds = position_kinds(output.plan, ids, inputs["labels"], seg_token_id)  # [B, L]
+        groups = torch.where(kinds < 0, -1, labels[:, None] * len(POSITION_KINDS) + kinds)
+        decoder.add(output.router_stats, groups.flatten())
+    if stats is not None:
+        rows = image_token_rows(output.plan, ids, len(stats.kept), inputs.get("visual_kinds"))
+        projector.add([stats], labels[rows])
 
 
 def _taken(tally: RouterTally, process: Process) -> RouterSummary | None:

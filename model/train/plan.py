@@ -104,8 +104,18 @@ class Planner:
     """
 
     def __init__(self, recipe: Recipe, config: MedPLIBConfig, records: Records) -> None:
+        from model.train.trainable import decoder_linears, is_lora, native_name
+
         self.config, self.records = config, records
-        self.weights = weights_of(planned_network(recipe, config))
+        network = planned_network(recipe, config)
+        quantized = {f"{native_name(f'{name}.')}weight" for name, _ in decoder_linears(network)}
+        self.weights: list[Weight] = []
+        for name, parameter in network.named_parameters():
+            lora, expert = is_lora(name), ".decoder.layers." in name and ".mlp.experts." in name
+            rows = parameter.shape[0] if parameter.dim() else 1
+            few_bits = not lora and native_name(name) in quantized
+            trained = parameter.requires_grad
+            self.weights.append(Weight(name, parameter.numel(), rows, trained, lora, expert, few_bits))
 
     def memory(self, recipe: Recipe, machine: Machine) -> Memory:
         """Bytes of each GPU, node and run folder; what DeepSpeed 0.19 keeps was read off its tensors."""
@@ -292,10 +302,9 @@ def find_sizes(recipe: Recipe, recipe_path: Path, sizes: Path | None = None) -> 
         MedPLIBError: a file that is there does not hold sizes.
     """
     from model.checkpoint.directories import read_settings, resolve
-    from model.checkpoint.opening import is_native
+    from model.checkpoint.pretrained import is_native, read_clip_config
     from model.checkpoint.published_config import NATIVE_SECTION, text_config
     from model.checkpoint.report import understanding
-    from model.checkpoint.starting_points import read_clip_config
     from model.modeling.configuration import MedPLIBConfig
     from model.processing.special_tokens import SPECIAL_TOKENS
     from model.train.starting import read_sizes
@@ -354,7 +363,7 @@ def planned_network(recipe: Recipe, config: MedPLIBConfig) -> MedPLIBForCausalLM
     """
     import torch
 
-    from model.checkpoint.building import empty_network
+    from model.checkpoint.loading import init_empty
     from model.train.starting import mixture_config, projector_config
     from model.train.trainable import add_lora, set_trainable
 
@@ -362,26 +371,11 @@ def planned_network(recipe: Recipe, config: MedPLIBConfig) -> MedPLIBForCausalLM
     if recipe.stage == 4 and not config.moe.enabled:
         config.moe = mixture_config(recipe.mixture, config.text_config.num_hidden_layers)
         config.projector = projector_config(recipe.mixture, config.projector) or config.projector
-    network = empty_network(config)
+    network = init_empty(config)
     with torch.device("meta"):
         add_lora(network, replace(recipe.lora, quantise="none"))  # counted by rule, so nothing need be installed
     set_trainable(network, recipe.trainable)
     return network
-
-
-def weights_of(network: MedPLIBForCausalLM) -> list[Weight]:
-    """Every parameter of a planned network."""
-    from model.train.quantised import decoder_linears
-    from model.train.trainable import is_lora, native_name
-
-    quantized = {f"{native_name(f'{name}.')}weight" for name, _ in decoder_linears(network)}
-    found = []
-    for name, parameter in network.named_parameters():
-        lora, expert = is_lora(name), ".decoder.layers." in name and ".mlp.experts." in name
-        rows = parameter.shape[0] if parameter.dim() else 1
-        few_bits = not lora and native_name(name) in quantized
-        found.append(Weight(name, parameter.numel(), rows, parameter.requires_grad, lora, expert, few_bits))
-    return found
 
 
 def network_problems(recipe: Recipe, recipe_path: Path) -> list[str]:
@@ -426,7 +420,7 @@ def advise(planner: Planner, recipe: Recipe, machine: Machine, most: int = 4) ->
 
 def _changes(planner: Planner, recipe: Recipe, machine: Machine) -> Iterator[Change]:
     """Every variant that is a valid recipe on this machine."""
-    from model.train.recipe_checks import check_values
+    from model.train.recipe_io import check_values
 
     engine, lora, schedule, gpu = recipe.engine, recipe.lora, recipe.schedule, machine.device != "cpu"
     deepspeed, offloads, schemes = engine.kind == "deepspeed", ["none", "optimiser", "all"], ["none", "int8", "nf4"]

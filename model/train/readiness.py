@@ -22,8 +22,7 @@ from torch import nn
 from model.checkpoint.directories import resolve
 from model.data.dataset import UnusableRecords, usable_records
 from model.data.lengths import LengthCheck
-from model.data.progress import record_bar
-from model.data.validate import RecordFacts
+from model.data.validate import RecordFacts, record_bar
 from model.errors import MedPLIBError
 from model.processing.conversation import TEMPLATES
 from model.processing.tokens import build_tokenizer
@@ -34,9 +33,8 @@ from model.train.engine import TrainingEngine, deepspeed_config, make_engine
 from model.train.journal import METRICS_FILE
 from model.train.plan import find_sizes, planned_network
 from model.train.process import Process
-from model.train.recipe import Data, Recipe
-from model.train.recipe_checks import check_values
-from model.train.recipe_io import RECIPE_FILE, differences, load_recipe, told_together
+from model.train.recipe import Recipe
+from model.train.recipe_io import RECIPE_FILE, check_values, differences, load_recipe, told_together
 from model.train.run_record import is_locked, told_as_taken
 from model.train.stages import STAGE_NAMES, epoch_steps, schedule_notes, total_steps
 from model.train.starting import path_problems, starting_network
@@ -103,27 +101,25 @@ def record_problems(recipe: Recipe, facts_of: dict[str, list[RecordFacts]] | Non
         facts_of: gets the facts of the usable records of each file.
     """
     problems: list[str] = []
-    lengths = _lengths(recipe)
+    tokenizer, data = None, recipe.data
+    with suppress(MedPLIBError):  # what is wrong with it, or with the template, is reported elsewhere
+        tokenizer = build_tokenizer(resolve(recipe.model.base))
+    lengths = LengthCheck(tokenizer, data.template, data.max_length) if data.template in TEMPLATES else None
     kept = {} if facts_of is None else facts_of
     for training in (True, False):
         for path, images in data_files(recipe, training=training):
             kept[path] = _checked(recipe, path, images, lengths, problems)
-    found = [kept[path] for path in recipe.data.train]
+    found = [kept[path] for path in data.train]
     if found and all(found):
-        files = [(path, len(facts)) for path, facts in zip(recipe.data.train, found, strict=True)]
+        files = [(path, len(facts)) for path, facts in zip(data.train, found, strict=True)]
         facts = [fact for part in found for fact in part]
         kinds = labels_by_kind(files, [fact.task for fact in facts], [fact.modality for fact in facts])
-        problems += share_problems(kinds, _with_sound_shares(recipe))
+        # Shares that are wrong whatever the records are have been told already.
+        told = check_values(recipe)
+        empty: dict[str, Any] = {"shares": (), "task_shares": {}, "modality_shares": {}}
+        wrong = [name for name in empty if any(problem.startswith(f"data.{name}") for problem in told)]
+        problems += share_problems(kinds, replace(data, **{name: empty[name] for name in wrong}))
     return problems
-
-
-def _lengths(recipe: Recipe) -> LengthCheck | None:
-    """Counts tokens as the recipe's run will; what is wrong with its tokenizer or template is reported elsewhere."""
-    tokenizer = None
-    with suppress(MedPLIBError):
-        tokenizer = build_tokenizer(resolve(recipe.model.base))
-    known = recipe.data.template in TEMPLATES
-    return LengthCheck(tokenizer, recipe.data.template, recipe.data.max_length) if known else None
 
 
 def _checked(
@@ -142,14 +138,6 @@ def _checked(
         problems.append(str(error))
         return []
     return [fact for _, fact in usable]
-
-
-def _with_sound_shares(recipe: Recipe) -> Data:
-    """Without the shares that are wrong whatever the records are, which are told already."""
-    told = check_values(recipe)
-    empty: dict[str, Any] = {"shares": (), "task_shares": {}, "modality_shares": {}}
-    wrong = [name for name in empty if any(problem.startswith(f"data.{name}") for problem in told)]
-    return replace(recipe.data, **{name: empty[name] for name in wrong})
 
 
 def check_run_folder(recipe: Recipe, *, resume: bool, processes: int) -> None:
@@ -200,7 +188,14 @@ def check_room(recipe: Recipe, engine: TrainingEngine) -> None:
     Raises:
         MedPLIBError: not even one checkpoint, or nothing beside the one that is there, would fit.
     """
-    checkpoint, merged = expected_sizes(engine.network)
+    checkpoint = merged = 0
+    for parameter in engine.network.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 keeps the true size apart
+        size = count * parameter.element_size()
+        merged += size
+        if parameter.requires_grad:
+            # The weights lie in it twice, for resuming and for export, and in bf16 a float32 copy beside them.
+            checkpoint += count * _MOMENTS + 2 * size + (0 if parameter.dtype == torch.float32 else count * _MASTER)
     place = next(path for path in (recipe.folder.absolute(), *recipe.folder.absolute().parents) if path.is_dir())
     free, there = engine.process.on_first(lambda: (shutil.disk_usage(place).free, len(list_checkpoints(recipe.folder))))
     results = merged * (1 + recipe.saving.published)
@@ -215,19 +210,6 @@ def check_room(recipe: Recipe, engine: TrainingEngine) -> None:
             "%s has %s free, but this run will need about %s for %d checkpoints and its result; make room",
             *(place, _as_size(free), _as_size(needed), recipe.saving.keep + 1),
         )
-
-
-def expected_sizes(network: nn.Module) -> tuple[int, int]:
-    """Bytes of one checkpoint to resume from, and of the merged result."""
-    checkpoint = merged = 0
-    for parameter in network.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 keeps the true size apart
-        size = count * parameter.element_size()
-        merged += size
-        if parameter.requires_grad:
-            # The weights lie in it twice, for resuming and for export, and in bf16 a float32 copy beside them.
-            checkpoint += count * _MOMENTS + 2 * size + (0 if parameter.dtype == torch.float32 else count * _MASTER)
-    return checkpoint, merged
 
 
 def _as_size(size: float) -> str:

@@ -1,22 +1,26 @@
-"""Recipes from YAML, ``key=value`` overrides and the environment; every problem is told at once."""
+"""Recipes from YAML, ``key=value`` overrides and the environment, and what no run can use of them, all told at once."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import types
+import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from model.data.dataset import CACHE_AND_AUGMENTATION
 from model.errors import MedPLIBError
-from model.train.recipe import Recipe
-from model.train.recipe_checks import check_values
+from model.train.balance import check_shares
+from model.train.journal import SCORES, TEACHER_FORCED
+from model.train.recipe import Mixture, Recipe
 from model.train.stages import PUBLISHED
+from model.train.trainable import LORA_TARGETS, PARTS
 from model.yaml_files import expand, read_mapping, unknown_key
 
 RECIPE_FILE = "recipe.yaml"
@@ -71,7 +75,8 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
 
 def recipe_text(recipe: Recipe) -> str:
     """The complete recipe as YAML, which ``load_recipe`` reads back as the same."""
-    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
+    plain = json.loads(json.dumps(asdict(recipe)))  # tuples as lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 _MAY_CHANGE = (
@@ -211,22 +216,11 @@ def _coerce(value: Any, hint: Any) -> Any:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_coerce(item, typing.get_args(hint)[0]) for item in items if item != "")
     if typing.get_origin(hint) is dict:
-        return _coerce_mapping(value, typing.get_args(hint)[1])
-    return _coerce_scalar(value, hint)
-
-
-def _coerce_mapping(value: Any, hint: Any) -> dict[str, Any]:
-    """Labels and values; nothing at all is an empty mapping."""
-    if value is None or value == "":
-        return {}
-    if not isinstance(value, Mapping):
-        raise ValueError("labels with numbers, as in {first: 1, second: 2}")
-    return {str(label): _coerce_scalar(item, hint) for label, item in value.items()}
-
-
-def _coerce_scalar(value: Any, hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        raise TypeError("a plain type")
+        if value is None or value == "":
+            return {}
+        if not isinstance(value, Mapping):
+            raise ValueError("labels with numbers, as in {first: 1, second: 2}")
+        return {str(label): _coerce(item, typing.get_args(hint)[1]) for label, item in value.items()}
     if hint is bool:
         if not isinstance(value, bool):
             raise ValueError("true or false")
@@ -253,10 +247,167 @@ def _coerce_scalar(value: Any, hint: Any) -> Any:
     return number
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, so that the YAML stays plain."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+# --- values that no run can use ---------------------------------------------------------------------------------------
+
+_LOWEST: Mapping[str, int] = {  # of all other numbers 0
+    "data.max_length": 8,
+    **dict.fromkeys(("data.conversation_turns", "schedule.epochs", "schedule.batch_size", "schedule.accumulation"), 1),
+    **dict.fromkeys(("optimiser.max_bad_steps", "engine.expert_parallel", "validation.batch_size"), 1),
+    **dict.fromkeys(("validation.max_new_tokens", "saving.keep", "logging.every"), 1),
+}
+_SHARES = ("optimiser.betas", "optimiser.warmup", "lora.dropout", "validation.thresholds")
+"""Keys whose values lie between 0 and 1."""
+_CHECKED_APART = ("engine.zero_stage", "mixture.top_k", "mixture.num_experts", "mixture.projector_top_k")
+_QUANTISED_PARTS = ("attention", "feed_forward", "decoder")
+"""Trainable parts whose weights ``lora.quantise`` turns into integers."""
+
+
+def check_values(recipe: Recipe) -> list[str]:
+    """Everything about a recipe of the right types that no run can use, a sentence each."""
+    problems = []
+    if not recipe.output:
+        problems.append("output is empty; give the run folder, output=DIR")
+    if not recipe.data.train:
+        problems.append("data.train is empty; give at least one record file")
+    problems += [
+        unknown_key(f"trainable part {part}", (f"trainable part {known}" for known in PARTS))
+        for part in recipe.trainable
+        if part not in PARTS and not part.startswith("re:")
+    ]
+    problems += [
+        f"lora target {target} is unknown; known: {', '.join(LORA_TARGETS)}"
+        for target in recipe.lora.targets
+        if target not in LORA_TARGETS
+    ]
+    if recipe.lora.rank and not recipe.lora.targets:
+        problems.append("lora.rank is set but lora.targets is empty")
+    if not recipe.lora.rank and not recipe.trainable:
+        problems.append("nothing would be trained; name parts in trainable or set lora.rank")
+    if recipe.data.feature_cache and "vision_tower" in recipe.trainable:
+        problems.append("data.feature_cache is set, but trainable names vision_tower, whose features change; drop one")
+    if recipe.data.conversation_turns > 1 and recipe.data.template == "plain":
+        problems.append("data.conversation_turns is above 1, but the template plain writes no questions; use llava_v1")
+    problems += recipe.augmentation.problems()
+    if recipe.data.feature_cache and not recipe.augmentation.problems() and recipe.augmentation.active:
+        problems.append(CACHE_AND_AUGMENTATION)
+    for part in recipe.trainable:
+        try:
+            re.compile(part.removeprefix("re:"))
+        except re.error:
+            problems.append(f"trainable pattern {part} is no regular expression")
+    return problems + _check_best(recipe) + _check_ranges(recipe) + _check_mixture(recipe) + _check_scale(recipe)
+
+
+def _check_best(recipe: Recipe) -> list[str]:
+    """A best checkpoint, or an end without one, that no validation could find."""
+    best, problems = recipe.saving.best, []
+    if recipe.validation.patience and not best:
+        problems.append("validation.patience is set, but saving.best names no score; give saving.best=mDice, say")
+    if best and not (recipe.data.validation and recipe.validation.samples):
+        problems.append(f"saving.best is {best}, which needs data.validation and validation.samples")
+    known = [*SCORES, f"{TEACHER_FORCED}ce"]
+    known += [f"{name}@{t:g}" for name in ("mDice", f"{TEACHER_FORCED}dice") for t in recipe.validation.thresholds]
+    if best and best not in known and not any(best.startswith(f"{name}/") for name in known):
+        problems.append(f"saving.best is {best:.80}, expected {', '.join(known)}, or mDice/ct, mDice/FILE …")
+    return problems
+
+
+def _check_ranges(recipe: Recipe) -> list[str]:
+    problems = []
+    for name, value in _numbers(recipe):
+        if value < (low := _LOWEST.get(name, 0)):
+            problems.append(f"{name} is {value:g}, expected at least {low}")
+        if value > 1 and name in _SHARES:
+            problems.append(f"{name} is {value:g}, expected at most 1")
+    data = recipe.data
+    for name, roots, files in (
+        ("images", data.images, len(data.train)),
+        ("validation_images", data.validation_images, len(data.validation)),
+    ):
+        if len(roots) not in (0, 1, files):
+            problems.append(f"data.{name} has {len(roots)} folders for {files} files; give one, or one each")
+    if len(data.images) > 1 and data.validation and not data.validation_images:
+        problems.append("data.images has a folder for each train file, so data.validation_images must be given, too")
+    shares = recipe.data.shares
+    if shares and len(shares) != len(recipe.data.train):
+        problems.append(f"data.shares has {len(shares)} numbers for {len(recipe.data.train)} train files")
+    if shares and not sum(shares):
+        problems.append("data.shares are all 0; leave them empty to draw in proportion to the files' sizes")
+    problems += check_shares(recipe.data)
+    if any(beta == 1 for beta in recipe.optimiser.betas):
+        problems.append("optimiser.betas holds 1, expected less")
+    if len(recipe.optimiser.betas) != 2:
+        problems.append(f"optimiser.betas has {len(recipe.optimiser.betas)} numbers, expected 2")
+    if recipe.engine.zero_stage not in (0, 1, 2, 3):
+        problems.append(f"engine.zero_stage is {recipe.engine.zero_stage}, expected 0, 1, 2 or 3")
+    return problems
+
+
+def _numbers(recipe: Recipe) -> Iterator[tuple[str, float]]:
+    """Numbers by their key, those of a list or mapping by the key of the whole; not those that are checked apart."""
+    for section, values in asdict(recipe).items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            name = f"{section}.{key}".rstrip(".")
+            if section != "augmentation" and name not in _CHECKED_APART:
+                items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+                yield from ((name, item) for item in items if isinstance(item, int | float))
+
+
+def _check_mixture(recipe: Recipe) -> list[str]:
+    """Settings of stage IV that contradict one another, or that stand where nobody reads them."""
+    mixture, problems = recipe.mixture, []
+    if recipe.stage != 4:
+        problems += ["mixture is set, but only stage 4 reads it"] if mixture != Mixture() else []
+        return problems + (["model.grounding is set, but only stage 4 reads it"] if recipe.model.grounding else [])
+    if recipe.model.grounding:
+        unread = [name for name in ("projector", "sizes") if getattr(recipe.model, name)]
+        problems += [f"model.{name} is set, but stage 4 takes it from model.base" for name in unread]
+    if mixture.top_k not in (1, 2):
+        problems.append(f"mixture.top_k is {mixture.top_k}, expected 1 or 2")
+    if any(count < mixture.top_k for count in mixture.num_experts) or not mixture.num_experts:
+        problems.append(
+            f"mixture.num_experts is {list(mixture.num_experts)}, expected at least top_k ({mixture.top_k})"
+        )
+    if mixture.projector_experts and not 1 <= mixture.projector_top_k <= min(2, mixture.projector_experts):
+        problems.append(
+            f"mixture.projector_top_k is {mixture.projector_top_k}, expected 1 or 2 and no more than experts"
+        )
+    if mixture.projector_experts and not any(
+        part == "projector" or part.startswith("re:") for part in recipe.trainable
+    ):
+        problems.append("mixture.projector_experts is set, but trainable lacks projector, so they would never differ")
+    return problems
+
+
+def _check_scale(recipe: Recipe) -> list[str]:
+    """Ways of saving memory that contradict one another."""
+    engine, lora, problems = recipe.engine, recipe.lora, []
+    if engine.kind == "torch":
+        set_ones = [name for name, off in (("offload", "none"), ("expert_parallel", 1)) if getattr(engine, name) != off]
+        problems += [f"engine.{name} is set, but engine.kind is torch; use deepspeed" for name in set_ones]
+    if engine.offload == "all" and engine.zero_stage != 3:
+        problems.append(f"engine.offload is all, which needs engine.zero_stage=3, got {engine.zero_stage}")
+    if engine.offload == "optimiser" and engine.zero_stage == 0:
+        problems.append("engine.offload is optimiser, which needs engine.zero_stage 1, 2 or 3, got 0")
+    if engine.expert_parallel > 1 and engine.zero_stage not in (1, 2):
+        problems.append(
+            f"engine.expert_parallel is {engine.expert_parallel}, which needs engine.zero_stage 1 or 2, got "
+            f"{engine.zero_stage}: DeepSpeed keeps experts apart in these two alone"
+        )
+    if recipe.stage == 4 and any(count % max(engine.expert_parallel, 1) for count in recipe.mixture.num_experts):
+        problems.append(
+            f"engine.expert_parallel is {engine.expert_parallel}, expected a divisor of mixture.num_experts "
+            f"{list(recipe.mixture.num_experts)}"
+        )
+    if lora.quantise != "none":
+        problems += [] if lora.rank else [f"lora.quantise is {lora.quantise}, but lora.rank is 0; give it a rank"]
+        problems += [
+            f"trainable names {part}, whose weights lora.quantise={lora.quantise} freezes; leave one of them out"
+            for part in recipe.trainable
+            if part in _QUANTISED_PARTS
+        ]
+        if engine.zero_stage == 3 and engine.kind != "torch":
+            problems.append(f"lora.quantise is {lora.quantise}, which ZeRO-3 cannot share out; use engine.zero_stage=2")
+        if engine.expert_parallel > 1:
+            problems.append("lora.quantise and engine.expert_parallel do not go together; use one of them")
+    return problems

@@ -26,11 +26,12 @@ from model.drawing.pages import percent
 from model.errors import MedPLIBError
 from model.modeling.projector import MoEProjector
 from model.modeling.router_tally import RouterSummary, RouterTally
-from model.modeling.splice import POSITION_KINDS, image_token_rows, position_kinds
+from model.modeling.splice import POSITION_KINDS
 from model.train.balance import UNKNOWN
-from model.train.durable import write_through
-from model.train.handover import network_of_run
+from model.train.checkpoints import network_of_run
+from model.train.meters import tally_routers
 from model.train.recipe_io import RECIPE_FILE, load_recipe
+from model.train.run_record import write_through
 
 _DIGITS = 5
 _FORMULA = "I(group; expert) / log(min(groups, experts)), groups equally likely"
@@ -147,15 +148,8 @@ def examine(
         for start in range(0, len(indices), batch_size):
             part = indices[start : start + batch_size]
             batch = _moved(processor.collate([dataset[index] for index in part]), network)
-            output = network(**batch)
-            ids, stats = batch["input_ids"], output.projector_stats
-            kinds = position_kinds(output.plan, ids, batch["labels"], network.config.seg_token_id)
-            rows = torch.tensor([places[of_items[index]] for index in part], device=kinds.device)  # [B]
-            groups = torch.where(kinds < 0, -1, rows[:, None] * len(POSITION_KINDS) + kinds)
-            tally.add(output.router_stats, groups.flatten())
-            if stats is not None:
-                seen = image_token_rows(output.plan, ids, len(stats.kept), batch.get("visual_kinds"))
-                projector.add([stats], rows[seen])
+            rows = torch.tensor([places[of_items[index]] for index in part], device=network.device)  # [B]
+            tally_routers(network(**batch), batch, network.config.seg_token_id, rows, tally, projector)
             bar.update(len(part))
     records = {task: sum(own == task for own, _ in of_items.values()) for task in tasks}
     moe, in_projector = network.config.moe, None if projector.sums is None else projector.summary()
@@ -231,7 +225,9 @@ def _of_layers(examined: Examination) -> list[str]:
     sentences = []
     for place, kind in enumerate(POSITION_KINDS):
         shares = [layer[place] for layer in takers]
-        experts = [_taker(layer) for layer in shares]
+        experts = [  # that take most; None where there is no such one, or no choice among them
+            int(layer.argmax()) if layer.max() >= _MOST_OF and layer.min() != 1 else None for layer in shares
+        ]
         for expert, run in groupby(range(len(shares)), experts.__getitem__):
             if expert is not None:
                 layers = list(run)
@@ -257,13 +253,6 @@ def _of_layers(examined: Examination) -> list[str]:
     if silent:
         sentences.append(f"The routers of these layers give no finite probabilities: {', '.join(map(str, silent))}.")
     return sentences
-
-
-def _taker(shares: np.ndarray) -> int | None:
-    """The expert that takes most of [experts]; None where there is no such one, or no choice among them."""
-    if not np.isfinite(shares).all() or shares.max() < _MOST_OF or shares.min() == 1:
-        return None
-    return int(shares.argmax())
 
 
 def _of_projector(examined: Examination) -> str:

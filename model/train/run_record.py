@@ -1,4 +1,4 @@
-"""run.json: what a run is, the attempts made at it, and how it stands; and the lock of a run that is going on."""
+"""run.json: what a run is, the attempts made at it, and how it stands; its lock; and writing that outlasts a crash."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ import re
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from safetensors import SafetensorError
+
 from model.errors import MedPLIBError
-from model.train.durable import write_through
 from model.train.journal import METRICS_FILE
 from model.train.signals import RunStopped
 
 logger = logging.getLogger(__name__)
 
+_WRITING_FAILED = re.compile(r"PytorchStreamWriter|file write|inline_container|No space left|Disk quota", re.IGNORECASE)
 # How gloo and NCCL word it that another rank is gone.
 _LOST_RANK = re.compile(r"Connection (closed|reset)|closed by peer|Broken pipe|remote process exited|ncclRemoteError")
 
@@ -77,11 +80,6 @@ def machine() -> dict[str, Any]:
     return {"host": socket.gethostname(), "cpus": torch.get_num_threads(), "gpus": gpus, "cuda": torch.version.cuda}
 
 
-def command_line() -> list[str]:
-    """How this process was started."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-
 Status = Literal["running", "preempted", "interrupted", "finished", "failed"]
 
 
@@ -104,16 +102,18 @@ class RunRecord:
 
     def begin(self, world_size: int, step: int, total_steps: int, data: dict[str, Any]) -> None:
         """Note that an attempt starts after ``step``, and of a killed one before it when its last step was."""
+        metrics = self.folder / METRICS_FILE  # whose rows of steps to be done again are not cut off yet
+        last_step = _time(metrics.stat().st_mtime) if metrics.is_file() else ""
         for former in self.content["attempts"]:
             if isinstance(former, dict) and former.get("ended") is None:
-                former |= {"status": "killed", "ended": _last_step(self.folder) or former.get("started")}
+                former |= {"status": "killed", "ended": last_step or former.get("started")}
         attempt = {
-            "started": _now(),
+            "started": _time(),
             "ended": None,
             "status": "running",
             "from_step": step,
             "world_size": world_size,
-            "command": command_line(),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "pid": os.getpid(),
             **machine(),
             "git": git_state(),
@@ -127,7 +127,7 @@ class RunRecord:
         """Note how the attempt ended; a disk that is full must not hide why."""
         if self.content["attempts"]:
             self._lock.truncate(0)
-            self.content["attempts"][-1] |= {"ended": _now(), "status": status, "step": step}
+            self.content["attempts"][-1] |= {"ended": _time(), "status": status, "step": step}
             self.content |= {"status": status, "reason": reason, "step": step}
             with suppress(OSError):
                 write_through(self.folder / RUN_FILE, self.content)
@@ -203,15 +203,56 @@ def _hold(folder: Path) -> IO[bytes]:
     return stream
 
 
-def _last_step(folder: Path) -> str:
-    """When a step was last noted, before the rows of steps to be done again are cut off; empty if none was."""
-    metrics = folder / METRICS_FILE
-    return _told(datetime.fromtimestamp(metrics.stat().st_mtime, UTC)) if metrics.is_file() else ""
-
-
-def _now() -> str:
-    return _told(datetime.now(UTC))
-
-
-def _told(moment: datetime) -> str:
+def _time(seconds: float | None = None) -> str:
+    """A moment of ``time.time()``, now by default, as ISO 8601."""
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
     return moment.isoformat(timespec="seconds")
+
+
+# --- files that outlast a crash ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_faults(what: str) -> Iterator[None]:
+    """Errors of writing become one sentence; libraries word theirs in many ways.
+
+    Args:
+        what: is being written.
+
+    Raises:
+        MedPLIBError: the disk is full, or does not let itself be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not _WRITING_FAILED.search(str(error)):
+            raise
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        else:
+            reason = "the disk is full or does not take the file"
+        raise MedPLIBError(f"{what} could not be written: {reason}; mend that and go on with --resume") from None
+
+
+def write_through(path: Path, content: Any) -> None:
+    """Write JSON so that the file is old or new, never half, also after a loss of power."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:  # escapes that JSON has too
+            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync(*paths: Path) -> None:
+    """Make files, or the names in folders, last."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

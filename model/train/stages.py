@@ -98,11 +98,6 @@ def total_steps(schedule: Schedule, steps_per_epoch: float) -> int:
     return schedule.max_steps or math.ceil(schedule.epochs * steps_per_epoch)
 
 
-def warmup_steps(optimiser: Optimiser, steps_per_epoch: float) -> int:
-    """Steps of rising learning rate: a share of one epoch's, at least one where the share is not zero."""
-    return max(1, int(optimiser.warmup * steps_per_epoch)) if optimiser.warmup else 0
-
-
 def rate_factor(optimiser: Optimiser, steps_per_epoch: float, total_steps: int) -> Callable[[int], float]:
     """What the peak learning rate is multiplied by at each step, for ``torch.optim.lr_scheduler.LambdaLR``.
 
@@ -111,7 +106,8 @@ def rate_factor(optimiser: Optimiser, steps_per_epoch: float, total_steps: int) 
     Returns:
         A function of the step, in (0, 1].
     """
-    warmup = warmup_steps(optimiser, steps_per_epoch)
+    # Steps of rising learning rate: a share of one epoch's, at least one where the share is not zero.
+    warmup = max(1, int(optimiser.warmup * steps_per_epoch)) if optimiser.warmup else 0
     decaying = max(1, total_steps - warmup + (warmup > 0))  # the last warm-up step is the peak itself
 
     def factor(step: int) -> float:

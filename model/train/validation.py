@@ -28,8 +28,8 @@ from model.processing.masks import decode_rle
 from model.processing.processor import MedPLIBProcessor
 from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
 from model.train.balance import UNKNOWN
+from model.train.checkpoints import merged_network, shares_weights
 from model.train.engine import TrainingEngine
-from model.train.handover import merged_network, shares_weights
 from model.train.journal import SCORES, TEACHER_FORCED
 from model.train.recipe import Validation
 
@@ -38,11 +38,6 @@ _BATCHES_A_ROUND = 4  # generated between two questions whether the run is to en
 
 Sums = dict[str, list[float]]
 """By score, what its rows add up to, and their number."""
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a score, or what it is by file or modality, improves by falling."""
-    return any(metric == name or metric.startswith(f"{name}/") for name in _LOWER_IS_BETTER)
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,8 @@ def is_better(metric: str, value: float, best: Best | None) -> bool:
     """Whether a value, which may be NaN, is better than the best one before it; equal is not."""
     if best is None:
         return value == value
-    return value < best.value if lower_is_better(metric) else value > best.value
+    lower = any(metric == name or metric.startswith(f"{name}/") for name in _LOWER_IS_BETTER)  # or by file, modality
+    return value < best.value if lower else value > best.value
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from model.checkpoint import load
 from model.errors import MedPLIBError
 from model.modeling.moe import MoEFeedForward
 from model.train import recipe_from, save_recipe
-from model.train.checkpoints import list_checkpoints
-from model.train.handover import network_of_run
+from model.train.checkpoints import list_checkpoints, network_of_run
 from model.train.process import join
 from tests.train.launching import launch
 from tests.train.same_steps import one_process, read_rows, same_steps, two_ranks

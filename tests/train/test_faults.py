@@ -17,8 +17,7 @@ import torch
 from model.errors import MedPLIBError
 from model.train import recipe_from, run, save_recipe
 from model.train.__main__ import main
-from model.train.checkpoints import list_checkpoints
-from model.train.durable import damage, read_manifest
+from model.train.checkpoints import damage, list_checkpoints, read_manifest
 from model.train.loop import Trainer
 from model.train.process import Process
 from model.train.run_record import read_record

@@ -62,7 +62,7 @@ def test_full_shared_memory_ends_in_a_sentence(values: Any, monkeypatch: pytest.
     def fails(value: Any) -> None:
         raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
 
-    monkeypatch.setattr("model.train.feeding._share", fails)  # loader processes are forks of this one
+    monkeypatch.setattr("model.train.datasets._share", fails)  # loader processes are forks of this one
     begun = time.monotonic()
     with pytest.raises(MedPLIBError, match=r"shared memory is full: .* data\.workers=0"):
         run(recipe_from(values(1, data={"workers": 2})))

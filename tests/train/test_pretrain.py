@@ -16,11 +16,10 @@ from model.inference.engine import Engine, Request
 from model.inference.generation import GenerationSettings
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.train.pretrain.curriculum import ALL_KINDS, Lessons, pool_regions
-from model.train.pretrain.language import AttentionGuide, run_packed
-from model.train.pretrain.packing import KINDS
+from model.train.pretrain.language import KINDS, AttentionGuide, run_packed
+from model.train.pretrain.pipeline import STEPS, Pretraining
 from model.train.pretrain.pool import ScenePool
 from model.train.pretrain.sam import soft_labels
-from model.train.pretrain.workshop import STEPS, Workshop
 
 SIZES = {
     "text_config": {
@@ -65,7 +64,7 @@ SHORT = {"steps": 2, "batch_size": 2}
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def pretraining(tmp_path_factory: pytest.TempPathFactory) -> Pretraining:
     """Everything made, two steps of each kind, from 24 scenes."""
     folder = tmp_path_factory.mktemp("pretrain")
     sizes = folder / "sizes.yaml"
@@ -79,61 +78,60 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     }
     config = folder / "pretrain.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    made = Workshop(config, folder / "out")
+    made = Pretraining(config, folder / "out")
     for step in STEPS:
         made.make(step)
     return made
 
 
 @pytest.fixture(scope="module")
-def lessons(workshop: Workshop) -> Lessons:
-    return workshop.lessons(workshop.pool)
+def lessons(pretraining: Pretraining) -> Lessons:
+    return pretraining.lessons(pretraining.pool)
 
 
 @pytest.fixture(scope="module")
-def model(workshop: Workshop) -> MedPLIBForCausalLM:
-    return load(workshop.out / "base")[0].eval()
+def model(pretraining: Pretraining) -> MedPLIBForCausalLM:
+    return load(pretraining.out / "base")[0].eval()
 
 
-def test_base_is_a_checkpoint_that_answers(workshop: Workshop) -> None:
-    engine = Engine.from_pretrained(workshop.out / "base")
-    image = workshop.pool.images[0].copy()
+def test_base_is_a_checkpoint_that_answers(pretraining: Pretraining) -> None:
+    engine = Engine.from_pretrained(pretraining.out / "base")
+    image = pretraining.pool.images[0].copy()
     answer = engine.ask(Request(image, "Is there a tumor?", settings=GenerationSettings(max_new_tokens=3)))
     assert (answer.finish, answer.new_tokens) == ("length", 3) or answer.finish == "end"
 
 
-def test_parts_come_from_their_own_steps(workshop: Workshop, model: MedPLIBForCausalLM) -> None:
-    sam, seen = workshop._kept("sam"), workshop._kept("seen")
+def test_parts_come_from_their_own_steps(pretraining: Pretraining, model: MedPLIBForCausalLM) -> None:
+    sam, seen = pretraining._kept("sam"), pretraining._kept("seen")
     assert torch.equal(model.model.sam.image_encoder.pos_embed, sam["sam.image_encoder.pos_embed"])
     assert torch.equal(model.lm_head.weight, seen["lm_head.weight"])
 
 
-def test_steps_need_what_comes_before(workshop: Workshop, tmp_path: Path) -> None:
-    config = workshop.out.parent / "pretrain.yaml"
-    empty = Workshop(config, tmp_path)
-    (tmp_path / "tokenizer").symlink_to(workshop.out / "tokenizer")
+def test_steps_need_what_comes_before(pretraining: Pretraining, tmp_path: Path) -> None:
+    config = pretraining.out.parent / "pretrain.yaml"
+    empty = Pretraining(config, tmp_path)
+    (tmp_path / "tokenizer").symlink_to(pretraining.out / "tokenizer")
     with pytest.raises(MedPLIBError, match="run the pre-training step 'seen' first"):
         empty.make("base")
 
 
 def test_only_the_kinds_that_are_wanted_are_taught(
-    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pretraining: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = yaml.safe_load((workshop.out.parent / "pretrain.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((pretraining.out.parent / "pretrain.yaml").read_text(encoding="utf-8"))
     few = {**SHORT, "kinds": ["modality", "presence"]}
     settings |= {"language": few, "seen": few, "mask_head": {"steps": 0}}
     config = tmp_path / "pretrain.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     for part in ("pool", "pool_held_out", "tokenizer", "vision.safetensors", "sam.safetensors"):
-        (tmp_path / part).symlink_to(workshop.out / part)
+        (tmp_path / part).symlink_to(pretraining.out / part)
     taught = []
-    for module in ("curriculum", "seen"):
-        monkeypatch.setattr(
-            f"model.train.pretrain.{module}.run_packed",
-            lambda model, batch, *rest: taught.append(batch) or run_packed(model, batch, *rest),
-        )
-    monkeypatch.setattr("model.train.pretrain.seen.score_seen", lambda *_: {})  # which asks everything
-    asked = Workshop(config, tmp_path)
+    monkeypatch.setattr(
+        "model.train.pretrain.curriculum.run_packed",
+        lambda model, batch, *rest: taught.append(batch) or run_packed(model, batch, *rest),
+    )
+    monkeypatch.setattr("model.train.pretrain.curriculum.score", lambda *_: {})  # which asks everything
+    asked = Pretraining(config, tmp_path)
     for step in ("language", "seen", "base"):
         asked.make(step)
     assert {KINDS[int(kind)] for batch in taught for kind in batch.kinds} == {"modality", "presence"}
@@ -142,13 +140,13 @@ def test_only_the_kinds_that_are_wanted_are_taught(
     settings["language"] = {**SHORT, "kinds": ["modalty"]}
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     with pytest.raises(MedPLIBError, match="no questions of kind modalty; give some of modality, "):
-        Workshop(config, tmp_path).make("language")
+        Pretraining(config, tmp_path).make("language")
 
 
-def test_pool_opens_with_the_same_content(workshop: Workshop) -> None:
-    again = ScenePool(workshop.out / "pool")
+def test_pool_opens_with_the_same_content(pretraining: Pretraining) -> None:
+    again = ScenePool(pretraining.out / "pool")
     assert len(again) == 24
-    assert again.questions[5] == workshop.pool.questions[5]
+    assert again.questions[5] == pretraining.pool.questions[5]
     assert {int(found) for found in np.unique(again.labels[5])} - {0} == {
         CLASS_IDS[question.about] for question in again.questions[5] if question.kind == "grounding"
     }

@@ -13,11 +13,10 @@ import torch
 from model.checkpoint import load
 from model.errors import MedPLIBError
 from model.train import recipe_from, run, save_recipe
-from model.train.checkpoints import list_checkpoints
-from model.train.handover import network_of_run
+from model.train.checkpoints import list_checkpoints, network_of_run
 from model.train.loop import Trainer
-from model.train.quantised import is_quantised
 from model.train.starting import check_paths, starting_network
+from model.train.trainable import is_quantised
 from tests.train.launching import launch
 from tests.train.same_steps import read_rows
 

@@ -21,7 +21,7 @@ from model.checkpoint import load
 from model.errors import MedPLIBError
 from model.train import recipe_from, run, save_recipe
 from model.train.__main__ import main
-from model.train.handover import network_of_run
+from model.train.checkpoints import network_of_run
 from model.train.loop import Trainer
 from tests.train.launching import begin, wait_until
 

@@ -13,8 +13,7 @@ import pytest
 from model.cli import main
 from model.errors import MedPLIBError
 from model.train import recipe_from, run
-from model.train.durable import write_through
-from model.train.run_record import RunRecord, read_record, status_of
+from model.train.run_record import RunRecord, read_record, status_of, write_through
 from model.train.runs import find_runs
 
 

@@ -75,7 +75,7 @@ def test_shares_of_data_sets_are_kept(pool: MaskPool) -> None:
 @pytest.mark.parametrize("kind", ["name", "box", "click", "correction"])
 def test_the_sam_branch_learns_from_prompts(pool: MaskPool, tmp_path: Path, kind: str) -> None:
     config = tiny_config(mask=MaskConfig(stem_channels=(8, 8, 8)))
-    prompts = [float(name == kind) for name in ("name", "box", "click", "correction")]
+    prompts = [float(name == kind) for name in ("box", "click", "correction")]
     plan = TowerPlan(steps=50, batch_size=2, prompts=prompts, augmentation="light", precision="fp32")
     trainer = pretrain_sam(pool, config, plan, seed=0, log=tmp_path / "log.jsonl")
     scores = score_names(trainer, pool, most=2)

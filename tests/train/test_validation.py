@@ -21,8 +21,7 @@ from model.eval.predictions import read_predictions
 from model.eval.run import run_inference
 from model.inference.answer import Answer
 from model.train import recipe_from, run
-from model.train.checkpoints import checkpoint_of, list_checkpoints, step_of
-from model.train.handover import network_of_run
+from model.train.checkpoints import checkpoint_of, list_checkpoints, network_of_run, step_of
 from model.train.run_record import read_record
 from model.train.validation import HeldOutQuestion, Validator, even_shares
 

@@ -1,17 +1,21 @@
-"""Train the language model on packed questions: first about symbolic images, then about what the CLIP tower sees.
+"""Packed questions about images, and the language model's pass over them.
 
-A symbolic image is what a perfect tower and projector would give: every patch is the mean of the word embeddings of the
-structures in it, weighted by their shares, plus the modality's word and a place embedding. On them the decoder learns
-to match a *named* structure to patches, the skill behind presence, side, regions and refusals. Matching is also guided:
-in a few layers one head, at the last token of a structure's name, must attend to that structure's patches, or to the
-first token if there are none. The projector is then fitted to the symbolic embeddings, and the skill carries over.
+Many questions about one image lie in one sequence: ``prefix · image · <im_end> · question 1 · question 2 …``. Every
+question continues at the position where the prefix ends and attends to the prefix and itself alone, so its loss is that
+of a sequence of its own.
+
+The first images are symbolic, what a perfect tower and projector would give: every patch is the mean of the word
+embeddings of the structures in it, weighted by their shares, plus the modality's word and a place embedding. On them
+the decoder learns to match a *named* structure to patches, the skill behind presence, side, regions and refusals.
+Matching is also guided: in a few layers one head, at the last token of a structure's name, must attend to that
+structure's patches, or to the first token if there are none.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,11 +24,153 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES
-from model.modeling.configuration import IGNORE_INDEX
+from model.data.builders.phantom_questions import Question
+from model.data.builders.phantom_scenes import CLASS_IDS
+from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
 from model.modeling.decoder import MedPLIBDecoder
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.pretrain.packing import KINDS, PackedBatch, PackedQuestion
+from model.train.pretrain.vision import cell_places
+
+Encode = Callable[[str, str], tuple[list[int], list[int]]]
+"""(question, answer) → token ids with placeholders and labels of a one-round conversation about one image."""
+
+KINDS = (
+    *("modality", "presence", "side", "relation", "list", "place", "finding"),
+    *("region_name", "region_check", "region_side", "grounding", "grounding_pair", "grounding_absent"),
+)
+
+
+@dataclass(frozen=True)
+class PackedQuestion:
+    """One question, ready to be packed.
+
+    Attributes:
+        ids, labels: tokens after the image, and their labels.
+        kind: index into ``KINDS``.
+        region: class id whose mask the region placeholder stands for, 0 without one.
+        targets: class ids of its ``<SEG>``, in order.
+        names: (place of a structure name's last token, its class id) for every name in question and answer.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    kind: int
+    region: int
+    targets: tuple[int, ...]
+    names: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class PackedBatch:
+    """Packed rows as tensors.
+
+    Attributes:
+        ids: long [B, T]; image and region slots hold 0.
+        image_start: where the P image features go, the same in every row.
+        positions: long [B, T].
+        mask: float [B, 1, T, T], 0 where attention is allowed.
+        labels: long [B, T].
+        question: long [B, T], running number of each token's question in the batch, −1 in prefix and padding.
+        kinds: long [Q], kind of each question.
+        regions: (row, place, class id); segs: (row, place of ``<SEG>``, class id); names: (row, place, class id).
+    """
+
+    ids: Tensor
+    image_start: int
+    positions: Tensor
+    mask: Tensor
+    labels: Tensor
+    question: Tensor
+    kinds: Tensor
+    regions: list[tuple[int, int, int]] = field(default_factory=list)
+    segs: list[tuple[int, int, int]] = field(default_factory=list)
+    names: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class Packer:
+    """Turns scenes' questions into packed batches.
+
+    Args:
+        encode: tokenises one round about an image.
+        name_ids: token ids of every class name inside a sentence, by class id (several spellings each).
+        seg_token_id: id of ``<SEG>``.
+        num_patches: image features P per image.
+    """
+
+    def __init__(
+        self, encode: Encode, name_ids: dict[int, list[list[int]]], seg_token_id: int, num_patches: int
+    ) -> None:
+        self.encode, self.name_ids, self.seg, self.num_patches = encode, name_ids, seg_token_id, num_patches
+        ids, _ = encode("Yes?", "Yes")
+        self.image_start = ids.index(IMAGE_PLACEHOLDER)
+        self.head = ids[: self.image_start + 2]  # up to and with <im_end>
+
+    def prepare(self, question: Question) -> PackedQuestion:
+        """Tokenise one question."""
+        ids, labels = self.encode(question.question, question.answer)
+        assert ids[: len(self.head)] == self.head
+        ids, labels = ids[len(self.head) :], labels[len(self.head) :]
+        names = [
+            (start + len(name) - 1, class_id)
+            for class_id, spellings in self.name_ids.items()
+            for name in spellings
+            for start in range(len(ids) - len(name) + 1)
+            if ids[start : start + len(name)] == name
+        ]
+        region = CLASS_IDS[question.regions[0]] if question.regions else 0
+        targets = tuple(CLASS_IDS[name] for name in question.targets)
+        kind = KINDS.index(question.kind)
+        return PackedQuestion(tuple(ids), tuple(labels), kind, region, targets, tuple(sorted(set(names))))
+
+    def pack(self, rows: Sequence[Sequence[PackedQuestion]]) -> PackedBatch:
+        """Pack one sequence of questions per image."""
+        prefix = len(self.head) - 1 + self.num_patches
+        length = max(prefix + sum(len(question.ids) for question in row) for row in rows)
+        shape = (len(rows), length)
+        ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        labels, owner = np.full(shape, IGNORE_INDEX, np.int64), np.full(shape, -2, np.int64)
+        batch_lists: tuple[list, list, list] = ([], [], [])
+        kinds: list[int] = []
+        for row, questions in enumerate(rows):
+            ids[row, : self.image_start] = self.head[: self.image_start]
+            ids[row, prefix - 1] = self.head[-1]
+            positions[row, :prefix], owner[row, :prefix] = np.arange(prefix), -1
+            place = prefix
+            for question in questions:
+                end = place + len(question.ids)
+                ids[row, place:end] = np.maximum(question.ids, 0)
+                labels[row, place:end] = question.labels
+                positions[row, place:end] = np.arange(prefix, prefix + len(question.ids))
+                owner[row, place:end] = len(kinds)
+                self._note(batch_lists, row, place, question)
+                kinds.append(question.kind)
+                place = end
+        number = torch.from_numpy(owner)
+        return PackedBatch(
+            torch.from_numpy(ids),
+            self.image_start,
+            torch.from_numpy(positions),
+            _attention(number),
+            torch.from_numpy(labels),
+            number.clamp(min=-1),
+            torch.tensor(kinds),
+            *batch_lists,
+        )
+
+    def _note(self, lists: tuple[list, list, list], row: int, place: int, question: PackedQuestion) -> None:
+        regions, segs, names = lists
+        regions += [(row, place + i, question.region) for i, t in enumerate(question.ids) if t == REGION_PLACEHOLDER]
+        places = [i for i, label in enumerate(question.labels) if label == self.seg]
+        segs += [(row, place + i, target) for i, target in zip(places, question.targets, strict=True)]
+        names += [(row, place + i, class_id) for i, class_id in question.names]
+
+
+def _attention(owner: Tensor) -> Tensor:
+    """Additive mask [B, 1, T, T]: causal; to the prefix and the own question; padding sees itself."""
+    length = owner.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = causal & ((owner[:, None, :] == -1) | (owner[:, :, None] == owner[:, None, :]))
+    return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[:, None]
 
 
 class SymbolicImages(nn.Module):
@@ -45,7 +191,10 @@ class SymbolicImages(nn.Module):
         width, scale = embed.weight.shape[1], float(embed.weight.detach().std())
         self.name_ids, self.modality_ids = name_ids, modality_ids
         self.background = nn.Parameter(torch.randn(width) * scale)
-        self.places = nn.Parameter(_place_embeddings(num_patches, width) * scale)
+        # One direction grows to the right, one downwards: they survive averaging over a region, unlike independent
+        # embeddings of the cells.
+        slopes = cell_places(math.isqrt(num_patches)) @ torch.randn(2, width)
+        self.places = nn.Parameter((slopes + 0.2 * torch.randn(num_patches, width)) * scale)
 
     def words(self) -> Tensor:
         """Embedding of every class name [classes, D]; the background has its own."""
@@ -59,19 +208,6 @@ class SymbolicImages(nn.Module):
         kinds = torch.stack([weight[ids].mean(0) for ids in self.modality_ids])
         tokens = shares @ self.words() + 0.5 * kinds[modalities][:, None] + self.places
         return tokens + torch.randn_like(tokens) * noise * weight.detach().std()
-
-
-def _place_embeddings(num_patches: int, width: int) -> Tensor:
-    """Embeddings [P, D] of the cells of a square grid: one direction grows to the right, one downwards, a little noise.
-
-    Directions survive averaging over a region, which independent embeddings would not.
-    """
-    side = math.isqrt(num_patches)
-    ramp = torch.linspace(-1, 1, side)
-    down, right = torch.meshgrid(ramp, ramp, indexing="ij")
-    directions = torch.randn(2, width)
-    slopes = torch.stack([right.flatten(), down.flatten()], 1) @ directions
-    return slopes + 0.2 * torch.randn(num_patches, width)
 
 
 class AttentionGuide:
@@ -126,12 +262,11 @@ class AttentionGuide:
 
 @dataclass
 class PackedPass:
-    """What one packed pass gives: hidden states [B, T, D], the mean over questions of their mean token loss, the
-    router's loss, and per question whether every supervised token was the likeliest one and which first token was."""
+    """What one packed pass gives: hidden states [B, T, D], the mean over questions of their mean token loss, and per
+    question whether every supervised token was the likeliest one and which first token was."""
 
     hidden: Tensor
     loss: Tensor
-    aux: Tensor
     exact: Tensor
     first: Tensor
 
@@ -151,8 +286,8 @@ def run_packed(
     if batch.regions and region_tokens is not None:
         rows, places, _ = torch.tensor(batch.regions).T
         embeds = embeds.index_put((rows, places), region_tokens)
-    decoded = model.model.decoder(embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
-    hidden = decoded.last_hidden_state
+    decoder = model.model.decoder
+    hidden = decoder(embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False).last_hidden_state
     targets = batch.labels[:, 1:]
     chosen = targets != IGNORE_INDEX
     logits = model.lm_head(hidden[:, :-1][chosen])
@@ -163,36 +298,7 @@ def run_packed(
     likeliest = logits.detach().argmax(-1)
     exact = torch.zeros(len(batch.kinds)).index_add_(0, owner, (likeliest != targets[chosen]).float()) == 0
     starts = torch.cat([torch.ones(1, dtype=torch.bool), owner[1:] != owner[:-1]])
-    return PackedPass(hidden, per_question.mean(), decoded.aux_loss, exact, likeliest[starts])
-
-
-class KindScores:
-    """Running scores by kind of question, teacher forced.
-
-    The score of a grounding question is whether the answer's first word is that of a refusal where it should be, and of
-    an acceptance where not (their wordings are drawn at random); of other questions, whether all tokens are right.
-    """
-
-    def __init__(self) -> None:
-        self.right, self.total = np.zeros(len(KINDS)), np.zeros(len(KINDS))
-
-    def add(self, batch: PackedBatch, done: PackedPass, refusals: frozenset[int]) -> None:
-        """Count one batch; ``refusals`` are the ids of refusals' first tokens."""
-        refuses = torch.tensor([int(token) in refusals for token in done.first])
-        grounding = torch.tensor([KINDS[int(kind)].startswith("grounding") for kind in batch.kinds])
-        absent = batch.kinds == KINDS.index("grounding_absent")
-        right = torch.where(grounding, refuses == absent, done.exact)
-        kinds = batch.kinds.numpy()
-        np.add.at(self.right, kinds, right.numpy())
-        np.add.at(self.total, kinds, 1)
-
-    def shares(self) -> dict[str, float]:
-        """Share of right answers by kind."""
-        return {
-            kind: round(float(right / total), 3)
-            for kind, right, total in zip(KINDS, self.right, self.total, strict=True)
-            if total
-        }
+    return PackedPass(hidden, per_question.mean(), exact, likeliest[starts])
 
 
 _SPATIAL = frozenset(KINDS.index(kind) for kind in ("side", "relation", "place", "finding", "region_side"))
@@ -207,18 +313,3 @@ def draw_questions(
     weights = np.array([_SPATIAL_WEIGHT if question.kind in _SPATIAL else 1.0 for question in wanted])
     order = np.argsort(-np.log(weights) - rng.gumbel(size=len(wanted)))
     return [wanted[int(index)] for index in order[:most]]
-
-
-def name_spellings(encode_text: Callable[[str], list[int]]) -> dict[int, list[list[int]]]:
-    """Token ids of every class name as it stands inside a sentence and at its start, by class id."""
-    spellings = {}
-    for class_id, name in enumerate(CLASS_NAMES):
-        if class_id:
-            forms = (name, name[0].upper() + name[1:])
-            spellings[class_id] = [list(ids) for ids in dict.fromkeys(tuple(encode_text(form)) for form in forms)]
-    return spellings
-
-
-def modality_words(encode_text: Callable[[str], list[int]], spoken: dict[str, str]) -> list[list[int]]:
-    """Token ids of every modality's word, in the order of ``MODALITIES``."""
-    return [encode_text(spoken[key][0].upper() + spoken[key][1:]) for key in MODALITIES]

@@ -63,8 +63,9 @@ class MiniPretraining:
         logger.info("%d pictures to learn from, %d held out", len(self.pool.images), len(self.held_out.images))
 
     def make_sam(self) -> None:
+        start = self.start[0].model.sam.state_dict()
         plan = TowerPlan(**self.settings["sam"])
-        trainer = pretrain_sam(self.pool, self.config, plan, self.seed, self.out / "log.jsonl", self.held_out)
+        trainer = pretrain_sam(self.pool, self.config, plan, self.seed, self.out / "log.jsonl", self.held_out, start)
         self._keep("sam", trainer)
 
     def make_vision(self) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 
 from model.data.builders.phantom import PhantomStream, render_workers
 from model.data.builders.phantom_questions import Question
-from model.data.builders.phantom_scenes import CLASS_IDS, MODALITIES
+from model.data.builders.phantom_scenes import MODALITIES
 
 SIDE = 256
 _PADDING = (123, 116, 104)  # SAM's mean colour, rounded: zero after its normalisation, and CLIP's padding within 1
@@ -36,19 +34,16 @@ class ScenePool:
         with (folder / "questions.jsonl").open(encoding="utf-8") as lines:
             records = [json.loads(line) for line in lines]
         self.modalities = np.array([record["modality"] for record in records], np.uint8)
-        self.questions = [[_question(item) for item in record["questions"]] for record in records]
+        self.questions = [
+            [Question(**{**item, **{name: tuple(item[name]) for name in ("regions", "targets")}}) for item in asked]
+            for asked in (record["questions"] for record in records)
+        ]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def mask(self, index: int, name: str) -> NDArray[np.bool_]:
-        """Mask [256, 256] of the structure ``name`` in scene ``index``."""
-        return self.labels[index] == CLASS_IDS[name]
 
-
-def render_pool(
-    folder: Path, num_scenes: int, seed: int, workers: int = 1, progress: Callable[[int, int], None] | None = None
-) -> ScenePool:
+def render_pool(folder: Path, num_scenes: int, seed: int, workers: int = 1) -> ScenePool:
     """Render ``num_scenes`` scenes into ``folder``, or open the pool that is already there.
 
     A tenth of the scenes is not square, as in the data sets that ``build_phantoms`` writes.
@@ -63,8 +58,6 @@ def render_pool(
             for index, (image, label, line) in enumerate(executor.map(_render, jobs, chunksize=32)):
                 images[index], labels[index] = image, label
                 lines.append(line)
-                if progress is not None:
-                    progress(index + 1, num_scenes)
         images.flush()
         labels.flush()
         temporary = folder / "questions.jsonl.tmp"
@@ -75,8 +68,7 @@ def render_pool(
 
 def clip_pictures(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """Shrink pool pictures uint8 [N, 256, 256, 3] to CLIP's input side, antialiased."""
-    resized = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images]
-    return np.stack(resized)
+    return np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images])
 
 
 def _render(job: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], str]:
@@ -99,8 +91,3 @@ def _padded(picture: NDArray[np.uint8], interpolation: int, padding: tuple[int, 
     bottom, right = SIDE - height - top, SIDE - width - left
     padded = cv2.copyMakeBorder(picture, top, bottom, left, right, cv2.BORDER_CONSTANT, value=padding)
     return np.asarray(padded, np.uint8)
-
-
-def _question(item: dict[str, object]) -> Question:
-    lists: dict[str, Any] = {name: tuple(item[name]) for name in ("regions", "targets")}  # type: ignore[arg-type]
-    return Question(**{**item, **lists})  # type: ignore[arg-type]

@@ -13,11 +13,10 @@ from torch.nn import functional
 from model.data.builders.phantom_scenes import CLASS_NAMES
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.sam_med2d import SamMed2D
+from model.processing.images import SAM_MEAN, SAM_STD
 from model.train.pretrain.pool import SIDE, ScenePool
 from model.train.pretrain.steps import Losses, train_steps
 
-_MEAN = (123.675, 116.28, 103.53)
-_STD = (58.395, 57.12, 57.375)
 _BOX_SHARE = 0.25
 
 
@@ -51,7 +50,8 @@ def pretrain_sam(pool: ScenePool, config: MedPLIBConfig, plan: SamPlan, seed: in
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     teacher = SamTeacher(config)
-    _initialise(teacher)
+    nn.init.trunc_normal_(teacher.sam.image_encoder.pos_embed, std=0.02)
+    nn.init.normal_(teacher.names.weight, std=1.0)
 
     def step(number: int) -> Losses:
         rows = rng.choice(len(pool), plan.batch_size, replace=False)
@@ -64,11 +64,13 @@ def pretrain_sam(pool: ScenePool, config: MedPLIBConfig, plan: SamPlan, seed: in
 def sam_pixels(images: np.ndarray) -> Tensor:
     """Pool pictures uint8 [N, 256, 256, 3] as SAM inputs float [N, 3, 256, 256]."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
-    return (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
+    return (pixels - torch.tensor(SAM_MEAN)[:, None, None]) / torch.tensor(SAM_STD)[:, None, None]
 
 
-def mask_loss(logits: Tensor, targets: Tensor, iou: Tensor) -> Losses:
-    """Pixel, overlap and IoU-estimate losses of low-resolution logits [M, l, l] against soft targets [M, l, l]."""
+def mask_loss(logits: Tensor, masks: np.ndarray, iou: Tensor) -> Losses:
+    """Pixel, overlap and IoU-estimate losses of low-resolution logits [M, l, l] against masks [M, S, S]."""
+    full = torch.from_numpy(np.ascontiguousarray(masks)).float()[:, None]
+    targets = functional.adaptive_avg_pool2d(full, logits.shape[-1])[:, 0]
     probabilities = logits.sigmoid()
     overlap = (probabilities * targets).sum((1, 2))
     dice = 1 - (2 * overlap + 1) / (probabilities.sum((1, 2)) + targets.sum((1, 2)) + 1)
@@ -81,12 +83,6 @@ def mask_loss(logits: Tensor, targets: Tensor, iou: Tensor) -> Losses:
         "dice": dice.mean(),
         "iou": functional.mse_loss(iou[:, 0], true_iou),
     }
-
-
-def shrink(masks: np.ndarray, side: int) -> Tensor:
-    """Masks [M, S, S] as the share of foreground in each low-resolution cell, float [M, side, side]."""
-    full = torch.from_numpy(np.ascontiguousarray(masks)).float()[:, None]
-    return functional.adaptive_avg_pool2d(full, side)[:, 0]
 
 
 def _losses(teacher: SamTeacher, pool: ScenePool, rows: np.ndarray, masks: int, rng: np.random.Generator) -> Losses:
@@ -106,7 +102,7 @@ def _losses(teacher: SamTeacher, pool: ScenePool, rows: np.ndarray, masks: int, 
         prompts = {"boxes": boxes[chosen]} if with_box else {}
         queries = None if with_box else teacher.names(torch.from_numpy(classes)[chosen])
         low, iou = teacher.sam.decode(embeddings, queries, torch.from_numpy(index)[chosen], **prompts)
-        for key, value in mask_loss(low[:, 0], shrink(truth[chosen.numpy()], low.shape[-1]), iou).items():
+        for key, value in mask_loss(low[:, 0], truth[chosen.numpy()], iou).items():
             losses.setdefault(key, []).append(value * chosen.float().mean())
     result = {key: torch.stack(values).sum() for key, values in losses.items()}
     soft = soft_labels(labels, embeddings.shape[-1])  # [N, h·w, classes]
@@ -147,8 +143,3 @@ def _boxes(masks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         reach = np.array([np.ptp(columns), np.ptp(rows)] * 2) + 1
         box[:] = np.clip(corners + rng.normal(0, 0.05, 4) * reach, 0, SIDE)
     return boxes
-
-
-def _initialise(teacher: SamTeacher) -> None:
-    nn.init.trunc_normal_(teacher.sam.image_encoder.pos_embed, std=0.02)
-    nn.init.normal_(teacher.names.weight, std=1.0)

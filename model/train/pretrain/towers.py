@@ -22,7 +22,7 @@ from model.train.pretrain.sam import sam_pixels
 from model.train.pretrain.steps import Losses, Resume, append_log, train_steps
 from model.train.pretrain.vision import cell_places, clip_pixels
 
-PROMPTS = ("name", "box", "click", "correction")
+PROMPTS = ("box", "click", "correction")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TowerPlan:
         steps, batch_size, lr: of pictures; two targets at most are drawn of each.
         shares: data set → share of the draws; of the others each (data set, modality) group gets draws in proportion to
             the square root of its size.
-        prompts: share of the steps with each of ``PROMPTS``; SAM alone.
+        prompts: share of the steps that ask for the same masks by each of ``PROMPTS`` too, at most one; SAM alone.
         augmentation: preset of ``AugmentationConfig``.
     """
 
@@ -41,7 +41,7 @@ class TowerPlan:
     batch_size: int = 12
     lr: float = 1e-3
     shares: Mapping[str, float] | None = None
-    prompts: Sequence[float] = (0.55, 0.15, 0.15, 0.15)
+    prompts: Sequence[float] = (0.15, 0.15, 0.2)
     augmentation: str = "strong"
     precision: str = "bf16"
 
@@ -165,26 +165,36 @@ def pretrain_sam(
     seed: int,
     log: Path | None,
     held_out: MaskPool | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> SamTrainer:
-    """Train image encoder, prompt encoder and mask decoder from nothing: masks from names, boxes and clicks.
+    """Train image encoder, prompt encoder and mask decoder: masks from names, boxes and clicks.
 
     Args:
         held_out: scored by name every 500 steps; its names must be the pool's.
+        start: weights of a SAM branch to go on from; those of another shape are left out.
     """
     torch.manual_seed(seed)
     trainer, sampler = SamTrainer(config, len(pool.names)), PoolSampler(pool, plan, seed)
+    own = trainer.sam.state_dict()
+    fitting = {name: value for name, value in (start or {}).items() if name in own and own[name].shape == value.shape}
+    trainer.sam.load_state_dict(own | fitting)
     rng = np.random.default_rng(seed + 1)
+    kinds, shares = ("name", *PROMPTS), np.array([1 - sum(plan.prompts), *plan.prompts])
 
     def step(number: int) -> Losses:
         drawn = sampler.draw(present=True)
-        kind = PROMPTS[rng.choice(len(PROMPTS), p=np.array(plan.prompts) / sum(plan.prompts))]
+        asked = {"name", kinds[rng.choice(len(kinds), p=shares)]}
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"):
             embeddings = trainer.encode(drawn.images)
-            low, iou = trainer.masks(embeddings, drawn, kind, rng)
+            found = [trainer.masks(embeddings, drawn, kind, rng) for kind in sorted(asked)]
         truth = torch.from_numpy(drawn.masks).float()
+        losses: dict[str, Tensor] = {}
+        for low, iou in found:
+            for name, value in soft_mask_losses(low, truth, iou).items():
+                losses[name] = losses.get(name, 0) + value / len(found) ** 0.5
         cells = embeddings[drawn.index, : config.mask_query_dim].float()  # [M, C, h, w]
         dense = torch.einsum("mc,mchw->mhw", trainer.dense(drawn.names), cells)
-        return {**soft_mask_losses(low, truth, iou), "dense": 0.5 * cell_loss(dense, truth)}
+        return {**losses, "dense": 0.5 * cell_loss(dense, truth)}
 
     def report(number: int) -> None:
         if held_out is not None and number % 500 == 0:

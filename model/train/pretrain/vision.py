@@ -16,12 +16,10 @@ from torch.nn import functional
 from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.vision_tower import VisionTower
+from model.processing.images import CLIP_MEAN, CLIP_STD
 from model.train.pretrain.pool import ScenePool, clip_pictures
 from model.train.pretrain.sam import soft_labels
 from model.train.pretrain.steps import Losses, train_steps
-
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def cell_places(grid: int) -> Tensor:
 def clip_pixels(pictures: np.ndarray) -> Tensor:
     """Pictures uint8 [N, s, s, 3] as CLIP inputs float [N, 3, s, s]."""
     pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
+    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
 def _mirrored(patches: Tensor, grid: int) -> Tensor:

@@ -1,10 +1,12 @@
-"""The pre-training steps on disk: what each one reads, makes and leaves for the next."""
+"""The pre-training steps of a small model: what each one reads, makes and leaves on disk for the next."""
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,35 +17,38 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from model.checkpoint import save
-from model.errors import MedPLIBError
+from model.errors import MedPLIBError, escape_unprintable
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn, render
 from model.processing.processor import MedPLIBProcessor, ProcessorSettings
 from model.processing.special_tokens import SEG_TOKEN
 from model.processing.tokens import MODEL_FILE, build_tokenizer, train_tokenizer
-from model.train.pretrain.curriculum import LanguagePlan, Lessons, pretrain_language
-from model.train.pretrain.pool import ScenePool, render_pool
-from model.train.pretrain.sam import SamPlan, pretrain_sam
-from model.train.pretrain.seen import (
+from model.train.pretrain.curriculum import (
     AlignPlan,
+    LanguagePlan,
+    Lessons,
     MaskHeadPlan,
     SeenPlan,
     align,
     clip_features,
     fit_mask_head,
+    pretrain_language,
     train_seen,
 )
+from model.train.pretrain.pool import ScenePool, render_pool
+from model.train.pretrain.sam import SamPlan, pretrain_sam
 from model.train.pretrain.vision import VisionPlan, pretrain_vision
 from model.yaml_files import read_mapping
 
 logger = logging.getLogger(__name__)
 
 _SEEN_PARTS = ("decoder", "lm_head", "projector", "region_adapter")
+_DESCRIPTION = "Make the starting points of a small model from phantoms alone."
 STEPS = ("pool", "tokenizer", "vision", "sam", "language", "seen", "base")
 
 
-class Workshop:
+class Pretraining:
     """Everything that pre-training makes, in one folder.
 
     ``pool/`` and ``pool_held_out/`` scenes · ``tokenizer/`` · ``vision.safetensors``, ``sam.safetensors``,
@@ -67,27 +72,20 @@ class Workshop:
 
     def make(self, step: str) -> None:
         """Run one step of ``STEPS``; what it needs must be there."""
-        actions: Mapping[str, Callable[[], None]] = {
-            "pool": self._make_pool,
-            "tokenizer": self._make_tokenizer,
-            "vision": lambda: self._keep(
-                "vision",
-                pretrain_vision(self.pool, self._sized(), self._plan(VisionPlan, "vision"), self.seed, self.log),
-            ),
-            "sam": lambda: self._keep(
-                "sam", pretrain_sam(self.pool, self._sized(), self._plan(SamPlan, "sam"), self.seed, self.log)
-            ),
-            "language": self._make_language,
-            "seen": self._make_seen,
-            "base": self._make_base,
-        }
         self.out.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        actions[step]()
+        getattr(self, f"_make_{step}")()
         logger.info("%s: %.0f s", step, time.monotonic() - start)
 
     def _make_pool(self) -> None:
         logger.info("%d scenes to learn from, %d held out", len(self.pool), len(self.held_out))
+
+    def _make_vision(self) -> None:
+        plan = self._plan(VisionPlan, "vision")
+        self._keep("vision", pretrain_vision(self.pool, self._sized(), plan, self.seed, self.log))
+
+    def _make_sam(self) -> None:
+        self._keep("sam", pretrain_sam(self.pool, self._sized(), self._plan(SamPlan, "sam"), self.seed, self.log))
 
     @cached_property
     def pool(self) -> ScenePool:
@@ -194,3 +192,23 @@ def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _part(model: MedPLIBForCausalLM, name: str) -> nn.Module:
     return model.lm_head if name == "lm_head" else getattr(model.model, name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run pre-training steps in the order given; returns the exit code."""
+    escape_unprintable()
+    parser = argparse.ArgumentParser(prog="python -m model.train.pretrain", description=_DESCRIPTION)
+    parser.add_argument("steps", nargs="+", choices=[*STEPS, "all"], help="what to make, in this order")
+    parser.add_argument("--config", type=Path, default=Path("configs/nano/pretrain.yaml"), help="sizes and lengths")
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything that is made")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render scenes")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        made = Pretraining(options.config, options.out, options.workers)
+        for step in STEPS if "all" in options.steps else options.steps:
+            made.make(step)
+    except MedPLIBError as error:
+        logger.error("%s", error)
+        return 2
+    return 0
