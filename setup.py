@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["model", "model.*"]),
     package_data={
         "model.drawing": ["assets/*"],
-        "model.eval": ["*.sh"],
+        "model.eval": ["*.sh", "templates/*"],
         "model.eval.lmms": ["tasks/*"],
         "model.serve.web": ["assets/*"],
     },

@@ -1,7 +1,7 @@
-"""Small charts as inline SVG: strips that sit in table cells, histograms, calibration.
+"""Small charts as inline SVG: histograms, curves, calibration.
 
-Colours are classes of ``assets/report.css``, so that they follow the page's light or dark scheme. Strips hold no text
-and stretch with their cell; charts with text are drawn for about 300 pixels, at which their text is 11 pixels high.
+Colours are classes of ``assets/report.css``, so that they follow the page's light or dark scheme. Charts are drawn for
+about 300 pixels, at which their text is 11 pixels high. The strips in tables are macros of ``eval/templates``.
 """
 
 from __future__ import annotations
@@ -11,71 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from model.drawing.pages import Markup, count, element, number, percent
+from model.drawing.pages import Markup, count, element, number
 
 _WIDTH, _HEIGHT = 304, 208
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 20, 40  # margins of the plot: tick labels and axis titles
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-def interval_strip(
-    value: float | None,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    baseline: float | None = None,
-    worse: bool = False,
-) -> Markup:
-    """A bar from 0 to a value in [0, 1], its interval as a line, a blind baseline as a tick.
-
-    Args:
-        value: length of the bar; None draws the empty scale.
-        low: lower end of the interval.
-        high: upper end.
-        baseline: where the tick stands.
-        worse: the quantity counts something bad, which another colour says.
-    """
-    shapes = [box(0, 3, 100, 8, "track")]
-    if _finite(value):
-        shapes.append(box(0, 3, _percent(value), 8, "bar worse" if worse else "bar"))
-    if _finite(low) and _finite(high):
-        left, right = _percent(low), _percent(high)
-        shapes += [line(left, 7, right, 7, "whisker")]
-        shapes += [line(end, 4, end, 10, "whisker") for end in (left, right)]
-    if _finite(baseline):
-        shapes.append(line(_percent(baseline), 0, _percent(baseline), 14, "baseline"))
-    return _strip(shapes, _told(value, low, high, baseline))
-
-
-def difference_strip(value: float, low: float, high: float, reach: float, *, better: bool) -> Markup:
-    """A difference and its interval around a zero line, on a scale from −``reach`` to ``reach``; NaN is not drawn."""
-
-    def place(number_: float) -> float:
-        return 50 + 50 * max(-1.0, min(1.0, number_ / reach))
-
-    shapes = [line(50, 0, 50, 14, "zero")]
-    if _finite(value):
-        left, right = sorted((50.0, place(value)))
-        shapes.append(box(left, 3, right - left, 8, "bar" if better else "bar worse"))
-    if _finite(low) and _finite(high):
-        shapes.append(line(place(low), 7, place(high), 7, "whisker"))
-        shapes += [line(place(end), 4, place(end), 10, "whisker") for end in (low, high)]
-    return _strip(shapes, _told(value, low, high, None))
-
-
-def share_strip(shares: Sequence[float], names: Sequence[str]) -> Markup:
-    """Parts of one whole beside one another, each in its own colour."""
-    total = sum(shares) or 1.0
-    shapes, left = [], 0.0
-    for index, share in enumerate(shares):
-        width = 100 * share / total
-        shapes.append(
-            box(left, 0, width, 14, f"series-{index % 6 + 1}", f"{names[index]}: {percent(share / total, 1)}")
-        )
-        left += width
-    label = ", ".join(f"{name} {percent(share / total, 1)}" for name, share in zip(names, shares, strict=True))
-    return _strip(shapes, label)
 
 
 def histogram(values: Sequence[float] | np.ndarray, title: str, *, bins: int = 20, series: int = 1) -> Markup:
@@ -163,12 +104,6 @@ def calibration_error(
 # --- the parts of a chart -------------------------------------------------------------------------------------------
 
 
-def _strip(shapes: list[Markup], label: str) -> Markup:
-    return element(
-        "svg", *shapes, viewBox="0 0 100 14", preserveAspectRatio="none", class_="strip", role="img", aria_label=label
-    )
-
-
 def _chart(shapes: list[Markup], label: str) -> Markup:
     return element("svg", *shapes, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", class_="chart", role="img", aria_label=label)
 
@@ -197,14 +132,6 @@ def _y(value: float) -> float:
     return _TOP + _PLOT_HEIGHT * (1 - max(0.0, min(1.0, value)))
 
 
-def _percent(value: float | None) -> float:
-    return 100 * max(0.0, min(1.0, value or 0.0))
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def _numbers(values: Sequence[float] | np.ndarray) -> np.ndarray:
     array = np.asarray(values, dtype=float).ravel()
     return array[np.isfinite(array)]
@@ -216,15 +143,6 @@ def _rounded_up(largest: int) -> int:
     while 80 * power < largest:
         power *= 10
     return next(factor * power for factor in (4, 8, 12, 16, 20, 40, 60, 80) if factor * power >= largest)
-
-
-def _told(value: float | None, low: float | None, high: float | None, baseline: float | None) -> str:
-    parts = [number(value)]
-    if _finite(low) and _finite(high):
-        parts.append(f"interval {number(low)} to {number(high)}")
-    if _finite(baseline):
-        parts.append(f"blind {number(baseline)}")
-    return ", ".join(parts)
 
 
 def box(x: float, y: float, width: float, height: float, kind: str, note: str = "") -> Markup:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
-from typing import Literal
 
-Kind = Literal["text", "number", "strip", "pair"]
+from markupsafe import Markup, escape
 
 LONGEST_TEXT = 600
 """Characters of a question or an answer that a page shows; the files beside it hold all of it."""
@@ -20,26 +17,6 @@ LONGEST_TEXT = 600
 _VOID = frozenset(("br", "hr", "img", "meta", "link", "input", "col"))
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))
 _MANY_BLANKS = re.compile(r"[^\S\n]{3,}|\n{3,}")
-
-
-class Markup(str):
-    """Text that is HTML already."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its heading, what it holds, and a sentence that explains it."""
-
-    title: str
-    kind: Kind = "number"
-    meaning: str = ""
-
-
-def escaped(value: object) -> Markup:
-    """Any value as text of a page; ``Markup`` stays as it is."""
-    return value if isinstance(value, Markup) else Markup(html.escape(str(value), quote=True))
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Markup:
@@ -51,7 +28,7 @@ def element(name: str, /, *children: object, **attributes: object) -> Markup:
         attributes: a trailing underscore is dropped and others become hyphens; None and False leave the attribute out.
     """
     named = "".join(
-        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escaped(value)}"')
+        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
@@ -62,7 +39,7 @@ def element(name: str, /, *children: object, **attributes: object) -> Markup:
 
 def joined(parts: Iterable[object], separator: str = "") -> Markup:
     """Parts one after the other, escaped where they are not ``Markup``."""
-    return Markup(separator.join(escaped(part) for part in parts if part is not None and part != ""))
+    return Markup(separator.join(escape(part) for part in parts if part is not None and part != ""))
 
 
 def quoted(value: str, longest: int = LONGEST_TEXT) -> Markup:
@@ -78,31 +55,6 @@ def quoted(value: str, longest: int = LONGEST_TEXT) -> Markup:
     if not shown.strip():
         return element("span", "nothing", class_="nothing")
     return element("bdi", shown, more, class_="said")
-
-
-def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, label: str, **attributes: object) -> Markup:
-    """A table that scrolls sideways where it is wider than the screen; a row that holds one cell heads a group.
-
-    Args:
-        columns: headings, one for each cell of a row.
-        rows: cells, escaped where they are not ``Markup``.
-        label: what the table is, for those who do not see it.
-        attributes: of the table, see ``element``.
-    """
-    head = element(
-        "tr", *(element("th", c.title, scope="col", class_=c.kind, title=c.meaning or None) for c in columns)
-    )
-    body = []
-    for row in rows:
-        if len(row) == 1:
-            body.append(element("tr", element("th", row[0], colspan=len(columns), scope="rowgroup"), class_="group"))
-            continue
-        first, *rest = zip(columns, row, strict=True)
-        cells = [element("th", first[1], scope="row", class_=first[0].kind)]
-        cells += [element("td", cell, class_=column.kind) for column, cell in rest]
-        body.append(element("tr", *cells))
-    whole = element("table", element("thead", head), element("tbody", *body), aria_label=label, **attributes)
-    return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
 def number(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
@@ -129,7 +81,7 @@ def interval(low: float, high: float, digits: int = 3, *, signed: bool = False) 
 
 def breakable(value: object) -> Markup:
     """Text, such as a path, that may break after its slashes."""
-    return Markup(escaped(value).replace("/", "/<wbr>")) if not isinstance(value, Markup) else value
+    return value if isinstance(value, Markup) else Markup(str(escape(value)).replace("/", "/<wbr>"))
 
 
 def count(value: int) -> str:

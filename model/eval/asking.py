@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from model.checkpoint.directories import checkpoint_name, regular_files, resolve
-from model.checkpoint.opening import open_checkpoint
+from model.checkpoint.pretrained import open_checkpoint
 from model.errors import MedPLIBError
 from model.eval.options import InferenceOptions
 from model.eval.predictions import Prediction

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from model.data.records import open_records
 from model.errors import MedPLIBError, escape_unprintable, shown
-from model.eval.metrics import PublishedText, Scores, score_predictions
-from model.eval.metrics.published import format_table
+from model.eval.metrics.published import PublishedText, format_table
 from model.eval.metrics.rows import masks_by_threshold
+from model.eval.metrics.scores import Scores, score_predictions
 from model.eval.predictions import Prediction, json_text, match_references, read_predictions
 
 STANDARD_HEADING = "Standard scores (fractions of 1; 95 % intervals over images)"
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     if options.candidate_set:
         _check_candidates(Path(options.candidate_set))
     published = PublishedText(choose_candidates=bool(options.candidate_set))
-    rows: Iterable[Prediction] = with_bar(read_predictions(options.pred), count_rows(options.pred))
+    rows: Iterable[Prediction] = read_with_bar(options.pred)
     if options.references:
         pairs = match_references(rows, open_records(options.references), options.turns)
         rows = (prediction for prediction, _ in pairs)
@@ -120,8 +120,12 @@ def thresholds_in(path: str | Path) -> list[float] | None:
     return sorted(masks_by_threshold(first)) or None if first else None
 
 
-def count_rows(path: str | Path) -> int:
-    """Rows of a predictions file, by its lines."""
+def read_with_bar(path: str | Path) -> Iterator[Prediction]:
+    """The rows of a predictions file, with a bar on a terminal.
+
+    Raises:
+        MedPLIBError: it cannot be read, or holds none.
+    """
     try:
         with Path(path).open("rb") as stream:
             count = sum(1 for line in stream if line.strip())
@@ -130,12 +134,7 @@ def count_rows(path: str | Path) -> int:
         raise MedPLIBError(f"cannot read the predictions {path}: {reason}; give a file of vqa_infer") from error
     if not count:
         raise MedPLIBError(f"{path} holds no predictions; give a file with at least one")
-    return count
-
-
-def with_bar(rows: Iterable[Prediction], total: int) -> Iterator[Prediction]:
-    """The rows, with a bar on a terminal."""
-    yield from tqdm(rows, total=total, unit="row", desc="scoring", leave=False, disable=None)
+    yield from tqdm(read_predictions(path), total=count, unit="row", desc="scoring", leave=False, disable=None)
 
 
 def print_published(options: argparse.Namespace, text: PublishedText) -> dict[str, float]:

@@ -20,11 +20,11 @@ if not __package__:  # run as a file: Python puts this folder on its path, not t
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from model.errors import MedPLIBError
-from model.eval.cal_metric import add_output_flags, count_rows, print_standard, run_command, with_bar, write_json
-from model.eval.metrics import score_predictions
+from model.eval.cal_metric import add_output_flags, print_standard, read_with_bar, run_command, write_json
 from model.eval.metrics.published import published_words
 from model.eval.metrics.rows import is_closed
-from model.eval.predictions import Prediction, named, read_predictions
+from model.eval.metrics.scores import score_predictions
+from model.eval.predictions import Prediction, named
 
 
 @dataclass
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     """Read the predictions once, print both kinds of scores and write them where asked."""
     modalities = read_modalities(options.root)
     published = PublishedAccuracy()
-    rows = with_modality(with_bar(read_predictions(options.pred), count_rows(options.pred)), modalities)
+    rows = with_modality(read_with_bar(options.pred), modalities)
     scores = score_predictions(published.watch(rows), samples=options.samples, seed=options.seed)
     print(f"pred file {options.pred}\ncandidate_set None")
     print(f"open_cnt {published.open}\nclosed_cnt {published.closed}")

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from model.errors import MedPLIBError
 
-FAILED_QUESTIONS = 3
-"""Exit code where some questions could not be asked."""
 BATCH_SIZE = 8
 
 
@@ -46,6 +44,7 @@ def run_eval(options: argparse.Namespace) -> int:
     """``medplib eval``: exit 3 when questions could not be asked."""
     from model.checkpoint.directories import resolve
     from model.eval.asking import run_folder
+    from model.eval.options import FAILED_QUESTIONS
     from model.eval.own_data import data_name, own_run_folder, own_suite
     from model.eval.processes import Place
     from model.eval.suite import is_suite, load_suite

@@ -20,7 +20,7 @@ set -u
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 root=$(CDPATH='' cd -- "$here/../.." && pwd)
-MODEL=${MODEL:-$root/assets/medplib-nano}
+MODEL=${MODEL:-$root/assets/medplib-mini}
 DATA=${DATA:-$root/data/sample/held_out.json}
 IMAGES=${IMAGES:-$(dirname -- "$DATA")}
 PYTHON=${PYTHON:-python}

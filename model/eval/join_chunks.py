@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model.errors import MedPLIBError, escape_unprintable
+from model.eval.options import FAILED_QUESTIONS
 from model.eval.processes import Journal, join_journals, journal_path, read_journal
 from model.eval.run import answer_scores, segmentation_scores, write_lines
-
-FAILED_QUESTIONS = 3
 
 
 def join_chunks(answers: Path, chunks: Sequence[Path], *, overwrite: bool = False) -> Journal:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # a command's --help need not wait for torch
     from model.eval.questions import Turns
 
 PRECISIONS = ("fp32", "bf16")
+FAILED_QUESTIONS = 3
+"""Exit code where some questions could not be answered."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from types import TracebackType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.data.schema import is_number
 from model.errors import MedPLIBError
@@ -113,25 +113,15 @@ class Prediction:
 
 _OPTIONAL = ("masks_at", "router")
 _REQUIRED = ("question_id", "gt", "text")
-_KINDS: dict[str, tuple[type, ...]] = {
-    "question_id": (str, int),
-    "image_path": (str,),
-    "prompt": (str,),
-    "gt": (str,),
-    "text": (str,),
-    "answer_id": (str,),
-    "model_id": (str,),
-    "answer_type": (str,),
-    "metadata": (dict,),
-    "masks": (list,),
-    "gt_masks": (list, type(None)),
-    "spacing_mm": (list, tuple, type(None)),
-    "finish": (str,),
-    "error": (str, type(None)),
-    "timing": (dict,),
-    "masks_at": (dict, type(None)),
-    "router": (list, type(None)),
-}
+
+
+def _json_kinds(hint: Any) -> tuple[type, ...]:
+    """The types that a value of a field may have in JSON, where a tuple is a list."""
+    kinds = [get_origin(part) or part for part in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    return tuple(kind for part in kinds for kind in ((list, tuple) if part is tuple else (part,)))
+
+
+_KINDS = {name: _json_kinds(hint) for name, hint in get_type_hints(Prediction).items()}
 
 
 def read_predictions(path: str | Path) -> Iterator[Prediction]:

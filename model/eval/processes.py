@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from model.data.builders.jobs import whole_file
 from model.errors import MedPLIBError
 
 
@@ -116,11 +117,6 @@ def chunk(total: int, num_chunks: int, index: int) -> range:
     return range(min(index * size, total), min((index + 1) * size, total))
 
 
-def shard(numbers: range, place: Place) -> range:
-    """The records of one process: every ``world_size``-th."""
-    return numbers[place.rank :: place.world_size]
-
-
 _FORMAT = 1
 _TOLD = 4  # differing settings named in a refusal
 
@@ -151,11 +147,8 @@ class Journal:
 
     def write(self, answers: Path) -> None:
         """Put it beside an answers file; it is there whole or not at all."""
-        target = journal_path(answers)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(target)
+        with whole_file(journal_path(answers)) as stream:
+            stream.write((json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
 
     def refuse_unless_same(self, settings: Mapping[str, Any], answers: Path) -> None:
         """Compare with the settings of a run that wants to go on.

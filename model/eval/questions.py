@@ -59,11 +59,6 @@ def questions_of(
     return [_question(record, sample, reference, number, answer_type, error) for reference in references]
 
 
-def unreadable_question(number: int, error: MedPLIBError) -> Question:
-    """The one question that stands for a record which cannot even be parsed."""
-    return Question(number, Reference(number, 0, "", ""), "", "", {"turn": 0}, error=str(error))
-
-
 def _question(
     record: Mapping[str, Any],
     sample: Sample | None,

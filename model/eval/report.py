@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import io
+import itertools
 import math
 import subprocess
 from collections.abc import Iterable
@@ -11,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from model.drawing.pages import Markup, count, element, joined, page
+from model.data.builders.jobs import whole_file
+from model.drawing.pages import count, page
 from model.eval import report_sections as sections
 from model.eval.metrics.scores import Measures
 from model.eval.pictures import MOST_BYTES, MOST_PICTURES, Pictures
@@ -41,41 +44,15 @@ def write_report(result: SuiteResult, folder: Path) -> list[Path]:
 def suite_page(result: SuiteResult) -> str:
     """The whole page."""
     budget = MOST_PICTURES // max(1, len(result.sets))
-    parts = []
-    for item in result.sets:
-        pictures = Pictures(item.images, item.regions, budget)
-        parts.append(_set_section(item, pictures))
-    several = len(result.sets) > 1
-    contents = [("Summary", "summary"), *((part.item.title, part.item.name) for part in result.sets)]
-    links = (element("a", title, href=f"#{name}") for title, name in [*contents, ("How to read this", "reading")])
-    errors, questions = (sum(getattr(part, name) for part in result.sets) for name in ("errors", "questions"))
-    lead = f"{result.model}, {count(questions)} questions{f' of {len(result.sets)} data sets' if several else ''}"
-    were = "question could not be asked, and is" if errors == 1 else "questions could not be asked, and are"
-    failed = f"{count(errors)} {were} counted as wrong."
-    body = joined(
-        [
-            element(
-                "header",
-                element("p", "MedPLIB evaluation", class_="eyebrow"),
-                element("h1", result.title),
-                element("p", lead, class_="lead"),
-                element("p", failed, class_="warning") if errors else "",
-                sections.facts(result.facts),
-                element("nav", *links, aria_label="Contents"),
-            ),
-            element("h2", "Summary", id="summary"),
-            element("p", result.about, class_="about") if result.about else "",
-            sections.summary(result),
-            *parts,
-            _reading(result, several),
-        ]
-    )
+    parts = [(part, Pictures(part.images, part.regions, budget)) for part in result.sets]
+    files = {"JSON_FILE": JSON_FILE, "SCORES_FILE": SCORES_FILE, "ROWS_FILE": ROWS_FILE}
+    body = sections.render("report.html", result=result, parts=parts, set_facts=_set_facts, **files)
     return page(f"{result.title}: {result.model}", body)
 
 
-def _set_section(part: SetResult, pictures: Pictures) -> Markup:
+def _set_facts(part: SetResult) -> dict[str, str]:
     item = part.item
-    about = {
+    return {
         "Questions": count(part.questions),
         "Split": item.split,
         "Version": item.version,
@@ -86,52 +63,6 @@ def _set_section(part: SetResult, pictures: Pictures) -> Markup:
         "Prompt": "as in training" if item.prompt == "training" else "as in the published evaluation",
         "Answering took": f"{took:.1f} s, {part.questions / took:.1f} answers/s" if (took := part.seconds) else "",
     }
-    groups = [sections.groups(part, by) for by in ("modality", "kind", "structure", "dataset", "patient")]
-    parts = [
-        element("h2", item.title, id=item.name),
-        element("p", item.about, class_="about") if item.about else "",
-        sections.facts(about),
-        *(sections.details(part) if item.detailed else [sections.scores(part), *groups[:2]]),
-        sections.masks(part),
-        sections.gallery(part, pictures),
-        *(() if item.detailed else groups[2:4]),
-        sections.failures(part, pictures),
-        groups[4] if item.detailed else None,
-        sections.folded("All scores", sections.scores(part)) if item.detailed else None,
-        sections.router(part),
-    ]
-    if pictures.left_out:
-        parts.append(
-            element("p", f"{pictures.left_out} more pictures were left out to keep this page small.", class_="note")
-        )
-    return element("section", *parts)
-
-
-def _reading(result: SuiteResult, several: bool) -> Markup:
-    told = [
-        "Intervals hold 95 % of the values that a metric takes when as many patients, or images where no patients are "
-        "named, are drawn from the set anew, with all their questions. They tell how much chance is in the choice of "
-        "images, not how the model does on others.",
-        "An interval of one point, as 1.000 to 1.000, says only that every image scored the same. Where none of n "
-        "images fails, the true share of failures may still be up to about 3/n.",
-        "A dotted mark shows what an answerer reaches that never sees the image."
-        if any(part.blind for part in result.sets)
-        else "",
-        "The mean of several sets is not taken: their questions and metrics differ." if several else "",
-        f"Everything on this page is in {JSON_FILE} and {SCORES_FILE} beside it, every answer in {ROWS_FILE} and under "
-        "predictions/.",
-    ]
-    paragraphs = [element("p", text) for text in told if text]
-    again = [element("p", "To do it again: ", element("code", result.command))] if result.command else []
-    limits = element("p", "For research. Nothing here was validated for diagnosis or treatment.")
-    return element(
-        "footer",
-        element("h3", "How to read this", id="reading"),
-        *paragraphs,
-        sections.meanings(result),
-        *again,
-        limits,
-    )
 
 
 # --- for machines ---------------------------------------------------------------------------------------------------
@@ -214,13 +145,11 @@ def write_scores(sets: Iterable[SetResult], path: Path) -> Path:
 
 def write_csv(path: Path, head: list[str], lines: Iterable[Iterable[object]]) -> Path:
     """A CSV file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="", errors="replace") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(head)
-        writer.writerows(lines)
-    return partial.replace(path)
+    with whole_file(path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
+        csv.writer(text).writerows(itertools.chain([head], lines))
+        text.detach()
+    return path
 
 
 def _cell(value: float | None) -> str:
@@ -229,9 +158,9 @@ def _cell(value: float | None) -> str:
 
 def write_text(path: Path, text: str) -> Path:
     """A text file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    return partial.replace(path)
+    with whole_file(path, empty=True) as stream:
+        stream.write(text.encode("utf-8", errors="replace"))
+    return path
 
 
 def version() -> str:

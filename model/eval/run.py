@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +16,12 @@ import transformers
 from tqdm import tqdm
 
 from model.checkpoint.directories import checkpoint_name
+from model.data.builders.jobs import whole_file
 from model.data.records import Records, open_records
 from model.errors import MedPLIBError
 from model.eval.asking import Asker, Prepared, check_options, file_digest, fingerprint, open_engine
-from model.eval.metrics import PublishedText, score_predictions
-from model.eval.metrics.published import format_table
+from model.eval.metrics.published import PublishedText, format_table
+from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.pictures import write_comparison
 from model.eval.predictions import Key, Prediction, PredictionWriter, read_predictions
@@ -36,11 +36,10 @@ from model.eval.processes import (
     part_path,
     read_journal,
     remove,
-    shard,
     share_cores,
     wait_for_parts,
 )
-from model.eval.questions import Question, Turns, questions_of, references_of, unreadable_question
+from model.eval.questions import Question, Reference, Turns, questions_of, references_of
 from model.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ def run_inference(options: InferenceOptions, place: Place | None = None, opener:
         return finished
     share_cores(place)
     _clear_way(options, place)
-    part = _Part(options, place, records, shard(numbers, place), settings)
+    part = _Part(options, place, records, numbers[place.rank :: place.world_size], settings)
     outcome = part.work(device, opener)
     if place.world_size == 1 or not place.is_first:
         return outcome
@@ -143,7 +142,8 @@ def _questions(records: Records, number: int, options: InferenceOptions) -> list
     try:
         record = records[number]
     except MedPLIBError as error:
-        return [unreadable_question(number, error)]
+        reference = Reference(number, 0, "", "")  # of the one question that stands for the record
+        return [Question(number, reference, "", "", {"turn": 0}, error=str(error))]
     return questions_of(record, number, options.images, options.answer_type, options.turns)
 
 
@@ -349,17 +349,8 @@ def join_parts(answers: Path, parts: Sequence[Path], records: Records, numbers: 
 
 def write_lines(target: Path, lines: Iterable[bytes]) -> int:
     """Write a file that is there whole or not at all; returns the number of lines."""
-    written = 0
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as stream:
-            for line in lines:
-                stream.write(line)
-                written += 1
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return written
+    with whole_file(target, empty=True) as stream:
+        return sum(stream.write(line) > 0 for line in lines)
 
 
 # --- reporting --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from model.data.builders.vqa_rows import image_question_answer, omnimedvqa, slake, vqa_rad, vqa_rad_split, write_picture
+from model.data.builders.jobs import whole_file
+from model.data.builders.vqa import ParquetRows, written_image
+from model.data.builders.vqa_rows import image_question_answer, omnimedvqa, slake, vqa_rad, vqa_rad_split
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import metrics_for
@@ -296,15 +298,13 @@ def write_questions(item: DataSet, folder: Path) -> tuple[Path, Path]:
     files = item.files()
     pictures = folder / item.name
     images = pictures if item.layout == "parquet" else item.images
-    folder.mkdir(parents=True, exist_ok=True)
-    partial, written = folder / f".{item.name}.{os.getpid()}", 0  # processes of one launch write the same
-    with partial.open("w", encoding="utf-8") as stream:
+    with whole_file(target := folder / f"{item.name}.jsonl") as stream:  # processes of one launch write the same
         for record in _records(item, files, pictures):
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-            written += 1
-    if not written:
-        raise MedPLIBError(f"{item.title} has no question in {', '.join(map(str, files))}; check its files and layout")
-    return partial.replace(folder / f"{item.name}.jsonl"), images
+            stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        if not stream.tell():
+            listed = ", ".join(map(str, files))
+            raise MedPLIBError(f"{item.title} has no question in {listed}; check its files and layout")
+    return target, images
 
 
 def _records(item: DataSet, files: list[Path], pictures: Path) -> Iterator[Record]:
@@ -335,23 +335,13 @@ _LAYOUTS: dict[Layout, Callable[[Record], Record | None]] = {
 }
 
 
-def _parquet(file: Path, pictures: Path) -> Iterable[Record]:
+def _parquet(file: Path, pictures: Path) -> Iterator[Record]:
     """Rows of a file with the columns ``image`` (encoded bytes), ``question`` and ``answer``; images become files."""
-    import pyarrow
-    import pyarrow.parquet
-
-    pictures.mkdir(parents=True, exist_ok=True)
+    rows = ParquetRows(file)
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        batches = table.iter_batches(batch_size=64, columns=["image", "question", "answer"], use_threads=False)
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                name = write_picture(row["image"]["bytes"], pictures)
-                yield {**row, "id": f"{file.stem}-{number}", "image": name}
-                number += 1
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        for number, row in enumerate(rows.between(0, len(rows))):
+            yield {**row, "id": f"{file.stem}-{number}", "image": written_image(row["image"], pictures)}
+    except (OSError, ValueError) as error:  # a row without an image, or a damaged file
         raise MedPLIBError(
-            f"{file} has no readable columns image, question and answer ({str(error).splitlines()[0]}); "
-            "give the Parquet files that its source publishes"
+            f"{file} cannot be used ({error}); give the Parquet files that its source publishes"
         ) from error

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from model.checkpoint.directories import checkpoint_name
-from model.checkpoint.opening import open_checkpoint
+from model.checkpoint.pretrained import open_checkpoint
 from model.drawing.pages import count
 from model.eval.asking import open_engine
-from model.eval.metrics.scores import Measure
-from model.eval.metrics.tables import aligned, number, span
+from model.eval.metrics.scores import Measure, aligned, number, span
 from model.eval.options import InferenceOptions
 from model.eval.processes import Place, read_journal
 from model.eval.report import ROWS_FILE, version, write_csv, write_report

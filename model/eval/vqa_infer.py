@@ -11,16 +11,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by its path: the package is not where Python looks, and this folder need not be
     sys.path[:] = [str(Path(__file__).resolve().parents[2]), *(p for p in sys.path if p != str(Path(__file__).parent))]
 
 from model.errors import MedPLIBError, escape_unprintable, shown
-from model.eval.options import InferenceOptions
-
-FAILED_QUESTIONS = 3
-"""Exit code where some questions could not be answered."""
+from model.eval.options import FAILED_QUESTIONS, InferenceOptions
 
 _EXAMPLE = """examples:
   python model/eval/vqa_infer.py --version assets/medplib-nano --val_data_path data/sample/held_out.json \\
@@ -41,21 +39,24 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("checkpoint").add_argument
-    add("--version", type=Path, required=True, metavar="DIR", help="checkpoint, native or published")
+    add("--version", dest="model", type=Path, required=True, metavar="DIR", help="checkpoint, native or published")
     add("--vision_tower", type=Path, metavar="DIR", help="CLIP, for a published checkpoint")
-    add("--vision_pretrained", type=Path, metavar="FILE", help="SAM-Med2D, for a published checkpoint")
-    add("--moe_enable", action="store_true", help="refuse a checkpoint without a mixture of experts")
+    add("--vision_pretrained", dest="sam", type=Path, metavar="FILE", help="SAM-Med2D, for a published checkpoint")
+    add("--moe_enable", dest="moe", action="store_true", help="refuse a checkpoint without a mixture of experts")
     add(
         "--region_fea_adapter",
+        dest="regions",
         action=argparse.BooleanOptionalAction,
         help="refuse a checkpoint without a region adapter; --no-… asks region questions without showing the region, "
         "as the published VQA loop does; regions are shown where neither is given",
     )
-    add("--sam_img_size", type=int, metavar="PIXELS", help="refuse a checkpoint with another SAM input")
+    add(
+        "--sam_img_size", dest="sam_size", type=int, metavar="PIXELS", help="refuse a checkpoint with another SAM input"
+    )
     add("--precision", choices=("fp32", "bf16", "fp16"), help="as stored when absent, fp32 on a CPU")
     add = parser.add_argument_group("questions").add_argument
-    add("--val_data_path", type=Path, required=True, metavar="FILE", help="JSON, JSONL or Parquet")
-    add("--image_folder", type=Path, required=True, metavar="DIR", help="folder its paths start from")
+    add("--val_data_path", dest="data", type=Path, required=True, metavar="FILE", help="JSON, JSONL or Parquet")
+    add("--image_folder", dest="images", type=Path, required=True, metavar="DIR", help="folder its paths start from")
     add("--answer_type", metavar="WORD", help="label of every row; the record's own when absent")
     add(
         "--turns",
@@ -64,18 +65,32 @@ def build_parser() -> argparse.ArgumentParser:
         help="questions of a conversation that are asked, earlier ones shown with their reference answers (all)",
     )
     add("--num-chunks", "--num_chunks", type=int, default=1, metavar="N", help="cut the records into N")
-    add("--chunk-idx", "--chunk_idx", type=int, default=0, metavar="I", help="and ask part I, from 0")
+    add(
+        "--chunk-idx",
+        "--chunk_idx",
+        dest="chunk_index",
+        type=int,
+        default=0,
+        metavar="I",
+        help="and ask part I, from 0",
+    )
     add("--limit", type=int, metavar="N", help="only the first N records")
     add = parser.add_argument_group("what is written and reported").add_argument
     add(
         "--answers-file",
         "--answers_file",
+        dest="answers",
         type=Path,
         metavar="FILE",
         help="where the rows go (runs/infer/CHECKPOINT/DATA.jsonl)",
     )
-    add("--eval_vqa", action="store_true", help="print the published table of answer scores too")
-    add("--eval_seg", action="store_true", help="print mIoU and mDice too, overall and per modality")
+    add("--eval_vqa", dest="answer_scores", action="store_true", help="print the published table of answer scores too")
+    add(
+        "--eval_seg",
+        dest="segmentation_scores",
+        action="store_true",
+        help="print mIoU and mDice too, overall and per modality",
+    )
     add(
         "--thresholds",
         type=float,
@@ -94,11 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no_mask_below", type=float, metavar="P", help="leave masks of a lower presence empty")
     add("--vis_mask", action="store_true", help="write a picture of every row with masks")
     add("--vis_save_path", type=Path, metavar="DIR", help="where to (ANSWERS.pictures, beside the answers)")
-    add("--return_gating_logit", action="store_true", help="write the share of tokens of each expert")
+    add("--return_gating_logit", dest="router", action="store_true", help="write the share of tokens of each expert")
     add("--overwrite", action="store_true", help="start anew where the answers file is there")
     add = parser.add_argument_group("how answers are drawn").add_argument
-    add("--conv_type", metavar="NAME", help="conversation template; v1 is the published evaluation's")
-    add("--model_max_length", type=int, metavar="TOKENS", help="of prompt, image and answer together")
+    add("--conv_type", dest="template", metavar="NAME", help="conversation template; v1 is the published evaluation's")
+    add(
+        "--model_max_length", dest="max_length", type=int, metavar="TOKENS", help="of prompt, image and answer together"
+    )
     add("--max_new_tokens", type=int, default=1024, metavar="TOKENS", help="of an answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--top_p", type=float, metavar="P", help="nucleus, with a temperature above 0 (1)")
@@ -128,47 +145,18 @@ def parse_flags(arguments: Sequence[str] | None = None) -> tuple[InferenceOption
     from model.checkpoint.directories import resolve
 
     # chunks are runs of their own, so each has its own file
-    part = f".chunk-{flags.chunk_idx}-of-{flags.num_chunks}" if flags.num_chunks > 1 else ""
-    answers = flags.answers_file
-    if answers is None:
+    part = f".chunk-{flags.chunk_index}-of-{flags.num_chunks}" if flags.num_chunks > 1 else ""
+    if flags.answers is None:
         from model.eval.asking import run_folder
 
-        answers = run_folder("infer", flags.version) / f"{flags.val_data_path.stem}{part}.jsonl"
-    beside = answers.with_name(f"{answers.stem}.pictures")
-    options = InferenceOptions(
-        model=resolve(flags.version),
-        data=flags.val_data_path,
-        images=flags.image_folder,
-        answers=answers,
-        vision_tower=flags.vision_tower and resolve(flags.vision_tower),
-        sam=flags.vision_pretrained,
-        answer_type=flags.answer_type,
-        template=flags.conv_type,
-        turns=flags.turns,
-        max_new_tokens=flags.max_new_tokens,
-        max_length=flags.model_max_length,
-        temperature=flags.temperature,
-        top_p=1.0 if flags.top_p is None else flags.top_p,
-        seed=flags.seed,
-        thresholds=tuple(flags.thresholds),
-        always_mask=flags.always_mask,
-        no_mask_below=flags.no_mask_below,
-        regions=flags.region_fea_adapter,
-        moe=flags.moe_enable,
-        sam_size=flags.sam_img_size,
-        router=flags.return_gating_logit,
-        answer_scores=flags.eval_vqa,
-        segmentation_scores=flags.eval_seg,
-        pictures=(flags.vis_save_path or beside) if flags.vis_mask else None,
-        precision=flags.precision,
-        device="cpu" if flags.cpu_only else flags.device,
-        batch_size=flags.batch_size,
-        workers=flags.workers,
-        num_chunks=flags.num_chunks,
-        chunk_index=flags.chunk_idx,
-        limit=flags.limit,
-        overwrite=flags.overwrite,
-    )
+        flags.answers = run_folder("infer", flags.model) / f"{flags.data.stem}{part}.jsonl"
+    beside = flags.answers.with_name(f"{flags.answers.stem}.pictures")
+    flags.pictures = (flags.vis_save_path or beside) if flags.vis_mask else None
+    flags.model, flags.vision_tower = resolve(flags.model), flags.vision_tower and resolve(flags.vision_tower)
+    flags.top_p = 1.0 if flags.top_p is None else flags.top_p
+    flags.thresholds = tuple(flags.thresholds)
+    flags.device = "cpu" if flags.cpu_only else flags.device
+    options = InferenceOptions(**{item.name: getattr(flags, item.name) for item in fields(InferenceOptions)})
     return options, flags.local_rank
 
 

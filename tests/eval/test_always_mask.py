@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.errors import MedPLIBError
-from model.eval.metrics import score_predictions
+from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.predictions import Prediction, read_predictions
 from model.eval.processes import Place

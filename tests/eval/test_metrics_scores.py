@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from model.errors import MedPLIBError
-from model.eval.metrics import Scores, compare, score_predictions
+from model.eval.metrics.comparing import compare
+from model.eval.metrics.scores import Scores, score_predictions
 from model.eval.predictions import Prediction
 from model.processing.masks import encode_rle
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import MedPLIBError
-from model.eval.metrics import score_predictions
+from model.eval.metrics.scores import score_predictions
 from model.eval.predictions import Prediction, PredictionWriter, json_text, match_references, read_predictions
 
 PUBLISHED = {

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from model.drawing.charts import calibration, calibration_error, histogram
-from model.drawing.pages import LONGEST_TEXT, Column, element, interval, number, quoted, table
+from model.drawing.pages import LONGEST_TEXT, element, interval, number, quoted
 from model.eval.pictures import MOST_BYTES, MOST_PICTURES, Pictures, data_uri, outlined
 from model.eval.predictions import Prediction, PredictionWriter
 from model.eval.report import HTML_FILE, JSON_FILE, MOST_MEGABYTES, SCORES_FILE, write_csv, write_report
@@ -287,6 +287,3 @@ def test_small_pieces_of_a_page():
     assert interval(float("nan"), 1.0) == "–"
     assert "nothing" in quoted(" \n ")
     assert f"{10} more characters" in quoted("a" * (LONGEST_TEXT + 10))
-    drawn = table([Column("a", "text"), Column("b")], [["group"], ["<x>", 1]], label="t")
-    assert 'colspan="2"' in drawn
-    assert "&lt;x&gt;" in drawn

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.eval.metrics import score_predictions
+from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.predictions import Prediction, read_predictions
 from model.eval.processes import Place

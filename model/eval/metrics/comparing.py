@@ -12,8 +12,7 @@ import numpy as np
 from model.errors import MedPLIBError
 from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, flipped_sums, interval
 from model.eval.metrics.definitions import Metric
-from model.eval.metrics.scores import RowKey, Scores, spread
-from model.eval.metrics.tables import aligned, number, span
+from model.eval.metrics.scores import RowKey, Scores, aligned, number, span, spread
 from model.eval.predictions import named
 
 _SLACK = 1e-12  # differences of this size are rounding

@@ -90,11 +90,6 @@ def published_words(text: str) -> list[str]:
     return [_CONTRACTIONS.get(word, word) for word in numbered if word not in _ARTICLES]
 
 
-def word_overlap(answer: Sequence[str], reference: Sequence[str]) -> float:
-    """The published “exact match”: distinct words of the reference found in the answer, over the answer's words."""
-    return len(set(reference) & set(answer)) / len(answer) if answer else 0.0
-
-
 def overlap_f1(answer: Sequence[str], reference: Sequence[str]) -> tuple[float, float, float]:
     """The published F1, precision and recall: a shared word counts as often as the *answer* has it."""
     said, wanted = Counter(answer), Counter(reference)
@@ -128,7 +123,9 @@ def sentence_bleus(answer: Sequence[str], reference: Sequence[str]) -> list[floa
 def published_row(answer: str, reference: str) -> dict[str, float]:
     """All published scores of one answer, in 0..1."""
     said, wanted = published_words(answer), published_words(reference)
-    values = (word_overlap(said, wanted), *overlap_f1(said, wanted), *sentence_bleus(said, wanted))
+    # “exact match”: distinct words of the reference found in the answer, over the answer's words
+    exact = len(set(wanted) & set(said)) / len(said) if said else 0.0
+    values = (exact, *overlap_f1(said, wanted), *sentence_bleus(said, wanted))
     return dict(zip(_SUMS, values, strict=True))
 
 
@@ -235,11 +232,6 @@ def _behind_point(cell: str) -> int:
     return len(cell) - place - 1 if place >= 0 else -1
 
 
-def published_iou(intersection: int, union: int) -> float:
-    """|∩| / |∪| in float32, 0 when the union is empty. (The published code fails there; the reference says 0.)"""
-    return float(np.float32(intersection) / np.float32(union)) if union else 0.0
-
-
 def published_dice(iou: float) -> float:
     """Dice from IoU."""
     return 2 * iou / (1 + iou)
@@ -255,8 +247,9 @@ class PublishedMasks:
     _all: list[float] = field(default_factory=list)
 
     def add(self, image_path: str, intersection: int, union: int, modality: str = "") -> None:
-        """Take in one pair of masks."""
-        iou = published_iou(intersection, union)
+        """Take in one pair of masks, its IoU in float32; 0 where the union is empty, as the published code fails there
+        and the reference says 0."""
+        iou = float(np.float32(intersection) / np.float32(union)) if union else 0.0
         self.ious[modality or PurePath(image_path).name.split("_")[0]].append(iou)
         self._all.append(iou)
 

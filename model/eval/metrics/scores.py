@@ -18,7 +18,6 @@ from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, interval
 from model.eval.metrics.definitions import CONVENTIONS, Metric, Sums, columns_for, metrics_for
 from model.eval.metrics.published import PublishedMasks
 from model.eval.metrics.rows import RowSettings, score_row, task_of
-from model.eval.metrics.tables import grouped_table, overall_table
 from model.eval.predictions import Prediction, named
 
 DIMENSIONS = ("task", "kind", "modality", "structure", "dataset", "absent_kind", "patient")
@@ -30,6 +29,7 @@ UNNAMED = "(unnamed)"
 RowKey = tuple[str, int, int]
 """Question id as text, turn, and how many rows with both came before: published files may number from 0 twice."""
 
+MEAN_ROW = "mean of these"
 _BLOCK = 4096  # rows of an array that grows by blocks
 
 
@@ -154,9 +154,16 @@ class Scores:
     def table(self, by: str | None = None) -> str:
         """The metrics as text: all of them overall, or the main ones for each group of a dimension."""
         if by is None:
-            return overall_table(self.metrics, self.overall)
-        means = self.mean_over(by) if len(self.by(by)) > 1 else {}
-        return grouped_table(by, self.metrics, self.by(by), means)
+            lines = [["metric", "value", "95 % interval", "n", "meaning"]]
+            for m in self.metrics:
+                if (found := self.overall.get(m.name)) is not None:
+                    value = f"{number(found.value)} {m.unit}".strip()
+                    lines.append([m.name, value, span(found.low, found.high), str(found.count), m.meaning])
+            return aligned(lines, left=(0, 2, 4))
+        groups = self.by(by)
+        shown = [m.name for m in self.metrics if m.headline and any(m.name in measures for measures in groups.values())]
+        rows = [*groups.items(), *([(MEAN_ROW, means)] if len(groups) > 1 and (means := self.mean_over(by)) else [])]
+        return aligned([[by, *shown], *([name, *(_cell(found.get(key)) for key in shown)] for name, found in rows)])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready mapping: rows, settings, conventions, metrics and all tables."""
@@ -361,3 +368,35 @@ def _checksum(prediction: Prediction) -> int:
     for mask in prediction.gt_masks or ():
         found = zlib.crc32(str(mask.get("counts")).encode("utf-8", "surrogatepass"), found)
     return found
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """A value with four decimals, large ones with fewer; – for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def span(low: float, high: float) -> str:
+    """An interval in brackets; nothing where there is none."""
+    return "" if math.isnan(low) else f"[{number(low)}, {number(high)}]"
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Cells in columns, a rule under the first line; columns are flush right but those in ``left``."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (lines[0], rule, *lines[1:])
+    )
+
+
+def _cell(measure: Measure | None) -> str:
+    return "–" if measure is None else f"{number(measure.value)} {span(measure.low, measure.high)}".rstrip()
