@@ -209,13 +209,10 @@ class MedPLIBDataset(Dataset):
             except MedPLIBError as error:
                 if self.on_bad_record == "refuse":
                     raise
-                self._note_unreadable(candidate, error)
+                if not self.unreadable[candidate]:
+                    self.unreadable[candidate] = True
+                    logger.warning("skipped: %s", error)
         raise MedPLIBError(f"{self.path} holds no readable record any more; run `medplib data check` on it")
-
-    def _note_unreadable(self, index: int, error: MedPLIBError) -> None:
-        if not self.unreadable[index]:
-            self.unreadable[index] = True
-            logger.warning("skipped: %s", error)
 
     def _encoded(self, index: int, earlier: int) -> Any:
         numbers = [self.seed, int(self._epoch), int(self.indices[index]), *([earlier] if earlier else [])]
@@ -280,21 +277,18 @@ def usable_records(
             usable.append((number, facts))
     bad = len(records) - len(usable)
     if bad and on_bad_record == "refuse":
-        raise UnusableRecords(_refusal(records, bad, problems), usable)
+        faults = [str(problem) for problem in problems if problem.severity == "error"]
+        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise UnusableRecords(
+            f"{records.path}: {bad} of {len(records)} records are unusable: {'; '.join(faults[:_LISTED])}{more}; "
+            "mend them (`medplib data check` lists all) or skip them with --on-bad-record skip",
+            usable,
+        )
     if bad:
         logger.warning("%s: %d of %d records are unusable and skipped", path, bad, len(records))
     if not usable:
         raise MedPLIBError(f"{path} holds no usable record; run `medplib data check` on it")
     return records, usable, problems
-
-
-def _refusal(records: Records, bad: int, problems: list[Problem]) -> str:
-    faults = [str(problem) for problem in problems if problem.severity == "error"]
-    more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-    return (
-        f"{records.path}: {bad} of {len(records)} records are unusable: {'; '.join(faults[:_LISTED])}{more}; "
-        "mend them (`medplib data check` lists all) or skip them with --on-bad-record skip"
-    )
 
 
 def load_sample(sample: Sample, read: Callable[[Path], ImageData] = read_image) -> LoadedSample:

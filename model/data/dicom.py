@@ -183,7 +183,10 @@ class DicomFrames:
         return values.ndim == 3 or _photometric(self._data) == "PALETTE COLOR"
 
     def _displayed(self, header: Any, stored: np.ndarray, window: Window | None) -> np.ndarray:
-        """uint8 [H, W, 3] of stored values [H, W] or colours [H, W, 3]."""
+        """uint8 [H, W, 3] of stored values [H, W] or colours [H, W, 3].
+
+        Modality values become shades by the given window, the file's VOI table or window, or their actual range.
+        """
         from pydicom.pixels import apply_color_lut
 
         photometric = _photometric(header)
@@ -196,7 +199,14 @@ class DicomFrames:
         values, padding = self._modality_values(header, stored), _padding_of(header, stored)
         if values.dtype.kind == "f" and not np.isfinite(values).any():
             raise MedPLIBError(f"{self._name} holds NaN or infinity in every pixel; there is no picture in it")
-        shades = self._shades(header, values, padding, window)
+        own, function = self._file_window(header)
+        if not window and (table := self._table(header, "VOILUTSequence", values)) is not None:
+            entries, first, bits = table
+            shades = _narrow(apply_table(values, entries, first), bits)
+        elif (window := window or own) is None:
+            shades = scale_to_uint8(values.astype(np.float64), ignore=padding)
+        else:
+            shades = apply_window(values, window, function)
         if photometric == "MONOCHROME1":
             shades = 255 - shades
         if padding is not None:
@@ -211,17 +221,6 @@ class DicomFrames:
         slope = self._number(header, "RescaleSlope", 1.0, lambda value: value != 0)
         intercept = self._number(header, "RescaleIntercept", 0.0)
         return stored if (slope, intercept) == (1.0, 0.0) else stored.astype(np.float64) * slope + intercept
-
-    def _shades(self, header: Any, values: np.ndarray, padding: np.ndarray | None, window: Window | None) -> np.ndarray:
-        """uint8 of modality values [H, W]: the given window, the file's VOI table or window, or the actual range."""
-        own, function = self._file_window(header)
-        table = None if window else self._table(header, "VOILUTSequence", values)
-        if table is not None:
-            entries, first, bits = table
-            return _narrow(apply_table(values, entries, first), bits)
-        if (window := window or own) is None:
-            return scale_to_uint8(values.astype(np.float64), ignore=padding)
-        return apply_window(values, window, function)
 
     def _range(self, header: Any, stored: np.ndarray) -> Window:
         """(centre, width) from the smallest to the largest modality value, padding left out."""
@@ -538,18 +537,12 @@ def _padding_of(header: Any, stored: np.ndarray) -> np.ndarray | None:
         if not ends or not np.isfinite(ends).all() or (stored.dtype.kind == "f") == (keywords == _PADDING[0]):
             continue
         if stored.dtype.kind != "f":
-            ends = [_as_stored(int(end), header, stored.dtype) for end in ends]
+            # In the representation of the pixels: files write 63536 (US) for -2000 (SS) and the reverse.
+            wrapped = [int(np.array(int(end)).astype(stored.dtype)) for end in ends]
+            bits = int(header.get("BitsStored") or 16)
+            ends = [end - 2**bits if stored.dtype.kind == "i" and end >= 2 ** (bits - 1) else end for end in wrapped]
         return (stored >= min(ends)) & (stored <= max(ends))
     return None
-
-
-def _as_stored(value: int, header: Any, dtype: np.dtype) -> int:
-    """A padding value in the representation of the pixels: files write 63536 (US) for -2000 (SS) and the reverse."""
-    wrapped = int(np.array(value).astype(dtype))
-    bits = int(header.get("BitsStored") or 16)
-    if dtype.kind == "i" and wrapped >= 2 ** (bits - 1):
-        wrapped -= 2**bits
-    return wrapped
 
 
 def _words(item: Any, keyword: str) -> np.ndarray:
@@ -587,7 +580,11 @@ def _numbers(data: Any, keyword: str) -> tuple[list[float], bool]:
             numbers.append(float(part))
         except (TypeError, ValueError):
             mended = True
-            numbers += [_number_in(piece) for piece in _pieces(str(part))]
+            for piece in _pieces(str(part)):
+                try:
+                    numbers.append(float(piece))
+                except ValueError:
+                    numbers.append(float("nan"))
     if all(np.isnan(number) for number in numbers) and not "".join(str(part) for part in parts).strip(" \0"):
         return [], False
     return numbers, mended
@@ -599,13 +596,6 @@ def _pieces(text: str) -> list[str]:
     if re.fullmatch(r"[-+]?\d+,\d+", bare) and "[" not in text and "(" not in text:
         return [bare.replace(",", ".")]
     return re.split(r"[,;\s]+", bare)
-
-
-def _number_in(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
 
 
 def first_line(error: Exception) -> str:

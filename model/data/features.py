@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from model.errors import MedPLIBError
 from model.processing.batching import EncodedSample
 from model.processing.images import Size
 
-_NAME = "features"
+_NAME, _SIDES = "features", ("height", "width")
 
 
 class FeatureStore:
@@ -55,22 +57,11 @@ class FeatureStore:
         Raises:
             MedPLIBError: they are not there, or damaged.
         """
-        file = self._present(image)
-        try:
-            with safe_open(file, "pt") as content:
-                return content.get_tensor(_NAME)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, error) from error
+        return self._read(image, lambda content: content.get_tensor(_NAME))
 
     def read_size(self, image: Path) -> Size:
         """(height, width) of an image's pixels; errors as in ``read``."""
-        file = self._present(image)
-        try:
-            with safe_open(file, "pt") as content:
-                told = content.metadata()
-            return int(told["height"]), int(told["width"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise _damaged(file, error) from error
+        return self._read(image, lambda content: tuple(int(content.metadata()[side]) for side in _SIDES))
 
     def write(self, image: Path, features: torch.Tensor, size: Size) -> None:
         """Keep an image's features, under another name until they are whole.
@@ -80,7 +71,7 @@ class FeatureStore:
         """
         file = self._file_of(image)
         partial = file.with_name(f".{file.stem}.{os.getpid()}.{threading.get_ident()}.partial")
-        told = {"height": str(size[0]), "width": str(size[1])}
+        told = {side: str(pixels) for side, pixels in zip(_SIDES, size, strict=True)}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({_NAME: features.detach().cpu().contiguous()}, partial, metadata=told)
@@ -99,7 +90,8 @@ class FeatureStore:
         key = hashlib.blake2b(f"{path}\0{found.st_size}\0{found.st_mtime_ns}".encode(), digest_size=16).hexdigest()
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def _present(self, image: Path) -> Path:
+    def _read(self, image: Path, take: Callable[[Any], Any]) -> Any:
+        """What ``take`` finds in an image's opened file."""
         try:
             file = self._file_of(image)
         except OSError as error:
@@ -110,7 +102,13 @@ class FeatureStore:
                 f"the feature cache {self.folder.parent} does not know {image}, which was changed since the run began; "
                 "start anew or go on with --resume"
             )
-        return file
+        try:
+            with safe_open(file, "pt") as content:
+                return take(content)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise MedPLIBError(
+                f"{file} of the feature cache is damaged ({error}); remove it and go on with --resume"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,3 @@ class CachedFeatures:
         else:
             embedding = torch.zeros(self.sam.shape, dtype=self.sam.dtype)
         return replace(encoded, image_features=features, sam_embedding=embedding)
-
-
-def _damaged(file: Path, error: Exception) -> MedPLIBError:
-    return MedPLIBError(f"{file} of the feature cache is damaged ({error}); remove it and go on with --resume")

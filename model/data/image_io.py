@@ -37,7 +37,6 @@ _OTHER_BEGINNINGS = (  # not TIFF: a DICOM file may carry a TIFF header, so that
 )
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
-_NIFTI_HEADERS = (348, 540)
 _MAX_COPIES = 64  # a slide has about ten
 _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 MAX_MASK_LEVELS = 16
@@ -147,10 +146,8 @@ def read_mask_data(source: ImageSource, limits: ReadLimits | None = None) -> Mas
         parts = [_read_one_mask(path, limits) for path in mask_files(source) or (Path(source),)]
         if any(part.pixels.shape != parts[0].pixels.shape for part in parts):
             raise MedPLIBError(f"the instance masks of {source} differ in size; merge them by hand")
-        return MaskData(
-            np.logical_or.reduce([part.pixels for part in parts]),
-            next((part.note for part in parts if part.note), ""),
-        )
+        note = next((part.note for part in parts if part.note), "")
+        return MaskData(np.logical_or.reduce([part.pixels for part in parts]), note)
     return _read_one_mask(source, limits)
 
 
@@ -194,10 +191,15 @@ def file_kind(name: str, content: bytes) -> Literal["dicom", "nifti", "picture"]
     lower = name.lower()
     if lower.endswith((".dcm", ".dicom")) and not other and not content.startswith(_TIFF):
         return "dicom"
-    size = {int.from_bytes(content[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
-    magic = len(content) >= 348 and b"n" in content[4:5] + content[344:345]
     named = lower.endswith((".nii", ".nii.gz")) and (not other or content.startswith(_GZIP))
-    return "nifti" if named or (magic and size & set(_NIFTI_HEADERS)) else "picture"
+    magic = b"n" in content[4:5] + content[344:345]
+    return "nifti" if named or (magic and nifti_header_size(content)) else "picture"
+
+
+def nifti_header_size(content: bytes) -> int:
+    """Bytes of a NIfTI-1 or NIfTI-2 header by its first number, in either byte order; 0 where there is no such one."""
+    sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
+    return next((size for size in (348, 540) if size in sizes and len(content) >= 348), 0)
 
 
 def is_file(path: Path) -> bool:
@@ -479,18 +481,12 @@ def _wide_values(opened: _Opened, content: bytes) -> np.ndarray:
     if values.ndim == 3:
         values = values[:, :, [2, 1, 0, *range(3, values.shape[2])]]
     if opened.kind == "png":
-        exif = Image.open(io.BytesIO(content), formats=("PNG",)).getexif()
-        values = _upright(values, exif.get(0x0112, 1))
+        orientation = Image.open(io.BytesIO(content), formats=("PNG",)).getexif().get(0x0112, 1)
+        if orientation in (5, 6, 7, 8):  # upright, as ``ImageOps.exif_transpose`` does it
+            values = np.swapaxes(values, 0, 1)
+        rows, columns = (-1 if orientation in turned else 1 for turned in ((3, 4, 7, 8), (2, 3, 6, 7)))
+        values = values[::rows, ::columns]
     return values
-
-
-def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels turned by the number of an EXIF orientation, as ``ImageOps.exif_transpose`` does."""
-    if orientation in (5, 6, 7, 8):
-        values = np.swapaxes(values, 0, 1)
-    rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
-    columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
-    return values[rows, columns]
 
 
 def _check_rows(values: np.ndarray | None, content: bytes) -> None:

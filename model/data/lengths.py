@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from model.data.schema import Finding, Sample
@@ -56,15 +55,9 @@ class LengthCheck:
         return longest, [Finding("answer_cut", message, "warning")]
 
 
-def row_lengths(batch: Mapping[str, Any], visual_tokens: int) -> torch.Tensor:
-    """Tokens of each row of a collated batch in the decoder, images grown, padding not counted: long [B]."""
-    real = batch["attention_mask"].bool()
-    images = ((batch["input_ids"] == IMAGE_PLACEHOLDER) & real).sum(dim=1)
-    lengths: torch.Tensor = real.sum(dim=1) + images * (visual_tokens - 1)
-    return lengths
-
-
 def real_tokens(batch: Mapping[str, Any], visual_tokens: int) -> tuple[int, int]:
     """Tokens of a collated batch in the decoder, images grown: real ones, and all of them with padding."""
-    lengths = row_lengths(batch, visual_tokens)
+    real = batch["attention_mask"].bool()
+    images = ((batch["input_ids"] == IMAGE_PLACEHOLDER) & real).sum(dim=1)
+    lengths = real.sum(dim=1) + images * (visual_tokens - 1)  # long [B]
     return int(lengths.sum()), int(lengths.max()) * len(lengths)

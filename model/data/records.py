@@ -75,7 +75,7 @@ def open_records(path: str | Path) -> Records:
         path: a JSON list of records, JSON lines (one record a line) or Parquet; UTF-8, byte-order mark allowed.
 
     Raises:
-        MedPLIBError: the file is absent, empty, of another form, or its records cannot be message apart.
+        MedPLIBError: the file is absent, empty, of another form, or its records cannot be told apart.
     """
     path = Path(path)
     try:
@@ -235,17 +235,13 @@ class _JsonLinesRecords(_JsonRecords):
             if self._map[start:end].strip():
                 ranges += [start, end]
             start = end + 1
-        self._refuse_one_object(ranges)
-        return np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
-
-    def _refuse_one_object(self, ranges: list[int]) -> None:
-        """A pretty-printed object would otherwise be message as hundreds of broken lines."""
         space = _SPACE.match(self._map, ranges[0])
         whole = _OBJECT.match(self._map, space.end() if space else ranges[0])
-        if whole and whole.end() > ranges[1]:
+        if whole and whole.end() > ranges[1]:  # a pretty-printed one would be read as hundreds of broken lines
             raise MedPLIBError(
                 f"{self.path} holds one object over several lines; expected a JSON list or one record a line"
             )
+        return np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
 
 
 class _ParquetRecords(Records):

@@ -221,7 +221,9 @@ class _Inspection:
         if examples and not conversations:
             conversations = _default_in_context_turns(len(examples))
         self._conversation(conversations, target)
-        self._compare_image_count(len(images), len(examples))
+        # In-context questions may show each example's mask as an image of its own.
+        if self.turns and self.images_seen not in {len(images), len(images) + len(examples)}:
+            self._report("image_count", f"the questions hold {self.images_seen} <image> for {len(images)} images")
         if (self.masks or self.regions) and not images:
             self._report("missing_image", "the text has a mask or region but the record names no image")
         if any(finding.severity == "error" for finding in self.findings):
@@ -230,6 +232,8 @@ class _Inspection:
 
     def _sample(self, images: tuple[Path, ...], examples: tuple[Example, ...]) -> Sample:
         answer_type = _text(self.raw.get("answer_type")).strip().lower()
+        named = self.raw.get("modality")  # files of other sources are seldom named after it; their records say it
+        modality = named.strip() if isinstance(named, str) else ""
         return Sample(
             id=record_id(self.raw),
             images=images,
@@ -240,7 +244,7 @@ class _Inspection:
             segment_image=len(images) - 1,
             answer_type=answer_type or None,
             task=self._task(),
-            modality=self._modality(images),
+            modality=modality or (modality_of(images[-1].name) if images else None),
             raw=self.raw,
             examples=examples,
             repairs=tuple(finding.message for finding in self.findings if finding.severity == "repaired"),
@@ -267,33 +271,26 @@ class _Inspection:
         """In-context examples (if any) and all images, the query last."""
         numbered = sorted((int(m[1]), key) for key in self.raw if (m := _NUMBERED_IMAGE.fullmatch(str(key))))
         if "icl_examples" in self.raw:
-            pairs, own = self._listed_examples(), self.raw.get("image")
+            listed, own = self.raw["icl_examples"], self.raw.get("image")
+            if not isinstance(listed, Sequence) or not all(isinstance(entry, Mapping) for entry in listed):
+                self._report("bad_field", "icl_examples must be a list of objects with image and mask")
+                listed = []
+            pairs = [(entry.get("image"), entry.get("mask")) for entry in listed]
         elif numbered:
             pairs = [(self.raw[key], self.raw.get(f"mask{number}")) for number, key in numbered[:-1]]
             own = self.raw[numbered[-1][1]]
         else:
             pairs, own = [], self.raw.get("image")
-        examples = [
-            Example(
-                self._find(image, "image", f"image of example {i}"), self._find(mask, "mask", f"mask of example {i}")
-            )
-            for i, (image, mask) in enumerate(pairs, start=1)
-        ]
+        examples = []
+        for number, (image, mask) in enumerate(pairs, start=1):
+            found = self._find(image, "image", f"image of example {number}")
+            examples.append(Example(found, self._find(mask, "mask", f"mask of example {number}")))
         if own is None or own == "" or own == []:
             if examples:
                 self._report("missing_image", "the record has examples but no query image")
             return examples, []
         names = own if isinstance(own, Sequence) and not isinstance(own, str) else [own]
-        return examples, [example.image for example in examples] + [
-            self._find(name, "image", "image") for name in names
-        ]
-
-    def _listed_examples(self) -> list[tuple[Any, Any]]:
-        listed = self.raw["icl_examples"]
-        if not isinstance(listed, Sequence) or not all(isinstance(entry, Mapping) for entry in listed):
-            self._report("bad_field", "icl_examples must be a list of objects with image and mask")
-            return []
-        return [(entry.get("image"), entry.get("mask")) for entry in listed]
+        return examples, [*(one.image for one in examples), *(self._find(name, "image", "image") for name in names)]
 
     def _in_context_target(self) -> Any:
         if "target_mask" in self.raw:
@@ -382,10 +379,9 @@ class _Inspection:
         self.region_images.append(max(self.images_seen - 1, 0))
 
     def _answer(self, text: str, number: int, target: Any) -> None:
-        if "<region>" in text:
-            self._report("misplaced_tag", f"the answer of turn {number} holds <region>, which belongs in questions")
-        if IMAGE_TOKEN in text:
-            self._report("misplaced_tag", f"the answer of turn {number} holds <image>, which belongs in questions")
+        for tag in ("<region>", IMAGE_TOKEN):
+            if tag in text:
+                self._report("misplaced_tag", f"the answer of turn {number} holds {tag}, which belongs in questions")
         for token in sorted(set(_TOKENS.findall(text))):
             severity: Severity = "error" if token in CONTROL_TOKENS else "warning"
             self._report("special_token", f"the answer of turn {number} holds the token {token}; remove it", severity)
@@ -410,18 +406,6 @@ class _Inspection:
             self._report("empty_answer", f"the answer of turn {number} is empty")
         self.masks += [self._find(name, "mask", f"mask of turn {number}") for name in names]
         self.turns.append(Turn("gpt", clean))
-
-    def _compare_image_count(self, images: int, examples: int) -> None:
-        """In-context questions may show each example's mask as an image of its own."""
-        if self.turns and self.images_seen not in {images, images + examples}:
-            self._report("image_count", f"the questions hold {self.images_seen} <image> for {images} images")
-
-    def _modality(self, images: Sequence[Path]) -> str | None:
-        """Files of other sources are seldom named after their modality; their records say it."""
-        named = self.raw.get("modality")
-        if isinstance(named, str) and named.strip():
-            return named.strip()
-        return modality_of(images[-1].name) if images else None
 
     def _task(self) -> Task:
         named = self.raw.get("task")

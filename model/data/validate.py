@@ -7,11 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
 from model.data.image_io import ReadLimits, mask_files, read_image, read_mask_data
 from model.data.records import Records, open_records
@@ -191,6 +193,23 @@ def inspect_all(
                 progress(chunk.stop, count)
 
 
+@contextmanager
+def record_bar(what: str, *, shown: bool = True) -> Iterator[Progress]:
+    """Give the ``progress`` that ``check_file`` and ``MedPLIBDataset`` call; it goes when they are done.
+
+    Args:
+        what: stands before the bar.
+        shown: False draws nothing.
+    """
+    with tqdm(unit="record", desc=what, leave=False, disable=None if shown else True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
 def _files_mark(sample: Sample, root: Path) -> int:
     """See ``RecordFacts``. Sizes, not times: a data set that was copied is still the same."""
     digest = hashlib.blake2b(digest_size=8)
@@ -239,14 +258,14 @@ class PixelCheck:
         return findings
 
     def _image(self, path: Path, findings: list[Finding]) -> tuple[int, int] | None:
-        pixels = self._remember("image", path, self._decode_image)
+        pixels = self._remember("image", path)
         if pixels.size is None:
             findings.append(Finding("unreadable_image", pixels.fault))
         findings += [Finding(kind, f"{path.name}: {note}", "warning") for kind, note in pixels.warnings]
         return pixels.size
 
     def _mask(self, path: Path, image: tuple[int, int] | None, what: str, findings: list[Finding]) -> None:
-        pixels = self._remember("mask", path, self._decode_mask)
+        pixels = self._remember("mask", path)
         if pixels.size is None:
             findings.append(Finding("unreadable_mask", pixels.fault))
             return
@@ -258,10 +277,10 @@ class PixelCheck:
             ours, theirs = (f"{height} × {width}" for height, width in (pixels.size, image))
             findings.append(Finding("size_mismatch", f"the {what} {path.name} is {ours} (h × w), its image {theirs}"))
 
-    def _remember(self, kind: str, path: Path, decode: Callable[[Path], _Pixels]) -> _Pixels:
+    def _remember(self, kind: str, path: Path) -> _Pixels:
         if (kind, path) not in self._known:  # two threads may decode the same file: harmless
             try:
-                self._known[kind, path] = decode(path)
+                self._known[kind, path] = self._decode_image(path) if kind == "image" else self._decode_mask(path)
             except MedPLIBError as error:
                 self._known[kind, path] = _Pixels(None, fault=str(error))
         return self._known[kind, path]
@@ -272,9 +291,7 @@ class PixelCheck:
 
     def _decode_mask(self, path: Path) -> _Pixels:
         data = read_mask_data(path, self._limits)
-        mask, warnings = data.pixels, []
-        if data.note:
-            warnings.append(("soft", data.note))
+        mask, warnings = data.pixels, [("soft", data.note)] if data.note else []
         border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
         if mask.all():
             warnings.append(("full", "is foreground everywhere"))

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -39,6 +39,7 @@ from model.errors import MedPLIBError
 Plane = Literal["axial", "coronal", "sagittal"]
 
 _PLANES: tuple[Plane, ...] = ("sagittal", "coronal", "axial")  # by the axis of a left-posterior-superior array
+_DOWN_AND_ACROSS = ((2, 1), (2, 0), (1, 0))  # the other axes, as a slice along each is shown
 _ANISOTROPIC = 1.5  # times coarser across slices than within: the plane that the scanner acquired
 CT_WINDOWS = {
     "soft_tissue": (-160.0, 240.0),
@@ -50,23 +51,23 @@ CT_WINDOWS = {
 
 
 class Limits(Protocol):
-    """The part of ``ServeLimits`` that an upload has to keep."""
+    """The part of ``ServeLimits`` that an upload has to keep.
+
+    Attributes:
+        max_image_bytes: of an encoded picture.
+        max_volume_bytes: of an encoded DICOM or NIfTI file.
+        max_pixels: of one slice.
+        max_frames: slices of a volume.
+    """
 
     @property
-    def max_image_bytes(self) -> int:
-        """Of an encoded picture."""
-
+    def max_image_bytes(self) -> int: ...
     @property
-    def max_volume_bytes(self) -> int:
-        """Of an encoded DICOM or NIfTI file."""
-
+    def max_volume_bytes(self) -> int: ...
     @property
-    def max_pixels(self) -> int:
-        """Of one slice."""
-
+    def max_pixels(self) -> int: ...
     @property
-    def max_frames(self) -> int:
-        """Slices of a volume."""
+    def max_frames(self) -> int: ...
 
 
 class Volume(ABC):
@@ -109,7 +110,15 @@ class Volume(ABC):
             MedPLIBError: there is no such slice, the window has no width, or the slice is damaged.
         """
         index = self.checked(index)
-        return self._pixels(index, _checked_window(window) if self.window is not None else None)
+        if self.window is None or window is None:
+            return self._pixels(index, None)
+        try:
+            centre, width = (float(value) for value in window)
+        except (TypeError, ValueError):
+            centre = width = float("nan")
+        if not np.isfinite([centre, width]).all() or width <= 0:
+            raise MedPLIBError(f"a window is a centre and a width above 0; got {window!r:.60}")
+        return self._pixels(index, (centre, width))
 
     def png(self, index: int, window: Window | None = None) -> bytes:
         """The slice as ``slice`` gives it, as a PNG file: what the model is sent."""
@@ -189,9 +198,12 @@ def cut(grid: Grid, plane: str = "acquired", limits: Limits | None = None) -> Cu
         fitting = f"; at most {limits.max_frames:,} slices of {limits.max_pixels:,} pixels fit" if limits else ""
         sides = " × ".join(str(side) for side in grid.shape)
         raise MedPLIBError(f"it is {sides} voxels and has no {plane} slices" + fitting)
-    chosen = _acquired(shape, lengths.tolist(), planes) if plane == "acquired" else plane
-    axis = list[str](_PLANES).index(chosen)
-    down, across = _down_and_across(axis)
+    if plane == "acquired":  # that with the finest pixels where slices are clearly further apart, else the first
+        coarsest = max(map(_PLANES.index, planes), key=lambda axis: lengths[axis])
+        apart = lengths[coarsest] > _ANISOTROPIC * max(np.delete(lengths, coarsest))
+        plane = _PLANES[coarsest] if apart else planes[0]
+    axis = list[str](_PLANES).index(plane)
+    down, across = _DOWN_AND_ACROSS[axis]
     return Cut(
         _PLANES[axis], axis, shape[axis], (shape[down], shape[across]), (float(lengths[down]), float(lengths[across]))
     )
@@ -226,7 +238,9 @@ class VoxelVolume(Volume):
         except MedPLIBError as error:
             raise MedPLIBError(f"{name}: {error}") from error
         self.plane, self._axis, self.num_slices, self.size, self.spacing_mm = found
-        self.window = window or _legible(_first_window(source))
+        low, high = source.range_shown or (0.0, 0.0)  # what the file asks for, else its percentiles
+        own = ((low + high) / 2, high - low) if source.range_shown else source.percentile_window
+        self.window = window or _legible(own)
         if source.volumes > 1:
             self.notes = (f"volume 1 of {source.volumes}",)
 
@@ -278,7 +292,10 @@ def open_volume(data: bytes, name: str, limits: Limits) -> Volume:
     """
     if not isinstance(data, bytes | bytearray):
         raise TypeError(f"expected a file's bytes, got {type(data).__name__}")
-    data, name = bytes(data), _display_name(name)
+    data = bytes(data)
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    name = "".join(character if character.isprintable() else "?" for character in last).strip() or "the file"
+    name = name if len(name) <= 80 else f"{name[:64]}…{name[-15:]}"
     if not data:
         raise MedPLIBError(f"{name} is empty; give an image")
     kind = file_kind(name, data)
@@ -323,30 +340,6 @@ def grid_of(path: Path, series: str = "") -> tuple[Grid, int]:
     return (series_in(path, series).stack[1], 1) if path.is_dir() else read_nifti_grid(path)
 
 
-def _display_name(name: str) -> str:
-    """A name for messages: the last part alone, printable, at most 80 characters with its ending."""
-    last = name.replace("\\", "/").rsplit("/", 1)[-1]
-    printable = "".join(character if character.isprintable() else "?" for character in last).strip()
-    return (printable if len(printable) <= 80 else f"{printable[:64]}…{printable[-15:]}") or "the file"
-
-
-def _checked_window(window: Any) -> Window | None:
-    if window is None:
-        return None
-    try:
-        centre, width = (float(value) for value in window)
-    except (TypeError, ValueError):
-        centre = width = float("nan")
-    if not np.isfinite([centre, width]).all() or width <= 0:
-        raise MedPLIBError(f"a window is a centre and a width above 0; got {window!r:.60}")
-    return centre, width
-
-
-def _down_and_across(axis: int) -> tuple[int, int]:
-    """Axes of a left-posterior-superior array that go down and across a slice taken along ``axis``."""
-    return ((2, 1), (2, 0), (1, 0))[axis]
-
-
 def slice_of(lps: np.ndarray, axis: int, index: int) -> np.ndarray:
     """View of one slice of a left-posterior-superior array as shown: heads are up, which is against the axis."""
     picture = np.moveaxis(lps, axis, 0)[index].T
@@ -357,20 +350,12 @@ def _planes(shape: tuple[int, ...], limits: Limits | None) -> tuple[Plane, ...]:
     """Planes to choose from: flat volumes have one, and each keeps the limits."""
     fitting = []
     for axis in (2, 1, 0):
-        down, across = _down_and_across(axis)
+        down, across = _DOWN_AND_ACROSS[axis]
         flat = min(shape[down], shape[across]) == 1 and sorted(shape)[1] > 1
         kept = limits is None or (shape[axis] <= limits.max_frames and shape[down] * shape[across] <= limits.max_pixels)
         if not flat and kept:
             fitting.append(_PLANES[axis])
     return tuple(fitting)
-
-
-def _acquired(shape: tuple[int, ...], lengths: list[float], planes: tuple[Plane, ...]) -> Plane:
-    """The plane with the finest pixels where slices are clearly further apart than that, else the first."""
-    axes = [_PLANES.index(plane) for plane in planes]
-    coarsest = max(axes, key=lambda axis: lengths[axis])
-    others = [lengths[axis] for axis in range(3) if axis != coarsest]
-    return _PLANES[coarsest] if lengths[coarsest] > _ANISOTROPIC * max(others) else planes[0]
 
 
 def _legible(window: Window | None) -> Window | None:
@@ -379,11 +364,3 @@ def _legible(window: Window | None) -> Window | None:
         return window
     digits = max(1, 3 - int(np.floor(np.log10(window[1]))))
     return round(window[0], digits), round(window[1], digits)
-
-
-def _first_window(source: Voxels) -> Window:
-    """What the file asks for, else its percentiles."""
-    if source.range_shown is None:
-        return source.percentile_window
-    low, high = source.range_shown
-    return (low + high) / 2, high - low

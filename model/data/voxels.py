@@ -10,8 +10,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from nibabel import orientations
 
 from model.data.dicom import first_line, followed, open_dicom
+from model.data.image_io import nifti_header_size
 from model.errors import MedPLIBError
 
 MAX_VOLUME_BYTES = 2**29
@@ -30,7 +32,6 @@ UNLIMITED = 2**40
 """Bytes, voxels, pixels: for files of one's own."""
 MODALITY_CODES = {"CT": "ct", "MR": "mr", "PT": "pet", "US": "ultrasound", "CR": "x_ray", "DX": "x_ray", "MG": "x_ray"}
 _SAMPLES = 1_000_000  # voxels that percentiles are estimated from
-_HEADER_BYTES = {348: "1", 540: "2"}
 _LONGEST_SIDE = 32_767  # of NIfTI-1
 _GEOMETRY = (
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -157,6 +158,12 @@ def read_nifti(content: bytes, name: str, max_voxels: int, max_bytes: int = MAX_
         ) from error
     if values.dtype.kind == "f" and not np.isfinite(values).any():
         raise MedPLIBError(f"{name} holds NaN or infinity in every voxel; there is no picture in it")
+    geometry = type(header)()
+    geometry.set_data_dtype(np.uint8)
+    geometry.set_data_shape(shape)
+    for field in _GEOMETRY:
+        geometry[field] = header[field]
+    geometry["pixdim"][:4] = header["pixdim"][:4]
     slope, intercept = header.get_slope_inter()
     low, high = float(header["cal_min"]), float(header["cal_max"])
     return Voxels(
@@ -166,7 +173,7 @@ def read_nifti(content: bytes, name: str, max_voxels: int, max_bytes: int = MAX_
         shape=shape,
         volumes=int(np.prod([int(side) for side in header.get_data_shape()[3:]], dtype=np.int64)),
         range_shown=(low, high) if np.isfinite([low, high]).all() and high > low else None,
-        header=_geometry(header, shape),
+        header=geometry,
     )
 
 
@@ -193,12 +200,6 @@ def write_nifti(labels: np.ndarray, affine: np.ndarray, like: Voxels | None = No
     return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
 
 
-def _header_size(content: bytes) -> int | None:
-    """Bytes of the header by its first number, in either byte order."""
-    sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
-    return next((size for size in sizes if size in _HEADER_BYTES), None)
-
-
 def _opened(plain: BinaryIO) -> BinaryIO:
     packed = plain.read(2) == b"\x1f\x8b"
     plain.seek(0)
@@ -207,8 +208,8 @@ def _opened(plain: BinaryIO) -> BinaryIO:
 
 def _read_header(stream: BinaryIO, name: str) -> Any:
     block = stream.read(348)
-    size = _header_size(block) if len(block) == 348 else None
-    if size is None:
+    size = nifti_header_size(block)
+    if not size:
         raise MedPLIBError(f"{name} holds no NIfTI image; .nii or .nii.gz was expected")
     block += stream.read(size - len(block))
     kind = nibabel.Nifti2Header if size == 540 else nibabel.Nifti1Header
@@ -230,10 +231,7 @@ def _shape(header: Any, name: str, max_voxels: int) -> tuple[int, ...]:
     shape = sides[:3]
     if sum(side > 1 for side in shape) < 2:
         raise MedPLIBError(f"{name} is a NIfTI file of {sizes} values, which is no picture; give an image or a volume")
-    voxels = 1
-    for side in shape:
-        voxels *= side
-    if voxels > max_voxels:
+    if math.prod(shape) > max_voxels:
         raise MedPLIBError(f"{name} is {sizes} voxels, more than the limit of {max_voxels:,}; crop or resample it")
     return shape
 
@@ -267,16 +265,6 @@ def _affine(header: Any, name: str) -> np.ndarray:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * lengths.prod():
         raise MedPLIBError(f"{name} has an orientation that cannot be followed; mend its sform or qform")
     return affine
-
-
-def _geometry(header: Any, shape: Sequence[int]) -> Any:
-    kept = type(header)()
-    kept.set_data_dtype(np.uint8)
-    kept.set_data_shape(tuple(shape))
-    for field in _GEOMETRY:
-        kept[field] = header[field]
-    kept["pixdim"][:4] = header["pixdim"][:4]
-    return kept
 
 
 def read_nifti_grid(path: Path) -> tuple[Grid, int]:

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 
 from model.data.builders.phantom import PhantomStream
-from model.data.builders.phantom_catalogue import LESIONS, PLANS
-from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES, Scene, render_scene, structures_of
+from model.data.builders.phantom_scenes import (
+    CLASS_NAMES,
+    LESIONS,
+    MODALITIES,
+    PLANS,
+    Scene,
+    render_scene,
+    structures_of,
+)
 
 SCENES_EACH = 24
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import shutil
 from collections import Counter, defaultdict
@@ -22,9 +21,11 @@ import numpy as np
 from PIL import Image
 
 from model.data.builders.cases import Case, Layout, Problem, ReadOptions, Source
+from model.data.builders.jobs import whole_file
 from model.data.builders.names import file_key, named_patient, patient_of, without_suffix
 from model.data.builders.questions import SeenCase, SeenMask, blind_of, label_name, records_of
 from model.data.builders.splits import SplitPlan, draw, exact_sizes
+from model.data.builders.vetting import path_from
 from model.data.image_io import MaskData, read_image
 from model.errors import MedPLIBError, shown
 
@@ -211,7 +212,7 @@ def _see(case: Case, out: Path, write: bool) -> tuple[SeenCase | None, list[Prob
     except MedPLIBError as error:
         return None, [Problem("unreadable_image", case.origin, str(error), "mend or remove it")]
     if isinstance(case.image, Path):
-        path = _path_from(out, case.image)
+        path = path_from(out, case.image)
     else:
         path = f"images/{case.key}.png"
         if write:
@@ -498,19 +499,9 @@ def _problems_csv(problems: Sequence[Problem]) -> str:
     return text.getvalue()
 
 
-def _path_from(root: Path, path: Path) -> str:
-    """``path`` as a record holds it: below ``root`` where it lies there, else with ``..`` in front.
-
-    A ``..`` leads out of where a link points to, not out of where the link is: links are followed before one is made.
-    """
-    if path.is_relative_to(root):
-        return path.relative_to(root).as_posix()
-    return Path(os.path.relpath(path.parent.resolve() / path.name, root.resolve())).as_posix()
-
-
 def _relative(root: Path, text: str) -> str:
     """A text whose ``<mask>`` and ``<region>`` paths are as records below ``root`` hold them."""
-    return _PATH.sub(lambda match: f"<{match[1]}>{_path_from(root, Path(match[2]))}</{match[1]}>", text)
+    return _PATH.sub(lambda match: f"<{match[1]}>{path_from(root, Path(match[2]))}</{match[1]}>", text)
 
 
 def _write_png(path: Path, image: Image.Image) -> None:
@@ -521,7 +512,5 @@ def _write_png(path: Path, image: Image.Image) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with whole_file(path) as stream:
+        stream.write(content)

@@ -476,8 +476,9 @@ def fingerprint(files: Sequence[Path]) -> dict[str, str]:
 
 
 @contextmanager
-def whole_file(path: Path, *, sync: bool = False) -> Iterator[IO[bytes]]:
-    """Write a file that has its name when all of it is there; none is left if that fails or nothing is written.
+def whole_file(path: Path, *, sync: bool = False, empty: bool = False) -> Iterator[IO[bytes]]:
+    """Write a file that has its name when all of it is there; none is left if that fails or, unless ``empty``, nothing
+    is written.
 
     ``sync``: wait until it is on the disk before it gets its name, so that a crash of the machine cannot cut it short.
     """
@@ -489,7 +490,7 @@ def whole_file(path: Path, *, sync: bool = False) -> Iterator[IO[bytes]]:
             stream.flush()
             if sync and stream.tell():
                 os.fsync(stream.fileno())
-        if temporary.stat().st_size:
+        if empty or temporary.stat().st_size:
             temporary.replace(path)
         else:
             path.unlink(missing_ok=True)

@@ -14,9 +14,8 @@ import cv2
 import numpy as np
 
 from model.data.builders.jobs import whole_file
-from model.data.builders.phantom_catalogue import CLASS_IDS, CLASS_NAMES, MODALITIES
 from model.data.builders.phantom_questions import Question, ask_all
-from model.data.builders.phantom_scenes import Scene, render_scene
+from model.data.builders.phantom_scenes import CLASS_IDS, CLASS_NAMES, MODALITIES, Scene, render_scene
 from model.errors import MedPLIBError
 
 TASKS = ("vqa", "region", "grounding")

@@ -12,8 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from model.data.builders.phantom_catalogue import LESIONS, PLANS
-from model.data.builders.phantom_scenes import Scene, Structure
+from model.data.builders.phantom_scenes import LESIONS, PLANS, Scene, Structure
 
 AnswerType = Literal["open", "closed"]
 PathOf = Callable[[str], str]

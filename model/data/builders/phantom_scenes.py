@@ -15,12 +15,63 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.data.builders.phantom_canvas import Canvas
-from model.data.builders.phantom_catalogue import CLASS_IDS, CLASS_NAMES, MODALITIES, PLANS, ModalityPlan, structures_of
 from model.data.builders.phantom_functional import draw_pet, draw_ultrasound
 from model.data.builders.phantom_optical import draw_dermoscopy, draw_endoscopy, draw_fundus
 from model.data.builders.phantom_radiology import draw_ct, draw_mr, draw_x_ray
 
-__all__ = ["CLASS_IDS", "CLASS_NAMES", "MODALITIES", "Scene", "Structure", "render_scene", "structures_of"]
+
+@dataclass(frozen=True)
+class ModalityPlan:
+    """One modality: ``always`` structures are in every image, each ``optional`` one in about half of them."""
+
+    key: str
+    spoken: str
+    article: str
+    always: tuple[str, ...]
+    optional: tuple[str, ...]
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """All names that this modality can show."""
+        return self.always + self.optional
+
+
+_PLANS = (
+    ModalityPlan("ct", "CT", "a", ("vertebra",), ("liver", "kidney", "stomach", "tumor")),
+    ModalityPlan("mr", "MR", "an", (), ("ventricle", "cerebellum", "edema", "tumor")),
+    ModalityPlan("x_ray", "X-ray", "an", ("lungs",), ("heart", "lung nodule", "pleural effusion", "pacemaker")),
+    ModalityPlan("pet", "PET", "a", (), ("brain", "heart", "bladder", "tumor")),
+    ModalityPlan("fundus", "fundus", "a", (), ("optic disc", "macula", "hemorrhage", "exudate")),
+    ModalityPlan("dermoscopy", "dermoscopy", "a", (), ("melanoma", "nevus", "angioma", "keratosis")),
+    ModalityPlan("endoscopy", "endoscopy", "an", (), ("polyp", "ulcer", "bleeding", "instrument")),
+    ModalityPlan("ultrasound", "ultrasound", "an", (), ("cyst", "solid mass", "gallstone", "fetal head")),
+)
+
+PLANS: Mapping[str, ModalityPlan] = MappingProxyType({plan.key: plan for plan in _PLANS})
+"""Modality key (as in SA-Med2D-20M file names) → plan."""
+
+MODALITIES: tuple[str, ...] = tuple(PLANS)
+
+CLASS_NAMES: tuple[str, ...] = (
+    "background",
+    *dict.fromkeys(name for plan in _PLANS for name in plan.structures),
+)
+"""Class id → name; id 0 is background. A name shared by several modalities has one id."""
+
+CLASS_IDS: Mapping[str, int] = MappingProxyType({name: index for index, name in enumerate(CLASS_NAMES)})
+
+LESIONS: frozenset[str] = frozenset(
+    (
+        *("tumor", "edema", "lung nodule", "pleural effusion", "hemorrhage", "exudate", "melanoma", "nevus"),
+        *("angioma", "keratosis", "polyp", "ulcer", "bleeding", "cyst", "solid mass", "gallstone"),
+    )
+)
+
+
+def structures_of(modality: str) -> tuple[str, ...]:
+    """Names of the structures that a modality can show."""
+    return PLANS[modality].structures
+
 
 SMALLEST_SHARE = 0.010
 """Least visible area of a structure, as a share of the picture; scenes with less are drawn again."""

@@ -38,6 +38,7 @@ from model.data.builders.sa_med2d_index import (
 )
 from model.data.builders.sa_med2d_masks import MaskFault, check_reach, image_size, merge_or_check
 from model.data.builders.splits import ZERO_SHOT, SplitPlan, draw, fraction, spread
+from model.data.builders.vetting import Stretch, stretches
 from model.data.schema import MODALITIES
 from model.errors import MedPLIBError
 
@@ -93,14 +94,6 @@ class Stratum(NamedTuple):
     modality: str
     dataset: str
     class_id: int
-
-
-class Rows(NamedTuple):
-    """Some neighbouring rows of a Parquet file."""
-
-    group: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -274,20 +267,16 @@ def _build_records(settings: SaMed2dSettings, index: BuildReport, execution: Exe
 
 
 def row_pieces(index: Path, images_a_piece: int = IMAGES_A_PIECE) -> list[Piece]:
-    """The index in pieces."""
+    """The index in pieces; the file of a stretch is a row group."""
     with parquet.ParquetFile(index) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    return [
-        Piece(Rows(group, start, min(start + images_a_piece, size)), min(images_a_piece, size - start))
-        for group, size in enumerate(sizes)
-        for start in range(0, size, images_a_piece)
-    ]
+    return stretches(sizes, images_a_piece)
 
 
-def read_rows(index: Path, rows: Rows, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(index: Path, rows: Stretch, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of the index as plain values, some at a time."""
     with parquet.ParquetFile(index) as file:
-        table = file.read_row_group(rows.group, columns=columns, use_threads=False)
+        table = file.read_row_group(rows.file, columns=columns, use_threads=False)
     table = table.slice(rows.start, rows.stop - rows.start)
     for batch in table.to_batches(max_chunksize=256):
         yield from batch.to_pylist()
@@ -308,7 +297,7 @@ def _priority(row: Mapping[str, Any], merged: Mapping[str, Any], context: RowCon
     return draw(context.settings.seed, row["path"], str(merged["class_id"]))
 
 
-def survey(rows: Rows, context: RowContext, part: Part) -> None:
+def survey(rows: Stretch, context: RowContext, part: Part) -> None:
     """The smallest priorities of each stratum, no more than could be taken."""
     found: dict[Stratum, list[int]] = defaultdict(list)
     for row in read_rows(context.index, rows, ["path", "modality", "dataset", "split", "merged"]):
@@ -359,7 +348,7 @@ def _queues(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, n
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def write_records(rows: Rows, context: RowContext, part: Part) -> None:
+def write_records(rows: Stretch, context: RowContext, part: Part) -> None:
     """Records of some images, and their merged masks."""
     for row in read_rows(context.index, rows):
         asked = [

@@ -158,7 +158,7 @@ def _convert(piece: Stretch, context: _Context, part: Part) -> None:
             continue
         try:
             if one.images is None and not isinstance(row, MedPLIBError):
-                row = {**row, "id": "", "image": _written_image(row.get("image"), context.pictures)}
+                row = {**row, "id": "", "image": written_image(row.get("image"), context.pictures)}
             split, record = one.record_of(row)
         except BadRow as error:
             drop(part, "bad_row", str(error), **where)
@@ -169,8 +169,12 @@ def _convert(piece: Stretch, context: _Context, part: Part) -> None:
         write_vetted(part, f"{split}.json", record, vetting, **where)
 
 
-def _written_image(image: Any, folder: Path) -> str:
-    """The name of a file for an image that was inside a row."""
+def written_image(image: Any, folder: Path) -> str:
+    """The name of a file, written into ``folder``, for an encoded image that was inside a row.
+
+    Raises:
+        BadRow: there is no image.
+    """
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes) or not content:
         raise BadRow("it holds no image")
