@@ -1,4 +1,5 @@
-"""Triton kernels of a decoding pass: attention as far as a slot is filled, and what lies between matrix products.
+"""Triton kernels of a decoding pass: attention as far as a slot is filled, what lies between matrix products, and
+products of few rows with plain or 8-bit weights.
 
 Import it only where Triton is installed. A layer's small operations are what keeps decoding from the memory's speed;
 here they are five launches a layer, and the products of a few rows two. Each row is computed by itself and in one
@@ -20,6 +21,9 @@ SPAN = 128
 """Cached tokens that one program attends to; more programs share a long row, and their results are joined."""
 _BLOCK = 64  # of them at a time
 _ROWS, _COLUMNS, _WARPS = 4, 1024, 4  # a tile of a weight matrix
+INT8_ROWS = 64
+"""Above so many rows a product with 8-bit weights is no longer bound by reading them, and a dense one does as well."""
+_INT8_OUTPUTS, _INT8_STAGES = 32, 4  # each step reads 4 to 8 KiB of weights, several steps are in flight
 
 
 @triton.jit
@@ -228,6 +232,38 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     tl.store(attended + (row * HEADS + head) * WIDTH + columns, (average / weight).to(kind))
 
 
+@triton.jit
+def _int8_kernel(  # type: ignore[no-untyped-def]
+    rows,
+    codes,
+    scale,
+    products,
+    count,
+    outputs,
+    inputs,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """products[row, n] = scale[n] · Σ_k rows[row, k] · codes[n, k], a block of outputs a program."""
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, INPUTS)
+    wanted_rows, wanted_outputs = (row < count)[:, None], (n < outputs)[None, :]
+    row_start = rows + row.to(tl.int64)[:, None] * inputs  # 64 bits: a weight may have more than 2³¹ codes
+    code_start = codes + n.to(tl.int64)[None, :] * inputs
+    sums = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for start in range(0, inputs, INPUTS):
+        place = start + k
+        real = place < inputs
+        left = tl.load(row_start + place[None, :], mask=wanted_rows & real[None, :], other=0.0)
+        right = tl.load(code_start + place[:, None], mask=wanted_outputs & real[:, None], other=0)
+        sums = tl.dot(left, right.to(left.dtype), sums)  # whole numbers up to 127 are exact in bfloat16
+    factor = tl.load(scale + n, mask=n < outputs, other=0.0).to(tl.float32)
+    target = products + row.to(tl.int64)[:, None] * outputs + n[None, :]
+    tl.store(target, (sums * factor[None, :]).to(products.dtype.element_ty), mask=wanted_rows & wanted_outputs)
+
+
 class FewTokenLinear:
     """Products of up to ``MOST_TOKENS`` rows with the weights of several bias-free linear layers at once.
 
@@ -365,3 +401,34 @@ def attend_slots(
     _attend_kernel[(spans, heads, count)](query, keys, values, lengths, partial, sums, scale, *strides, rows[0], *sizes)
     _join_kernel[(count, heads)](partial, sums, lengths, attended, spans, heads, SPAN, width, num_warps=1)
     return attended
+
+
+def multiply_int8(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Products bfloat16 [M, N] with 8-bit weights, each read once, as a byte.
+
+    Args:
+        rows: bfloat16 [M, K], contiguous, M > 0; written for M up to ``INT8_ROWS``, K of at least 16.
+        codes: int8 [N, K], contiguous.
+        scale: bfloat16 [N].
+    """
+    count, inputs = rows.shape
+    outputs = len(codes)
+    products = torch.empty(count, outputs, dtype=rows.dtype, device=rows.device)
+    tile = min(max(16, triton.next_power_of_2(count)), INT8_ROWS)  # a matrix unit takes no fewer than 16 rows
+    depth = min(256 if tile == 16 else 128, triton.next_power_of_2(inputs))
+    grid = (triton.cdiv(outputs, _INT8_OUTPUTS), triton.cdiv(count, tile))
+    _int8_kernel[grid](
+        rows,
+        codes,
+        scale,
+        products,
+        count,
+        outputs,
+        inputs,
+        tile,
+        _INT8_OUTPUTS,
+        depth,
+        num_stages=_INT8_STAGES,
+        num_warps=_WARPS,
+    )
+    return products

@@ -8,19 +8,22 @@ token to token goes through buffers that the graphs read.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from model.errors import MedPLIBError
-from model.inference.fused_pass import FusedPass, can_fuse
 from model.inference.runner import DecoderRunner, Piece, Rows, StepOutput
 from model.inference.slots import buckets
 from model.modeling.moe import MoEFeedForward, mix_by_scan
+
+if TYPE_CHECKING:  # it imports Triton
+    from model.inference.fused_pass import FusedPass
 
 SHORTEST = 256
 """Cached tokens that the shortest graphs read; longer ones are powers of two."""
@@ -199,8 +202,11 @@ def _trusted_kernels(runner: DecoderRunner, demanded: bool) -> FusedPass | None:
         MedPLIBError: they are demanded, and cannot be had.
     """
     reason = "they need CUDA, Triton and a head width that is a power of two"
-    if can_fuse(runner.decoder, runner.cache):
+    width = runner.cache.keys.shape[-1]
+    if runner.cache.keys.is_cuda and importlib.util.find_spec("triton") is not None and width & (width - 1) == 0:
         try:
+            from model.inference.fused_pass import FusedPass
+
             fused = FusedPass(runner.decoder, runner.cache, runner.cos, runner.sin, runner.batch_invariant)
             difference = _difference(runner, fused)
         except Exception as error:  # noqa: BLE001 - no compiler, an unknown GPU: plain passes answer all the same

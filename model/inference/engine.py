@@ -6,14 +6,17 @@ the answers that became complete (``schedule.py``); this is the face: handing in
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch
 
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
@@ -25,11 +28,12 @@ from model.inference.requests import EngineFull, NotFinite, OnText, Request, Tic
 from model.inference.schedule import EngineSettings, Schedule
 from model.inference.slots import slot_bytes
 from model.inference.targets import JoinedAnswer, requested_targets
-from model.inference.threads import lone_thread, release_helpers
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
 
 __all__ = ["Engine", "EngineFull", "EngineSettings", "Request", "Ticket"]
+
+_SOFT = 1  # omp_pause_soft: helpers end, settings stay
 
 _log = logging.getLogger(__name__)
 
@@ -186,50 +190,42 @@ class Engine:
         """
         preparing: deque[tuple[int, Request, Future[Prompt]]] = deque()
         open_tickets: dict[Ticket, int] = {}
+        source, more = enumerate(requests), True
         try:
-            yield from self._answer_stream(enumerate(requests), preparing, open_tickets)
+            while True:
+                while more and len(preparing) < 2 * self.settings.slots:
+                    item = next(source, None)
+                    more = item is not None
+                    if item is not None:
+                        preparing.append((*item, self._prepared(item[1])))
+                # One at least is handed in, however many others wait: the queue is fair, staying out of it is not.
+                while preparing and (len(self._schedule.waiting) < self.settings.slots or not open_tickets):
+                    if not preparing[0][2].done() and open_tickets:
+                        break
+                    place, request, prepared = preparing.popleft()
+                    try:
+                        prompt = prepared.result()
+                    except MedPLIBError as error:
+                        yield place, error
+                        continue
+                    ticket = Ticket(request)
+                    open_tickets[ticket] = place
+                    self._enqueue(ticket, prompt, None)
+                if not open_tickets and not preparing and not more:
+                    return
+                self.step()
+                for ticket in [ticket for ticket in open_tickets if ticket.done()]:
+                    place = open_tickets.pop(ticket)
+                    try:
+                        outcome: Answer | MedPLIBError = ticket.result()
+                    except NotFinite as error:
+                        outcome = error
+                    yield place, outcome
         finally:  # whoever draws no more answers waits for none
             for *_, prepared in preparing:
                 prepared.cancel()
             for ticket in open_tickets:
                 ticket.cancel()
-
-    def _answer_stream(
-        self,
-        source: Iterator[tuple[int, Request]],
-        preparing: deque[tuple[int, Request, Future[Prompt]]],
-        open_tickets: dict[Ticket, int],
-    ) -> Iterator[tuple[int, Answer | MedPLIBError]]:
-        more = True
-        while True:
-            while more and len(preparing) < 2 * self.settings.slots:
-                item = next(source, None)
-                more = item is not None
-                if item is not None:
-                    preparing.append((*item, self._prepared(item[1])))
-            # One at least is handed in, however many others wait: the queue is fair, staying out of it is not.
-            while preparing and (len(self._schedule.waiting) < self.settings.slots or not open_tickets):
-                if not preparing[0][2].done() and open_tickets:
-                    break
-                place, request, prepared = preparing.popleft()
-                try:
-                    prompt = prepared.result()
-                except MedPLIBError as error:
-                    yield place, error
-                    continue
-                ticket = Ticket(request)
-                open_tickets[ticket] = place
-                self._enqueue(ticket, prompt, None)
-            if not open_tickets and not preparing and not more:
-                return
-            self.step()
-            for ticket in [ticket for ticket in open_tickets if ticket.done()]:
-                place = open_tickets.pop(ticket)
-                try:
-                    outcome: Answer | MedPLIBError = ticket.result()
-                except NotFinite as error:
-                    outcome = error
-                yield place, outcome
 
     def _prepared(self, request: Request) -> Future[Prompt]:
         try:
@@ -325,3 +321,29 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise MedPLIBError("the engine is closed; make another one")
+
+
+# --- OpenMP on a CPU --------------------------------------------------------------------------------------------------
+#
+# GNU OpenMP gives every thread that computes helpers of its own. As soon as there are more of them than cores, idle or
+# not, it lets none of them wait actively any more, and each of the thousands of small operations of a pass pays for
+# waking them (1.5 times the time on two cores). So the thread that steps an engine keeps its helpers; no other has any.
+
+
+def lone_thread(name: str) -> ThreadPoolExecutor:
+    """An executor of one thread whose torch operations run without helpers."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    count = torch.get_num_threads()
+    if count > 1:
+        executor.submit(torch.get_num_threads).result()  # a thread's first question sets its number: before it is set
+        executor.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(count)  # for threads that begin later: the last caller's number is theirs
+    return executor
+
+
+def release_helpers() -> None:
+    """End the helpers of the calling thread; they come back with its next operation that is large enough."""
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+        pause = getattr(ctypes.CDLL(str(library)), "omp_pause_resource_all", None)
+        if pause is not None:
+            pause(_SOFT)

@@ -1,21 +1,16 @@
-"""A decoding pass by our own kernels where Triton is installed: the arithmetic of ``DecoderRunner.decode``."""
+"""A decoding pass by our own kernels: the arithmetic of ``DecoderRunner.decode``. Import it only where Triton is."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from model.inference.decode_kernels import MOST_TOKENS, FewTokenLinear, add_norm, attend_slots
 from model.inference.slots import SlotCache
 from model.modeling.decoder import MedPLIBDecoder, MedPLIBDecoderLayer
+from model.modeling.expert_kernels import FewTokenExperts
 from model.modeling.moe import Mixing, MoEFeedForward, mix_by_scan
-
-
-def can_fuse(decoder: MedPLIBDecoder, cache: SlotCache) -> bool:
-    """Whether the kernels can run this decoder here: on CUDA with Triton, at a head width that is a power of two."""
-    width = cache.keys.shape[-1]
-    return cache.keys.is_cuda and importlib.util.find_spec("triton") is not None and width & (width - 1) == 0
 
 
 class FusedPass:
@@ -33,8 +28,6 @@ class FusedPass:
     def __init__(
         self, decoder: MedPLIBDecoder, cache: SlotCache, cos: Tensor, sin: Tensor, batch_invariant: bool = False
     ) -> None:
-        from model.inference.decode_kernels import MOST_TOKENS
-
         self.decoder, self.cache, self.cos, self.sin = decoder, cache, cos, sin
         self.few = 0 if batch_invariant else MOST_TOKENS
         self.layers = [
@@ -43,8 +36,6 @@ class FusedPass:
 
     def __call__(self, tokens: Tensor, lengths: Tensor, bucket: int) -> Tensor:
         """Final states [n, D]; the arguments are those of ``DecoderRunner.decode``."""
-        from model.inference.decode_kernels import add_norm, attend_slots
-
         hidden = self.decoder.embed_tokens(tokens)  # [n, D]
         delta = None
         for index, layer in enumerate(self.layers):
@@ -67,8 +58,6 @@ class FusedLayer:
     """
 
     def __init__(self, layer: MedPLIBDecoderLayer, few: int) -> None:
-        from model.inference.decode_kernels import FewTokenLinear
-
         attention, mlp = layer.self_attn, layer.mlp
         self.few, self.mlp = few, mlp
         self.scale = float(attention.scaling)
@@ -84,7 +73,8 @@ class FusedLayer:
         if isinstance(mlp, MoEFeedForward):
             if mlp.top_k == 1 and not mlp.renormalise and not hasattr(mlp, "residual_expert"):
                 self.router = mlp.router.weight
-            self.few_experts = _few_experts(mlp)
+            if FewTokenExperts.fits(mlp.experts):
+                self.few_experts = FewTokenExperts(list(mlp.experts), mlp.top_k)
 
     def project(self, normed: Tensor) -> Sequence[Tensor]:
         """Queries, keys and values of states [n, D]."""
@@ -107,9 +97,3 @@ class FusedLayer:
         if shares is None:
             return self.mlp.infer(normed, mixing)[0]
         return mixing(normed, shares, shares > 0, self.mlp.experts)
-
-
-def _few_experts(mlp: MoEFeedForward) -> Mixing | None:
-    from model.modeling.expert_kernels import FewTokenExperts
-
-    return FewTokenExperts(list(mlp.experts), mlp.top_k) if FewTokenExperts.fits(mlp.experts) else None

@@ -174,7 +174,7 @@ class BoundedCache(Generic[Value]):
     def num_bytes(self) -> int:
         """Bytes of all values."""
         with self._lock:
-            return self._total()
+            return sum(value.num_bytes for value in self._values.values())
 
     def __len__(self) -> int:
         return len(self._values)
@@ -183,11 +183,8 @@ class BoundedCache(Generic[Value]):
         """Whether a value is kept under ``key``; it does not count as used."""
         return key in self._values
 
-    def _total(self) -> int:
-        return sum(value.num_bytes for value in self._values.values())
-
     def _shrink(self) -> None:
-        total = self._total()
+        total = sum(value.num_bytes for value in self._values.values())
         while self._values and total > self.max_bytes:
             _, value = self._values.popitem(last=False)
             total -= value.num_bytes

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import load
-from model.checkpoint.adapters import merge_adapter
-from model.checkpoint.building import Attention
 from model.checkpoint.directories import resolve
+from model.checkpoint.loading import Attention
+from model.checkpoint.lora import merge_adapter
 from model.errors import MedPLIBError
 from model.inference.mask_gate import GATE_FILE, MaskGate
 from model.inference.quantise import Scheme, quantise

@@ -11,16 +11,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
+from scipy.stats import rankdata
 from torch import Tensor
 
 from model.errors import MedPLIBError
-from model.inference.gate_scores import GateReport, choose_threshold, score_gate
-from model.inference.logistic import Logistic, fit_logistic
 
 GATE_FILE = "mask_gate.json"
 """Name of a gate's file, beside the checkpoint that it was fitted for."""
@@ -31,8 +31,175 @@ FEATURES = ("predicted_iou", "peak", "foreground", "area")
 _FORMAT = 1
 _PEAK = 20.0  # logits beyond this are all the same certainty
 _FOLDS = 5
+_BINS = 10
+_TRADE_OFFS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 
 Features = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Logistic:
+    """A fitted regression.
+
+    Attributes:
+        coefficients: [F], of standardised features.
+        intercept: log odds at the mean of the features.
+        mean, scale: [F], with which features are standardised.
+    """
+
+    coefficients: Features
+    intercept: float
+    mean: Features
+    scale: Features
+
+    def probability(self, rows: Features) -> Features:
+        """Probabilities [n] of feature rows [n, F]."""
+        return expit((rows - self.mean) / self.scale @ self.coefficients + self.intercept)
+
+
+def fit_logistic(rows: Features, truth: NDArray[np.bool_], penalty: float = 1.0) -> Logistic:
+    """The regression that minimises log loss (summed over rows) + penalty / 2 · Σ coefficients².
+
+    The penalty makes the objective strictly convex, so separable classes and constant or repeated features have a
+    finite, unique solution; the intercept is free.
+
+    Args:
+        rows: features [n, F], finite.
+        truth: bool [n], both kinds present.
+        penalty: > 0.
+    """
+    mean, scale = rows.mean(axis=0), rows.std(axis=0)
+    scale = np.where(scale > 1e-12 * np.maximum(1.0, np.abs(mean)), scale, 1.0)
+    design = np.column_stack([(rows - mean) / scale, np.ones(len(rows))])  # [n, F + 1]
+    target = truth.astype(np.float64)
+    ridge = np.append(np.full(rows.shape[1], penalty), 0.0)  # the intercept is not penalised
+
+    def loss(weights: Features) -> tuple[float, Features]:
+        logits = design @ weights
+        value = (np.logaddexp(0.0, logits) - target * logits).sum() + 0.5 * (ridge * weights**2).sum()
+        return float(value), design.T @ (expit(logits) - target) + ridge * weights
+
+    def curvature(weights: Features) -> Features:
+        spread = expit(design @ weights)
+        return (design * (spread * (1 - spread))[:, None]).T @ design + np.diag(ridge)
+
+    start = np.append(np.zeros(rows.shape[1]), np.log(target.mean() / (1 - target.mean())))
+    found = minimize(
+        loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-9, "maxiter": 200}
+    )
+    return Logistic(found.x[:-1], float(found.x[-1]), mean, scale)
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """Scores of a gate.
+
+    Attributes:
+        present, absent: masks of structures that are in their image, and that are not.
+        cross_validated: no mask was scored with the help of its own image; False where there was too little data.
+        target_false_mask_rate: share of absent structures that may be painted, as asked for.
+        false_mask_bound: share that the threshold promises for new absent structures, on average over calibrations.
+        false_masks: share of the absent structures here that pass.
+        lost_masks: share of the present structures here that are withheld.
+        ece: expected calibration error over ten equally wide bins.
+        brier: mean squared difference of probability and truth.
+        auroc: chance that a present structure scores higher than an absent one; 0.5 is blind.
+        bins: per bin that is not empty: masks, mean probability, share present.
+        trade_offs: per false-mask rate that can be promised: the rate, its threshold, share of true masks lost.
+    """
+
+    present: int
+    absent: int
+    cross_validated: bool
+    target_false_mask_rate: float
+    false_mask_bound: float
+    false_masks: float
+    lost_masks: float
+    ece: float
+    brier: float
+    auroc: float
+    bins: list[list[float]]
+    trade_offs: list[list[float]]
+
+    def table(self, threshold: float) -> str:
+        """The scores as a Markdown table, with what other thresholds would cost and the reliability of the bins."""
+        unseen = "images held out" if self.cross_validated else "the same images: too few to hold any out"
+        lines = [
+            f"| scored on {unseen} | |",
+            "|---|---|",
+            f"| masks of present structures | {self.present} |",
+            f"| masks of absent structures | {self.absent} |",
+            f"| threshold on the probability of presence | {threshold:.4f} |",
+            f"| false masks without the gate | {1:.1%} |",
+            f"| false masks with it (asked for: {self.target_false_mask_rate:.1%}) | {self.false_masks:.1%} |",
+            f"| false masks to expect on new images, at most | {self.false_mask_bound:.1%} |",
+            f"| true masks lost | {self.lost_masks:.1%} |",
+            f"| area under the ROC curve | {self.auroc:.4f} |",
+            f"| expected calibration error | {self.ece:.4f} |",
+            f"| Brier score | {self.brier:.4f} |",
+            "",
+            "| false masks at most | threshold | true masks lost |",
+            "|---|---|---|",
+            *(f"| {rate:.0%} | {limit:.4f} | {lost:.1%} |" for rate, limit, lost in self.trade_offs),
+            "",
+            "| probability | masks | present |",
+            "|---|---|---|",
+            *(f"| {mean:.3f} | {int(count)} | {share:.3f} |" for count, mean, share in self.bins),
+        ]
+        return "\n".join(lines)
+
+
+def choose_threshold(scores: Features, truth: NDArray[np.bool_], rate: float) -> tuple[float, float]:
+    """The lowest threshold that is expected to let a share ``rate`` of absent structures pass, and what it promises.
+
+    Of n absent structures ⌊rate · (n + 1)⌋ − 1 pass, none where that is negative; then the chance that a new one
+    passes, averaged over calibrations, is at most (passing + 1) / (n + 1).
+    """
+    absent = np.sort(scores[~truth])[::-1]
+    passing = max(int(np.floor(rate * (len(absent) + 1) + 1e-9)) - 1, 0)
+    barrier = float(absent[passing])
+    above = scores[scores > barrier]
+    threshold = (barrier + float(above.min())) / 2 if len(above) else barrier
+    if threshold <= barrier:  # nothing is above, or too close to tell apart
+        threshold = float(np.nextafter(barrier, np.inf))
+    return threshold, (passing + 1) / (len(absent) + 1)
+
+
+def score_gate(
+    scores: Features, truth: NDArray[np.bool_], threshold: float, target: float, bound: float, *, cross_validated: bool
+) -> GateReport:
+    """Scores of probabilities [n] against the truth, bool [n], both kinds present."""
+    places = np.minimum((scores * _BINS).astype(int), _BINS - 1)
+    inside = [places == place for place in np.unique(places)]
+    bins = [[float(one.sum()), float(scores[one].mean()), float(truth[one].mean())] for one in inside]
+    counts, means, shares = np.array(bins).T
+    kept = scores >= threshold
+    thresholds = [(rate, *choose_threshold(scores, truth, rate)) for rate in _TRADE_OFFS]
+    return GateReport(
+        present=int(truth.sum()),
+        absent=int((~truth).sum()),
+        cross_validated=cross_validated,
+        target_false_mask_rate=target,
+        false_mask_bound=bound,
+        false_masks=float(kept[~truth].mean()),
+        lost_masks=float((~kept[truth]).mean()),
+        ece=float((counts * np.abs(means - shares)).sum() / counts.sum()),
+        brier=float(((scores - truth) ** 2).mean()),
+        auroc=auroc(scores, truth),
+        bins=bins,
+        trade_offs=[
+            [rate, limit, float((scores[truth] < limit).mean())]
+            for rate, limit, promised in thresholds
+            if promised <= rate
+        ],
+    )
+
+
+def auroc(scores: Features, truth: NDArray[np.bool_]) -> float:
+    """Chance that a present one scores higher than an absent one, ties counting half."""
+    present = int(truth.sum())
+    wins = rankdata(scores)[truth].sum() - present * (present + 1) / 2
+    return float(wins / (present * (len(truth) - present)))
 
 
 def mask_features(logits: Tensor, iou_prediction: float) -> Features:
@@ -118,10 +285,6 @@ class MaskGate:
         """Probability of presence, float64 [n], of masks with these features [n, 4]."""
         return self.model.probability(_check_features(features))
 
-    def keeps(self, features: ArrayLike) -> NDArray[np.bool_]:
-        """Whether masks with these features [n, 4] are shown, bool [n]."""
-        return self.probability(features) >= self.threshold
-
     def save(self, path: str | Path) -> Path:
         """Write the gate; ``path`` is a checkpoint directory, where it becomes ``mask_gate.json``, or a file to be.
 
@@ -156,35 +319,27 @@ class MaskGate:
         source = source / GATE_FILE if source.is_dir() else source
         try:
             content = json.loads(source.read_bytes())
+            if content["format"] != _FORMAT or content["features"] != list(FEATURES):
+                raise ValueError("it was made for other features")
+            vectors = [np.asarray(content[name], dtype=np.float64) for name in ("coefficients", "mean", "scale")]
+            if any(vector.shape != (len(FEATURES),) or not np.isfinite(vector).all() for vector in vectors):
+                raise ValueError(f"it needs {len(FEATURES)} finite coefficients, means and scales")
+            threshold, intercept = float(content["threshold"]), float(content["intercept"])
+            if not (np.isfinite(intercept) and np.isfinite(threshold)):
+                raise ValueError("threshold and intercept must be finite")
+            model = Logistic(vectors[0], intercept, vectors[1], vectors[2])
+            return cls(model, threshold, GateReport(**content["report"]))
         except OSError as error:
             raise MedPLIBError(
                 f"cannot read the mask gate {source}: {error.strerror}; make one with "
                 "python -m model.inference.calibrate_gate"
             ) from error
-        except ValueError as error:
-            raise _unusable(source, "it is not JSON") from error
-        try:
-            return cls._from_content(content)
-        except KeyError as error:
-            raise _unusable(source, f"it has no {error}") from error
-        except (TypeError, ValueError) as error:
-            raise _unusable(source, str(error)) from error
-
-    @classmethod
-    def _from_content(cls, content: Any) -> MaskGate:
-        if content["format"] != _FORMAT or content["features"] != list(FEATURES):
-            raise ValueError("it was made for other features")
-        vectors = [np.asarray(content[name], dtype=np.float64) for name in ("coefficients", "mean", "scale")]
-        if any(vector.shape != (len(FEATURES),) or not np.isfinite(vector).all() for vector in vectors):
-            raise ValueError(f"it needs {len(FEATURES)} finite coefficients, means and scales")
-        threshold, intercept = float(content["threshold"]), float(content["intercept"])
-        if not (np.isfinite(intercept) and np.isfinite(threshold)):
-            raise ValueError("threshold and intercept must be finite")
-        return cls(Logistic(vectors[0], intercept, vectors[1], vectors[2]), threshold, GateReport(**content["report"]))
-
-
-def _unusable(source: Path, reason: str) -> MedPLIBError:
-    return MedPLIBError(f"{source} is not a usable mask gate ({reason}); fit it again for this checkpoint")
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            reason = "it is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else reason
+            raise MedPLIBError(
+                f"{source} is not a usable mask gate ({reason}); fit it again for this checkpoint"
+            ) from error
 
 
 def _check_features(features: ArrayLike) -> Features:

@@ -24,7 +24,7 @@ class Predictor:
     """Ask a model about images, one question at a time; for many at once take ``Engine``.
 
     Example:
-        >>> predictor = Predictor.from_pretrained("assets/medplib-nano")
+        >>> predictor = Predictor.from_pretrained("assets/medplib-mini")
         >>> image = predictor.set_image("scan.png")
         >>> predictor.ask(image, "What modality is used to take this image?").text
         >>> predictor.ask(image, "Please segment the liver.").masks[0].to_array()
@@ -96,10 +96,11 @@ class Predictor:
         Raises:
             MedPLIBError: image, question, region or threshold is malformed, or the checkpoint cannot look at regions.
         """
+        regions: Any = region if isinstance(region, list) else [] if region is None else [region]
         request = Request(
             image,
             question,
-            _region_list(region),
+            regions,
             history,
             settings or GenerationSettings(),
             threshold,
@@ -107,9 +108,3 @@ class Predictor:
             every_target=every_target,
         )
         return self.engine.ask(request, on_text)
-
-
-def _region_list(region: Region | Sequence[Region] | None) -> list[Region]:
-    if region is None:
-        return []
-    return list(region) if isinstance(region, list) else [region]  # type: ignore[list-item]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-import torch
 from torch import Tensor
 
 from model.errors import MedPLIBError
@@ -77,7 +76,7 @@ def build_prompt(
     marked = [earlier.count(REGION_MARKER) for earlier, _ in history]  # their regions come first
     asked = place_region(request.question, max(0, len(regions) - sum(marked)))
     dropped = max(0, len(history) + 1 - trained) if trained > 1 else 0
-    patches = visual_tokens(model) if image is not None else 0
+    patches = model.config.visual_tokens if image is not None else 0
     room = inf if max_length is None else max_length - 2 - patches + (image is not None)
     answer = min(request.settings.max_new_tokens, (max_length or 0) // 4)
     while True:
@@ -88,7 +87,12 @@ def build_prompt(
         if len(ids) <= most:
             break
         if last:
-            raise _too_long(processor, request.question, len(ids), most)
+            own = len(tokenize(processor.tokenizer, request.question, add_bos=False).ids)
+            fit = int(len(request.question) * (1 - (len(ids) - most) / max(1, own)) * 0.95)  # characters, about
+            remedy = f"shorten it to about {fit:,} characters" if fit > 0 else "give the engine a larger max_length"
+            raise MedPLIBError(
+                f"the question is too long: it makes a prompt of {len(ids)} tokens, and {most} fit; {remedy}"
+            )
         dropped += 1
     kept = regions[sum(marked[:dropped]) :]
     pictures = [image.data.pixels] if image is not None else []
@@ -114,19 +118,6 @@ def _turns(history: list[tuple[str, str]], question: str, with_image: bool) -> l
     return turns
 
 
-def _too_long(processor: MedPLIBProcessor, question: str, tokens: int, most: float) -> MedPLIBError:
-    """The limit in tokens, and about where it lies in characters of this question."""
-    own = len(tokenize(processor.tokenizer, question, add_bos=False).ids)
-    fit = int(len(question) * (1 - (tokens - most) / max(1, own)) * 0.95)
-    remedy = f"shorten it to about {fit:,} characters" if fit > 0 else "give the engine a larger max_length"
-    return MedPLIBError(f"the question is too long: it makes a prompt of {tokens} tokens, and {most} fit; {remedy}")
-
-
-def visual_tokens(model: MedPLIBForCausalLM) -> int:
-    """Tokens that one image takes in a prompt."""
-    return model.config.visual_tokens
-
-
 def embed_prompt(model: MedPLIBForCausalLM, prompt: Prompt, opened: bool = False) -> Tensor:
     """Embeddings [1, L, D] of a prompt, or of what follows its opening; encodes its image if nobody has."""
     image, features = prompt.image, None
@@ -146,9 +137,3 @@ def embed_prompt(model: MedPLIBForCausalLM, prompt: Prompt, opened: bool = False
         prompt.region_image.to(model.device),
         image_tokens=tokens,
     ).embeds
-
-
-def to_device(values: list[int], device: torch.device) -> Tensor:
-    """A list of whole numbers as long [n] on a device, without waiting for it."""
-    tensor = torch.tensor(values, dtype=torch.long)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -53,18 +53,17 @@ class PromptReader:
         Takes from ``waiting`` while there are slots. A prompt whose opening is being read waits for it: it will find
         it kept.
         """
-        chosen = []
-        for row in self.slots:
-            if budget > 0:
-                chosen.append((row, self._piece(row)))
-                budget -= len(chosen[-1][1].embeds)
-        for row in tuple(waiting):  # a copy in one go: other threads hand in meanwhile
-            if budget <= 0 or running + len(self.slots) >= self.cache.slots:
+        chosen: list[tuple[Running, Piece]] = []
+        for row in (*self.slots, *tuple(waiting)):  # a copy in one go: other threads hand in meanwhile
+            if budget <= 0:
                 break
-            if self._opening_is_read(row):
-                continue
-            waiting.remove(row)
-            self._open(row, running)
+            if row not in self.slots:
+                if running + len(self.slots) >= self.cache.slots:
+                    break
+                if self._opening_is_read(row):
+                    continue
+                waiting.remove(row)
+                self._open(row, running)
             chosen.append((row, self._piece(row)))
             budget -= len(chosen[-1][1].embeds)
         return chosen
@@ -91,13 +90,6 @@ class PromptReader:
     def drop(self, row: Running) -> None:
         """Forget a prompt."""
         del self.slots[row], self._embeds[row]
-
-    def clear(self) -> list[Running]:
-        """Forget all; tells whom."""
-        rows = list(self.slots)
-        self.slots.clear()
-        self._embeds.clear()
-        return rows
 
     def lengths(self) -> dict[int, int]:
         """By slot, the tokens that are read: where a pass that decodes all slots may write what nobody needs."""

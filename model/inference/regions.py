@@ -44,7 +44,8 @@ def region_to_mask(region: Region, size: tuple[int, int]) -> np.ndarray:
         )
     if mask.shape != size:
         raise MedPLIBError(
-            f"the region mask is {_shape(mask)}, the image {size[0]}×{size[1]} (height×width); give them one size"
+            f"the region mask is {'×'.join(map(str, mask.shape))}, the image {size[0]}×{size[1]} (height×width); "
+            "give them one size"
         )
     if not mask.any():
         raise MedPLIBError("the region is empty; mark at least one pixel")
@@ -103,7 +104,3 @@ def _numbers(values: Any, count: int, form: str) -> list[float]:
     if len(numbers) != count or not np.isfinite(numbers).all():
         raise MedPLIBError(f"{form} in pixels; got {values!r:.60}")
     return numbers
-
-
-def _shape(mask: np.ndarray) -> str:
-    return "×".join(str(side) for side in mask.shape)

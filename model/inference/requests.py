@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from model.errors import MedPLIBError
@@ -14,8 +14,6 @@ from model.inference.images import ImageSource
 from model.inference.regions import Region
 
 OnText = Callable[[str], None]
-
-_log = logging.getLogger(__name__)
 
 
 class EngineFull(MedPLIBError):
@@ -86,11 +84,7 @@ class Ticket:
         self.request = request
         self._whole = whole
         self._cancelled = False
-        self._ready = threading.Event()
-        self._settling = threading.Lock()
-        self._listeners: list[Callable[[], None]] = []
-        self._answer: Answer | None = None
-        self._error: BaseException | None = None
+        self._outcome: Future[Answer] = Future()
 
     @property
     def cancelled(self) -> bool:
@@ -103,15 +97,11 @@ class Ticket:
 
     def done(self) -> bool:
         """Whether the answer, or an error, is there."""
-        return self._ready.is_set()
+        return self._outcome.done()
 
     def when_done(self, listener: Callable[[], None]) -> None:
         """Call the listener once it is done, from whichever thread settles it; at once where it is done already."""
-        with self._settling:
-            if not self._ready.is_set():
-                self._listeners.append(listener)
-                return
-        listener()
+        self._outcome.add_done_callback(lambda _: listener())
 
     def result(self, timeout: float | None = None) -> Answer:
         """The answer.
@@ -123,26 +113,14 @@ class Ticket:
             MedPLIBError: image, question or region were malformed.
             TimeoutError: the answer is not there in time.
         """
-        if not self._ready.wait(timeout):
+        if not wait([self._outcome], timeout).done:
             raise TimeoutError(f"no answer within {timeout} s")
-        if self._error is not None:
-            raise self._error
-        assert self._answer is not None
-        return self._answer
+        return self._outcome.result()
 
     def settle(self, outcome: Answer | BaseException) -> None:
         """Set the answer or the error, unless there is one; for the engine."""
-        with self._settling:
-            if self._ready.is_set():
-                return
+        with suppress(InvalidStateError):
             if isinstance(outcome, BaseException):
-                self._error = outcome
+                self._outcome.set_exception(outcome)
             else:
-                self._answer = outcome
-            self._ready.set()
-            listeners, self._listeners = self._listeners, []
-        for listener in listeners:
-            try:
-                listener()
-            except Exception:  # noqa: BLE001 - others wait to be told, and for tickets that are settled after this one
-                _log.exception("a listener of a ticket failed")
+                self._outcome.set_result(outcome)

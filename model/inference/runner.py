@@ -107,12 +107,18 @@ class DecoderRunner:
             observe: tell which experts computed which token.
         """
         decoded = 0 if rows is None else len(rows.tokens)
-        spans, last = _spans(pieces, decoded)
-        hidden = self._embed(pieces, rows)  # [T, D], rows first
-        past = [] if rows is None else [rows.lengths]
-        places = torch.cat([*past, *(self.places[piece.start : piece.end] for piece in pieces)])  # [T]
-        cos, sin = self.cos[places][None], self.sin[places][None]  # [1, T, width]
-        row_mask = None if rows is None else self._row_mask(rows)
+        ends = [decoded]  # of the rows and of each piece among the packed tokens
+        for piece in pieces:
+            ends.append(ends[-1] + len(piece.embeds))
+        embeds, places = [piece.embeds for piece in pieces], [self.places[piece.start : piece.end] for piece in pieces]
+        row_mask = None
+        if rows is not None:
+            embeds.insert(0, self.decoder.embed_tokens(rows.tokens))
+            places.insert(0, rows.lengths)
+            row_mask = (self.places[: rows.bucket] <= rows.lengths[:, None])[:, None, None]  # bool [n, 1, 1, bucket]
+        hidden = embeds[0] if len(embeds) == 1 else torch.cat(embeds)  # [T, D], rows first
+        at = torch.cat(places)  # [T]
+        cos, sin = self.cos[at][None], self.sin[at][None]  # [1, T, width]
         masks = [self._past_mask(piece) for piece in pieces]
         seen = []
         for index, layer in enumerate(self.layers):
@@ -120,26 +126,23 @@ class DecoderRunner:
             attended = []
             if rows is not None:
                 attended.append(self._decode_rows(index, rows, row_mask, query, key, value))
-            for piece, mask, span in zip(pieces, masks, spans, strict=True):
+            for piece, mask, start, end in zip(pieces, masks, ends, ends[1:], strict=False):
+                span = slice(start, end)
                 attended.append(self._read_piece(index, piece, mask, query[:, span], key[:, span], value[:, span]))
             joined = attended[0] if len(attended) == 1 else torch.cat(attended)
             hidden, choices = self._finish(layer, hidden, joined, reads=bool(pieces))
             if observe and choices is not None:
                 seen.append(choices)
-        states = (
-            hidden if decoded == len(hidden) else torch.cat([hidden[:decoded], *(hidden[at : at + 1] for at in last)])
-        )
-        return StepOutput(self.decoder.norm(states), _stack(seen))
+        states = torch.cat([hidden[:decoded], *(hidden[end - 1 : end] for end in ends[1:])]) if pieces else hidden
+        if not seen:
+            return StepOutput(self.decoder.norm(states))
+        most = max(layer.shape[-1] for layer in seen)  # layers with fewer experts are filled up with false
+        choices = torch.stack([functional.pad(layer, (0, most - layer.shape[-1])) for layer in seen])
+        return StepOutput(self.decoder.norm(states), choices)
 
     def decode(self, tokens: Tensor, lengths: Tensor, bucket: int, observe: bool = False) -> StepOutput:
         """Decode one token of the first n slots; see ``Rows``."""
         return self.run((), Rows(tokens, lengths, bucket), observe)
-
-    def _embed(self, pieces: Sequence[Piece], rows: Rows | None) -> Tensor:
-        parts = [piece.embeds for piece in pieces]
-        if rows is not None:
-            parts.insert(0, self.decoder.embed_tokens(rows.tokens))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _project(
         self, layer: MedPLIBDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor
@@ -153,10 +156,6 @@ class DecoderRunner:
         )
         query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin)
         return query[0], key[0], value
-
-    def _row_mask(self, rows: Rows) -> Tensor:
-        """What each row may look at, bool [n, 1, 1, bucket]."""
-        return (self.places[: rows.bucket] <= rows.lengths[:, None])[:, None, None]
 
     def _decode_rows(
         self, index: int, rows: Rows, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor
@@ -231,20 +230,3 @@ _put_token_compiled = torch.library.custom_op("medplib::put_token", put_token, m
 @_put_token_compiled.register_fake
 def _(keys: Tensor, values: Tensor, layer: int, lengths: Tensor, key: Tensor, value: Tensor) -> None:
     del keys, values, layer, lengths, key, value
-
-
-def _spans(pieces: Sequence[Piece], start: int) -> tuple[list[slice], list[int]]:
-    """Where each piece lies among the packed tokens, the first at ``start``, and where its last token does."""
-    spans = []
-    for piece in pieces:
-        spans.append(slice(start, start + len(piece.embeds)))
-        start = spans[-1].stop
-    return spans, [span.stop - 1 for span in spans]
-
-
-def _stack(choices: list[Tensor]) -> Tensor | None:
-    """Choices of all mixture layers, bool [layers, T, E]; layers with fewer experts are filled up with false."""
-    if not choices:
-        return None
-    most = max(layer.shape[-1] for layer in choices)
-    return torch.stack([functional.pad(layer, (0, most - layer.shape[-1])) for layer in choices])

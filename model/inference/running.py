@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.inference.answer import Finish
-from model.inference.generation import Draw, seed_of
+from model.inference.generation import seed_of
 from model.inference.mask_stage import MaskJob
 from model.inference.prompts import Prompt
 from model.inference.requests import OnText, Ticket
@@ -59,10 +60,6 @@ class Running:
         """Tokens in its slot once everything that was begun is done, but for the last one said."""
         return self.prompt.length + self.launched - 1
 
-    def draw(self) -> Draw:
-        """How its next token is chosen."""
-        return Draw(self.ticket.request.settings, self.seed, self.launched)
-
     def count_experts(self, choices: Tensor) -> None:
         """Add expert choices, bool [mixture layers, T, E]."""
         counts = choices.sum(dim=1)
@@ -74,23 +71,20 @@ class Running:
             return
         if self.ticket.request.always_mask:
             self.last_states = (*self.last_states[-1:], state)
+        settings = self.ticket.request.settings
         if token in end_ids:
             self.finish = "end"
         else:
-            self._take(token, state, seg_id, processor)
+            self.ids.append(token)
+            if token == seg_id:
+                self.seg_states.append(state)
+            if self.on_text is not None or settings.stop:
+                self.text = processor.decode_text(self.ids)
+                self._stop_at(settings.stop)
+            if self.finish is None and len(self.ids) >= self.limit:
+                self.finish = "length"
         if self.on_text is not None:
             self._tell(self.on_text)
-
-    def _take(self, token: int, state: Tensor, seg_id: int, processor: MedPLIBProcessor) -> None:
-        self.ids.append(token)
-        if token == seg_id:
-            self.seg_states.append(state)
-        settings = self.ticket.request.settings
-        if self.on_text is not None or settings.stop:
-            self.text = processor.decode_text(self.ids)
-            self._stop_at(settings.stop)
-        if self.finish is None and len(self.ids) >= self.limit:
-            self.finish = "length"
 
     def _stop_at(self, stops: tuple[str, ...]) -> None:
         places = [place for place in (self.text.find(stop) for stop in stops) if place >= 0]
@@ -118,20 +112,14 @@ class Running:
         """The whole answer's text."""
         return self.text if self.finish == "stop" else processor.decode_text(self.ids)
 
-    def mask_job(self, text: str, default_threshold: float) -> MaskJob:
+    def mask_job(self, text: str) -> MaskJob:
         """What is to be painted."""
         request = self.ticket.request
         unspoken = () if self.seg_states or self.finish == "cancelled" else self.last_states[:1]
         states = (unspoken or self.seg_states) if self.prompt.image is not None else ()
-        return MaskJob(
-            self.prompt.image,  # type: ignore[arg-type]  # without one, there are no states
-            states,
-            mask_labels("" if unspoken else text, request.question, len(states)),
-            default_threshold if request.threshold is None else request.threshold,
-            request.thresholds,
-            request.no_mask_below,
-            spoken=not unspoken,
-        )
+        labels = mask_labels("" if unspoken else text, request.question, len(states))
+        image: Any = self.prompt.image  # without one, there are no states
+        return MaskJob(request, image, states, labels, spoken=not unspoken)
 
     def notes(self, text: str) -> tuple[str, ...]:
         """What a reader of the answer should know besides."""

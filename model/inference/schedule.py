@@ -10,19 +10,20 @@ import math
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.errors import MedPLIBError
-from model.inference.answer import Answer, Finish
+from model.inference.answer import Answer
 from model.inference.decoding import Decoding, check_ways
-from model.inference.generation import choose_tokens
+from model.inference.generation import Draw, choose_tokens
 from model.inference.images import BoundedCache, PreparedImage
 from model.inference.mask_gate import MaskGate
 from model.inference.mask_stage import paint_masks
-from model.inference.prompts import Prompt, to_device
+from model.inference.prompts import Prompt
 from model.inference.reading import PromptReader
 from model.inference.requests import NotFinite, OnText, Ticket
 from model.inference.runner import DecoderRunner, Piece, Rows, StepOutput
@@ -74,16 +75,8 @@ class EngineSettings:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        least = {
-            "slots": 1,
-            "max_length": 1,
-            "prefill_chunk": 1,
-            "waiting": 1,
-            "image_cache_mb": 0,
-            "prefix_cache_mb": 0,
-        }
-        for name, bound in least.items():
-            value = getattr(self, name)
+        for name in ("slots", "max_length", "prefill_chunk", "waiting", "image_cache_mb", "prefix_cache_mb"):
+            value, bound = getattr(self, name), 0 if name.endswith("_mb") else 1
             if value is not None and value < bound:
                 raise MedPLIBError(f"{name} is {value}; give at least {bound}")
 
@@ -114,11 +107,6 @@ class _Pending:
     decoded: int
     choices: Tensor | None = None
     ready: Any = None
-
-    def tokens(self) -> list[int]:
-        if self.ready is not None:
-            self.ready.synchronize()
-        return self.chosen.tolist()
 
 
 class Schedule:
@@ -162,8 +150,6 @@ class Schedule:
         self._pending: deque[_Pending] = deque()
         # One pass reads and decodes, unless rounding must not depend on company.
         self._packs = not (self._drops or settings.batch_invariant)
-        self._decoding: Decoding | None = None
-        self._reader: PromptReader | None = None
 
     def add(self, ticket: Ticket, prompt: Prompt, on_text: OnText | None) -> None:
         """Let a request wait."""
@@ -178,7 +164,7 @@ class Schedule:
     @property
     def reading(self) -> list[Running]:
         """Requests whose prompts are being read."""
-        return [] if self._reader is None else list(self._reader.slots)
+        return list(self.reader.slots) if "reader" in self.__dict__ else []
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -196,18 +182,16 @@ class Schedule:
         waiting = tuple(self.waiting)  # a copy in one go: other threads hand in meanwhile
         for row in [row for row in waiting if row.ticket.cancelled]:
             self.waiting.remove(row)
-            self._leave(row, "cancelled")
+            row.finish = "cancelled"
+            self._finished.append(row)
         for row in [row for row in self.reading if row.ticket.cancelled]:
             self.reader.drop(row)
-            self._leave(row, "cancelled")
+            row.finish = "cancelled"
+            self._finished.append(row)
         for row in self.running:
             if row.ticket.cancelled and row.finish is None:
                 row.finish = "cancelled"
         self._compact()
-
-    def _leave(self, row: Running, finish: Finish) -> None:
-        row.finish = finish
-        self._finished.append(row)
 
     def _advance(self) -> None:
         """Read prompts until ``prefill_chunk`` tokens are read, and decode a token of every running request."""
@@ -257,13 +241,17 @@ class Schedule:
         held = self.reader.lengths()
         lengths += [held.get(slot, 0) for slot in range(len(rows), self.decoding.batch_for(len(rows)))]
         bucket = min(-(-(max(lengths) + 1) // _READ_STEP) * _READ_STEP, self.max_length)
-        return Rows(self._tokens[: len(lengths)], to_device(lengths, self.model.device), bucket)
+        filled = torch.tensor(lengths, dtype=torch.long)
+        if self.model.device.type == "cuda":
+            filled = filled.pin_memory()  # so that nothing waits for the copy
+        filled = filled.to(self.model.device, non_blocking=True)
+        return Rows(self._tokens[: len(lengths)], filled, bucket)
 
     def _choose(self, rows: list[Running], decoded: int, output: StepOutput, slots: slice) -> None:
         """Choose the next tokens from the states of a pass; they stay on the device until ``_collect``."""
         logits = self.model.lm_head(output.hidden) if output.logits is None else output.logits
         logits = logits[: len(rows)]
-        chosen = choose_tokens(logits, [row.draw() for row in rows])
+        chosen = choose_tokens(logits, [Draw(row.ticket.request.settings, row.seed, row.launched) for row in rows])
         self._tokens[slots] = chosen.clamp(min=0)
         for row in rows:
             row.launched += 1
@@ -280,7 +268,9 @@ class Schedule:
         while len(self._pending) > keep:
             start = time.perf_counter()
             pending = self._pending.popleft()
-            tokens = pending.tokens()  # on an accelerator it is here that a pass is waited for
+            if pending.ready is not None:
+                pending.ready.synchronize()  # on an accelerator it is here that a pass is waited for
+            tokens = pending.chosen.tolist()
             waited = time.perf_counter() - start
             for place, (row, token) in enumerate(zip(pending.rows, tokens, strict=True)):
                 row.seconds["generate"] += waited
@@ -337,26 +327,25 @@ class Schedule:
         for row in rows:
             if row.finish == "cancelled":  # nobody waits for its masks
                 row.seg_states.clear()
-        threshold = self.model.config.mask.threshold
-        jobs = [row.mask_job(text, threshold) for row, text in zip(rows, texts, strict=True)]
-        painted = paint_masks(self.model, jobs, self.gate)
+        jobs = [row.mask_job(text) for row, text in zip(rows, texts, strict=True)]
+        paint_masks(self.model, jobs, self.gate)
         self.images.refresh()
         now = time.perf_counter()
-        for row, text, result in zip(rows, texts, painted, strict=True):
+        for row, text, job in zip(rows, texts, jobs, strict=True):
             assert row.finish is not None
             row.seconds["masks"] = now - start
             row.seconds["total"] = now - row.submitted
-            if not all(math.isfinite(mask.score) for mask in result.masks):
+            if not all(math.isfinite(mask.score) for mask in job.masks):
                 self._fail(row)
             if not row.ticket.done():
                 row.ticket.settle(
                     Answer(
                         text,
-                        result.masks,
+                        job.masks,
                         dict(row.seconds),
                         row.finish,
                         len(row.ids),
-                        result.masks_at,
+                        job.masks_at,
                         row.router_shares(),
                         row.prompt.length,
                         row.prompt.dropped_turns,
@@ -367,7 +356,9 @@ class Schedule:
 
     def abandon(self, error: BaseException) -> None:
         """Settle everything with an error and forget it."""
-        rows = [*self.running, *self._finished, *([] if self._reader is None else self._reader.clear())]
+        rows = [*self.running, *self._finished, *self.reading]
+        for row in self.reading:
+            self.reader.drop(row)
         rows += [self.waiting.popleft() for _ in range(len(self.waiting))]  # other threads hand in meanwhile
         self.running, self._finished = [], []
         self._pending.clear()
@@ -375,29 +366,19 @@ class Schedule:
             row.finish = row.finish or "cancelled"  # a step in which a listener gave all up has more to hear
             row.ticket.settle(error)
 
-    @property
+    @cached_property
     def decoding(self) -> Decoding:
         """How passes are run; slots are allocated at the first request."""
-        if self._decoding is None:
-            model, settings = self.model, self.settings
-            cache = SlotCache(model.config.text_config, settings.slots, self.max_length, model.dtype, model.device)
-            runner = DecoderRunner(model.model.decoder, cache, self._drops, settings.batch_invariant)
-            self._tokens = torch.zeros(settings.slots, dtype=torch.long, device=model.device)
-            self._decoding = Decoding(
-                runner, model.lm_head, graphs=settings.graphs, kernels=settings.kernels, compiled=settings.compiled
-            )
-        return self._decoding
+        model, settings = self.model, self.settings
+        cache = SlotCache(model.config.text_config, settings.slots, self.max_length, model.dtype, model.device)
+        runner = DecoderRunner(model.model.decoder, cache, self._drops, settings.batch_invariant)
+        self._tokens = torch.zeros(settings.slots, dtype=torch.long, device=model.device)
+        return Decoding(
+            runner, model.lm_head, graphs=settings.graphs, kernels=settings.kernels, compiled=settings.compiled
+        )
 
-    @property
+    @cached_property
     def reader(self) -> PromptReader:
         """The prompts that are being read."""
-        if self._reader is None:
-            self._reader = PromptReader(
-                self.model,
-                self.decoding.cache,
-                self.prefixes,
-                chunk=self._chunk,
-                shares=not self._drops,
-                splits=not self._packs,
-            )
-        return self._reader
+        cache, splits = self.decoding.cache, not self._packs
+        return PromptReader(self.model, cache, self.prefixes, chunk=self._chunk, shares=not self._drops, splits=splits)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -188,9 +189,9 @@ def check_stream(said: list[str], answer: Answer) -> None:
 def test_waiting_for_the_device_counts_as_generating(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes are only launched there; their time is spent where their tokens are fetched."""
     fetched: list[None] = []  # as many as seconds have passed
-    fetch = schedule._Pending.tokens
+    device, pending = SimpleNamespace(synchronize=lambda: fetched.append(None)), schedule._Pending
     monkeypatch.setattr("time.perf_counter", lambda: float(len(fetched)))
-    monkeypatch.setattr(schedule._Pending, "tokens", lambda pending: fetched.append(None) or fetch(pending))
+    monkeypatch.setattr(schedule, "_Pending", lambda *values: pending(*values[:-1], device))
     timing = engine().ask(request(max_new_tokens=3)).timing
     assert timing["generate"] == 3
 

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from model import MedPLIBError
 from model.checkpoint import load
-from model.inference.calibrate_gate import main
-from model.inference.gate_rows import collect_gate_rows
-from model.inference.gate_scores import auroc
-from model.inference.mask_gate import FEATURES, GATE_FILE, MaskGate, mask_features
+from model.inference.calibrate_gate import collect_gate_rows, main
+from model.inference.mask_gate import FEATURES, GATE_FILE, MaskGate, auroc, mask_features
 from tests.tiny import tiny_checkpoint
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
@@ -45,7 +43,7 @@ def test_the_false_mask_rate_holds_on_new_data_at_the_least_loss() -> None:
     losses = []
     for rate in (0.02, 0.05, 0.2):
         gate = MaskGate.fit(features, present, false_mask_rate=rate)
-        kept = gate.keeps(fresh)
+        kept = gate.probability(fresh) >= gate.threshold
         assert kept[~truth].mean() == pytest.approx(rate, abs=0.01 + rate / 10)
         assert gate.report.lost_masks == pytest.approx((~kept[truth]).mean(), abs=0.03)
         assert gate.report.false_mask_bound <= rate
@@ -59,7 +57,7 @@ def test_separable_data_gives_finite_coefficients_and_loses_nothing() -> None:
     features = np.where(present[:, None], 1.0, -1.0) * rng.uniform(0.5, 1, (100, WIDTH))
     gate = MaskGate.fit(features, present)
     assert np.isfinite(gate.model.coefficients).all()
-    assert (gate.keeps(features) == present).all()
+    assert ((gate.probability(features) >= gate.threshold) == present).all()
     assert gate.report.auroc == 1
     assert gate.report.lost_masks == 0
 
@@ -104,7 +102,8 @@ def test_too_few_absent_structures_promise_less_and_say_so() -> None:
 def test_two_masks_are_enough_to_fit_but_not_to_hold_any_out() -> None:
     gate = MaskGate.fit([[0.9, 9, 0.9, 0.3], [0.2, -1, 0.3, 0.0]], [True, False])
     assert not gate.report.cross_validated
-    assert gate.keeps([[0.9, 9, 0.9, 0.3], [0.2, -1, 0.3, 0.0]]).tolist() == [True, False]
+    present, absent = gate.probability([[0.9, 9, 0.9, 0.3], [0.2, -1, 0.3, 0.0]])
+    assert present >= gate.threshold > absent
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from PIL import Image
 from model.data.image_io import ImageData
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask
-from model.inference.overlay import draw_overlay
-from model.inference.pictures import write_pictures
+from model.inference.overlay import draw_overlay, write_pictures
 from model.inference.predictor import PreparedImage
 
 

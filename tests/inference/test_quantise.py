@@ -13,11 +13,18 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from model import MedPLIBError, Predictor
-from model.inference import int4_layouts, quantised_linear
-from model.inference.int4_layouts import Int4Layout, join_nibbles, split_nibbles
+from model.inference import quantise as quantisation
+from model.inference import quantised_kernels
 from model.inference.loading import load_for_inference
-from model.inference.quantise import quantisation_of, quantise, weight_bytes
-from model.inference.quantised_linear import Int4Linear, Int8Linear, QuantisedLinear
+from model.inference.quantise import (
+    Int4Linear,
+    Int8Linear,
+    QuantisedLinear,
+    quantisation_of,
+    quantise,
+    weight_bytes,
+)
+from model.inference.quantised_kernels import Int4Layout, join_nibbles, split_nibbles
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.modeling.moe import Router
 from tests.bench_scripts import bench_script
@@ -143,8 +150,8 @@ def test_other_types_and_back_change_nothing(scheme: str) -> None:
 def test_a_state_dict_fits_whatever_kernel_is_there(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, rows = layer_of(scheme, 128, 64), rows_of(3, 64)
     state = layer.state_dict()
-    monkeypatch.setattr(quantised_linear, "choose_layout", lambda *_: None)
-    monkeypatch.setattr(quantised_linear, "choose_int8_kernel", lambda *_: None)
+    monkeypatch.setattr(quantisation, "choose_layout", lambda *_: None)
+    monkeypatch.setattr(quantisation, "choose_int8_kernel", lambda *_: None)
     plain = layer_of(scheme, 128, 64)
     assert plain.kernel_name == "dequantised"
     assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
@@ -197,21 +204,21 @@ def test_any_packing_can_be_undone(tiles: int, monkeypatch: pytest.MonkeyPatch) 
     packed = layout.pack(codes)
     assert packed.shape == (3, 256 // (16 * tiles), 32, tiles // 2)
     assert packed.nbytes * 2 == codes.nbytes
-    int4_layouts._places.cache_clear()
+    quantised_kernels._places.cache_clear()
     assert torch.equal(layout.unpack(packed, 24, 256), codes)
-    int4_layouts._places.cache_clear()
+    quantised_kernels._places.cache_clear()
 
 
 def test_a_packing_that_loses_codes_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Int4Layout.pack
     monkeypatch.setattr(Int4Layout, "pack", lambda layout, codes: honest(layout, codes) & 0x7F)
-    int4_layouts._places.cache_clear()
-    int4_layouts._works.cache_clear()
+    quantised_kernels._places.cache_clear()
+    quantised_kernels._int4_works.cache_clear()
     layer = layer_of("int4", 64, 64)
     assert layer.kernel_name == "dequantised"
     monkeypatch.undo()
-    int4_layouts._places.cache_clear()
-    int4_layouts._works.cache_clear()
+    quantised_kernels._places.cache_clear()
+    quantised_kernels._int4_works.cache_clear()
 
 
 # --- a whole network ------------------------------------------------------------------------------------------------
@@ -278,8 +285,8 @@ def test_states_stay_close_to_the_original(experts: int, scheme: str, closeness:
 def test_a_network_without_kernels_gives_the_same_states(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     embeds = rows_of(1, 6, 64)
     found = quantise(even_model(experts=0), scheme).model.decoder(embeds).last_hidden_state  # type: ignore[arg-type]
-    monkeypatch.setattr(quantised_linear, "choose_layout", lambda *_: None)
-    monkeypatch.setattr(quantised_linear, "choose_int8_kernel", lambda *_: None)
+    monkeypatch.setattr(quantisation, "choose_layout", lambda *_: None)
+    monkeypatch.setattr(quantisation, "choose_int8_kernel", lambda *_: None)
     plain = quantise(even_model(experts=0), scheme).model.decoder(embeds).last_hidden_state  # type: ignore[arg-type]
     assert ((found - plain).norm() / plain.norm()) < 0.02
 
@@ -402,7 +409,7 @@ def test_a_gpu_computes_and_gives_back_the_same_weights(scheme: str) -> None:
 @pytest.mark.parametrize(("count", "outputs", "inputs"), [(1, 64, 64), (3, 40, 48), (17, 70, 528), (100, 33, 272)])
 def test_the_triton_kernel_multiplies_bytes(count: int, outputs: int, inputs: int) -> None:
     pytest.importorskip("triton")
-    from model.inference.int8_triton import multiply_int8
+    from model.inference.decode_kernels import multiply_int8
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16 tiles
