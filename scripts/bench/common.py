@@ -24,12 +24,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from model.checkpoint.building import empty_network
-from model.checkpoint.loading import finish
+from model.checkpoint.loading import finish, init_empty
 from model.errors import MedPLIBError
 from model.inference.generation import GenerationSettings
-from model.inference.quantise import Scheme, quantise
-from model.inference.quantised_linear import QuantisedLinear
+from model.inference.quantise import QuantisedLinear, Scheme, quantise
 from model.inference.requests import Request
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
@@ -256,7 +254,7 @@ def make_network(
         seg_token_id=tokenizer.convert_tokens_to_ids(SEG_TOKEN),
         **sections,
     )
-    model = empty_network(config)
+    model = init_empty(config)
     torch.manual_seed(0)
     state = {name: _value(name, like, device, dtype) for name, like in model.state_dict().items()}
     model = finish(model, state, device)

@@ -16,18 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from common import positive, table
+from common import SAMPLE, positive, table
 
 from model import Predictor
-from model.cli import default_model
+from model.checkpoint.directories import default_model
 from model.data.dataset import LoadedSample, load_sample, usable_records
 from model.data.schema import Sample, parse_record
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
 from model.processing.answers import CLOSED_TYPES, closed_match, exact_match, options_of
 from model.processing.special_tokens import IMAGE_TOKEN
-
-SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample" / "held_out.json"
 
 
 def judge(answer: Answer, asked: LoadedSample) -> tuple[bool, float | None]:
@@ -101,7 +99,9 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="checkpoint; the default model when absent")
-    parser.add_argument("--records", type=Path, default=SAMPLE, help="held-out records; the sample's when absent")
+    parser.add_argument(
+        "--records", type=Path, default=SAMPLE / "held_out.json", help="held-out records; the sample's when absent"
+    )
     parser.add_argument("--root", type=Path, help="folder of their images; the records' own when absent")
     parser.add_argument("--turns", type=positive, default=4)
     parser.add_argument("--images", type=positive, default=30, help="conversations, each in all rotations")

@@ -150,13 +150,12 @@ def implied(rows: Sequence[Row]) -> list[str]:
     if more <= 0:
         return []
     scale = (REAL_IMAGES + REAL_MASKS) / more / 60
-    names = ("index s", "index work s", "records s", "records work s")
-    index, index_work, records, records_work = (number((large[name] - small[name]) * scale) for name in names)
+    index, records = (number((large[name] - small[name]) * scale) for name in ("index s", "records s"))
     size = large["index bytes an image"] * REAL_IMAGES / 1e9
     return [
         f"At the rate at which the larger tree took longer, the real set ({REAL_IMAGES:,} images, {REAL_MASKS:,} "
-        f"masks) takes {index} minutes ({index_work} of work over all processes) and {size:.2f} GB to index, and "
-        f"{records} ({records_work}) for records of all targets without decoding masks."
+        f"masks) takes {index} minutes and {size:.2f} GB to index, and {records} for records of all targets without "
+        "decoding masks."
     ]
 
 

@@ -4,9 +4,9 @@
     python scripts/bench/infer.py --random 7b --device cuda --plain-requests 8
 
 Plain generation answers one request at a time: transformers' ``generate`` with a dynamic cache, then the masks of that
-request (``plain.py``). Both sides get the same requests of ``data/sample``, in turns, in one process. A random network
-is made on the device and given fixed answers: a few words (mixed), a sentence with ``<SEG>`` (grounding), words without
-end (long answers).
+request. Both sides get the same requests of ``data/sample``, in turns, in one process. A random network is made on the
+device and given fixed answers: a few words (mixed), a sentence with ``<SEG>`` (grounding), words without end (long
+answers).
 
 ``limit`` is bytes over copy bandwidth or operations over the rate of matrix products, as measured, whichever takes
 longer, for a pass of one part of the network. ``peak MB`` is memory allocated on the device, on a CPU resident in the
@@ -18,7 +18,8 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+import time
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,22 +45,23 @@ from common import (
     sample_questions,
     without_end,
 )
-from plain import Plain
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.data.image_io import read_image
+from model.data.image_io import read_image, read_mask
 from model.errors import MedPLIBError
-from model.inference.answer import Answer
+from model.inference.answer import Answer, Mask
 from model.inference.engine import Engine, EngineSettings
 from model.inference.loading import load_for_inference, usable_device
-from model.inference.prompts import visual_tokens
 from model.inference.quantise import weight_bytes
 from model.inference.requests import Request
 from model.inference.slots import slot_bytes
+from model.inference.targets import mask_labels
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.modeling.moe import MoEFeedForward
+from model.processing.batching import EncodedSample
 from model.processing.conversation import Turn
+from model.processing.masks import threshold_mask
 from model.processing.processor import MedPLIBProcessor
 from model.processing.special_tokens import IMAGE_TOKEN
 
@@ -75,29 +77,10 @@ ASKED = 8  # grounded answers timed in a round
 TOGETHER = 8  # images that SAM encodes together
 _MB = 2**20
 Row = dict[str, str | float]
+Inputs = dict[str, Tensor]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    try:
-        torch.set_num_threads(options.threads)
-        model, processor = make_model(options)
-        gc.freeze()  # so that collecting what engines leave behind is quick
-        with torch.inference_mode():
-            bench = Bench(model, processor, options)
-            rows = [row for name in options.sections for row in getattr(bench, name)()]
-    except MedPLIBError as error:
-        parser.error(str(error))
-    finally:
-        gc.unfreeze()
-    name = options.model.name if options.random is None else f"random-{Path(options.random).stem}"
-    weights = f"-{options.quantisation}" if options.quantisation else ""
-    publish(options.out, f"infer-{name}-{model.device.type}{weights}", "Inference", rows, [bench.describe(name)])
-    return 0
-
-
-def build_parser() -> ArgumentParser:
     parser = bench_parser(__doc__)
     network = parser.add_mutually_exclusive_group()
     network.add_argument("--model", type=Path, default=NANO)
@@ -115,17 +98,29 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--plain-requests", type=positive, help="how many plain generation answers at most")
     parser.add_argument("--rounds", type=positive, default=3, help="rounds, of which the median counts")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
-    return parser
-
-
-def make_model(options: Namespace) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
-    """The network to measure, in eval mode, and its processor."""
-    dtype = DTYPES.get(options.dtype)
-    if options.random is not None:
-        device = usable_device(options.device)
-        return make_network(options.random, device, dtype or torch.bfloat16, options.quantisation)
-    loaded = load_for_inference(options.model, options.device, dtype=dtype, quantisation=options.quantisation)
-    return loaded[0].eval(), loaded[1]
+    options = parser.parse_args(arguments)
+    try:
+        torch.set_num_threads(options.threads)
+        device, dtype = usable_device(options.device), DTYPES.get(options.dtype)
+        if options.random is not None:
+            model, processor = make_network(options.random, device, dtype or torch.bfloat16, options.quantisation)
+        else:
+            model, processor, _ = load_for_inference(
+                options.model, device, dtype=dtype, quantisation=options.quantisation
+            )
+            model.eval()
+        gc.freeze()  # so that collecting what engines leave behind is quick
+        with torch.inference_mode():
+            bench = Bench(model, processor, options)
+            rows = [row for name in options.sections for row in getattr(bench, name)()]
+    except MedPLIBError as error:
+        parser.error(str(error))
+    finally:
+        gc.unfreeze()
+    name = options.model.name if options.random is None else f"random-{Path(options.random).stem}"
+    weights = f"-{options.quantisation}" if options.quantisation else ""
+    publish(options.out, f"infer-{name}-{model.device.type}{weights}", "Inference", rows, [bench.describe(name)])
+    return 0
 
 
 # --- the least that is needed -----------------------------------------------------------------------------------------
@@ -165,6 +160,86 @@ class Limits:
         """Reading a prompt."""
         operations = 2 * tokens * self.products + 2 * tokens**2 * self.text.hidden_size * self.text.num_hidden_layers
         return self.hardware.seconds(self.layer_bytes(tokens), operations)
+
+
+# --- plain generation -------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """Generation with one network in eval mode, one request at a time and everything anew for each."""
+
+    def __init__(self, model: MedPLIBForCausalLM, processor: MedPLIBProcessor) -> None:
+        self.model, self.processor = model, processor
+
+    def encode(self, request: Request) -> EncodedSample:
+        """A request as the processor gives it."""
+        pixels = read_image(request.image).pixels
+        regions = [read_mask(path) for path in request.regions]  # type: ignore[arg-type]
+        turns = [Turn("human", f"{IMAGE_TOKEN}\n{request.question}")]
+        return self.processor.encode_prompt(turns, [pixels], regions=regions)
+
+    def inputs(self, encoded: Sequence[EncodedSample]) -> Inputs:
+        """What ``generate`` takes, on the device, prompts padded on the left; also ``sam_pixel_values``."""
+        batch = self.processor.collate(list(encoded), padding_side="left")
+        names = ("input_ids", "attention_mask", "pixel_values", "region_masks", "region_image", "sam_pixel_values")
+        given = {name: batch[name].to(self.model.device) for name in names if batch.get(name) is not None}
+        return {name: one.to(self.model.dtype) if one.is_floating_point() else one for name, one in given.items()}
+
+    def generate(self, inputs: Inputs, tokens: int) -> Tensor:
+        """New tokens, long [B, n]."""
+        given = {name: value for name, value in inputs.items() if name != "sam_pixel_values"}
+        ends = {"eos_token_id": 2, "pad_token_id": 0}
+        return self.model.generate(**given, max_new_tokens=tokens, do_sample=False, **ends)
+
+    def answer(self, request: Request) -> tuple[str, list[Mask]]:
+        """Text and masks of one request."""
+        encoded = self.encode(request)
+        inputs = self.inputs([encoded])
+        states: list[Tensor] = []
+        norm = self.model.model.decoder.norm
+        hook = norm.register_forward_hook(lambda _module, _inputs, out: states.append(out[0, -1]))
+        try:
+            ids = self.generate(inputs, request.settings.max_new_tokens)[0].tolist()
+        finally:
+            hook.remove()
+        text = self.processor.decode_text(ids)
+        places = [place for place, token in enumerate(ids) if token == self.model.config.seg_token_id]
+        if not places:
+            return text, []
+        count = len(places)
+        decoded = self.model.decode_masks(
+            torch.stack([states[place] for place in places]),
+            self.model.encode_segmented_images(inputs["sam_pixel_values"]),
+            torch.zeros(count, dtype=torch.long, device=self.model.device),
+            [encoded.sam_size] * count,
+            [encoded.image_size] * count,
+        )
+        scores = decoded.iou_predictions.float().flatten().tolist()
+        masks = [threshold_mask(logits, self.model.config.mask.threshold) for logits in decoded.mask_logits]
+        labels = mask_labels(text, request.question, count)
+        return text, [Mask.from_array(*one) for one in zip(masks, labels, scores, strict=True)]
+
+    def seconds_per_step(self, inputs: Inputs, steps: int) -> float:
+        """Mean seconds of a decoding step of a batch of prompts, the prefill not counted; no row may end early."""
+        cuda = self.model.device.type == "cuda"
+        begin: list[float] = []
+
+        def prefilled(*_: object) -> None:
+            if not begin:
+                if cuda:
+                    torch.cuda.synchronize()
+                begin.append(time.perf_counter())
+
+        hook = self.model.lm_head.register_forward_hook(prefilled)
+        try:
+            ids = self.generate(inputs, steps + 1)
+            if cuda:
+                torch.cuda.synchronize()
+            end = time.perf_counter()
+        finally:
+            hook.remove()
+        assert ids.shape[1] == steps + 1, "an answer ended before its time"
+        return (end - begin[0]) / steps
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
@@ -211,7 +286,7 @@ class Bench:
     def engine(self, slots: int, *, cached: bool = True, **settings: Any) -> Engine:
         """An engine whose caches hold all that the sample shows, or nothing."""
         gc.collect()  # of the last engine
-        opening = slot_bytes(self.model.config.text_config, visual_tokens(self.model) + 64, self.model.dtype)
+        opening = slot_bytes(self.model.config.text_config, self.model.config.visual_tokens + 64, self.model.dtype)
         room = 256 + 32 * opening // _MB if cached else 0
         chosen = {"max_length": self.max_length, "image_cache_mb": room, "prefix_cache_mb": room, **settings}
         flags = {"graphs": self.options.graphs, "kernels": self.options.kernels, "compiled": self.options.compile}
@@ -227,7 +302,7 @@ class Bench:
 
     def length(self, request: Request) -> int:
         """Tokens of a request's prompt."""
-        return len(self.plain.encode(request).input_ids) - 1 + visual_tokens(self.model)
+        return len(self.plain.encode(request).input_ids) - 1 + self.model.config.visual_tokens
 
     # --- decoding: a step of 1, 8 and 32 rows, from states to chosen tokens; plain rows are padded on the left
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,8 +34,7 @@ from model.errors import MedPLIBError
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.inference.loading import load_for_inference, usable_device
-from model.inference.quantise import DEFAULT_GROUP_SIZE, GROUP_SIZES, quantise, weight_bytes
-from model.inference.quantised_linear import QuantisedLinear
+from model.inference.quantise import DEFAULT_GROUP_SIZE, GROUP_SIZES, QuantisedLinear, quantise, weight_bytes
 from model.inference.runner import DecoderRunner
 from model.inference.slots import SlotCache
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER
@@ -61,7 +60,14 @@ class Kind:
 
 
 def main() -> int:
-    parser = build_parser()
+    parser = bench_parser(__doc__, None)
+    parser.add_argument("model", type=Path, help="checkpoint directory")
+    parser.add_argument("--data", type=Path, required=True, help="folder of records, images and masks")
+    parser.add_argument("--records", type=positive, default=200, help="records that quality is measured on")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=DEFAULT_GROUP_SIZE, help="of int4")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="CPU threads to time with")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds, of which the median counts")
     options = parser.parse_args()
     try:
         kinds = run(options)
@@ -71,18 +77,6 @@ def main() -> int:
     rows = [{"weights": kind.name} | kind.row for kind in kinds]
     publish(options.out, f"quantise-{options.model.name}-{options.device}", "Quantised weights", rows, [note])
     return 0
-
-
-def build_parser() -> ArgumentParser:
-    parser = bench_parser(__doc__, None)
-    parser.add_argument("model", type=Path, help="checkpoint directory")
-    parser.add_argument("--data", type=Path, required=True, help="folder of records, images and masks")
-    parser.add_argument("--records", type=positive, default=200, help="records that quality is measured on")
-    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=DEFAULT_GROUP_SIZE, help="of int4")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="CPU threads to time with")
-    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds, of which the median counts")
-    return parser
 
 
 def run(options: Namespace) -> list[Kind]:

@@ -13,7 +13,6 @@ stopped while another has its turn, so that a busy machine is as busy for all.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import json
 import os
@@ -29,13 +28,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
-from common import number, positive, table
+import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = 1e-5  # largest difference of losses that count as the same
@@ -120,7 +119,19 @@ class Arm:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
+    from common import bench_parser, positive, publish  # not above: an arm's process has another commit's package
+
+    parser = bench_parser(__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values of all arms")
+    parser.add_argument("--arm", nargs="+", action="append", metavar="NAME", help="NAME [COMMIT] [plain] [key=value …]")
+    parser.add_argument("--random", metavar="SIZE", help="random weights, sizes of configs/model/SIZE.yaml or a file")
+    parser.add_argument("--mix", action="store_true", help="phantoms of 352 and 512 pixels, 3 : 3 : 4 by task")
+    parser.add_argument("--images", type=positive, default=150, help="phantoms of each size")
+    parser.add_argument("--steps", type=positive, default=20, help="optimizer steps that are counted")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of the training process")
+    parser.add_argument("--name", help="of the report; the recipe's when absent")
     options = parser.parse_intermixed_args(arguments)
     if not options.recipe.is_file():
         parser.error(f"there is no recipe at {options.recipe}")
@@ -138,31 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 row = arm.step()
                 arm.rows += [row] if number_of_round else []  # the first is not counted
     name = options.name or options.recipe.stem + (f"-random-{Path(options.random).stem}" if options.random else "")
-    path = options.out / f"{datetime.now(UTC):%Y-%m-%d}-train-{name}-{options.device}"
-    head, rows = results(arms)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([head, *rows])
-    text = report(options, arms, table(head, rows))
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+    publish(options.out, f"train-{name}-{options.device}", "Training", results(arms), [description(options, arms)])
     return 0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values of all arms")
-    parser.add_argument("--arm", nargs="+", action="append", metavar="NAME", help="NAME [COMMIT] [plain] [key=value …]")
-    parser.add_argument("--random", metavar="SIZE", help="random weights, sizes of configs/model/SIZE.yaml or a file")
-    parser.add_argument("--mix", action="store_true", help="phantoms of 352 and 512 pixels, 3 : 3 : 4 by task")
-    parser.add_argument("--images", type=positive, default=150, help="phantoms of each size")
-    parser.add_argument("--steps", type=positive, default=20, help="optimizer steps that are counted")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of the training process")
-    parser.add_argument("--name", help="of the report; the recipe's when absent")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="DIR")
-    return parser
 
 
 def unpacked(commit: str, folder: Path) -> Path:
@@ -189,54 +177,41 @@ def mixed_records(folder: Path, images: int) -> list[str]:
     return [f"data.train={json.dumps(files)}", f"data.images={json.dumps(roots)}", f"data.shares={shares}"]
 
 
-def results(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table; gains are beside the first arm and the one before."""
-    head = ["arm", "at", "questions a second", "× first", "× before", "CPU ms a question", "CPU × first"]
-    head += ["waiting for data", "padding", "peak MB", "loss apart"]
-    first, before, rows = arms[0], arms[0], []
-    for arm in arms:
-        seconds = sum(row["seconds"] for row in arm.rows)
+def results(arms: Sequence[Arm]) -> list[dict[str, str | float]]:
+    """Rows of the table; gains are beside the first arm and the one before."""
+    rows: list[dict[str, str | float]] = []
+    for before, arm in zip([arms[0], *arms], arms, strict=False):
+        first, seconds = arms[0], sum(row["seconds"] for row in arm.rows)
         apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(arm.rows, first.rows, strict=True))
         rows.append(
-            [
-                arm.name,
-                " ".join([arm.commit or "work tree", *arm.overrides[: -len(PLAIN) if arm.plain else None]]),
-                number(arm.rate),
-                f"{arm.rate / first.rate:.2f}",
-                f"{arm.rate / before.rate:.2f}",
-                f"{arm.cpu:.1f}",
-                f"{first.cpu / arm.cpu:.2f}",
-                f"{sum(row['data_seconds'] for row in arm.rows) / seconds:.1%}",
-                f"{statistics.mean(row['padding'] for row in arm.rows):.1%}",
-                number(arm.rows[-1]["peak"] / 1e6),
-                f"{apart:.1e}" + (" (same)" if apart <= SAME else ""),
-            ]
+            {
+                "arm": arm.name,
+                "at": " ".join([arm.commit or "work tree", *arm.overrides[: -len(PLAIN) if arm.plain else None]]),
+                "questions a second": arm.rate,
+                "× first": f"{arm.rate / first.rate:.2f}",
+                "× before": f"{arm.rate / before.rate:.2f}",
+                "CPU ms a question": f"{arm.cpu:.1f}",
+                "CPU × first": f"{first.cpu / arm.cpu:.2f}",
+                "waiting for data": f"{sum(row['data_seconds'] for row in arm.rows) / seconds:.1%}",
+                "padding": f"{statistics.mean(row['padding'] for row in arm.rows):.1%}",
+                "peak MB": arm.rows[-1]["peak"] / 1e6,
+                "loss apart": f"{apart:.1e}" + (" (same)" if apart <= SAME else ""),
+            }
         )
-        before = arm
-    return head, rows
+    return rows
 
 
-def report(options: argparse.Namespace, arms: Sequence[Arm], lines: list[str]) -> str:
-    import torch
-    import transformers
-
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip() or "unknown"
-    words = [
-        f"# Training, {datetime.now(UTC):%d %B %Y}",
-        "",
+def description(options: argparse.Namespace, arms: Sequence[Arm]) -> str:
+    """What was measured, and how to read it."""
+    return (
         f"`{options.recipe.name}`, {'random weights of `' + options.random + '`, ' if options.random else ''}"
         f"{'phantoms of 352 and 512 pixels' if options.mix else 'its own records'}, on {options.device}, threads: "
-        f"{options.threads}; overrides: {', '.join(options.overrides) or 'none'}; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, work tree at {commit}. Over {options.steps} steps, one arm's "
-        f"after the other's, after one that is not counted. Load at the end: {os.getloadavg()[0]:.1f} processes for "
-        f"{os.cpu_count()} cores: where it exceeds the cores, seconds of CPU say more than those of the clock. "
-        "`loss apart` is the largest difference from the first arm's loss in a step; arms that order or augment "
-        f"records differ. Made by `scripts/bench/train.py`; {len(arms)} arms.",
-        "",
-        *lines,
-    ]
-    return "\n".join(words) + "\n"
+        f"{options.threads}; overrides: {', '.join(options.overrides) or 'none'}; transformers "
+        f"{transformers.__version__}. Over {options.steps} steps of {len(arms)} arms, one arm's after the other's, "
+        "after one that is not counted. Where the load exceeds the cores, seconds of CPU say more than those of the "
+        "clock. `loss apart` is the largest difference from the first arm's loss in a step; arms that order or augment "
+        "records differ."
+    )
 
 
 # --- in the process of an arm --------------------------------------------------------------------------------------
@@ -244,8 +219,6 @@ def report(options: argparse.Namespace, arms: Sequence[Arm], lines: list[str]) -
 
 def run_job(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
     """Train one step a line; answer each with its row."""
-    import torch
-
     from model.modeling.configuration import IGNORE_INDEX
     from model.train import load_recipe
     from model.train.loop import Trainer
@@ -297,7 +270,6 @@ def random_network(size: str, device: Any) -> Any:
     """Stands for ``starting_network``: random weights that learn what the recipe says."""
 
     def made(recipe: Any) -> Any:
-        import torch
         from common import make_network
 
         from model.modeling.configuration import LossConfig
