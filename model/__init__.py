@@ -1,7 +1,7 @@
 """MedPLIB: ask a biomedical multimodal model about an image, a region of it, or for a mask.
 
 >>> from model import Predictor
->>> predictor = Predictor.from_pretrained("assets/medplib-nano")
+>>> predictor = Predictor.from_pretrained("assets/medplib-mini")
 >>> answer = predictor.ask("scan.png", "Please segment the liver.")
 >>> answer.text, answer.masks[0].to_array()
 

@@ -9,9 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.directories import default_model
 from model.data.commands import add_data_command
 from model.errors import MedPLIBError, escape_unprintable, shown
 from model.eval.commands import add_compare_command, add_eval_command
@@ -19,7 +21,6 @@ from model.serve.commands import add_serve_command
 from model.train.plan import add_plan_command
 from model.train.runs import add_run_commands
 
-NANO = Path(__file__).resolve().parents[1] / "assets" / "medplib-nano"
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
@@ -121,7 +122,9 @@ def _add_chat(commands: argparse._SubParsersAction) -> None:
 
 def _add_asking(command: argparse.ArgumentParser) -> None:
     """The model, how it answers, and where pictures go."""
-    command.add_argument("--model", type=Path, default=None, metavar="DIR", help="checkpoint; the nano when absent")
+    command.add_argument(
+        "--model", type=Path, default=None, metavar="DIR", help="checkpoint; the shipped one when absent"
+    )
     _add_parts(command)
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 …")
     command.add_argument(
@@ -188,6 +191,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("out", type=Path)
     export.add_argument("--layout", choices=("native", "published", "adapter"), default="native")
     export.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as it is stored when absent")
     _add_parts(export)
     export.set_defaults(run=run_export)
 
@@ -239,7 +243,7 @@ def _generation(options: argparse.Namespace) -> Any:
 
 def run_ask(options: argparse.Namespace) -> int:
     """``medplib ask``."""
-    from model.inference.pictures import mask_line, write_pictures
+    from model.inference.overlay import mask_line, write_pictures
     from model.inference.predictor import Predictor
 
     settings = _generation(options)
@@ -308,18 +312,6 @@ def run_serve(options: argparse.Namespace) -> int:
     return serve(options, options.model or default_model())
 
 
-def default_model() -> Path:
-    """The nano that ships with the project.
-
-    Raises:
-        MedPLIBError: it is not there, as after installing without the project's folder.
-    """
-    directory = Path(os.environ.get("MEDPLIB_MODEL", NANO))
-    if not (directory / "config.json").is_file():
-        raise MedPLIBError(f"no checkpoint at {directory}; name one with --model DIR or set MEDPLIB_MODEL")
-    return directory
-
-
 def run_train(options: argparse.Namespace) -> int:
     """``medplib train``: the same as ``python -m model.train``."""
     from model.train.__main__ import main as train
@@ -338,12 +330,14 @@ def run_finetune(options: argparse.Namespace) -> int:
 def run_export(options: argparse.Namespace) -> int:
     """``medplib export``."""
     from model.checkpoint import export_published, save, save_adapter
-    from model.train.handover import unmerged_network
+    from model.train.checkpoints import unmerged_network
 
     if options.out.exists():
         raise MedPLIBError(f"{options.out} exists already; name a new directory")
     if options.layout != "published" and options.format == "bin":
         raise MedPLIBError(f"the {options.layout} layout is written as safetensors; use --layout published for .bin")
+    if options.layout == "adapter" and options.dtype:
+        raise MedPLIBError("an adapter keeps the type that it was trained in; leave --dtype out")
     if options.layout == "adapter":
         network, _, recipe = unmerged_network(options.checkpoint)
         if recipe.model.grounding:
@@ -354,6 +348,8 @@ def run_export(options: argparse.Namespace) -> int:
         print(f"wrote {options.out}")
         return 0
     model, processor = _open_for_export(options.checkpoint, options.vision_tower, options.sam, options.base)
+    if options.dtype:
+        model.to(getattr(import_module("torch"), options.dtype))
     if options.layout == "native":
         save(model, processor, options.out)
     else:
@@ -366,7 +362,7 @@ def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None, ba
     """The network and processor of a checkpoint, of a finished run, or of a run's newest training checkpoint."""
     from model.checkpoint import load
     from model.checkpoint.directories import resolve
-    from model.train.handover import network_of_run
+    from model.train.checkpoints import network_of_run
 
     source = resolve(path)
     unmerged = (path / "recipe.yaml").is_file() or path.name.startswith("step_")

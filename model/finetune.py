@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from model.checkpoint.directories import resolve
-from model.checkpoint.opening import open_checkpoint
-from model.checkpoint.processors import read_processor
+from model.checkpoint.loading import read_processor
+from model.checkpoint.pretrained import open_checkpoint
 from model.data.builders.phantom import TASKS, build_phantoms
 from model.data.records import open_records
 from model.drawing.charts import curves

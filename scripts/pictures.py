@@ -40,7 +40,8 @@ PANEL, WRAP = 320, 38
 def phantoms(seed: int = SEED) -> Image.Image:
     """One phantom of every modality, its structures outlined and named."""
     rng = np.random.default_rng(seed)
-    scenes = [_rich_scene(rng, modality) for modality in MODALITIES]
+    drawn = [[render_scene(rng, modality, SIDE) for _ in range(12)] for modality in MODALITIES]
+    scenes = [next((one for one in some if len(one.structures) >= 3), some[0]) for some in drawn]
     lines = max(-(-len(scene.structures) // 2) for scene in scenes)  # two names a line
     width, height = SIDE + GAP, SIDE + TITLE + lines * LINE + 2 * GAP
     sheet = Image.new("RGB", (COLUMNS * width + GAP, -(-len(scenes) // COLUMNS) * height + GAP), "white")
@@ -48,12 +49,6 @@ def phantoms(seed: int = SEED) -> Image.Image:
         row, column = divmod(index, COLUMNS)
         _draw_scene(sheet, scene, GAP + column * width, GAP + row * height)
     return sheet
-
-
-def _rich_scene(rng: np.random.Generator, modality: str) -> Scene:
-    """The first of a few scenes that shows at least three structures."""
-    scenes = [render_scene(rng, modality, SIDE) for _ in range(12)]
-    return next((scene for scene in scenes if len(scene.structures) >= 3), scenes[0])
 
 
 def _draw_scene(sheet: Image.Image, scene: Scene, left: int, top: int) -> None:

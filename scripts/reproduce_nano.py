@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from nano_report import blind_scores, read_records
 
@@ -119,7 +118,11 @@ class Plan:
             sources = (f"model.base={vqa}", f"model.grounding={grounding}")
             yield self._stage(4, name, seed, steps, *sources, SHARES, *routing, after="grounding")
         for name in ROWS:
-            yield self._measure(name, seed)
+            folder = self._folder(name, seed)
+            command = (sys.executable, "scripts/nano_report.py", f"{name}={folder / 'merged'}", "--images")
+            command += (str(self.images), "--data", str(self.nano / "phantoms" / "test"))
+            command += ("--out", str(folder / "report.json"))
+            yield Job(f"measure_{name}_{seed}", command, folder / "report.json", (f"{name}_{seed}",))
 
     def _stage(self, stage: int, name: str, seed: int, steps: int, *values: str, after: str = "") -> Job:
         folder = self._folder(name, seed)
@@ -134,13 +137,6 @@ class Plan:
         command = (sys.executable, "-m", "model.train", f"configs/stages/stage{stage}_nano.yaml", "--resume")
         command += (f"output={folder}", f"seed={seed}", f"schedule.max_steps={steps}", *common, *saving, *values)
         return Job(f"{name}_{seed}", command, folder / "merged" / "config.json", (f"{after}_{seed}",) if after else ())
-
-    def _measure(self, name: str, seed: int) -> Job:
-        folder = self._folder(name, seed)
-        command = (sys.executable, "scripts/nano_report.py", f"{name}={folder / 'merged'}", "--images")
-        command += (str(self.images), "--data", str(self.nano / "phantoms" / "test"))
-        command += ("--out", str(folder / "report.json"))
-        return Job(f"measure_{name}_{seed}", command, folder / "report.json", (f"{name}_{seed}",))
 
     def _folder(self, name: str, seed: int) -> Path:
         return self.claim / f"seed{seed}" / name
@@ -218,7 +214,7 @@ def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -
         name: [json.loads((claim / f"seed{seed}" / name / "report.json").read_text("utf-8")) for seed in seeds]
         for name in ROWS
     }
-    found = {name: [columns_of(scores_of(report)) for report in own] for name, own in reports.items()}
+    found = {name: [columns_of(report["columns"][name]) for report in own] for name, own in reports.items()}
     test, train, images = phantoms / "test", phantoms / "train", reports["mixture"][0]["images"]
     records = read_records(test)
     first = {*list(dict.fromkeys(record["image"] for record in records))[:images]}
@@ -229,12 +225,6 @@ def write_table(claim: Path, seeds: Sequence[int], steps: int, phantoms: Path) -
     plain = {"steps": steps, "seeds": list(seeds), "images": images, "blind": blind, "arms": found}
     (claim / "table.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     return text
-
-
-def scores_of(report: Mapping[str, Any]) -> Scores:
-    """Scores of the one checkpoint in a report of ``nano_report``."""
-    (scores,) = [column for name, column in report["columns"].items() if name != "blind"]
-    return scores
 
 
 def columns_of(scores: Scores) -> dict[str, float]:

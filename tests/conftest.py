@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("MEDPLIB_MODEL", str(ROOT / "assets" / "medplib-nano"))  # in the programs that tests start, too
 
 _FIRST = 15000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) + os.getpid() % 500
 _PORTS = iter(range(_FIRST, _FIRST + 500))

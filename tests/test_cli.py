@@ -27,7 +27,7 @@ from model.processing.masks import decode_rle
 from model.serve.checks import check_checkpoint
 from model.serve.model_worker import _check_model, make_parser
 from model.serve.ray_app import RaySettings, make_replica_app
-from model.serve.running import parse_flags
+from model.serve.server import parse_flags
 from model.serve.worker_loading import ModelChoice, describe_engine, load_engine
 from tests.conftest import ROOT
 from tests.tiny import tiny_checkpoint
@@ -268,6 +268,15 @@ def test_export_and_describe(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert "expert" in capsys.readouterr().out
     assert main(["export", str(checkpoint), str(native)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_export_in_half_precision(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["export", str(checkpoint), str(tmp_path / "half"), "--dtype", "float16"]) == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert main(["export", str(checkpoint), str(tmp_path / "x"), "--layout", "adapter", "--dtype", "float16"]) == 2
+    assert "leave --dtype out" in capsys.readouterr().err
 
 
 def test_data_build_and_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -186,12 +186,6 @@ def test_figure_names_real_files() -> None:
         assert any((ROOT / "model" / room / name).is_file() for room in rooms), name
 
 
-def test_nano_table_has_its_place() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert text.index("## What the nano can do") < text.index("<!-- nano-table:start -->")
-    assert text.index("<!-- nano-table:start -->") < text.index("<!-- nano-table:end -->")
-
-
 def test_phantom_picture_is_what_the_script_draws() -> None:
     location = ROOT / "scripts" / "pictures.py"
     spec = importlib.util.spec_from_file_location("pictures", location)
