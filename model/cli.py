@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +348,9 @@ def run_export(options: argparse.Namespace) -> int:
         return 0
     model, processor = _open_for_export(options.checkpoint, options.vision_tower, options.sam, options.base)
     if options.dtype:
-        model.to(getattr(import_module("torch"), options.dtype))
+        import torch
+
+        model.to(getattr(torch, options.dtype))
     if options.layout == "native":
         save(model, processor, options.out)
     else:
