@@ -23,7 +23,7 @@ import numpy as np
 
 from model.eval.baselines import mask_baselines
 from model.eval.metrics.scores import Scores, score_predictions
-from model.eval.predictions import Prediction, encode_row, read_predictions
+from model.eval.predictions import Prediction, encode_row, json_text, read_predictions
 from model.processing.masks import decode_rle
 
 THRESHOLD = 0.5
@@ -41,7 +41,10 @@ def main() -> int:
     parser.add_argument("--mini", type=Path, required=True, help="folder of scripts/train_mini.sh")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the numbers")
     options = parser.parse_args()
-    answers = [next(run.glob("predictions/*.jsonl")) for run in options.runs]
+    found = {run: sorted(run.glob("predictions/*.jsonl")) for run in options.runs}
+    if wrong := [str(run) for run, files in found.items() if len(files) != 1]:
+        parser.error(f"{', '.join(wrong)}: expected a folder of medplib eval with one data set's predictions")
+    answers = [file for files in found.values() for file in files]
     unet = options.mini / "unet" / "unet.json"
     report = {
         "runs": [str(run) for run in options.runs],
@@ -49,7 +52,7 @@ def main() -> int:
         "targets": {name: spread([_dice(rows) for rows in runs]) for name, runs in _aligned(answers, _target).items()},
         "questions": questions_table(answers),
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(json_text(report), encoding="utf-8")
     sys.stdout.write(markdown(report))
     return 0
 
