@@ -87,6 +87,11 @@ class Program:
 
     def start(self) -> None:
         """Start it; from the main thread, for it ends with the thread that started it."""
+        log: logging.Handler = logging.NullHandler()
+        if self.logs is not None:  # before anything is started, as the folder may be one that cannot be written
+            self.logs.mkdir(parents=True, exist_ok=True)
+            path = self.logs / f"{self.name.replace(' ', '-')}.log"
+            log = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
         self.lines.clear()
         self._started, self.restart_at = time.monotonic(), 0.0
         inherited = {name: value for name, value in os.environ.items() if name not in self.without}
@@ -99,15 +104,10 @@ class Program:
             env={**inherited, "PYTHONPATH": os.pathsep.join(places), "PYTHONUNBUFFERED": "1", **self.environment},
             start_new_session=True,  # a terminal's Ctrl-C is ours to pass on, in order
         )
-        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(self.process, log), daemon=True)
         self._reader.start()
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        log: logging.Handler = logging.NullHandler()
-        if self.logs is not None:
-            self.logs.mkdir(parents=True, exist_ok=True)
-            path = self.logs / f"{self.name.replace(' ', '-')}.log"
-            log = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
+    def _read(self, process: subprocess.Popen[bytes], log: logging.Handler) -> None:
         assert process.stdout is not None
         while data := process.stdout.readline(_LINE_BYTES):
             if line := data.decode("utf-8", "replace").rstrip():

@@ -199,6 +199,7 @@ def test_free_memory_is_that_of_the_machine_or_of_its_container(
         ["--device", "gpu"],
         ["--workers", "100000"],
         ["--load-8bit", "--load-4bit"],
+        ["--no-web", "--logs", "/dev/null/logs"],
     ],
 )
 def test_what_cannot_start_is_one_sentence_and_exit_2(
