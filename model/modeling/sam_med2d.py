@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import SamConfig
 from transformers.models.sam.modeling_sam import (
     SamFeedForward,
+    SamLayerNorm,
     SamMaskDecoder,
     SamPatchEmbeddings,
     SamPromptEncoder,
@@ -137,7 +138,7 @@ class SamMed2DImageEncoder(nn.Module):
     def __init__(self, config: Any, mask: MaskConfig) -> None:
         super().__init__()
         grid = config.image_size // config.patch_size
-        self.skip_channels = skip_channels(config, mask)
+        self.skip_channels = skip_channels(mask)
         if mask.stem_channels:
             self.stem = ConvStem(mask.stem_channels, config.hidden_size, self.skip_channels)
         else:
@@ -244,13 +245,16 @@ class SkipMaskDecoder(SamMaskDecoder):
 
     Args:
         config: of SAM's mask decoder.
-        skips: channels at strides 2, 4 and 8; ``skip_channels`` gives those that fit.
+        skips: channels at strides 2, 4 and 8.
     """
 
     def __init__(self, config: Any, skips: tuple[int, ...]) -> None:
         super().__init__(config)
-        width, fine = skips[1], skips[0]  # the parent's up-sampling ends at stride 4 with ``width`` channels
-        self.upscale_conv3 = nn.ConvTranspose2d(width, fine, kernel_size=2, stride=2)
+        fine, middle, coarse = skips
+        self.upscale_conv1 = nn.ConvTranspose2d(self.hidden_size, coarse, kernel_size=2, stride=2)
+        self.upscale_conv2 = nn.ConvTranspose2d(coarse, middle, kernel_size=2, stride=2)
+        self.upscale_conv3 = nn.ConvTranspose2d(middle, fine, kernel_size=2, stride=2)
+        self.upscale_layer_norm = SamLayerNorm(coarse, data_format="channels_first")
         self.refine = nn.ModuleList(nn.Conv2d(c, c, kernel_size=3, padding=1) for c in reversed(skips))
         self.fine_head = SamFeedForward(self.hidden_size, self.hidden_size, fine, 3)
         del self.output_hypernetworks_mlps
@@ -296,10 +300,9 @@ class SkipMaskDecoder(SamMaskDecoder):
         return masks[:, None], self.iou_prediction_head(tokens[:, 0, 0])[:, :1]
 
 
-def skip_channels(vision: Any, mask: MaskConfig) -> tuple[int, ...]:
-    """Channels of the skip features at strides 2, 4 and 8, as the mask decoder's up-sampling has them; () without."""
-    width = vision.output_channels
-    return (width // 16, width // 8, width // 4) if mask.stem_channels else ()
+def skip_channels(mask: MaskConfig) -> tuple[int, ...]:
+    """Channels of the skip features and of the mask decoder's up-sampling at strides 2, 4 and 8; () without a stem."""
+    return tuple(channels // 2 for channels in mask.stem_channels)
 
 
 class SamMed2D(nn.Module):
@@ -319,7 +322,7 @@ class SamMed2D(nn.Module):
             config._attn_implementation = "sdpa"
         self.image_encoder = SamMed2DImageEncoder(vision, mask)
         self.prompt_encoder = SamMed2DPromptEncoder(sam)
-        self.skip_channels = skip_channels(vision, mask)
+        self.skip_channels = skip_channels(mask)
         self.mask_decoder = (
             SkipMaskDecoder(decoder, self.skip_channels) if self.skip_channels else SamMaskDecoder(decoder)
         )

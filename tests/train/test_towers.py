@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from model.modeling.configuration import MaskConfig
+from model.modeling.sam_med2d import SamMed2D
 from model.train.pretrain.clicks import draw_boxes, draw_clicks
 from model.train.pretrain.mask_pool import MaskPool, build_mask_pool
 from model.train.pretrain.steps import Resume
-from model.train.pretrain.towers import PoolSampler, TowerPlan, pretrain_sam, pretrain_vision, score_names
+from model.train.pretrain.towers import PoolSampler, TowerPlan, pretrain_sam, pretrain_vision, score_names, widen
 from tests.tiny import tiny_config
 
 SAMPLE = Path("data/sample")
@@ -81,6 +82,26 @@ def test_the_sam_branch_learns_from_prompts(pool: MaskPool, tmp_path: Path, kind
     scores = score_names(trainer, pool, most=2)
     assert scores and all(0 <= score <= 1 for score in scores.values())
     assert "bce" in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_widened_stem_computes_the_same_and_its_twins_learn_apart() -> None:
+    sizes = tiny_config().sam_config
+    narrow, wide = (SamMed2D(sizes, MaskConfig(stem_channels=c)) for c in ((8, 16, 24), (16, 32, 48)))
+    grown = widen(narrow.state_dict(), wide.state_dict(), torch.Generator().manual_seed(0))
+    assert grown.keys() == wide.state_dict().keys()
+    wide.load_state_dict(grown)
+    drawn = torch.Generator().manual_seed(1)
+    pixels, query = torch.randn(1, 3, 64, 64, generator=drawn), torch.randn(1, 16, generator=drawn)
+    found = [sam.decode(sam.encode_image(pixels), query, torch.tensor([0]))[0] for sam in (narrow, wide)]
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+    optimizer = torch.optim.Adam(wide.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        wide.decode(wide.encode_image(pixels), query, torch.tensor([0]))[0].square().mean().backward()
+        optimizer.step()
+    twins = wide.image_encoder.stem.down[0][0].weight
+    assert not torch.allclose(twins[0::2], twins[1::2], atol=1e-5)
 
 
 def test_the_clip_tower_goes_on_from_its_start(pool: MaskPool, tmp_path: Path) -> None:

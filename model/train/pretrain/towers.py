@@ -171,13 +171,13 @@ def pretrain_sam(
 
     Args:
         held_out: scored by name every 500 steps; its names must be the pool's.
-        start: weights of a SAM branch to go on from; those of another shape are left out.
+        start: weights of a SAM branch to go on from (``widen``); those that do not fit are left out.
     """
     torch.manual_seed(seed)
     trainer, sampler = SamTrainer(config, len(pool.names)), PoolSampler(pool, plan, seed)
     own = trainer.sam.state_dict()
-    fitting = {name: value for name, value in (start or {}).items() if name in own and own[name].shape == value.shape}
-    trainer.sam.load_state_dict(own | fitting)
+    grown = widen(start or {}, own, torch.Generator().manual_seed(seed))
+    trainer.sam.load_state_dict(own | grown)
     rng = np.random.default_rng(seed + 1)
     kinds, shares = ("name", *PROMPTS), np.array([1 - sum(plan.prompts), *plan.prompts])
 
@@ -205,6 +205,38 @@ def pretrain_sam(
         "sam", trainer.parameters(), step, plan.steps, plan.lr, log, weight_decay=0.02, on_log=report, resume=resume
     )
     return trainer.eval()
+
+
+def widen(start: Mapping[str, Tensor], own: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Weights of a network whose convolutional stem may have half the channels, for one that computes the same.
+
+    Every channel becomes two equal ones next to each other, and what reads a channel divides its weight between the two
+    at random, so that they learn different things (Net2WiderNet, arXiv 1511.05641).
+
+    Args:
+        start: weights of the narrow network, or of one of the same width.
+        own: weights of the wide network, for their shapes.
+
+    Returns:
+        The weights that fit, of the wide network's shapes.
+    """
+
+    grown: dict[str, Tensor] = {}
+    for name, value in start.items():
+        if name not in own or value.dim() != own[name].dim():
+            continue
+        reads = 0 if "upscale_conv" in name else 1  # the axis of the inputs; a transposed convolution has it first
+        for axis, (before, after) in enumerate(zip(value.shape, own[name].shape, strict=True)):
+            if after != 2 * before:
+                continue
+            share = torch.full(value.shape, 0.5 if "fine_head" in name else 1.0)  # the mask is a sum over channels
+            if value.dim() > 1 and axis == reads:
+                share = 0.3 + 0.4 * torch.rand(value.shape, generator=generator)
+            other = 1 - share if value.dim() > 1 and axis == reads else share
+            value = torch.stack([value * share, value * other], dim=axis + 1).flatten(axis, axis + 1)
+        if value.shape == own[name].shape:
+            grown[name] = value
+    return grown
 
 
 def soft_mask_losses(logits: Tensor, truth: Tensor, iou: Tensor) -> Losses:
