@@ -62,9 +62,9 @@ _TEXTS: dict[str, tuple[str, ...]] = {
 }
 _SEGMENTED = ("Sure, {the} {is} <SEG>.", "{The} {is} <SEG>.", "Here {is} {the} <SEG>.", "Of course, {the} {is} <SEG>.")
 _REFUSALS = (
-    "There is no {name} in this image.",
+    "There {is} no {name} in this image.",
     "No {name} can be seen in this image.",
-    "I cannot find {a} here, so there is no {name} to segment.",
+    "I cannot find {a} here, so there {is} no {name} to segment.",
     "This image shows no {name}.",
 )
 _YES = {"1": "Yes", "yes": "Yes", "true": "Yes", "present": "Yes", "positive": "Yes"}
