@@ -237,11 +237,13 @@ def _with_validation(data: Built, out: Path) -> Built:
         name: [str(file.resolve()) for file in files] for name, files in data.splits.items()
     }
     splits |= {"train": [], "validation": []}
-    for file in data.splits["train"]:
+    files = {file: list(open_records(file)) for file in data.splits["train"]}
+    cases = sorted({_case(row) for rows in files.values() for row in rows}, key=lambda case: (_hash(case), case))
+    held_out_cases = set(cases[: math.ceil(len(cases) / 10)]) if len(cases) > 1 else set()
+    for file, records in files.items():
         rows: dict[bool, list[Mapping[str, Any]]] = {True: [], False: []}
-        for row in open_records(file):
-            case = str(row.get("patient") or row.get("image") or row.get("id"))
-            rows[zlib.crc32(case.encode("utf-8", "surrogatepass")) % 10 == 0].append(row)
+        for row in records:
+            rows[_case(row) in held_out_cases].append(row)
         for split, held_out in (("train", False), ("validation", True)):
             if rows[held_out]:
                 splits[split].append(f"{split}/{len(splits[split])}_{file.stem}.json")
@@ -250,6 +252,14 @@ def _with_validation(data: Built, out: Path) -> Built:
     content = {"name": data.name, "images_root": str(data.images.resolve()), "splits": splits, "terms": data.terms}
     write_text(out / DATASET_FILE, json.dumps(content))
     return read_built(out)
+
+
+def _case(record: Mapping[str, Any]) -> str:
+    return str(record.get("patient") or record.get("image") or record.get("id"))
+
+
+def _hash(case: str) -> int:
+    return zlib.crc32(case.encode("utf-8", "surrogatepass"))
 
 
 def _phantoms(folder: Path) -> Built:

@@ -18,7 +18,7 @@ from model.checkpoint import load
 from model.cli import main
 from model.data.builders.phantom import TASKS, build_phantoms
 from model.errors import MedPLIBError
-from model.finetune import verdicts_of
+from model.finetune import _open_data, _with_validation, verdicts_of
 from model.inference.predictor import Predictor
 from model.train.recipe_io import load_recipe
 from model.train.run_record import read_record
@@ -131,8 +131,6 @@ def test_adapter_finds_its_base_or_says_how(
 
 
 def test_records_without_held_out_give_a_tenth(tmp_path: Path) -> None:
-    from model.finetune import _open_data, _with_validation
-
     rows = [
         {"id": str(n), "patient": f"p{n // 2}", "image": "a.png", "conversations": [{"from": "human", "value": "x"}]}
         for n in range(200)
@@ -143,6 +141,15 @@ def test_records_without_held_out_give_a_tenth(tmp_path: Path) -> None:
     assert len(parts["train"]) + len(parts["validation"]) == 200 and 4 <= len(parts["validation"]) <= 40
     assert not {row["patient"] for row in parts["train"]} & {row["patient"] for row in parts["validation"]}
     assert data.images == tmp_path and data.held_out == "validation"
+
+
+@pytest.mark.parametrize(("cases", "held_out"), [(1, 0), (2, 1), (3, 1), (25, 3)])
+def test_a_tenth_of_few_patients_is_one_at_least(tmp_path: Path, cases: int, held_out: int) -> None:
+    rows = [{"id": str(n), "image": f"{n}.png", "patient": f"p{n % cases}", "conversations": []} for n in range(50)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = _with_validation(_open_data(tmp_path / "rows.json", tmp_path / "x"), tmp_path / "split")
+    found = [row["patient"] for file in data.splits.get("validation", ()) for row in json.loads(file.read_text())]
+    assert len(set(found)) == held_out
 
 
 @pytest.mark.parametrize(
