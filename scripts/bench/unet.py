@@ -11,6 +11,7 @@ split where there is none). One channel a target; Dice at the size of the test i
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -41,6 +42,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20, help="most time of one network's training")
     parser.add_argument("--only", nargs="*", default=[], help="names of the sets to train")
     options = parser.parse_args()
+    if importlib.util.find_spec("monai") is None:
+        parser.error("MONAI is not installed; pip install monai")
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "unet.json"
     report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
