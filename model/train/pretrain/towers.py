@@ -220,7 +220,6 @@ def widen(start: Mapping[str, Tensor], own: Mapping[str, Tensor], generator: tor
     Returns:
         The weights that fit, of the wide network's shapes.
     """
-
     grown: dict[str, Tensor] = {}
     for name, value in start.items():
         if name not in own or value.dim() != own[name].dim():
@@ -229,11 +228,12 @@ def widen(start: Mapping[str, Tensor], own: Mapping[str, Tensor], generator: tor
         for axis, (before, after) in enumerate(zip(value.shape, own[name].shape, strict=True)):
             if after != 2 * before:
                 continue
-            share = torch.full(value.shape, 0.5 if "fine_head" in name else 1.0)  # the mask is a sum over channels
             if value.dim() > 1 and axis == reads:
-                share = 0.3 + 0.4 * torch.rand(value.shape, generator=generator)
-            other = 1 - share if value.dim() > 1 and axis == reads else share
-            value = torch.stack([value * share, value * other], dim=axis + 1).flatten(axis, axis + 1)
+                first = 0.3 + 0.4 * torch.rand(value.shape, generator=generator)
+                twins = [value * first, value * (1 - first)]
+            else:
+                twins = [value / 2 if "fine_head" in name else value] * 2  # the mask is a sum over its channels
+            value = torch.stack(twins, dim=axis + 1).flatten(axis, axis + 1)
         if value.shape == own[name].shape:
             grown[name] = value
     return grown
