@@ -238,7 +238,7 @@ def _with_validation(data: Built, out: Path) -> Built:
     }
     splits |= {"train": [], "validation": []}
     files = {file: list(open_records(file)) for file in data.splits["train"]}
-    cases = sorted({_case(row) for rows in files.values() for row in rows}, key=lambda case: (_hash(case), case))
+    cases = sorted({_case(row) for rows in files.values() for row in rows}, key=_shuffled)
     held_out_cases = set(cases[: math.ceil(len(cases) / 10)]) if len(cases) > 1 else set()
     for file, records in files.items():
         rows: dict[bool, list[Mapping[str, Any]]] = {True: [], False: []}
@@ -258,8 +258,9 @@ def _case(record: Mapping[str, Any]) -> str:
     return str(record.get("patient") or record.get("image") or record.get("id"))
 
 
-def _hash(case: str) -> int:
-    return zlib.crc32(case.encode("utf-8", "surrogatepass"))
+def _shuffled(case: str) -> tuple[int, str]:
+    """A sort key that mixes cases the same way everywhere, whatever their names' order."""
+    return zlib.crc32(case.encode("utf-8", "surrogatepass")), case
 
 
 def _phantoms(folder: Path) -> Built:
