@@ -33,7 +33,7 @@ train() { # train RECIPE NAME OVERRIDES…
 }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
-[ -e "$mini/sources/all/meta.csv" ] || python scripts/mini_sources.py --out "$mini/sources"
+[ -e "$mini/sources/absent/meta.csv" ] || python scripts/mini_sources.py --out "$mini/sources"
 for set in "$mini"/sources/*/; do
   name=$(basename "$set")
   [ "$name" = all ] || [ "$name" = absent ] || built "$set" "$mini/data/$name"
