@@ -134,7 +134,10 @@ def _add_asking(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--threshold", type=float, help="probability above which a pixel is in a mask")
     command.add_argument(
-        "--no-mask-below", type=float, metavar="P", help="leave a mask empty that is there with less probability than P"
+        "--no-mask-below",
+        type=float,
+        metavar="P",
+        help="leave a mask empty that is there with less probability than P (0: keep all)",
     )
     command.add_argument("--max-new-tokens", type=int, default=256)
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -328,7 +331,11 @@ def run_finetune(options: argparse.Namespace) -> int:
 
 def run_export(options: argparse.Namespace) -> int:
     """``medplib export``."""
+    import shutil
+
     from model.checkpoint import export_published, save, save_adapter
+    from model.checkpoint.directories import resolve
+    from model.inference.mask_gate import GATE_FILE
     from model.train.checkpoints import unmerged_network
 
     if options.out.exists():
@@ -353,6 +360,9 @@ def run_export(options: argparse.Namespace) -> int:
         model.to(getattr(torch, options.dtype))
     if options.layout == "native":
         save(model, processor, options.out)
+        gate = resolve(options.checkpoint) / GATE_FILE
+        if gate.is_file():
+            shutil.copyfile(gate, options.out / GATE_FILE)
     else:
         export_published(model, processor, options.out, fmt=options.format)
     print(f"wrote {options.out}")

@@ -193,7 +193,7 @@ def check_options(options: InferenceOptions) -> None:
     for note in opened.notes:
         logger.info("%s", note)
     check_config(options, opened.config)
-    if options.no_mask_below is not None and not (opened.directory / GATE_FILE).is_file():
+    if options.no_mask_below and not (opened.directory / GATE_FILE).is_file():
         raise MedPLIBError(f"{options.model} has no {GATE_FILE}, so masks cannot be judged; leave --no_mask_below out")
 
 

@@ -235,7 +235,7 @@ class Engine:
             raise
 
     def _prompt(self, request: Request) -> Prompt:
-        if request.no_mask_below is not None and self.gate is None:
+        if request.no_mask_below and self.gate is None:
             raise MedPLIBError(
                 "no_mask_below needs a mask gate, and the checkpoint has no mask_gate.json; "
                 "make one with python -m model.inference.calibrate_gate"

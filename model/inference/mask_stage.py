@@ -76,7 +76,8 @@ def paint_masks(model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], gate: MaskGa
             if not logits.isfinite().all():
                 score = math.nan  # the request fails
             presence = None if gate is None else float(gate.probability(mask_features(logits, score)[None])[0])
-            if presence is not None and request.no_mask_below is not None and presence < request.no_mask_below:
+            least = request.no_mask_below
+            if gate is not None and presence is not None and presence < (gate.threshold if least is None else least):
                 logits = torch.full_like(logits, -torch.inf)
             threshold = model.config.mask.threshold if request.threshold is None else request.threshold
             array, spacing = threshold_mask(logits, threshold), job.image.data.spacing_mm

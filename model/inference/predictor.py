@@ -86,6 +86,7 @@ class Predictor:
                 where not all fit.
             settings: how the answer is drawn; greedy when absent.
             no_mask_below: leave a mask empty whose calibrated probability of presence is lower; needs a mask gate.
+                Its own threshold is the default; 0 keeps every mask.
             on_text: called with the answer so far as it grows.
             every_target: answer each target of "segment the liver and the spleen", in further passes where the first
                 leaves some out; False gives the published single pass.

@@ -84,9 +84,6 @@ def make_parser() -> argparse.ArgumentParser:
         *("--vision-pretrained", "--sam"), type=Path, metavar="FILE", help="SAM-Med2D, for published checkpoints"
     )
     model.add_argument("--add-region-feature", action="store_true", help="refuse a checkpoint that knows no regions")
-    model.add_argument(
-        "--mask-gate", action="store_true", help="leave masks empty that the checkpoint's gate takes for absent things"
-    )
     service = parser.add_argument_group("service")
     service.add_argument("--slots", type=whole, default=8, metavar="N", help="answers written at once (default: 8)")
     service.add_argument("--max-length", type=whole, metavar="N", help="tokens of a conversation with its image")
@@ -149,7 +146,6 @@ def _run(options: argparse.Namespace) -> None:
         vision_tower=options.vision_tower,
         sam=options.vision_pretrained,
         needs_regions=options.add_region_feature,
-        needs_gate=options.mask_gate,
     )
     bounds = EngineSettings(slots=options.slots, max_length=options.max_length, waiting=options.max_waiting)
     engine = load_engine(choice, bounds)
@@ -159,7 +155,6 @@ def _run(options: argparse.Namespace) -> None:
         limits=limits,
         request_timeout=options.request_timeout,
         client_timeout=options.client_timeout,
-        no_mask_below=engine.gate.threshold if options.mask_gate and engine.gate else None,
         key=options.api_key,
         registration=registration,
         grace=options.grace,

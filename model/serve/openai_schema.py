@@ -90,7 +90,7 @@ class AskExtension(_Ours):
     )
     no_mask_below: Probability | None = Field(
         default=None,
-        description="leave a mask empty whose calibrated probability of presence is lower; needs a mask gate",
+        description="leave a mask empty whose calibrated probability of presence is lower, 0 none; needs a mask gate",
     )
 
 

@@ -49,7 +49,6 @@ class WorkerSettings:
         limits: of one request.
         request_timeout: seconds an answer may take.
         client_timeout: seconds a client may take to accept the next piece of its answer.
-        no_mask_below: masks of a lower probability of presence are left empty, where a request does not say.
         max_held_bytes: of decoded pictures and regions of all requests.
         key: secret that the controller shows; without one only programs of this machine are answered.
         registration: with whom it registers; None for nobody.
@@ -65,7 +64,6 @@ class WorkerSettings:
     limits: ServeLimits = field(default_factory=ServeLimits)
     request_timeout: float = 240.0
     client_timeout: float = 60.0
-    no_mask_below: float | None = None
     max_held_bytes: int = 1 << 30
     key: str | None = None
     registration: Registration | None = None
@@ -224,7 +222,7 @@ class Worker:
             Refusal: too many pictures are held already.
         """
         settings = self.settings
-        work = partial(read_request, body, settings.model_names, settings.limits, settings.no_mask_below)
+        work = partial(read_request, body, settings.model_names, settings.limits)
         asked = await asyncio.get_running_loop().run_in_executor(self._reading, work)
         if self._held and self._held + asked.num_bytes > settings.max_held_bytes:
             raise Refusal(ErrorCode.BUSY, "too many large pictures are being asked about; ask again later", 5)

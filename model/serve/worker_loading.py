@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.checkpoint.directories import base_of, checkpoint_name, is_adapter, resolve
+from model.checkpoint.directories import base_of, checkpoint_name, is_adapter
 from model.checkpoint.pretrained import OpenedCheckpoint, open_checkpoint
 from model.errors import MedPLIBError
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.inference.loading import load_for_inference, usable_device
-from model.inference.mask_gate import GATE_FILE
 from model.inference.quantise import Scheme, weight_bytes
 from model.inference.schedule import prefix_cache_bytes
 from model.inference.slots import slot_bytes
@@ -45,7 +44,6 @@ class ModelChoice:
         quantisation: of the language model.
         vision_tower: CLIP directory, for published checkpoints; ``sam`` the SAM-Med2D file, for those without one.
         needs_regions: the checkpoint must be able to look at regions.
-        needs_gate: it must have a mask gate.
     """
 
     directory: Path
@@ -56,7 +54,6 @@ class ModelChoice:
     vision_tower: Path | None = None
     sam: Path | None = None
     needs_regions: bool = False
-    needs_gate: bool = False
 
     @property
     def whole(self) -> Path:
@@ -82,11 +79,6 @@ def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
     if choice.needs_regions and not opened.config.region.enabled:
         raise MedPLIBError(
             f"{opened.directory} has no region adapter; leave --add_region_feature out, or give a checkpoint with one"
-        )
-    if choice.needs_gate and not (resolve(choice.directory) / GATE_FILE).is_file():
-        raise MedPLIBError(
-            f"{choice.directory} has no {GATE_FILE}; leave --mask-gate out, or make one with "
-            "python -m model.inference.calibrate_gate"
         )
     dtype = choice.dtype or (torch.float32 if device.type == "cpu" else opened.dtype or torch.float32)
     weights, cache = needed_bytes(opened, dtype, choice.quantisation, settings)

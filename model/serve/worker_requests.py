@@ -47,16 +47,13 @@ class Asked:
     num_bytes: int
 
 
-def read_request(
-    body: bytes, model_names: Sequence[str], limits: ServeLimits, no_mask_below: float | None = None
-) -> Asked:
+def read_request(body: bytes, model_names: Sequence[str], limits: ServeLimits) -> Asked:
     """What a request's body asks for; its picture is decoded.
 
     Args:
         body: JSON of a ``GenerateRequest``.
         model_names: what is answered for.
         limits: of the request, checked before anything is decoded.
-        no_mask_below: where the request does not say.
 
     Raises:
         MedPLIBError: something in it is malformed, too large or not there.
@@ -72,7 +69,6 @@ def read_request(
     content = _only_image(message, limits)
     image = open_image(content, limits) if content is not None else None
     regions = [open_region(region, image.size, limits) for region in message.region_masks] if image is not None else []
-    chosen = message.no_mask_below if message.no_mask_below is not None else no_mask_below
     request = Request(
         image,
         texts[-1],
@@ -80,7 +76,7 @@ def read_request(
         list(zip(texts[:-1:2], texts[1::2], strict=True)),
         settings,
         message.threshold,
-        no_mask_below=chosen,
+        no_mask_below=message.no_mask_below,
         every_target=message.every_target,
     )
     num_bytes = sum(array.nbytes for array in (*regions, *([] if image is None else [image.pixels])))

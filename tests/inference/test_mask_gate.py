@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,14 @@ from numpy.typing import NDArray
 
 from model import MedPLIBError
 from model.checkpoint import load
+from model.cli import main as medplib
 from model.inference.calibrate_gate import collect_gate_rows, main
 from model.inference.mask_gate import FEATURES, GATE_FILE, MaskGate, auroc, mask_features
+from model.inference.predictor import Predictor
 from tests.tiny import tiny_checkpoint
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
+NANO = Path(__file__).resolve().parents[2] / "assets" / "medplib-nano"
 WIDTH = len(FEATURES)
 
 
@@ -134,6 +139,20 @@ def test_a_gate_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
         assert (again.probability(features) == gate.probability(features)).all()
         assert (again.threshold, again.report) == (gate.threshold, gate.report)
     assert [path.name for path in tmp_path.iterdir()] == [GATE_FILE]
+
+
+def test_a_checkpoints_gate_holds_where_a_request_does_not_say_otherwise(tmp_path: Path) -> None:
+    source, exported = tmp_path / "nano", tmp_path / "exported"
+    shutil.copytree(NANO, source)
+    features, truth, _ = overlapping(200)
+    replace(MaskGate.fit(features, truth), threshold=1.0).save(source)  # no mask is as sure as that
+    assert medplib(["export", str(source), str(exported)]) == 0
+    (record,) = sample_records(("grounding",), 1)
+    question = record["conversations"][0]["value"].replace("<image>\n", "")
+    predictor = Predictor.from_pretrained(exported)
+    for least, kept in ((None, False), (0.0, True)):
+        answer = predictor.ask(SAMPLE / record["image"], question, no_mask_below=least)
+        assert [bool(mask.area_px) for mask in answer.masks] == [kept]
 
 
 def test_a_file_that_is_no_gate_is_refused(tmp_path: Path) -> None:

@@ -163,7 +163,6 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(
             "--worker http://localhost:1/path": "a worker's name has no",
             "--host 0.0.0.0 --controller http://192.0.2.1:64000": "--worker http://HOST:",
             "--model-names ,": "printable",
-            "--mask-gate": "has no mask_gate.json",
             "--max-length 100000000": "kept prompts, and cpu has",
         }
         for flags, expected in cases.items():
