@@ -3,8 +3,7 @@
     python scripts/mini_sources.py --out runs/mini/sources
 
 Reads the tars of MEDPLIB_REAL (default ../shared/real). ``SET/`` is each set as it comes, without rows that state no
-licence; ``all/meta.csv`` has the rows of every set, so that regions and refusals are asked about across sets;
-``absent/meta.csv`` those of pictures without their target: few, and drawn more often in training.
+licence; ``all/meta.csv`` has the rows of every set, so that regions and refusals are asked about across sets.
 """
 
 from __future__ import annotations
@@ -54,10 +53,8 @@ def main() -> int:
         with tarfile.open(source / f"{name}.tar") as archive:
             archive.extractall(options.out, filter="data")
         rows += [{**row, "foreign": ";".join(FOREIGN[name])} for row in licensed_rows(options.out / name)]
-    absent = [{**row, "foreign": ""} for row in rows if row["area"] and not float(row["area"])]
-    for name, chosen in {"all": rows, "absent": absent}.items():
-        (options.out / name).mkdir(exist_ok=True)
-        write_rows(options.out / name / "meta.csv", chosen)
+    (options.out / "all").mkdir(exist_ok=True)
+    write_rows(options.out / "all" / "meta.csv", rows)
     sys.stdout.write(f"{options.out / 'all' / 'meta.csv'}: {len(rows)} masks of {len(SETS)} sets\n")
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -34,6 +34,7 @@ class TowerPlan:
         shares: data set → share of the draws; of the others each (data set, modality) group gets draws in proportion to
             the square root of its size.
         prompts: share of the steps that ask for the same masks by each of ``PROMPTS`` too, at most one; SAM alone.
+        absent: share of the draws that are of a picture without one of its targets, from data sets that have any.
         augmentation: preset of ``AugmentationConfig``.
     """
 
@@ -42,6 +43,7 @@ class TowerPlan:
     lr: float = 1e-3
     shares: Mapping[str, float] | None = None
     prompts: Sequence[float] = (0.15, 0.15, 0.2)
+    absent: float = 0.2
     augmentation: str = "strong"
     precision: str = "bf16"
 
@@ -63,6 +65,11 @@ class Drawn:
     names: Tensor
     modalities: Tensor
 
+    def present(self) -> Drawn:
+        """The same pictures without the absent targets."""
+        shown = torch.from_numpy(self.masks.any((1, 2)))
+        return replace(self, masks=self.masks[shown.numpy()], index=self.index[shown], names=self.names[shown])
+
 
 class PoolSampler:
     """Draws augmented batches from the pictures of a pool."""
@@ -81,21 +88,28 @@ class PoolSampler:
         weights = [
             given[key[0]] * size / own[key[0]] if key[0] in given else left * size / rest for key, size in sizes.items()
         ]
-        self.groups, self.weights = list(groups.values()), np.array(weights) / sum(weights)
+        self.weights = np.array(weights) / sum(weights)
+        self.showing, self.lacking = (
+            [
+                [image for image in images if any((row < 0) == absent for row, _ in pool.targets[image])]
+                for images in groups.values()
+            ]
+            for absent in (False, True)
+        )
 
-    def draw(self, *, present: bool) -> Drawn:
-        """A batch; ``present`` leaves out absent targets, and pictures that have no other."""
+    def draw(self) -> Drawn:
+        """A batch: pictures with a present target and such as lack one (``TowerPlan.absent``)."""
         images: list[np.ndarray] = []
         masks: list[np.ndarray] = []
         index: list[int] = []
         names: list[int] = []
         modalities: list[int] = []
         while len(images) < self.plan.batch_size:
-            group = self.groups[self.rng.choice(len(self.groups), p=self.weights)]
-            place = group[self.rng.integers(len(group))]
-            targets = [target for target in self.pool.targets[place] if target[0] >= 0 or not present]
-            if not targets:
-                continue
+            group = self.rng.choice(len(self.weights), p=self.weights)
+            lacks = bool(self.lacking[group]) and (self.rng.random() < self.plan.absent or not self.showing[group])
+            places = self.lacking[group] if lacks else self.showing[group]
+            place = places[self.rng.integers(len(places))]
+            targets = [target for target in self.pool.targets[place] if lacks or target[0] >= 0]
             chosen = [targets[i] for i in self.rng.permutation(len(targets))[:2]]
             shown = [row for row, _ in chosen if row >= 0]
             image, moved = augment_image_and_masks(
@@ -178,20 +192,24 @@ def pretrain_sam(
     own = trainer.sam.state_dict()
     grown = widen(start or {}, own, torch.Generator().manual_seed(seed))
     trainer.sam.load_state_dict(own | grown)
+    trainer.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     rng = np.random.default_rng(seed + 1)
     kinds, shares = ("name", *PROMPTS), np.array([1 - sum(plan.prompts), *plan.prompts])
 
     def step(number: int) -> Losses:
-        drawn = sampler.draw(present=True)
+        drawn = sampler.draw()
         asked = {"name", kinds[rng.choice(len(kinds), p=shares)]}
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"):
             embeddings = trainer.encode(drawn.images)
-            found = [trainer.masks(embeddings, drawn, kind, rng) for kind in sorted(asked)]
-        truth = torch.from_numpy(drawn.masks).float()
+            wanted = [drawn if kind == "name" else drawn.present() for kind in sorted(asked)]
+            found = [
+                trainer.masks(embeddings, some, kind, rng) for kind, some in zip(sorted(asked), wanted, strict=True)
+            ]
         losses: dict[str, Tensor] = {}
-        for low, iou in found:
-            for name, value in soft_mask_losses(low, truth, iou).items():
+        for (low, iou), some in zip(found, wanted, strict=True):
+            for name, value in soft_mask_losses(low, torch.from_numpy(some.masks).float(), iou).items():
                 losses[name] = losses.get(name, 0) + value / len(found) ** 0.5
+        truth = torch.from_numpy(drawn.masks).float()
         cells = embeddings[drawn.index, : config.mask_query_dim].float()  # [M, C, h, w]
         dense = torch.einsum("mc,mchw->mhw", trainer.dense(drawn.names), cells)
         return {**losses, "dense": 0.5 * cell_loss(dense, truth)}
@@ -240,7 +258,7 @@ def widen(start: Mapping[str, Tensor], own: Mapping[str, Tensor], generator: tor
 
 
 def soft_mask_losses(logits: Tensor, truth: Tensor, iou: Tensor) -> Losses:
-    """Pixel, overlap and IoU-estimate losses of logits [M, l, l] against masks [M, S, S], each present."""
+    """Pixel, overlap and IoU-estimate losses of logits [M, l, l] against masks [M, S, S], empty where absent."""
     target = functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-1])[:, 0]
     probability = logits.sigmoid()
     overlap, total = (probability * target).sum((1, 2)), probability.sum((1, 2)) + target.sum((1, 2))
@@ -321,7 +339,7 @@ def pretrain_vision(
         trainer.tower.load_state_dict(start)
 
     def step(number: int) -> Losses:
-        drawn = sampler.draw(present=False)
+        drawn = sampler.draw()
         small = [
             cv2.resize(image, (trainer.side, trainer.side), interpolation=cv2.INTER_AREA) for image in drawn.images
         ]
