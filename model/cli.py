@@ -335,7 +335,7 @@ def run_export(options: argparse.Namespace) -> int:
 
     from model.checkpoint import export_published, save, save_adapter
     from model.checkpoint.directories import resolve
-    from model.inference.mask_gate import GATE_FILE
+    from model.inference.presence import PRESENCE_FILE
     from model.train.checkpoints import unmerged_network
 
     if options.out.exists():
@@ -360,9 +360,9 @@ def run_export(options: argparse.Namespace) -> int:
         model.to(getattr(torch, options.dtype))
     if options.layout == "native":
         save(model, processor, options.out)
-        gate = resolve(options.checkpoint) / GATE_FILE
-        if gate.is_file():
-            shutil.copyfile(gate, options.out / GATE_FILE)
+        presence = resolve(options.checkpoint) / PRESENCE_FILE
+        if presence.is_file():
+            shutil.copyfile(presence, options.out / PRESENCE_FILE)
     else:
         export_published(model, processor, options.out, fmt=options.format)
     print(f"wrote {options.out}")

@@ -152,7 +152,7 @@ def test_dicom_with_spacing(ask, capsys: pytest.CaptureFixture) -> None:
         ["SCAN", "What?", "--top-k", "-1"],
         ["SCAN", "What?", "--stop", ""],
         ["SCAN", "What?", "--no-mask-below", "2"],
-        ["SCAN", "What?", "--no-mask-below", "0.5"],  # the checkpoint has no gate
+        ["SCAN", "What?", "--no-mask-below", "0.5"],  # the checkpoint has no classifier
         ["SCAN", "What?", "--device", "abacus"],
         ["SCAN", "What?", "--device", "meta"],
         ["SCAN", "What?", "--attention", "flash_attention_2"],

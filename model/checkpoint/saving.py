@@ -32,7 +32,7 @@ _UNKNOWN, _CONTROL, _NORMAL, _BYTE = 2, 3, 1, 6  # piece types of sentencepiece'
 # What a checkpoint consists of, and is therefore replaced with it; anything else in the directory stays.
 _OWN_FILES = re.compile(
     r".*\.safetensors|.*\.bin|.*\.index\.json|config\.json|generation_config\.json|processor_config\.json|"
-    r"preprocessor_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|mask_gate\.json"
+    r"preprocessor_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|presence\.json"
 )
 
 

@@ -26,7 +26,7 @@ from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.inference.images import PreparedImage
 from model.inference.loading import load_for_inference
-from model.inference.mask_gate import GATE_FILE
+from model.inference.presence import PRESENCE_FILE
 from model.modeling.configuration import MedPLIBConfig
 from model.processing.conversation import get_template
 from model.processing.processor import MedPLIBProcessor
@@ -193,8 +193,10 @@ def check_options(options: InferenceOptions) -> None:
     for note in opened.notes:
         logger.info("%s", note)
     check_config(options, opened.config)
-    if options.no_mask_below and not (opened.directory / GATE_FILE).is_file():
-        raise MedPLIBError(f"{options.model} has no {GATE_FILE}, so masks cannot be judged; leave --no_mask_below out")
+    if options.no_mask_below and not (opened.directory / PRESENCE_FILE).is_file():
+        raise MedPLIBError(
+            f"{options.model} has no {PRESENCE_FILE}, so masks cannot be judged; leave --no_mask_below out"
+        )
 
 
 def check_config(options: InferenceOptions, config: MedPLIBConfig) -> None:

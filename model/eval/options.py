@@ -48,7 +48,7 @@ class InferenceOptions:
     # paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the published evaluation
     # does.
     always_mask: bool = False
-    # probability of presence below which a mask is left empty; needs a checkpoint with a mask gate.
+    # probability of presence below which a mask is left empty; needs a checkpoint with a presence classifier.
     no_mask_below: float | None = None
     # True demands a region adapter; False asks without looking at regions, as the published VQA loop does; None looks
     # at them.

@@ -22,7 +22,7 @@ class Mask:
         bbox: ``[x1, y1, x2, y2]`` in pixels, right and bottom exclusive; zeros for an empty mask.
         area_px: foreground pixels.
         area_mm2: the same in mm² where the file knows its spacing.
-        presence: calibrated probability that there is something to paint, where the checkpoint has a mask gate.
+        presence: calibrated probability that the target is in the image, where the checkpoint has a classifier of it.
         spoken: False where the answer has no ``<SEG>`` for it and it was painted because it was asked for in any case.
         warning: where the question asked for something else; see ``Request.every_target``.
     """

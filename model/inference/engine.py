@@ -22,7 +22,7 @@ from model.errors import MedPLIBError
 from model.inference.answer import Answer
 from model.inference.images import ImageSource, PreparedImage, content_key, prepare_image, reusable
 from model.inference.loading import load_for_inference
-from model.inference.mask_gate import MaskGate
+from model.inference.presence import PresenceClassifier
 from model.inference.prompts import Prompt, build_prompt
 from model.inference.requests import EngineFull, NotFinite, OnText, Request, Ticket
 from model.inference.schedule import EngineSettings, Schedule
@@ -48,7 +48,7 @@ class Engine:
         model: the network; put into eval mode.
         processor: its processor.
         settings: bounds of slots, lengths and caches.
-        gate: tells from a mask whether there was anything to paint; for ``Request.no_mask_below``.
+        presence: classifier of masks whose target is absent, for ``Request.no_mask_below``.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Engine:
         model: MedPLIBForCausalLM,
         processor: MedPLIBProcessor,
         settings: EngineSettings | None = None,
-        gate: MaskGate | None = None,
+        presence: PresenceClassifier | None = None,
     ) -> None:
-        self.model, self.processor, self.gate = model.eval(), processor, gate
+        self.model, self.processor, self.presence = model.eval(), processor, presence
         self.settings = settings or EngineSettings()
-        self._schedule = Schedule(self.model, processor, self.settings, gate)
+        self._schedule = Schedule(self.model, processor, self.settings, presence)
         self.max_length = self._schedule.max_length
         self.images, self.prefixes = self._schedule.images, self._schedule.prefixes
         self._stepping = threading.RLock()
@@ -77,8 +77,8 @@ class Engine:
         Raises:
             MedPLIBError: the directory is missing, incomplete or does not fit.
         """
-        model, processor, gate = load_for_inference(directory, **loading)
-        return cls(model, processor, settings, gate)
+        model, processor, presence = load_for_inference(directory, **loading)
+        return cls(model, processor, settings, presence)
 
     @property
     def cache_bytes(self) -> int:
@@ -235,10 +235,10 @@ class Engine:
             raise
 
     def _prompt(self, request: Request) -> Prompt:
-        if request.no_mask_below and self.gate is None:
+        if request.no_mask_below and self.presence is None:
             raise MedPLIBError(
-                "no_mask_below needs a mask gate, and the checkpoint has no mask_gate.json; "
-                "make one with python -m model.inference.calibrate_gate"
+                "no_mask_below needs a presence classifier, and the checkpoint has no presence.json; "
+                "make one with python -m model.inference.calibrate_presence"
             )
         image = None if request.image is None else self.prepare(request.image)
         return build_prompt(self.model, self.processor, image, request, self.max_length)

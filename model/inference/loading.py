@@ -11,7 +11,7 @@ from model.checkpoint.directories import resolve
 from model.checkpoint.loading import Attention
 from model.checkpoint.lora import merge_adapter
 from model.errors import MedPLIBError
-from model.inference.mask_gate import GATE_FILE, MaskGate
+from model.inference.presence import PRESENCE_FILE, PresenceClassifier
 from model.inference.quantise import Scheme, quantise
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
@@ -28,7 +28,7 @@ def load_for_inference(
     quantisation: Scheme | None = None,
     lora: str | Path | None = None,
     base: str | Path | None = None,
-) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, MaskGate | None]:
+) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, PresenceClassifier | None]:
     """Load a native or published checkpoint directory.
 
     Args:
@@ -43,7 +43,7 @@ def load_for_inference(
         base: what that was, where ``directory`` itself is a LoRA and not of the checkpoint that it names.
 
     Returns:
-        Network, processor, and the mask gate if a ``mask_gate.json`` lies in the directory.
+        Network, processor, and the presence classifier if a ``presence.json`` lies in the directory.
 
     Raises:
         MedPLIBError: the directory is missing, incomplete or does not fit.
@@ -58,8 +58,8 @@ def load_for_inference(
         merge_adapter(model, lora)
     if quantisation is not None:
         quantise(model, quantisation)
-    gate_file = (resolve(directory) if lora is None else Path(lora)) / GATE_FILE  # fitted for what is loaded
-    return model, processor, MaskGate.load(gate_file) if gate_file.is_file() else None
+    file = (resolve(directory) if lora is None else Path(lora)) / PRESENCE_FILE  # fitted for what is loaded
+    return model, processor, PresenceClassifier.load(file) if file.is_file() else None
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.inference.answer import Mask
 from model.inference.images import PreparedImage
-from model.inference.mask_gate import MaskGate, mask_features
+from model.inference.presence import PresenceClassifier, mask_features
 from model.inference.requests import Request
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.masks import encode_rle, threshold_mask
@@ -54,7 +54,9 @@ def encode_segmented(model: MedPLIBForCausalLM, images: Sequence[PreparedImage])
             image.sam_embedding = embedding.clone()  # a view would keep its neighbours' memory
 
 
-def paint_masks(model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], gate: MaskGate | None = None) -> None:
+def paint_masks(
+    model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], classifier: PresenceClassifier | None = None
+) -> None:
     """Paint the masks of every job, in the order of its states; one whose numbers are not finite has the score NaN."""
     encode_segmented(model, [job.image for job in jobs if job.states])
     flat = [(job, place) for job in jobs for place in range(len(job.states))]
@@ -75,9 +77,11 @@ def paint_masks(model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], gate: MaskGa
             request = job.request
             if not logits.isfinite().all():
                 score = math.nan  # the request fails
-            presence = None if gate is None else float(gate.probability(mask_features(logits, score)[None])[0])
+            presence = (
+                None if classifier is None else float(classifier.probability(mask_features(logits, score)[None])[0])
+            )
             least = request.no_mask_below
-            if gate is not None and presence is not None and presence < (gate.threshold if least is None else least):
+            if classifier and presence is not None and presence < (classifier.threshold if least is None else least):
                 logits = torch.full_like(logits, -torch.inf)
             threshold = model.config.mask.threshold if request.threshold is None else request.threshold
             array, spacing = threshold_mask(logits, threshold), job.image.data.spacing_mm

@@ -11,7 +11,7 @@ from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.inference.images import ImageSource, PreparedImage
 from model.inference.loading import load_for_inference
-from model.inference.mask_gate import MaskGate
+from model.inference.presence import PresenceClassifier
 from model.inference.regions import Region
 from model.inference.requests import OnText
 from model.modeling.medplib import MedPLIBForCausalLM
@@ -30,8 +30,10 @@ class Predictor:
         >>> predictor.ask(image, "Please segment the liver.").masks[0].to_array()
     """
 
-    def __init__(self, model: MedPLIBForCausalLM, processor: MedPLIBProcessor, gate: MaskGate | None = None) -> None:
-        self.engine = Engine(model, processor, EngineSettings(slots=1), gate)
+    def __init__(
+        self, model: MedPLIBForCausalLM, processor: MedPLIBProcessor, presence: PresenceClassifier | None = None
+    ) -> None:
+        self.engine = Engine(model, processor, EngineSettings(slots=1), presence)
         self.model, self.processor = self.engine.model, processor
 
     @classmethod
@@ -85,8 +87,8 @@ class Predictor:
                 conversations (``config.conversation_turns`` is 1) answers worse with them. The oldest are left out
                 where not all fit.
             settings: how the answer is drawn; greedy when absent.
-            no_mask_below: leave a mask empty whose calibrated probability of presence is lower; needs a mask gate.
-                Its own threshold is the default; 0 keeps every mask.
+            no_mask_below: leave a mask empty whose calibrated probability of presence is lower; the default is the
+                threshold of the checkpoint's presence classifier, if it has one. 0 keeps every mask.
             on_text: called with the answer so far as it grows.
             every_target: answer each target of "segment the liver and the spleen", in further passes where the first
                 leaves some out; False gives the published single pass.

@@ -44,8 +44,8 @@ class Request:
         settings: how the answer is drawn.
         threshold: probability above which a pixel is in a mask, in (0, 1); the checkpoint's own when absent.
         thresholds: further thresholds, whose masks come as ``Answer.masks_at``.
-        no_mask_below: a mask whose calibrated probability of presence is lower is left empty; 0..1, needs a mask gate.
-            None is the threshold of the checkpoint's gate, if it has one; 0 keeps every mask.
+        no_mask_below: a mask whose calibrated probability of presence is lower is left empty; 0..1.
+            None is the threshold of the checkpoint's presence classifier, if it has one; 0 keeps every mask.
         router_stats: tell which share of the tokens each expert computed (``Answer.router_stats``).
         always_mask: where the answer has no ``<SEG>``, paint one mask all the same, from the state that the published
             evaluation takes then; its ``Mask.spoken`` is False.

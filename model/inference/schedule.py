@@ -21,8 +21,8 @@ from model.inference.answer import Answer
 from model.inference.decoding import Decoding, check_ways
 from model.inference.generation import Draw, choose_tokens
 from model.inference.images import BoundedCache, PreparedImage
-from model.inference.mask_gate import MaskGate
 from model.inference.mask_stage import paint_masks
+from model.inference.presence import PresenceClassifier
 from model.inference.prompts import Prompt
 from model.inference.reading import PromptReader
 from model.inference.requests import NotFinite, OnText, Ticket
@@ -116,7 +116,7 @@ class Schedule:
         model: the network, in eval mode.
         processor: its processor.
         settings: bounds of slots, lengths and caches.
-        gate: tells from a mask whether there was anything to paint.
+        presence: classifier of masks whose target is absent.
     """
 
     def __init__(
@@ -124,9 +124,9 @@ class Schedule:
         model: MedPLIBForCausalLM,
         processor: MedPLIBProcessor,
         settings: EngineSettings,
-        gate: MaskGate | None = None,
+        presence: PresenceClassifier | None = None,
     ) -> None:
-        self.model, self.processor, self.settings, self.gate = model, processor, settings, gate
+        self.model, self.processor, self.settings, self.presence = model, processor, settings, presence
         check_ways(model.device, settings.graphs, settings.kernels, settings.compiled)
         text = model.config.text_config
         self.max_length = settings.max_length or min(text.max_position_embeddings, _MOST_TOKENS)
@@ -328,7 +328,7 @@ class Schedule:
             if row.finish == "cancelled":  # nobody waits for its masks
                 row.seg_states.clear()
         jobs = [row.mask_job(text) for row, text in zip(rows, texts, strict=True)]
-        paint_masks(self.model, jobs, self.gate)
+        paint_masks(self.model, jobs, self.presence)
         self.images.refresh()
         now = time.perf_counter()
         for row, text, job in zip(rows, texts, jobs, strict=True):

@@ -90,7 +90,7 @@ class AskExtension(_Ours):
     )
     no_mask_below: Probability | None = Field(
         default=None,
-        description="leave a mask empty whose calibrated probability of presence is lower, 0 none; needs a mask gate",
+        description="leave a mask empty whose calibrated probability of presence is lower; needs a presence classifier",
     )
 
 
@@ -225,7 +225,7 @@ class AnswerMask(_Model):
     png: str | None = Field(default=None, description="data URI, where mask_png asked for it", exclude_if=_absent)
     presence: float | None = Field(
         default=None,
-        description="calibrated probability that there is something to paint, where the checkpoint has a mask gate",
+        description="calibrated probability that the target is there, where the checkpoint has a presence classifier",
         exclude_if=_absent,
     )
     warning: str = Field(

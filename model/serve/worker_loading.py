@@ -90,7 +90,7 @@ def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
             "programs, take fewer --slots, or fewer bits where the GPU is not full while loading"
         )
     try:
-        model, processor, gate = load_for_inference(
+        model, processor, presence = load_for_inference(
             whole,
             device,
             choice.vision_tower,
@@ -99,7 +99,7 @@ def load_engine(choice: ModelChoice, settings: EngineSettings) -> Engine:
             quantisation=choice.quantisation,
             lora=None if whole is choice.directory else choice.directory,
         )
-        engine = Engine(model, processor, settings, gate)
+        engine = Engine(model, processor, settings, presence)
         if device.type == "cuda":  # what takes long the first time, and memory that is short, are noticed now
             picture = np.zeros((64, 64, 3), dtype=np.uint8)
             engine.ask(Request(picture, "What is it?", settings=GenerationSettings(max_new_tokens=2)))
@@ -148,5 +148,5 @@ def describe_engine(engine: Engine, choice: ModelChoice) -> dict[str, Any]:
         "max_length": engine.max_length,
         "regions": engine.model.config.region.enabled,
         "mask_threshold": engine.model.config.mask.threshold,
-        "mask_gate": engine.gate is not None,
+        "presence_classifier": engine.presence is not None,
     }

@@ -313,7 +313,7 @@ BAD = {
     "a region outside": Request(pictures()[0], "What is in the region?", [("box", (0, 0, 999, 9))]),
     "markers without regions": Request(pictures()[0], "What is <region></region>?"),
     "an image in the question": Request(pictures()[0], "What about <image>?"),
-    "no gate": Request(pictures()[0], "Segment it.", no_mask_below=0.5),
+    "no presence classifier": Request(pictures()[0], "Segment it.", no_mask_below=0.5),
 }
 
 

@@ -229,7 +229,7 @@ def malformed() -> dict[str, tuple[dict[str, Any], str]]:
         "no tokens": ({"max_new_tokens": 0}, "max_new_tokens"),
         "many stops": ({"stop": ["a"] * 17}, "stop texts"),
         "a threshold of one": ({"threshold": 1.0}, "threshold"),
-        "no gate": ({"no_mask_below": 0.5}, "mask gate"),
+        "no presence classifier": ({"no_mask_below": 0.5}, "presence classifier"),
         "another mask format": ({"mask_format": "svg"}, "mask_format"),
         "images that are no list": ({"images": good}, "images"),
     }

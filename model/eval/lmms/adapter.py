@@ -215,7 +215,7 @@ class ModelArguments:
         engine: bounds of the engine.
         max_new_tokens: hard end of an answer where the task names none.
         threshold: probability above which a pixel is in a mask; the checkpoint's own where None.
-        no_mask_below: probability of presence below which a mask is left empty; needs a checkpoint with a mask gate.
+        no_mask_below: probability of presence below which a mask is left empty; needs a presence classifier.
         seed: of sampling, where a task asks for it.
     """
 

@@ -1,7 +1,7 @@
-"""``python -m model.inference.calibrate_gate MODEL --data FILE --images DIR``: fit a checkpoint's mask gate.
+"""``python -m model.inference.calibrate_presence MODEL --data FILE --images DIR``: fit a presence classifier.
 
-Masks of present and of absent structures are painted because the answer is forced to say so: a model that has learnt to
-refuse would never paint an absent structure, and so give no example of what that looks like.
+Masks of present and of absent targets are decoded after a forced "The … is <SEG>.": a model that has learned to refuse
+would give no example of an absent target's mask.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from model.data.validate import Progress, record_bar
 from model.errors import MedPLIBError, escape_unprintable, shown
 from model.inference.images import PreparedImage, prepare_image
 from model.inference.loading import usable_device
-from model.inference.mask_gate import FEATURES, GATE_FILE, MaskGate, mask_features
+from model.inference.presence import FEATURES, PRESENCE_FILE, PresenceClassifier, mask_features
 from model.inference.targets import mask_labels
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.conversation import Turn
@@ -38,23 +38,21 @@ PROMPTS_AT_ONCE = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when the gate is written, 2 after a user's error."""
+    """Run the command; 0 when the classifier is written, 2 after a user's error."""
     escape_unprintable()
     parser = argparse.ArgumentParser(
-        "python -m model.inference.calibrate_gate",
-        description="Paint structures that are and are not in the images, learn to tell the two apart, and write "
-        f"{GATE_FILE} beside the checkpoint. Use records that the model was not trained on.",
+        "python -m model.inference.calibrate_presence",
+        description="Decode masks of targets that are and are not in the images, fit a classifier, and write "
+        f"{PRESENCE_FILE} beside the checkpoint. Use records that the model was not trained on.",
     )
     parser.add_argument("model", type=Path, help="checkpoint directory, or a finished run's folder")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="records that ask for masks, some of absent structures"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="records that ask for masks, some of absent targets")
     parser.add_argument("--images", type=Path, required=True, help="folder that the records' paths start from")
     parser.add_argument(
-        "--false-mask-rate", type=float, default=0.05, help="absent structures that may pass (%(default)s)"
+        "--false-mask-rate", type=float, default=0.05, help="share of absent targets that may pass (%(default)s)"
     )
     parser.add_argument("--max-records", type=int, help="read only so many records")
-    parser.add_argument("--out", type=Path, help=f"file to write; {GATE_FILE} in the checkpoint when absent")
+    parser.add_argument("--out", type=Path, help=f"file to write; {PRESENCE_FILE} in the checkpoint when absent")
     parser.add_argument("--device", default="cpu", help="where the model runs (%(default)s)")
     parser.add_argument("--vision-tower", type=Path, help="CLIP directory, for published checkpoints")
     parser.add_argument("--sam", type=Path, help="SAM-Med2D file, for published checkpoints without SAM weights")
@@ -84,17 +82,17 @@ def _calibrate(options: argparse.Namespace) -> int:
     model, processor = load(
         options.model, vision_tower=options.vision_tower, sam=options.sam, device=device, dtype=dtype
     )
-    with record_bar("painting") as progress:
+    with record_bar("masks") as progress:
         asked = records if options.max_records is None else records[: options.max_records]
-        rows = collect_gate_rows(model, processor, asked, options.images, progress)
-    gate = MaskGate.fit(rows.features, rows.present, options.false_mask_rate, groups=rows.images)
-    written = gate.save(options.out or options.model)
-    sys.stdout.write(gate.report.table(gate.threshold) + "\n")
+        rows = collect_rows(model, processor, asked, options.images, progress)
+    fitted = PresenceClassifier.fit(rows.features, rows.present, options.false_mask_rate, groups=rows.images)
+    written = fitted.save(options.out or options.model)
+    sys.stdout.write(fitted.report.table(fitted.threshold) + "\n")
     if rows.left_out:
         sys.stderr.write(f"{len(rows.left_out)} records were left out; the first: {rows.left_out[0]}\n")
-    if gate.report.false_mask_bound > options.false_mask_rate:
+    if fitted.report.false_mask_bound > options.false_mask_rate:
         sys.stderr.write(
-            f"with {gate.report.absent} absent structures no rate below {gate.report.false_mask_bound:.1%} can be "
+            f"with {fitted.report.absent} absent targets no rate below {fitted.report.false_mask_bound:.1%} can be "
             "promised; calibrate on more of them\n"
         )
     sys.stdout.write(f"wrote {written}\n")
@@ -102,14 +100,14 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class GateRows:
-    """What a gate is fitted on.
+class CalibrationRows:
+    """What a presence classifier is fitted on.
 
     Attributes:
         features: float64 [n, 4], see ``mask_features``.
-        present: bool [n], whether the structure is in the image.
-        images: [n], the image each mask lies on, for ``MaskGate.fit(groups=…)``.
-        names: [n], the structures.
+        present: bool [n], whether the target is in the image.
+        images: [n], the image each mask lies on, for ``PresenceClassifier.fit(groups=…)``.
+        names: [n], the targets.
         left_out: sentences on grounding records that could not be used.
     """
 
@@ -122,12 +120,12 @@ class GateRows:
 
 @dataclass(frozen=True)
 class Target:
-    """One structure that was asked for.
+    """One target of a record.
 
     Attributes:
         image: file of the image.
         turns: the conversation up to and including the question.
-        name: the structure.
+        name: of the target.
         mask: its mask file; None where it is absent.
         regions: mask files of the region markers in ``turns``.
     """
@@ -139,16 +137,16 @@ class Target:
     regions: tuple[Path, ...] = ()
 
 
-def collect_gate_rows(
+def collect_rows(
     model: MedPLIBForCausalLM,
     processor: MedPLIBProcessor,
     records: Sequence[Mapping[str, Any]],
     images: str | Path,
     progress: Progress | None = None,
-) -> GateRows:
-    """Paint every structure that grounding records ask for, present or absent, after the forced "The … is <SEG>.".
+) -> CalibrationRows:
+    """Decode a mask of every target that grounding records ask for, after the forced answer "The … is <SEG>.".
 
-    A structure is absent where a record of the task ``grounding`` asks for it and its answer holds no mask, or an empty
+    A target is absent where a record of the task ``grounding`` asks for it and its answer holds no mask, or an empty
     one; it is named by the record's key ``about`` or by the question. Records of other tasks are passed over.
 
     Args:
@@ -169,7 +167,7 @@ def collect_gate_rows(
         targets = list(group)
         try:
             image = prepare_image(path, processor)
-            found = _paint(model, processor, image, targets)
+            found = _decode(model, processor, image, targets)
             there = [target.mask is not None and bool(read_mask(target.mask).any()) for target in targets]
         except MedPLIBError as error:
             left_out.append(str(error))
@@ -180,10 +178,10 @@ def collect_gate_rows(
     if not used:
         reason = f" (the first: {left_out[0]})" if left_out else ""
         raise MedPLIBError(
-            f"none of the {len(records)} records asks for a mask that could be painted{reason}; "
-            "give grounding records, of present and of absent structures"
+            f"none of the {len(records)} records asks for a mask that could be decoded{reason}; "
+            "give grounding records, of present and of absent targets"
         )
-    return GateRows(
+    return CalibrationRows(
         np.stack(features).reshape(-1, len(FEATURES)),
         np.array(present, dtype=bool),
         tuple(str(target.image) for target in used),
@@ -193,7 +191,7 @@ def collect_gate_rows(
 
 
 def record_targets(sample: Sample) -> list[Target]:
-    """Structures that a grounding sample asks for, round by round; those without a name are left out."""
+    """Targets that a grounding sample asks for, turn by turn; those without a name are left out."""
     targets: list[Target] = []
     masks = iter(sample.masks)
     for number, (question, answer) in enumerate(zip(sample.turns[::2], sample.turns[1::2], strict=False)):
@@ -233,10 +231,10 @@ def _targets(
 
 
 @torch.inference_mode()
-def _paint(
+def _decode(
     model: MedPLIBForCausalLM, processor: MedPLIBProcessor, image: PreparedImage, targets: Sequence[Target]
 ) -> list[NDArray[np.float64]]:
-    """Features [4] of the mask that each forced answer paints on one image."""
+    """Features [4] of the mask of each forced answer about one image."""
     patches = model.encode_images(image.clip_input.to(model.device, model.dtype))  # [1, P, Dv]
     embedding = model.encode_segmented_images(image.sam_input.to(model.device, model.dtype))  # [1, C, s, s]
     nothing = np.zeros(image.size, dtype=bool)
@@ -266,7 +264,7 @@ def _paint(
         counted = torch.arange(1, ids.shape[1] + 1, device=model.device)
         last = ((ids == model.config.seg_token_id) * counted).argmax(dim=1)  # the forced one comes after any earlier
         masks = model.decode_masks(
-            hidden[rows, plan.starts[rows, last] - 1],  # the states from which it is said
+            hidden[rows, plan.starts[rows, last] - 1],  # the states that predict it
             embedding,
             torch.zeros(count, dtype=torch.long, device=model.device),
             [image.sam_size] * count,
