@@ -1,4 +1,4 @@
-"""``medplib``: a thin face over the package. Wrong input ends in one sentence and exit code 2."""
+"""``medplib`` on the command line: one function a command. A user's error is one sentence and exit code 2."""
 
 from __future__ import annotations
 

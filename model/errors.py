@@ -1,4 +1,4 @@
-"""The one exception a user can cause, and how what the user gave is shown: short, and on any terminal."""
+"""The exception of user errors, and short printable forms of user input."""
 
 import reprlib
 import sys
@@ -11,7 +11,7 @@ _SHORT.maxstring = _SHORT.maxother = _LONGEST
 
 
 class MedPLIBError(ValueError):
-    """Wrong user input, told in one sentence: what was got, what was expected, how to mend it.
+    """Wrong user input, in one sentence: what was got, what was expected, how to fix it.
 
     Command-line faces print the sentence without a traceback and exit with 2; servers answer 4xx with it.
     A programmer's error is never a ``MedPLIBError``: it stays a traceback.

@@ -56,7 +56,7 @@ PAGE, PLAN, BEFORE, AFTER = "index.html", "finetune.yaml", "before", "after"
 _PHANTOMS = {"train": 400, "validation": 16, "test": 40}  # images; cases of each are its own
 _KNOWN = 0.5  # mDice on phantoms below which a base has nothing there to forget
 _FORGOTTEN = 0.05  # a loss of more than this, and of more than chance, is called forgetting
-_TOLD = ("mDice@0.5", "false_mask_rate@0.5", "closed_accuracy", "open_exact_match")
+_LISTED = ("mDice@0.5", "false_mask_rate@0.5", "closed_accuracy", "open_exact_match")
 _RATE, _WARMUP = 6e-4, 20  # docs/training.md has the rates that were tried; steps
 _PATIENCE, _BATCH, _FEWEST, _MOST, _DRAWS = 5, 16, 300, 2000, 10
 _MASK_WEIGHT = 3  # draws of a record that asks for masks, which take longest to learn, for one of another
@@ -122,7 +122,7 @@ class Plan:
 
 
 def finetune(options: argparse.Namespace) -> int:
-    """Prepare, measure, train, measure again and write the page; exit code 0, or that of a run told to stop."""
+    """Prepare, measure, train, measure again and write the page; exit code 0, or that of a stopped run."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MedPLIBError("finetune runs in one process; for more, train what --print-recipe prints by medplib train")
     logging.getLogger("model").setLevel(logging.WARNING if options.print_recipe else logging.INFO)
@@ -139,8 +139,8 @@ def finetune(options: argparse.Namespace) -> int:
         except RunStopped as stopped:
             sys.stderr.write(f"{stopped.message}\n")
             return int(str(stopped.code))
-    told = write_page(plan, _measure(plan.recipe.merged, plan, AFTER), before.model)
-    sys.stdout.write("\n".join([*told, f"wrote {options.out / PAGE} and {plan.recipe.merged}", ""]))
+    verdicts = write_page(plan, _measure(plan.recipe.merged, plan, AFTER), before.model)
+    sys.stdout.write("\n".join([*verdicts, f"wrote {options.out / PAGE} and {plan.recipe.merged}", ""]))
     return 0
 
 
@@ -170,7 +170,7 @@ def prepare(options: argparse.Namespace) -> Plan:
         )
     if options.terms:
         own = replace(own, terms=options.terms)
-    if not options.resume:  # what is wrong is told before anything is rendered
+    if not options.resume:  # errors come before anything is rendered
         _recipe(options, base, own, None)
     old = rehearsal = None
     reasons = []
@@ -423,9 +423,9 @@ def verdicts_of(part: SetComparison, *, own: bool) -> list[str]:
         part: before and after.
         own: the set is the user's, where a loss is no forgetting.
     """
-    told = []
+    verdicts = []
     metrics = {metric.name: metric for metric in part.found.metrics}
-    for name in _TOLD:
+    for name in _LISTED:
         found = part.found.overall.get(name)
         if found is None or not found.count:
             continue
@@ -439,8 +439,8 @@ def verdicts_of(part: SetComparison, *, own: bool) -> list[str]:
             word = "slightly worse"
         ends = "" if math.isnan(found.low) else f", 95 % interval {found.low:+.2f} to {found.high:+.2f}"
         change = f"{found.first:.2f} → {found.second:.2f}: {word} ({found.difference:+.2f}{ends})"
-        told.append(f"{part.title} {name} {change}")
-    return told
+        verdicts.append(f"{part.title} {name} {change}")
+    return verdicts
 
 
 # --- the page and the card ------------------------------------------------------------------------------------------
@@ -455,7 +455,7 @@ def write_page(plan: Plan, after: SuiteResult, base: str) -> list[str]:
         base: name of the model it came from.
 
     Returns:
-        Sentences that tell what changed.
+        Sentences on what changed.
     """
     out = plan.recipe.folder
     found = compare_runs(open_run(out / "eval" / BEFORE), open_run(out / "eval" / AFTER))

@@ -1,4 +1,4 @@
-"""What all YAML files of settings share: reading one, ``${…}`` from the environment, and naming what was meant."""
+"""Shared by all YAML settings: read a file, expand ``${…}`` from the environment, suggest misspelled names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def expand(text: str, environment: Mapping[str, str], missing: Callable[[str], N
     Args:
         text: any text; what is no whole ``${…}`` stays.
         environment: values by name.
-        missing: told the name of a variable that is neither set nor has a default.
+        missing: called with the name of a variable that is neither set nor has a default.
         is_path: a variable that begins the text starts from the current folder.
     """
     parts: list[str] = []

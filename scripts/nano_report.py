@@ -89,7 +89,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 def blind_scores(
     train: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]], train_root: Path, root: Path
 ) -> dict[str, float]:
-    """What an image-free predictor reaches; masks are average masks, always painted."""
+    """What an image-free predictor reaches; masks are average masks, always drawn."""
     scores = blind_baseline(train, test)
     few = [record for record in train if record["task"] == "grounding"][:4000]
     linked = [
@@ -141,17 +141,17 @@ def score(record: Mapping[str, Any], answer: Answer, root: Path) -> list[tuple[s
         return [("false_masks", float(bool(answer.masks)))]
     scores = [("refused", float(not answer.masks))]
     for threshold in THRESHOLDS:
-        painted = [decode_rle(mask) for mask in answer.masks_at[f"{threshold:g}"]]
+        predicted = [decode_rle(mask) for mask in answer.masks_at[f"{threshold:g}"]]
         for number, target in enumerate(wanted):
-            found = painted[number] if number < len(painted) else np.zeros_like(target)
+            found = predicted[number] if number < len(predicted) else np.zeros_like(target)
             scores.append((f"dice@{threshold:g}", dice(found, target)))
     return scores
 
 
-def dice(painted: np.ndarray, target: np.ndarray) -> float:
+def dice(predicted: np.ndarray, target: np.ndarray) -> float:
     """Dice of two masks, bool [H, W]; 1 where both are empty."""
-    both = int(painted.sum()) + int(target.sum())
-    return 2 * int((painted & target).sum()) / both if both else 1.0
+    both = int(predicted.sum()) + int(target.sum())
+    return 2 * int((predicted & target).sum()) / both if both else 1.0
 
 
 def table(report: Mapping[str, Any]) -> str:

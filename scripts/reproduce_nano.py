@@ -2,7 +2,7 @@
 
     python scripts/reproduce_nano.py --runs runs --seeds 0 1 2 --steps 120 --jobs 2
 
-Every arm starts from the same network (``configs/nano/pretrain_claim.yaml``: it can tell modality and structures, and
+Every arm starts from the same network (``configs/nano/pretrain_claim.yaml``: it knows modalities and structures, and
 knows nothing of places, regions and masks) and its own seed's stage I, and then takes three times ``--steps`` optimiser
 steps in all:
 

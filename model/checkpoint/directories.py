@@ -1,4 +1,4 @@
-"""Where a checkpoint lies (a directory, a run folder, the local Hugging Face cache), and its config.json."""
+"""Resolve a checkpoint: a directory, a run folder or the local Hugging Face cache; read its config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load a checkpoint with one call, strictly, without holding its weights twice; and say what one holds."""
+"""Load a checkpoint strictly, with one copy of its weights in memory; describe one without its weights."""
 
 from __future__ import annotations
 

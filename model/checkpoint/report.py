@@ -1,4 +1,4 @@
-"""What loading a checkpoint found: readable, and an error unless everything fits."""
+"""Report of a checkpoint's loading: missing, unexpected and mis-shaped tensors, as text or as an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random changes of training pictures: one geometric change of a picture and its masks, then of its pixels."""
+"""Random augmentation of training images: one geometric transform of image and masks, then pixel transforms."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PRESETS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 _KEPT = 0.5  # share of a mask's area that a geometric change must leave inside the picture
 _STRENGTHS = (1.0, 0.5, 0.25)  # of the geometric change, tried in turn until every mask is kept; then there is none
-_PLACE_DEGREES, _PLACE_SHIFT = 5.0, 0.02  # most of a text that tells places
+_PLACE_DEGREES, _PLACE_SHIFT = 5.0, 0.02  # limit where the text names places
 _WHOLE_SCALE, _WHOLE_SHIFT = 0.1, 0.05  # most of a picture without a mask: what it shows has to stay in it
 _BLUR_SIDE = 336  # pixels of the side that the blur's strength is meant for
 _COLOR_SPREAD, _COLOR_SHARE = 10, 0.02  # a color picture: so many of its pixels have channels so far apart
@@ -68,7 +68,7 @@ class AugmentationConfig:
     """
 
     preset: Literal["none", "light", "strong"] = "none"
-    horizontal_flip: tuple[float, ...] = ()  # probability alone; never where the text tells places
+    horizontal_flip: tuple[float, ...] = ()  # probability alone; never where the text names places
     vertical_flip: tuple[float, ...] = ()  # probability alone; in no preset
     rotation: tuple[float, ...] = ()  # probability, degrees
     scale: tuple[float, ...] = ()  # probability, relative: 0.2 is from 1/1.2 to 1.2

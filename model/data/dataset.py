@@ -34,7 +34,7 @@ CACHE_AND_AUGMENTATION = (
     "augmentation changes pictures at every step, and data.feature_cache keeps features of unchanged ones; set "
     "augmentation.preset=none or leave data.feature_cache empty"
 )
-_TOLD_BY = ("kind", "about", "structure", "target")  # keys of a record that may tell of sides
+_NAMING_KEYS = ("kind", "about", "structure", "target")  # keys of a record that may name sides
 _LISTED = 20  # bad records named in the refusal; `medplib data check` names them all
 
 
@@ -47,8 +47,8 @@ class Encoder(Protocol):
 class UnusableRecords(MedPLIBError):
     """A data file with records that cannot be used; ``usable`` are the numbers and facts of the others."""
 
-    def __init__(self, told: str, usable: list[tuple[int, RecordFacts]]) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, usable: list[tuple[int, RecordFacts]]) -> None:
+        super().__init__(message)
         self.usable = usable
 
 
@@ -188,7 +188,7 @@ class MedPLIBDataset(Dataset):
 
     @contextmanager
     def _naming(self, index: int, sample: Sample) -> Iterator[None]:
-        """Errors inside tell which record they are about."""
+        """Add the record to errors raised inside."""
         try:
             yield
         except MedPLIBError as error:
@@ -318,9 +318,9 @@ def augmented(
     """A sample with its pictures, regions and masks changed at random, all by one geometric change.
 
     Args:
-        parts: the samples that it is put together from; what one of them tells of sides goes for all.
+        parts: the samples that it is put together from; sides named by one of them count for all.
     """
-    texts = [text for part in parts for text in (*(turn.text for turn in part.turns), *map(part.raw.get, _TOLD_BY))]
+    texts = [text for part in parts for text in (*(turn.text for turn in part.turns), *map(part.raw.get, _NAMING_KEYS))]
     images, moved = augment_pictures(
         loaded.images,
         (*loaded.regions, *loaded.masks),

@@ -1,4 +1,4 @@
-"""What frozen towers make of images, kept on disk: computed once an image, read ever after."""
+"""Feature cache: outputs of frozen towers on disk, one file an image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FeatureStore:
     An image is known by its path, size and time of change, so one that was changed is a new one.
 
     Args:
-        folder: whose name tells the tower's weights and the preprocessing.
+        folder: its name is a fingerprint of the tower's weights and the preprocessing.
         shape: of one image's features.
         dtype: of theirs.
     """
@@ -71,10 +71,10 @@ class FeatureStore:
         """
         file = self._file_of(image)
         partial = file.with_name(f".{file.stem}.{os.getpid()}.{threading.get_ident()}.partial")
-        told = {side: str(pixels) for side, pixels in zip(_SIDES, size, strict=True)}
+        metadata = {side: str(pixels) for side, pixels in zip(_SIDES, size, strict=True)}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({_NAME: features.detach().cpu().contiguous()}, partial, metadata=told)
+            save_file({_NAME: features.detach().cpu().contiguous()}, partial, metadata=metadata)
             partial.replace(file)
         except (SafetensorError, OSError) as error:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Several records about the same pictures as the turns of one conversation, put together while training."""
+"""Packing: several records about the same images become the turns of one training conversation."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def open_records(path: str | Path) -> Records:
         path: a JSON list of records, JSON lines (one record a line) or Parquet; UTF-8, byte-order mark allowed.
 
     Raises:
-        MedPLIBError: the file is absent, empty, of another form, or its records cannot be told apart.
+        MedPLIBError: the file is absent, empty, of another form, or its records cannot be separated.
     """
     path = Path(path)
     try:

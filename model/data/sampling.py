@@ -19,7 +19,7 @@ _MEGABATCH = 100  # global batches sorted by length together: enough for like le
 
 
 class Draw(int):
-    """A record's number that tells, too, how often the record was drawn before in the same epoch."""
+    """A record's number with how often the record was drawn before in the same epoch."""
 
     earlier: int = 0
 

@@ -1,4 +1,4 @@
-"""Everything wrong with a data file, found in one pass and told at once with record numbers."""
+"""Check a data file in one pass: all problems with record numbers."""
 
 from __future__ import annotations
 

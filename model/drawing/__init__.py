@@ -1,1 +1,1 @@
-"""Pages and charts that need nothing from anywhere else: HTML by construction, SVG inside it."""
+"""Self-contained HTML reports with inline SVG charts."""

@@ -1,4 +1,4 @@
-"""HTML by construction: whatever is not ``Markup`` already is escaped, so no text of a model can become a tag."""
+"""HTML elements with automatic escaping: only ``Markup`` is taken as it is."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def joined(parts: Iterable[object], separator: str = "") -> Markup:
 
 def quoted(value: str, longest: int = LONGEST_TEXT) -> Markup:
     """Text that a model or a data file wrote, made visible and harmless: cut to ``longest`` characters, unseen
-    characters (control, direction, lone halves of pairs) told by their numbers, runs of blanks shortened."""
+    characters (control, direction, lone halves of pairs) replaced by their numbers, runs of blanks shortened."""
     cut = value[: longest + 1]
     shown = _MANY_BLANKS.sub(lambda match: match[0][:2], cut)
     shown = "".join(c if c == "\n" or unicodedata.category(c) not in _UNSEEN else f"⟨U+{ord(c):04X}⟩" for c in shown)

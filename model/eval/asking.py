@@ -1,4 +1,4 @@
-"""A checkpoint opened for a run; questions go through its engine and come back as predictions, in their order."""
+"""Run questions of a data file through the engine of one checkpoint, in their order."""
 
 from __future__ import annotations
 

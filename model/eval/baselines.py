@@ -1,4 +1,4 @@
-"""What is reached without seeing an image: commonest answers, a blob in the middle, the average place of a target."""
+"""Baselines without the image: commonest answers, a centre blob, the mean position of a target."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Found = dict[tuple[str, str], list[float]]
 
 @dataclass
 class MaskBaseline:
-    """Masks that are painted without looking."""
+    """Masks that are drawn without looking."""
 
     name: str  # what it is called
     how: str  # how it was computed, in a sentence
@@ -57,7 +57,7 @@ class MaskBaseline:
 def blind_scores(item: DataSet, records: Iterable[Mapping[str, Any]], images: Path, scores: Scores) -> BlindScores:
     """What answers reach that are learned from ``item.blind`` and never see an image; empty where it names no file.
 
-    Accuracies by kind of question (``blind_baseline``) are averaged over the closed questions; masks painted from each
+    Accuracies by kind of question (``blind_baseline``) are averaged over the closed questions; masks drawn from each
     structure's average place (``position_prior_dice``) stand beside the mean Dice. A detailed set without training
     records takes the commonest answer of each kind among its own.
     """
@@ -121,7 +121,7 @@ def mask_baselines(answers: Path, train: Sequence[Path], images: Path) -> list[M
     """Centre blob and, where there are training records, position prior, both for each modality and structure.
 
     Args:
-        answers: predictions whose reference masks are painted.
+        answers: predictions whose reference masks are compared.
         train: record files with the masks that are learned from; empty: areas are those of the other patients.
         images: folder that the paths of ``train`` start from.
     """

@@ -110,8 +110,8 @@ def run(options: argparse.Namespace) -> None:
     table = print_published(options, published)
     print()
     print_standard(scores)
-    told = {"table": table, "open": published.open, "closed": published.closed}
-    write_json(options.json, {"predictions": options.pred, "published": told, "standard": scores.to_dict()})
+    published_values = {"table": table, "open": published.open, "closed": published.closed}
+    write_json(options.json, {"predictions": options.pred, "published": published_values, "standard": scores.to_dict()})
 
 
 def thresholds_in(path: str | Path) -> list[float] | None:

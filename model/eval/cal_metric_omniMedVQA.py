@@ -52,7 +52,7 @@ class PublishedAccuracy:
     def mean(self) -> float:
         """Mean of the modalities' accuracies, as the paper takes its overall scores (reference §11).
 
-        The recorded run cannot tell it from the accuracy of all questions: its modalities are equally large.
+        The recorded run does not separate it from the accuracy of all questions: its modalities are equally large.
         """
         return sum(sum(hits) / len(hits) for hits in self.hits.values()) / len(self.hits) if self.hits else 0.0
 
@@ -81,8 +81,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"open_cnt {published.open}\nclosed_cnt {published.closed}")
     print(f"{published.by_modality()}\nmean acc {published.mean()}\nNone\n")
     print_standard(scores)
-    told = {"modality": published.by_modality(), "mean acc": published.mean()}
-    write_json(options.json, {"predictions": options.pred, "published": told, "standard": scores.to_dict()})
+    published_values = {"modality": published.by_modality(), "mean acc": published.mean()}
+    write_json(options.json, {"predictions": options.pred, "published": published_values, "standard": scores.to_dict()})
 
 
 def read_modalities(root: Path) -> dict[str, str]:
@@ -110,7 +110,7 @@ def with_modality(rows: Iterable[Prediction], modalities: dict[str, str]) -> Ite
     """The rows with their images' modalities; paths are matched from their ends, wherever the data set lay.
 
     Raises:
-        MedPLIBError: images that no question file names; the first are told.
+        MedPLIBError: images that no question file names; the first are listed.
     """
     unknown: list[str] = []
     for row in rows:

@@ -48,7 +48,7 @@ def run_eval(options: argparse.Namespace) -> int:
     from model.eval.own_data import data_name, own_run_folder, own_suite
     from model.eval.processes import Place
     from model.eval.suite import is_suite, load_suite
-    from model.eval.suite_run import SuiteOptions, run_suite, told
+    from model.eval.suite_run import SuiteOptions, run_suite, summary_text
 
     environment = dict(os.environ)
     if options.data is not None:
@@ -84,7 +84,7 @@ def run_eval(options: argparse.Namespace) -> int:
     outcome = run_suite(chosen, place)
     if outcome.result is None:
         return 0
-    sys.stdout.write(f"{told(outcome.result)}\n\n")
+    sys.stdout.write(f"{summary_text(outcome.result)}\n\n")
     sys.stdout.writelines(f"wrote {path}\n" for path in outcome.files)
     if outcome.errors:
         several = f"{outcome.errors} questions could not be asked, the first because"
@@ -114,7 +114,7 @@ def _command(options: argparse.Namespace, out: Path) -> str:
 
 def add_compare_command(commands: argparse._SubParsersAction) -> None:
     """``medplib compare A B``."""
-    comparing = commands.add_parser("compare", help="tell whether two runs over the same questions differ")
+    comparing = commands.add_parser("compare", help="show whether two runs over the same questions differ")
     comparing.add_argument("first", type=Path, metavar="A", help="prediction file, or a folder of medplib eval")
     comparing.add_argument("second", type=Path, metavar="B", help="the same of the run whose gain is asked for")
     comparing.add_argument("--out", type=Path, metavar="DIR", help="for the page; runs/compare/A-and-B when absent")
@@ -125,7 +125,7 @@ def add_compare_command(commands: argparse._SubParsersAction) -> None:
 def run_compare(options: argparse.Namespace) -> int:
     """``medplib compare``."""
     from model.eval.compare import compare_runs, open_run
-    from model.eval.report_compare import as_json_text, told, write_comparison
+    from model.eval.report_compare import as_json_text, verdict_text, write_comparison
 
     first, second = open_run(options.first), open_run(options.second)
     found = compare_runs(first, second)
@@ -133,7 +133,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write(as_json_text(first, second, found))
         return 0
-    sys.stdout.write(f"{told(found)}\n\n")
+    sys.stdout.write(f"{verdict_text(found)}\n\n")
     sys.stdout.writelines(f"wrote {path}\n" for path in files)
     return 0
 

@@ -124,15 +124,15 @@ def open_run(path: Path) -> Run:
     files = sorted(file for file in (path / "predictions").glob("*.jsonl") if ".part-" not in file.name)
     if not files:
         raise MedPLIBError(f"{path} is no run; give a prediction file or a folder that medplib eval has written")
-    report, told = path / JSON_FILE, {}
+    report, reported = path / JSON_FILE, {}
     try:
         if report.is_file():  # a finished run; it says more of each set than the predictions
-            told = {str(entry["name"]): entry for entry in json.loads(report.read_text(encoding="utf-8"))["sets"]}
+            reported = {str(entry["name"]): entry for entry in json.loads(report.read_text(encoding="utf-8"))["sets"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MedPLIBError(
             f"{report} is no report of medplib eval ({error}); remove it or run the suite again"
         ) from error
-    sets = {file.stem: _file_set(file, told.get(file.stem, {})) for file in files}
+    sets = {file.stem: _file_set(file, reported.get(file.stem, {})) for file in files}
     first = next(read_predictions(files[0]), None)
     return Run(path, first.model_id if first else path.name, sets)
 
@@ -153,8 +153,8 @@ def compare_runs(first: Run, second: Run, *, samples: int = 1000, permutations: 
     if len(first.sets) == 1 and len(second.sets) == 1:  # files may have any names
         pairs = list(zip(first.sets.values(), second.sets.values(), strict=True))
     elif first.sets.keys() != second.sets.keys():
-        told = " and ".join(f"{run.path} has {', '.join(run.sets)}" for run in (first, second))
-        raise MedPLIBError(f"the runs are of different data sets: {told}; compare runs of the same sets, or two files")
+        sets = " and ".join(f"{run.path} has {', '.join(run.sets)}" for run in (first, second))
+        raise MedPLIBError(f"the runs are of different data sets: {sets}; compare runs of the same sets, or two files")
     return [_compare(*pair, samples, permutations) for pair in pairs]
 
 
@@ -219,9 +219,9 @@ def _answers(path: Path, keys: Mapping[RowKey, int]) -> dict[int, Prediction]:
 # --- where runs lie -------------------------------------------------------------------------------------------------
 
 
-def _file_set(path: Path, told: Mapping[str, Any] | None = None) -> RunSet:
+def _file_set(path: Path, reported: Mapping[str, Any] | None = None) -> RunSet:
     """What the file, the journal beside it and the report of its suite say."""
-    told = told or {}
+    reported = reported or {}
     thresholds: tuple[float, ...] = ()
     for row in read_predictions(path):
         if row.masks_at:
@@ -231,15 +231,15 @@ def _file_set(path: Path, told: Mapping[str, Any] | None = None) -> RunSet:
                 raise MedPLIBError(f"{path}, question {row.question_id}: {error}") from error
             break
     journal = read_journal(path) if journal_path(path).is_file() else None
-    images = told.get("images") or (journal.settings.get("images") if journal else None)
+    images = reported.get("images") or (journal.settings.get("images") if journal else None)
     questions = path.parent.parent / "questions" / path.name  # as medplib eval lays them out
     return RunSet(
         name=path.stem,
         answers=path,
-        thresholds=tuple(told.get("thresholds", thresholds)),
-        surface=bool(told.get("surface", False)),
-        headlines=tuple(told.get("headlines", ())),
+        thresholds=tuple(reported.get("thresholds", thresholds)),
+        surface=bool(reported.get("surface", False)),
+        headlines=tuple(reported.get("headlines", ())),
         images=Path(str(images)) if images else None,
         questions=questions if questions.is_file() else None,
-        title=str(told.get("title", "")),
+        title=str(reported.get("title", "")),
     )

@@ -1,4 +1,4 @@
-"""Everything a run over a data file is told, checked where no checkpoint is needed to see that it cannot be."""
+"""Options of a run over a data file, checked as far as that needs no checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class InferenceOptions:
     data: Path  # JSON, JSONL or Parquet file in the published format
     images: Path  # folder that the records' paths start from
     answers: Path  # file the predictions are written to
-    # CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
+    # CLIP directory, for published checkpoints whose configuration lacks CLIP's sizes.
     vision_tower: Path | None = None
     sam: Path | None = None  # SAM-Med2D file, for published checkpoints that hold no SAM weights
     answer_type: str | None = None  # label of every row; the record's own where None
@@ -45,7 +45,7 @@ class InferenceOptions:
     # mask thresholds in (0, 1): the first is that of ``masks``, all of them are written as ``masks_at``. The
     # checkpoint's own where there is none.
     thresholds: tuple[float, ...] = ()
-    # paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the published evaluation
+    # decode a mask for each grounding question, whether or not the answer says ``<SEG>``, as the published evaluation
     # does.
     always_mask: bool = False
     # probability of presence below which a mask is left empty; needs a checkpoint with a presence classifier.

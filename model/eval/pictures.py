@@ -71,8 +71,8 @@ class Pictures:
         drawn = f"{len(row.masks)} predicted" + (
             f" and {len(row.gt_masks)} reference" if row.gt_masks is not None else ""
         )
-        told = f"The image of question {row.question_id} with {drawn} outlines"
-        return element("img", src=data_uri(picture), alt=told, loading="lazy", decoding="async")
+        description = f"The image of question {row.question_id} with {drawn} outlines"
+        return element("img", src=data_uri(picture), alt=description, loading="lazy", decoding="async")
 
     def _pixels(self, path: str) -> np.ndarray | None:
         for name in (path, f"{path}.png"):  # some published records lack the suffix
@@ -178,7 +178,7 @@ def _masks(encodings: Any) -> list[np.ndarray]:
     for encoding in encodings:
         try:
             masks.append(decode_rle(encoding))
-        except (MedPLIBError, TypeError):  # a damaged mask is scored and told elsewhere; here it is not drawn
+        except (MedPLIBError, TypeError):  # a damaged mask is scored and reported elsewhere; here it is not drawn
             continue
     return masks
 

@@ -64,7 +64,7 @@ class Prediction:
 
     @property
     def key(self) -> Key:
-        """What tells one question from another: its record's id as text, and the turn of the conversation."""
+        """The identity of a question: its record's id as text, and the turn of the conversation."""
         return str(self.question_id), int(self.metadata.get("turn", 0))
 
     @property
@@ -128,7 +128,7 @@ def read_predictions(path: str | Path) -> Iterator[Prediction]:
     """The predictions of a file, one at a time; blank lines are passed over.
 
     Raises:
-        MedPLIBError: the file cannot be read, or a line is no prediction; told with its number.
+        MedPLIBError: the file cannot be read, or a line is no prediction; with its number.
     """
     path = Path(path)
     try:
@@ -279,17 +279,17 @@ def match_references(
     differing: list[str] = []
     moved: list[str] = []
     for place, prediction in enumerate(predictions):
-        told = _tell(prediction.key)
+        key = _key_text(prediction.key)
         if place < len(asked) and asked[place].key != prediction.key:
-            moved.append(told)
+            moved.append(key)
         if not waiting.get(prediction.key):
-            unknown.append(told)
+            unknown.append(key)
         elif (reference := waiting[prediction.key].popleft()).gt != prediction.gt:
-            differing.append(f"{told} has {prediction.gt!r:.40}, the data file {reference.gt!r:.40}")
+            differing.append(f"{key} has {prediction.gt!r:.40}, the data file {reference.gt!r:.40}")
         else:
             yield prediction, reference
     kinds = {
-        "without a prediction": [_tell(key) for key, left in waiting.items() for _ in left],
+        "without a prediction": [_key_text(key) for key, left in waiting.items() for _ in left],
         "predicted but not asked, or twice": unknown,
         "with another reference answer": differing,
     }
@@ -311,7 +311,7 @@ def named(found: Sequence[str], most: int = 5) -> str:
     return ", ".join(found[:most]) + (", …" if len(found) > most else "")
 
 
-def _tell(key: Key) -> str:
+def _key_text(key: Key) -> str:
     return f"{key[0]} turn {key[1]}" if key[1] else key[0]
 
 

@@ -1,4 +1,4 @@
-"""The processes of one launch, and the run files that they resume from: rank, shard, device, settings, progress."""
+"""Rank, shard, device and progress of one evaluation process, and the run files it resumes from."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _launch(one_machine: bool) -> str:
 
 
 def started(process: int) -> str:
-    """When a process of this machine began, in the kernel's clock ticks; empty where that cannot be told."""
+    """When a process of this machine began, in the kernel's clock ticks; empty where that is unknown."""
     try:
         return Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -118,7 +118,7 @@ def chunk(total: int, num_chunks: int, index: int) -> range:
 
 
 _FORMAT = 1
-_TOLD = 4  # differing settings named in a refusal
+_LISTED = 4  # differing settings named in a refusal
 
 State = Literal["running", "finished"]
 
@@ -159,10 +159,10 @@ class Journal:
         ours, theirs = _flat(settings), _flat(self.settings)
         names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
         if names:
-            told = [f"{name} was {theirs.get(name)!r:.60}, now {ours.get(name)!r:.60}" for name in names[:_TOLD]]
-            more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+            changes = [f"{name} was {theirs.get(name)!r:.60}, now {ours.get(name)!r:.60}" for name in names[:_LISTED]]
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             raise MedPLIBError(
-                f"{answers} belongs to a run with other settings: {'; '.join(told)}{more}; "
+                f"{answers} belongs to a run with other settings: {'; '.join(changes)}{more}; "
                 "run it with those, name another file, or start anew with --overwrite"
             )
 

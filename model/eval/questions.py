@@ -1,4 +1,4 @@
-"""Records of a data file → single questions with everything that asking and scoring them needs."""
+"""Records of a data file as single questions with all that inference and scoring need."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _set_facts(part: SetResult) -> dict[str, str]:
         "Source": item.source,
         "Licence of the data": item.licence,
         "Mask thresholds": ", ".join(f"{value:g}" for value in item.thresholds) if len(part.dice) else "",
-        "Masks": "painted for every request, said or not" if item.always_mask else "",
+        "Masks": "decoded for every request, said or not" if item.always_mask else "",
         "Prompt": "as in training" if item.prompt == "training" else "as in the published evaluation",
         "Answering took": f"{took:.1f} s, {part.questions / took:.1f} answers/s" if (took := part.seconds) else "",
     }

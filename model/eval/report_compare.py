@@ -40,7 +40,7 @@ def write_comparison(first: Run, second: Run, found: Sequence[SetComparison], fo
     ]
 
 
-def told(found: Sequence[SetComparison]) -> str:
+def verdict_text(found: Sequence[SetComparison]) -> str:
     """The headline differences and the number of changed answers, as text for a terminal."""
     parts = []
     for part in found:

@@ -1,4 +1,4 @@
-"""Answers of one data set → everything its report shows; the answers are streamed and never held."""
+"""Tables and examples of one data set's answers for the report; the answers are streamed."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ _KINDS = """
 errors         | Questions that could not be asked | The image or the record could not be used.
 wrong_closed   | Wrong closed answers              | The answer is not the reference, case and punctuation aside.
 unrelated_open | Open answers without a right word | No word of the reference is in the answer.
-refused        | Present targets without a mask    | The image holds what was asked for and the answer painted nothing.
-far_off        | Masks that lie elsewhere          | A mask was painted and its Dice with the reference is below 0.1.
-false_masks    | False masks                       | The image does not hold what was asked for, and it was painted.
+refused        | Present targets without a mask    | The image holds what was asked for and the answer has no mask.
+far_off        | Masks that lie elsewhere          | There is a mask, and its Dice with the reference is below 0.1.
+false_masks    | False masks                       | The image does not hold the target, and there is a mask.
 empty          | Empty answers                     | The model said nothing.
 cut_off        | Answers that did not end          | The longest length was reached before the answer's end.
 """
@@ -189,7 +189,7 @@ class SuiteResult:
     title: str  # of the suite
     about: str  # what the suite is for
     model: str  # name of the checkpoint
-    facts: Mapping[str, str]  # what else the header tells, in order
+    facts: Mapping[str, str]  # what else the header has, in order
     sets: Sequence[SetResult]  # results of the data sets
     command: str = ""  # that does it again
 
@@ -305,7 +305,7 @@ class RowScores:
             np.divide(column[f"{name}{at}"], count, out=np.full(len(count), np.nan), where=count > 0)
             for name in ("dice", "iou")
         )
-        self._painted = (column["seg"] > 0) & (column["error"] == 0)
+        self._drawn = (column["seg"] > 0) & (column["error"] == 0)
         self.clean = np.where(column["absent"] > 0, 1 - column[f"false_mask{at}"], np.nan)
 
     def column(self, what: str) -> np.ndarray:
@@ -329,10 +329,10 @@ class RowScores:
         )
 
     def places(self, which: str) -> list[int]:
-        """Places of the best, middle or worst answers that painted something, no two about one image."""
-        painted = np.flatnonzero(~np.isnan(self.dice) & self._painted)
-        ranked = painted[np.argsort(-self.dice[painted], kind="stable")]
-        if len(ranked) < 3 * PICTURED:  # too few to tell best from worst: all of them, once
+        """Places of the best, middle or worst answers with a mask, no two about one image."""
+        drawn = np.flatnonzero(~np.isnan(self.dice) & self._drawn)
+        ranked = drawn[np.argsort(-self.dice[drawn], kind="stable")]
+        if len(ranked) < 3 * PICTURED:  # too few to rank: all of them, once
             return [int(place) for place in ranked[: 3 * PICTURED]] if which == "best" else []
         if which == "middle":
             begin = len(ranked) // 2
@@ -445,7 +445,7 @@ def _false_masks(part: SetResult) -> Table:
     for group, found in sorted(known.items()):
         title = ABSENT_TITLES.get("picture" if group == UNNAMED else group, group)
         rows.append([title, found, found.count])
-    note = "Share of the questions about an absent target where anything was painted; lower is better."
+    note = "Share of the questions about an absent target with a mask; lower is better."
     return Table("False masks on absent targets", note, ["Why it is absent", "False masks", "n"], rows)
 
 

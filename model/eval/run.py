@@ -1,4 +1,4 @@
-"""One run over a data file: asked, resumed, joined from several processes, and reported."""
+"""Run over one data file: inference, resuming, merging of several processes, report."""
 
 from __future__ import annotations
 

@@ -60,14 +60,14 @@ class DataSet:
     licence: str  # of the data; "see the source" where it is not one licence
     source: str  # who made it and where it is described
     version: str  # of the data
-    obtain: str  # how to get the files and where to put them; told when they are not there
+    obtain: str  # how to get the files and where to put them; shown when they are absent
     title: str = ""  # for people; the name when absent
     about: str = ""  # a sentence or two on what it measures
     otherwise: tuple[Path, ...] = ()  # data files for where the first of ``records`` is not there
     layout: Layout = "medplib"  # of the files: the project's own, or that of a public set, which is rewritten
     # probabilities above which a pixel is in a mask; the first one makes the masks that are kept.
     thresholds: tuple[float, ...] = (0.1, 0.5)
-    # paint a mask for each grounding question, whether or not the answer says ``<SEG>``, as the published evaluation
+    # decode a mask for each grounding question, whether or not the answer says ``<SEG>``, as the published evaluation
     # does.
     always_mask: bool = False
     prompt: Prompt = "training"  # system text of the prompt: the training's, or the one of the published evaluation
@@ -138,7 +138,7 @@ def load_suite(name: str | Path, *, environment: Mapping[str, str] | None = None
         environment: variables to expand; the process's own by default.
 
     Raises:
-        MedPLIBError: there is no such suite, or it has problems, all of which are told.
+        MedPLIBError: there is no such suite, or it has problems, all of which are listed.
     """
     path = _find(str(name))
     problems: list[str] = []
@@ -149,8 +149,8 @@ def load_suite(name: str | Path, *, environment: Mapping[str, str] | None = None
     if suite is not None and not problems:
         problems += _problems_of(suite)
     if problems or suite is None:
-        told = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise MedPLIBError(f"the suite {path} has {told}: {'; '.join(problems)}")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise MedPLIBError(f"the suite {path} has {count}: {'; '.join(problems)}")
     sets = tuple(replace(item, title=item.title or item.name) for item in suite.sets)
     return replace(suite, title=suite.title or suite.name, sets=sets)
 

@@ -1,4 +1,4 @@
-"""A whole suite: ask every set, score the answers, write the report; goes on where an earlier run was stopped."""
+"""Run a suite: predict every set, score it, write the report; a stopped run is resumed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SuiteOptions:
     out: Path  # folder of the run
     device: str = "auto"  # ``auto``, ``cpu``, ``cuda`` or ``cuda:1``
     precision: str | None = None  # ``fp32`` or ``bf16``; as stored where None, but fp32 on a CPU
-    # CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
+    # CLIP directory, for published checkpoints whose configuration lacks CLIP's sizes.
     vision_tower: Path | None = None
     sam: Path | None = None  # SAM-Med2D file, for published checkpoints that hold no SAM weights
     batch_size: int = 8  # questions decoded together
@@ -66,7 +66,7 @@ def run_suite(options: SuiteOptions, place: Place | None = None, opener: Opener 
         opener: loads an engine; sets with the same prompt share one.
 
     Raises:
-        MedPLIBError: data is missing (told before anything is loaded), or the options do not fit the checkpoint or
+        MedPLIBError: data is missing (found before anything is loaded), or the options do not fit the checkpoint or
             the answers that are there.
     """
     place = place or Place.from_environment()
@@ -140,7 +140,7 @@ def _report(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, 
 
 
 def _facts(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, Outcome]]) -> dict[str, str]:
-    """What the header of the report tells."""
+    """Facts for the header of the report."""
     journal = read_journal(asked[0][2].answers)
     settings, about = (dict(journal.settings), dict(journal.about)) if journal else ({}, {})
     longest = sorted({item.max_new_tokens for item, _, _ in asked})
@@ -159,7 +159,7 @@ def _facts(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, O
     return facts
 
 
-def told(result: SuiteResult) -> str:
+def summary_text(result: SuiteResult) -> str:
     """The headline scores as text for a terminal, and all tables of a detailed set."""
     lines = [["set", "metric", "value", "95 % interval", "blind", "n"]]
     for part in result.sets:

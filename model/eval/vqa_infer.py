@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--always_mask",
         action="store_true",
-        help="paint a mask for each grounding question whether or not the answer says <SEG>, as the published "
+        help="decode a mask for each grounding question whether or not the answer says <SEG>, as the published "
         "--eval_seg did; without, such an answer scores 0",
     )
     add("--no_mask_below", type=float, metavar="P", help="leave masks of a lower presence empty")

@@ -1,4 +1,4 @@
-"""What a question gives back: text, masks and how long it took."""
+"""Result of a question: text, masks and timings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Mask:
         area_px: foreground pixels.
         area_mm2: the same in mm² where the file knows its spacing.
         presence: calibrated probability that the target is in the image, where the checkpoint has a classifier of it.
-        spoken: False where the answer has no ``<SEG>`` for it and it was painted because it was asked for in any case.
+        spoken: False where the answer has no ``<SEG>`` for it and ``Request.always_mask`` demands it.
         warning: where the question asked for something else; see ``Request.every_target``.
     """
 
@@ -95,7 +95,7 @@ class Answer:
         text: the answer.
         masks: in the order of their ``<SEG>`` in the text; see ``Request.always_mask`` for a text without any.
         timing: seconds by part.
-        finish: what ended it: the model itself, the length it may have, a stop text, or whoever asked.
+        finish: what ended it: the model itself, the length it may have, a stop text, or the caller.
         new_tokens: tokens generated, the end token not counted.
         masks_at: for each further threshold asked for, the masks' COCO run lengths.
         router_stats: for each mixture layer, the share of the tokens that each expert computed, if asked for.

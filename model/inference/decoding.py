@@ -1,4 +1,4 @@
-"""How passes are run: plainly, and those that only decode also by fused kernels, compiled, or as CUDA graphs.
+"""Execution of decoder passes: eager, fused Triton kernels, ``torch.compile``, or CUDA graphs.
 
 A graph is one launch for a whole pass, so the host is never what a token waits for. It fixes shapes: passes are
 captured for pairs of batch and length, lazily, and every pass takes the smallest pair that holds it. What changes from
@@ -108,7 +108,7 @@ class Decoding:
         """As ``DecoderRunner.run``, which does what cannot be done faster. ``logits`` last until the next pass.
 
         Whoever is observed has a plain pass besides: the states, and what is kept of them, are those of the fast one,
-        so that no request notices what another one wants to be told.
+        so that no request notices what another one observes.
         """
         if pieces or rows is None or not self.replays:
             return self.runner.run(pieces, rows, observe)
@@ -135,7 +135,7 @@ class Decoding:
         tokens, lengths = self._token_buffer[:batch], self._length_buffer[:batch]
         if not self.compiled:
             hidden = self._pass(tokens, lengths, length)
-        else:  # torch allows a function few shapes unless told that more are meant
+        else:  # torch compiles a function for few shapes unless more are announced
             limit = len(self._batches) * len(self._lengths) + 8
             with torch._dynamo.config.patch(recompile_limit=limit):
                 hidden = self._pass(tokens, lengths, length)

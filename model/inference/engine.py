@@ -1,6 +1,6 @@
 """The engine: many requests at once, each joining and leaving between steps, each answered as it would be alone.
 
-One step reads a bounded piece of the next prompt, decodes one token of every running request, and paints the masks of
+One step reads a bounded piece of the next prompt, decodes one token of every running request, and decodes the masks of
 the answers that became complete (``schedule.py``); this is the face: handing in, waiting, streaming, threads.
 """
 
@@ -115,7 +115,7 @@ class Engine:
         return kept
 
     def submit(self, request: Request, on_text: OnText | None = None) -> Ticket:
-        """Hand in a request; what is wrong with its image or region is told by the ticket.
+        """Hand in a request; an error in its image or region is raised by the ticket.
 
         Args:
             request: what to ask.
@@ -221,7 +221,7 @@ class Engine:
                     except NotFinite as error:
                         outcome = error
                     yield place, outcome
-        finally:  # whoever draws no more answers waits for none
+        finally:  # a caller that stops iterating waits for no more answers
             for *_, prepared in preparing:
                 prepared.cancel()
             for ticket in open_tickets:
@@ -255,7 +255,7 @@ class Engine:
         return self._schedule.busy
 
     def step(self) -> bool:
-        """Advance everything by one step; tells whether there is more to do.
+        """Advance everything by one step; True while there is more to do.
 
         An error of the machine (out of memory) is raised here and settles every ticket.
         """
@@ -307,7 +307,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception:  # noqa: BLE001 - its tickets have been told; what comes next may well succeed
+            except Exception:  # noqa: BLE001 - its tickets have the error; the next step may succeed
                 _log.exception("a step failed, and the requests in it were given up")
 
     def _check_room(self) -> None:
@@ -315,7 +315,7 @@ class Engine:
             raise EngineFull(f"{self.settings.waiting} requests are waiting already; ask again later")
 
     def _check_not_listening(self) -> None:
-        if self._stepper == threading.get_ident():  # the others' tokens would be heard in another order, or never
+        if self._stepper == threading.get_ident():  # the others' tokens would be appended in another order, or never
             raise MedPLIBError("an on_text may submit requests, but not wait for them; wait for the ticket elsewhere")
 
     def _check_open(self) -> None:

@@ -1,4 +1,4 @@
-"""A decoding pass by our own kernels: the arithmetic of ``DecoderRunner.decode``. Import it only where Triton is."""
+"""Decoding pass with Triton kernels, the arithmetic of ``DecoderRunner.decode``; needs Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an answer's tokens are chosen: settings of a request, and the choice itself, on the device and row by row."""
+"""Sampling: settings of a request, and the choice of the next tokens on the device, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that questions are asked about: read once, encoded once, and kept by their content within a bound."""
+"""Image cache: each image is read and encoded once and kept by its content, within a bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load a checkpoint to answer with: network, processor, and what calibration left beside them."""
+"""Load a checkpoint for inference: network, processor, and the presence classifier if it has one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_for_inference(
     Args:
         directory: the checkpoint, a finished run's folder, or a name in the local Hugging Face cache (``resolve``).
         device: where the model runs, such as ``cpu``, ``cuda`` or ``cuda:1``.
-        vision_tower: CLIP directory, for published checkpoints whose configuration does not tell CLIP's sizes.
+        vision_tower: CLIP directory, for published checkpoints whose configuration lacks CLIP's sizes.
         dtype: ``torch.float32`` or ``torch.bfloat16``; as stored when absent, but fp32 on a CPU.
         sam: SAM-Med2D file, for published checkpoints that hold no SAM weights.
         attention: of the decoder: ``sdpa``, ``eager`` or ``flash_attention_2`` (CUDA with flash-attn).

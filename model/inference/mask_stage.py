@@ -1,4 +1,4 @@
-"""Paint the masks of finished answers together: encode what was never segmented before, decode all, threshold."""
+"""Decode the masks of finished answers in batches: encode new images, decode, apply the threshold."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MaskJob:
         states: decoder states [D], one for each mask.
         labels: their names.
         spoken: whether the answer has a ``<SEG>`` for each.
-        masks: painted so far; ``masks_at`` for each further threshold their COCO run lengths.
+        masks: decoded so far; ``masks_at`` for each further threshold their COCO run lengths.
     """
 
     request: Request

@@ -1,4 +1,4 @@
-"""A picture people would rather look at: masks blended over the image, with contours and a legend; as PNG files."""
+"""Draw masks over an image: blended colors, contours and a legend; write PNG files."""
 
 from __future__ import annotations
 

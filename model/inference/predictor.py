@@ -1,4 +1,4 @@
-"""The stable face of the model: prepare an image once, ask it many things."""
+"""Predictor: prepare an image once, ask many questions about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a request to what the decoder reads: token ids, region grids, and which part other questions share."""
+"""Build the decoder's input of a request: token ids, region grids, and the prefix that questions share."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class QuantisedLinear(nn.Module):
         scale: bfloat16, what turns them into weights.
         bias: [N] in the model's type, or None.
         kernel: what multiplies few rows here; None where there is no such kernel.
-        has_lost_weights: tells what writes checkpoints that these weights are no longer those that were loaded.
+        has_lost_weights: shows writers of checkpoints that these weights are no longer those that were loaded.
     """
 
     has_lost_weights = True

@@ -1,4 +1,4 @@
-"""Prompts on their way into slots: who is read next, how far, and what of it another question need not read again."""
+"""Chunked prefill: order of the waiting prompts, size of the next piece, reuse of cached prefixes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class PromptReader:
         return chosen
 
     def advance(self, row: Running, piece: Piece) -> bool:
-        """Note that a piece was read; tells whether that was the whole prompt."""
+        """Note that a piece was read; True where that was the whole prompt."""
         shared = self._shared_tokens(row.prompt)
         if row.read < shared <= piece.end:
             self.prefixes.put(row.prompt.prefix_key, self.cache.take_prefix(piece.slot, shared))
@@ -77,7 +77,7 @@ class PromptReader:
         return row.read == row.prompt.length
 
     def seat(self, row: Running, slot: int) -> None:
-        """Move a prompt that was read into ``slot``; whoever is read there changes places with it."""
+        """Move a prompt that was read into ``slot``; the prompt that is read there takes its slot."""
         place = self.slots[row]
         other = next((other for other, held in self.slots.items() if held == slot), row)
         if other is not row:

@@ -46,8 +46,8 @@ class Request:
         thresholds: further thresholds, whose masks come as ``Answer.masks_at``.
         no_mask_below: a mask whose calibrated probability of presence is lower is left empty; 0..1.
             None is the threshold of the checkpoint's presence classifier, if it has one; 0 keeps every mask.
-        router_stats: tell which share of the tokens each expert computed (``Answer.router_stats``).
-        always_mask: where the answer has no ``<SEG>``, paint one mask all the same, from the state that the published
+        router_stats: report the share of the tokens that each expert computed (``Answer.router_stats``).
+        always_mask: where the answer has no ``<SEG>``, decode one mask all the same, from the state that the published
             evaluation takes then; its ``Mask.spoken`` is False.
         every_target: ask again for each target of a segmentation request that the answer neither masks nor refuses, and
             join the answers (``targets.JoinedAnswer``); not with ``router_stats``, ``always_mask`` or ``thresholds``.

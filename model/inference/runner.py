@@ -104,7 +104,7 @@ class DecoderRunner:
         Args:
             pieces: a slot's pieces follow one another; none is a slot of ``rows``.
             rows: what is decoded.
-            observe: tell which experts computed which token.
+            observe: report which experts computed which token.
         """
         decoded = 0 if rows is None else len(rows.tokens)
         ends = [decoded]  # of the rows and of each piece among the packed tokens

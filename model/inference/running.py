@@ -1,4 +1,4 @@
-"""One request while it is being answered: what it has said, whether that ends it, and how long each part took."""
+"""State of one running request: its tokens and text, its end, and the time of each part."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Running:
         launched: tokens whose computation was begun; those in ``ids`` are known already.
         finish: set when the answer is complete.
         seg_states: what each ``<SEG>`` was chosen from.
-        last_states: what the last two tokens were chosen from, kept where a mask is painted in any case.
-        text: said so far, kept where it is streamed or may be stopped; ``told`` is what was streamed of it.
+        last_states: what the last two tokens were chosen from, kept where a mask is decoded in any case.
+        text: so far, kept where it is streamed or may be stopped; ``streamed`` is what was sent of it.
         expert_counts: long [mixture layers, E], tokens per expert so far, if asked for.
     """
 
@@ -47,7 +47,7 @@ class Running:
     last_states: tuple[Tensor, ...] = ()
     finish: Finish | None = None
     text: str = ""
-    told: str = ""
+    streamed: str = ""
     expert_counts: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     submitted: float = field(default_factory=time.perf_counter)
@@ -65,7 +65,9 @@ class Running:
         counts = choices.sum(dim=1)
         self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
 
-    def hear(self, token: int, state: Tensor, end_ids: set[int], seg_id: int, processor: MedPLIBProcessor) -> None:
+    def append_token(
+        self, token: int, state: Tensor, end_ids: set[int], seg_id: int, processor: MedPLIBProcessor
+    ) -> None:
         """Take a token that was chosen from the state [D]; may complete the answer."""
         if self.finish is not None or self.ticket.cancelled:
             return
@@ -95,7 +97,7 @@ class Running:
     def _tell(self, on_text: OnText) -> None:
         """Stream the text, but for an end that may yet become a stop text and go.
 
-        Nor is a text told that says less than the last one: while the bytes of a rare character are incomplete, those
+        Nor is a text sent that is shorter than the last one: while the bytes of a rare character are incomplete, those
         before it cannot be read either.
         """
         text = self.text
@@ -104,8 +106,8 @@ class Running:
             beginnings = [stop[:length] for stop in stops for length in range(1, len(stop))]
             held_back = max((len(one) for one in beginnings if text.endswith(one)), default=0)
             text = text[: len(text) - held_back].rstrip()
-        if text != self.told and (self.finish is not None or text.startswith(self.told)):
-            self.told = text
+        if text != self.streamed and (self.finish is not None or text.startswith(self.streamed)):
+            self.streamed = text
             on_text(text)
 
     def final_text(self, processor: MedPLIBProcessor) -> str:
@@ -113,7 +115,7 @@ class Running:
         return self.text if self.finish == "stop" else processor.decode_text(self.ids)
 
     def mask_job(self, text: str) -> MaskJob:
-        """What is to be painted."""
+        """The masks to decode."""
         request = self.ticket.request
         unspoken = () if self.seg_states or self.finish == "cancelled" else self.last_states[:1]
         states = (unspoken or self.seg_states) if self.prompt.image is not None else ()

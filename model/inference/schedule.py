@@ -1,6 +1,6 @@
-"""What happens in a step: prompts are read, tokens decoded and heard, slots freed, masks painted.
+"""Continuous-batching scheduler: chunked prefill, one decode step, release of cache slots, mask decoding.
 
-Waiting → read (``reading.py``) → running → masks → ticket. Knows nothing of threads; whoever steps it does so one at a
+Waiting → prefill (``reading.py``) → running → masks → ticket. Knows nothing of threads; its caller makes one step at a
 time.
 """
 
@@ -285,7 +285,7 @@ class Schedule:
         if token < 0 and row.finish is None:
             self._fail(row)
         try:
-            row.hear(token, state, self._end_ids, self.model.config.seg_token_id, self.processor)
+            row.append_token(token, state, self._end_ids, self.model.config.seg_token_id, self.processor)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - what a caller's on_text raises, an exit too, is its trouble alone
@@ -319,7 +319,7 @@ class Schedule:
 
     def _finish(self) -> None:
         """Paint the masks of complete answers together and settle their tickets."""
-        rows = self._finished  # they stay there until they are settled: painting may fail
+        rows = self._finished  # they stay there until they are settled: mask decoding may fail
         if not rows:
             return
         start = time.perf_counter()
@@ -363,7 +363,7 @@ class Schedule:
         self.running, self._finished = [], []
         self._pending.clear()
         for row in rows:
-            row.finish = row.finish or "cancelled"  # a step in which a listener gave all up has more to hear
+            row.finish = row.finish or "cancelled"  # a step in which a listener cancelled all has more tokens to append
             row.ticket.settle(error)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Keys and values of the requests that are being answered: one fixed slot each.
+"""Key-value cache of the running requests: one fixed slot each.
 
 Requests in decoding always fill the first slots, so a step reads a plain slice and never gathers; prompts are read into
 the slots beyond. What a slot needs is allocated once: memory has a bound that can be stated before the first request

@@ -1,4 +1,4 @@
-"""MedPLIB: read an image, answer in text, paint a mask where the answer says ``<SEG>`` (arXiv 2412.09278)."""
+"""MedPLIB: image in, text out, and a mask where the text has ``<SEG>`` (arXiv 2412.09278)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the network's passes return, and what its parts hand to one another."""
+"""Outputs of the network's passes and of its parts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MedPLIBOutput(ModelOutput):
         router_stats: per mixture layer, what its router did.
         projector_stats: what the projector's router did with the tokens of images; None for a dense projector.
         plan: where the tokens of ``input_ids`` stand in the grown sequence; None in a decoding step.
-        row_losses: the losses of single rows and masks, for whoever sorts them; None without labels.
+        row_losses: the losses of single rows and masks, for reports by kind; None without labels.
     """
 
     loss: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""A pointed-at region of an image becomes one embedding (reference §1, §3).
+"""Region adapter: one embedding of a region of an image (reference §1, §3).
 
 A region is a 0/1 mask over the image's patches; its set cells are points. The published adapter averages projected
 features at those points; the geometric sampler relates the points to their neighbours first.

@@ -1,4 +1,4 @@
-"""Where text, image and region embeddings land in one sequence.
+"""Splice text, image and region embeddings into one sequence.
 
 ``input_ids`` hold a placeholder for each image (it grows to that image's visual tokens) and each region (one
 embedding). A ``SplicePlan`` says, for every token of every row, where it starts in the grown sequence.
@@ -126,7 +126,7 @@ def position_kinds(plan: SplicePlan, input_ids: torch.Tensor, labels: torch.Tens
     Args:
         plan: where the tokens stand.
         input_ids: long [B, T] with placeholders.
-        labels: long [B, T]; only a supervised ``<SEG>`` is painted.
+        labels: long [B, T]; only a supervised ``<SEG>`` gets a mask.
         seg_token_id: of ``<SEG>``.
     """
     text, image, region, seg = range(len(POSITION_KINDS))

@@ -147,7 +147,7 @@ def _check_all(given: Sequence[torch.Tensor], samples: Sequence[EncodedSample]) 
 def _distinct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Images that differ, and for each image given the place of its equal; all of them and None where none repeats.
 
-    Equal pixels tell equal images, whatever files they came from; sums are compared first, so few pixels are.
+    Images of equal pixels are equal, whatever files they came from; sums are compared first, so few pixels are.
     """
     kept: list[int] = []
     index: list[int] = []

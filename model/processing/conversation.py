@@ -85,7 +85,7 @@ def parse_prompt(prompt: str) -> list[Turn]:
     """The turns of a prompt as ``render`` writes it with any chat template; the last one is the question to answer.
 
     Rendered again, they give the same prompt. The question to answer may write out ``USER:`` and ``ASSISTANT:`` itself.
-    In an earlier turn an ``ASSISTANT:`` that is part of the text cannot be told from the one where the answer begins;
+    In an earlier turn an ``ASSISTANT:`` that is part of the text looks like the one where the answer begins;
     the last one is taken for that.
 
     Args:
@@ -100,9 +100,9 @@ def parse_prompt(prompt: str) -> list[Turn]:
     whole = _images_unwrapped(prompt)
     if not (talk.startswith(_ASKING) and talk[len(_ASKING) :].endswith(_ANSWERING)):
         return [Turn("human", whole)]
-    *told, last = _NEXT_ROUND.split(talk[len(_ASKING) : -len(_ANSWERING)])
+    *earlier, last = _NEXT_ROUND.split(talk[len(_ASKING) : -len(_ANSWERING)])
     turns = []
-    for text in told:
+    for text in earlier:
         asked, opened, answer = text.rpartition(_ANSWERING)
         if not opened:
             return [Turn("human", whole)]

@@ -1,4 +1,4 @@
-"""One object between files and network: text, images, regions and masks to tensors, and answers back to text."""
+"""Processor: text, images, regions and masks to tensors, and token ids back to text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of our own that a text may hold, and those that the tokenizer keeps whole (reference §2)."""
+"""Markers in texts, and special tokens of the tokenizer (reference §2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may speak to a server, and which workers a controller may speak to.
+"""API keys of a server, and the worker addresses that a controller may connect to.
 
 A key is a shared secret in ``Authorization: Bearer KEY``, compared in constant time. A worker is reached only at
 addresses that were checked when it registered: its name is resolved once, every address it stands for has to be on

@@ -279,7 +279,7 @@ def run_chat(
 
 
 def _turn(chat: Chat, line: str, person: bool) -> bool:
-    """One question or command; tells whether it went well."""
+    """Run one question or command; False after an error."""
     try:
         if line.startswith("/"):
             chat.obey(line)

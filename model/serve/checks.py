@@ -1,4 +1,4 @@
-"""What can be told before a model is loaded: whether it is there, and whether it fits the memory."""
+"""Checks before a model is loaded: whether it exists, and whether it fits the memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Stored:
 
 
 def check_checkpoint(directory: Path, base: Path | None = None) -> Stored:
-    """What its configuration tells of a checkpoint; the weights are not read.
+    """Facts of a checkpoint from its configuration; the weights are not read.
 
     Args:
         directory: the checkpoint, or a LoRA.
@@ -60,7 +60,7 @@ def check_checkpoint(directory: Path, base: Path | None = None) -> Stored:
 
 
 def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None = None, bits: int = 16) -> None:
-    """Whether the workers fit the memory that is free now; what cannot be told is left to them.
+    """Whether the workers fit the memory that is free now; what is unknown is left to them.
 
     Args:
         weights: of their checkpoint.
@@ -87,7 +87,7 @@ def check_memory(weights: Stored, devices: Sequence[str], *, dtype: str | None =
 
 
 def free_memory() -> int | None:
-    """Bytes that this machine, or the container it is, can still give; None where that is not told."""
+    """Bytes that this machine, or the container it is, can still give; None where that is unknown."""
     found = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -99,14 +99,14 @@ def free_memory() -> int | None:
 
 
 def _free_gpu_memory(device: str) -> int | None:
-    """Free bytes of a GPU by nvidia-smi; None where it cannot be told, or not which GPU is meant."""
+    """Free bytes of a GPU by nvidia-smi; None where it is unknown, or which GPU is meant."""
     program = shutil.which("nvidia-smi")
     if program is None or device == "auto" or os.environ.get("CUDA_VISIBLE_DEVICES"):
         return None
     number = device.partition(":")[2] or "0"
     command = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={number}"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        return int(told.strip()) * 2**20
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return int(printed.strip()) * 2**20
     except (OSError, ValueError, subprocess.SubprocessError):
         return None

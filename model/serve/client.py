@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
 ASK_SECONDS = 20.0
 SILENCE_SECONDS = 300.0
-"""An answer of which nothing was heard for so long is given up; workers have shorter limits of their own."""
+"""An answer that sends nothing for so long is given up; workers have shorter limits of their own."""
 
 
 class AnswerFailed(MedPLIBError):
@@ -99,7 +99,7 @@ class ControllerClient:
 class AnswerStream(Iterator[Chunk]):
     """Chunks of one answer, on a connection of their own.
 
-    ``close`` may be called from any thread at any time: the connection is closed, so whoever generates the answer
+    ``close`` may be called from any thread at any time: the connection is closed, so the generator of the answer
     learns that nobody waits for it, and the iteration ends.
     """
 
@@ -135,7 +135,7 @@ class AnswerStream(Iterator[Chunk]):
         if self.closed:
             return
         body = request.model_dump(exclude_none=True)
-        reader, heard = ChunkReader(), False
+        reader, received = ChunkReader(), False
         try:
             with told_errors(address), _connection(headers, silence) as client:
                 watched = client.stream("POST", address, json=body, extensions={"trace": self._watch})
@@ -143,7 +143,7 @@ class AnswerStream(Iterator[Chunk]):
                     check_status(response, address)
                     for data in response.iter_raw():
                         for chunk in reader.feed(data):
-                            heard = True
+                            received = True
                             if chunk.error_code:
                                 raise AnswerFailed(chunk.text, ErrorCode(chunk.error_code))
                             yield chunk
@@ -151,7 +151,7 @@ class AnswerStream(Iterator[Chunk]):
             if self.closed:
                 return
             raise
-        if not heard and not self.closed:
+        if not received and not self.closed:
             raise AnswerFailed("the answer ended before it began; ask again")
 
     def _watch(self, event: str, info: dict[str, Any]) -> None:

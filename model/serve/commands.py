@@ -1,4 +1,4 @@
-"""``medplib serve``: its flags, and what they come to."""
+"""``medplib serve``: flags and settings."""
 
 from __future__ import annotations
 

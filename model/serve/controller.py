@@ -148,7 +148,7 @@ class Controller:
     async def stop(self) -> None:
         """Take nothing new, and end within the grace time what is under way."""
         self._stopping = True
-        self.forwarder.stop(max(0.0, self.settings.grace - 1))  # a second to tell the clients
+        self.forwarder.stop(max(0.0, self.settings.grace - 1))  # a second to notify the clients
 
     # --- workers --------------------------------------------------------------------------------------------------
 
@@ -197,10 +197,10 @@ class Controller:
             self.registry.update(name, await self.caller.status(worker.address))
         except (Refusal, MedPLIBError) as error:
             if isinstance(error, Refusal) and error.code == ErrorCode.TIMEOUT:
-                return  # busy perhaps; its heartbeats tell whether it lives
+                return  # busy perhaps; its heartbeats show whether it is alive
             if worker.check_heart_beat:
                 self.registry.report_failure(name)
-            else:  # nothing else would tell that it is gone
+            else:  # nothing else would show that it is gone
                 self.registry.remove(name, str(error))
 
     async def list_models(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Errors as answers over HTTP: one shape for whatever goes wrong, always with a sentence.
+"""HTTP error replies: one JSON form with a sentence for every error.
 
 ``{"error": sentence, "error_code": n}``; under ``/v1/`` the object that clients of OpenAI's API read.
 """
@@ -65,7 +65,7 @@ class Refusal(Exception):
         self.status, self.name = status or code.http_status, name or code.name.lower()
 
     def body(self, path: str) -> dict[str, Any]:
-        """The JSON object that tells it to who asked at ``path``."""
+        """The JSON body of an error reply to a request for ``path``."""
         if not path.startswith("/v1/"):
             return {"error": self.sentence, "error_code": int(self.code)}
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -116,9 +116,9 @@ def validation_sentence(error: RequestValidationError) -> str:
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Have an application tell every error in the one shape."""
+    """Make an application answer every error in the same form."""
 
-    async def tell(request: Request, error: Exception) -> Response:
+    async def reply(request: Request, error: Exception) -> Response:
         path = request.scope["path"]
         match error:
             case ClientDisconnect():
@@ -145,4 +145,4 @@ def answer_errors(app: FastAPI) -> None:
         return response
 
     for kind in (ClientDisconnect, Refusal, MedPLIBError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, tell)
+        app.add_exception_handler(kind, reply)

@@ -141,9 +141,11 @@ class WorkerCaller:
                     await response.aclose()
         except (TimeoutError, httpx.TimeoutException) as error:
             seconds = f"{self.settings.status_timeout:g} s"
-            raise Refusal(ErrorCode.TIMEOUT, f"{where} does not tell its status within {seconds}; try later") from error
+            raise Refusal(
+                ErrorCode.TIMEOUT, f"{where} does not report its status within {seconds}; try later"
+            ) from error
         except (httpx.TransportError, ValueError) as error:
-            sentence = f"{where} does not tell its status; is it running, and with the same key?"
+            sentence = f"{where} does not report its status; is it running, and with the same key?"
             raise Refusal(ErrorCode.BAD_INPUT, sentence) from error
 
 
@@ -161,7 +163,7 @@ class _Fault(Exception):
     """What went wrong with one worker.
 
     Args:
-        error: what the client is told, should nobody else answer.
+        error: reply to the client, should no other worker answer.
         counts: whether it speaks against the worker.
     """
 
@@ -175,7 +177,7 @@ class Forwarder:
 
     Args:
         registry: the workers.
-        caller: how they are spoken to.
+        caller: the client that connects to them.
         metrics: what happens is counted there.
     """
 
@@ -395,7 +397,7 @@ class _WholeChunks:
 
 
 class _Head(Message):
-    """As much of a chunk as tells whether it is one; its masks are not looked at."""
+    """The part of a chunk that shows whether it is one; its masks are not read."""
 
     text: str
     error_code: int = 0

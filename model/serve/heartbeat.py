@@ -1,4 +1,4 @@
-"""A worker's word to its controller: that it is there, what it can do, and every few seconds that it still is.
+"""Registration of a worker at its controller, and its heartbeat every few seconds.
 
 The controller may come later, go away and come back without its memory: the worker keeps trying and registers anew. It
 is a task of the event loop, and nothing that the worker computes delays it.
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Registration:
-    """Whom a worker tells that it is there.
+    """The controllers that a worker registers with.
 
     Attributes:
         controller: address of the controller, ``http(s)://host:port``.
@@ -83,7 +83,7 @@ class Heart:
             await self._client.aclose()
 
     async def announce(self) -> bool:
-        """Tell the controller the worker's state at once, as when it begins to drain; whether it heard."""
+        """Send the worker's state at once, as when it begins to drain; whether the controller has received it."""
         return await self._reach(self._register)
 
     async def _reach(self, step: Callable[[], Awaitable[None]]) -> bool:

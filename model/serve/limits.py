@@ -1,4 +1,4 @@
-"""What a request may cost, checked before anything is decoded; and the only ways in which a request's data is opened.
+"""Request limits, checked before anything is decoded, and the functions that open a request's data.
 
 Nothing that a client sends is ever taken for a path or an address: images come as bytes in base64, regions as bytes,
 run lengths or rows. A program that answers over HTTP puts ``BodyLimit`` in front of everything else.
@@ -227,7 +227,7 @@ def safe_file_name(name: str, default: str = "file") -> str:
     """
     last = re.split(r"[/\\]", unicodedata.normalize("NFC", str(name)))[-1]
     kept = re.sub(r"[^\w.-]+", "_", last).lstrip("._-").rstrip("._ ")
-    if len(kept) > _MAX_NAME:  # the ending tells what it is
+    if len(kept) > _MAX_NAME:  # the suffix is the file's type
         stem, dot, ending = kept.rpartition(".")
         ending = f".{ending[:16]}" if dot else ""
         kept = (stem or kept)[: _MAX_NAME - len(ending)] + ending
@@ -239,7 +239,7 @@ def safe_file_name(name: str, default: str = "file") -> str:
 class BodyLimit:
     """ASGI middleware: no request's body is longer, stays away longer, or is kept beside more others than this.
 
-    Answers 413, 408 and 429 with a sentence; a body whose length is told and too large is not read at all.
+    Answers 413, 408 and 429 with a sentence; a body whose declared length is too large is not read at all.
 
     Args:
         app: the program behind it.
@@ -323,5 +323,5 @@ class BodyLimit:
 
 def _told_length(scope: Scope) -> int:
     """What ``Content-Length`` says; 0 where it says nothing that can be read."""
-    told = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
-    return int(told) if told.isdigit() and len(told) < 20 else 0
+    declared = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
+    return int(declared) if declared.isdigit() and len(declared) < 20 else 0

@@ -1,6 +1,6 @@
 """A worker: ``python -m model.serve.model_worker --model-path DIR``; its flags, and how it starts and stops.
 
-What is wrong is told in one sentence and exit code 2, as far as possible before anything heavy is imported or loaded.
+A user's error is one sentence and exit code 2, as far as possible before anything heavy is imported or loaded.
 The application itself is in ``worker_app.py``.
 """
 
@@ -205,14 +205,14 @@ def _own_address(options: argparse.Namespace, controller: str) -> str:
         return normal_name(f"http://{host}:{options.port}")
     if not is_loopback(urlsplit(controller).hostname or ""):
         raise MedPLIBError(
-            f"--host {options.host} tells the controller no address; give the one at which it reaches this worker with "
+            f"--host {options.host} gives the controller no address; give the one at which it reaches this worker with "
             f"--worker http://HOST:{options.port}"
         )
     return f"http://localhost:{options.port}"
 
 
 def _check_model(options: argparse.Namespace) -> tuple[Path, str]:
-    """Where the model is and where it goes, as far as that can be told at once.
+    """Where the model is and where it goes, as far as that can be checked at once.
 
     Raises:
         MedPLIBError: flags contradict each other, or there is nothing at a path.

@@ -260,8 +260,10 @@ def _conversation(messages: Sequence[AskMessage], limits: ServeLimits) -> list[_
     for message in messages:
         if message.role != "user" and any(isinstance(part, ImagePart) for part in _parts(message)):
             raise RefusedField("messages", f"a message of the {message.role} holds an image; put it into the user's")
-    spoken = [message for message in messages if message.role in ("user", "assistant")]
-    said = [_merge(role == "user", list(several)) for role, several in groupby(spoken, lambda message: message.role)]
+    conversation = [message for message in messages if message.role in ("user", "assistant")]
+    said = [
+        _merge(role == "user", list(several)) for role, several in groupby(conversation, lambda message: message.role)
+    ]
     if said and not said[0].asked:  # a greeting
         del said[0]
     if not said or not said[-1].asked:
@@ -366,7 +368,7 @@ async def newest(stream: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
                 break
     finally:
         reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)  # whoever asked for the next chunk was told
+        await asyncio.gather(reading, return_exceptions=True)  # the reader of the next chunk has the error
 
 
 async def _last(first: Chunk, chunks: AsyncGenerator[Chunk]) -> Chunk:

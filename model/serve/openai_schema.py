@@ -37,7 +37,7 @@ class _Model(BaseModel):
 
 
 class _Ours(BaseModel):
-    """Part of our own extension, where a misspelt name is told."""
+    """Part of our own extension, where a misspelt name is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -134,7 +134,7 @@ class AskMessage(_Model):
 
 
 class StreamOptions(_Model):
-    """What a stream tells besides the answer."""
+    """Options of a stream."""
 
     include_usage: Flag = Field(default=False, description="end with a chunk that counts tokens")
 

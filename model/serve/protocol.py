@@ -1,4 +1,4 @@
-"""What controller, workers and clients say to each other: the messages of LLaVA and FastChat, and ours beside them.
+"""Messages between controller, workers and clients: those of LLaVA and FastChat, and additions.
 
 Requests are JSON. An answer is a stream of JSON objects, each ended by a NUL byte; each holds the whole text so far,
 and the last one the masks (reference §10). A field that the published programs do not know is optional everywhere.

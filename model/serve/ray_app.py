@@ -1,4 +1,4 @@
-"""The same engine as a Ray Serve application, where a cluster is to start and stop replicas by load.
+"""The engine as a Ray Serve application, for clusters that scale replicas with the load.
 
     RAY_USAGE_STATS_ENABLED=0 serve run model.serve.ray_app:build_app model=DIR num_gpus=1 max_replicas=8
 

@@ -1,4 +1,4 @@
-"""The workers a controller knows: who they are, how busy, how trustworthy, and which one a request goes to.
+"""Registry of a controller's workers: state, load, failures, and the choice of a worker for a request.
 
 Everything runs on one event loop and nothing here waits, so there are no locks. The state is small and lost with the
 process on purpose: a worker whose heartbeat is answered by ``{"exist": false}`` registers anew.
@@ -58,7 +58,7 @@ class Worker:
         address: its name and where it is reached.
         status: what it said of itself last.
         check_heart_beat: whether silence makes it forgotten.
-        seen: when it was heard last.
+        seen: time of the last heartbeat.
         drained: somebody asked to send it nothing new.
         running: requests of ours that it has now.
         sent, ended: requests of ours since its last heartbeat.
@@ -200,7 +200,7 @@ class Registry:
             worker = self._random.choice([w for w in fit if w.load == least])
         worker.sent += 1
         worker.running += 1
-        if worker.closed_until:  # the one trial; the next one after another while, should nothing be heard of it
+        if worker.closed_until:  # the one trial; the next one after another while, should no heartbeat come
             worker.closed_until = self._clock() + self.settings.cool_down
         return worker.address.name
 
@@ -249,7 +249,7 @@ class Registry:
         if worker := self._workers.get(name):
             worker.closed_until = self._clock() + self.settings.cool_down
 
-    # --- telling --------------------------------------------------------------------------------------------------
+    # --- status ---------------------------------------------------------------------------------------------------
 
     def fit_workers(self) -> int:
         """Workers that would be sent something now."""

@@ -1,4 +1,4 @@
-"""What all servers share: ports, signals, host names, sub-paths, counters, and clients that leave.
+"""Shared by all servers: ports, signals, host names, sub-paths, counters, disconnected clients.
 
 A port is looked at before anything heavy is loaded. The first SIGTERM or Ctrl-C lets what is under way end within a
 grace time; the second one stops at once. Either way the process ends with 0: stopping a server is no failure.

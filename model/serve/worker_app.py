@@ -1,7 +1,7 @@
 """A worker as an ASGI application: one engine behind HTTP.
 
 It speaks LLaVA's and FastChat's protocol (``protocol.py``). What fails before the answer begins is a status and a
-sentence; after that it is a last chunk. Requests wait in a queue with an end, and whoever leaves frees his place.
+sentence; after that it is a last chunk. The queue is bounded, and a client that leaves frees its place.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class WorkerSettings:
         max_held_bytes: of decoded pictures and regions of all requests.
         key: secret that the controller shows; without one only programs of this machine are answered.
         registration: with whom it registers; None for nobody.
-        grace: seconds that answers under way may take once it is told to stop.
+        grace: seconds that answers under way may take after a request to stop.
         stall_seconds: without a step of the engine, after which it is taken to be stuck.
         log_conversations: whether questions and answers are logged.
         conversation_turns: questions of a conversation that the model was trained on.
@@ -91,7 +91,7 @@ class WorkerMetrics(Metrics):
         self.first_token = self.histogram("worker_first_token_seconds", "Time to the first token")
         self.duration = self.histogram("worker_answer_seconds", "Time of whole answers")
         self.tokens = self.counter("worker_tokens", "Tokens generated")
-        self.masks = self.counter("worker_masks", "Masks painted")
+        self.masks = self.counter("worker_masks", "Masks decoded")
 
 
 class Worker:
@@ -152,7 +152,7 @@ class Worker:
             _log.warning("%d requests did not end within %g s and are given up", self.active, self.settings.grace)
             await self.loop.close()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):  # to tell the clients
+                async with asyncio.timeout(5):  # to notify the clients
                     await self._idle.wait()
         await draining
 
@@ -263,7 +263,7 @@ class Worker:
                             self.answered += 1
                             metrics.tokens.inc(answer.new_tokens)
                             metrics.masks.inc(len(answer.masks))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client hears of it
+        except Exception as error:  # noqa: BLE001 - the client gets any failure
             match error:
                 case Refusal():
                     refusal = error

@@ -1,4 +1,4 @@
-"""The model of a worker: whether it is there and fits the memory, told before its weights are read; then the engine."""
+"""Load a worker's model: check that it exists and fits the memory before its weights are read."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def needed_bytes(
 
 
 def describe_engine(engine: Engine, choice: ModelChoice) -> dict[str, Any]:
-    """What a worker tells about its model."""
+    """A worker's description of its model."""
     return {
         "checkpoint": checkpoint_name(choice.directory),
         "device": str(engine.model.device),

@@ -1,4 +1,4 @@
-"""The engine's thread on one side, the event loop on the other: answers stream across, and neither waits for the other.
+"""Engine thread and event loop of a worker; answers stream from one to the other without blocking either.
 
 The engine leaves its newest text behind and goes on; the event loop takes that. A slow client therefore gets fewer,
 longer pieces, and costs the engine and the memory nothing.
@@ -57,7 +57,7 @@ class EngineLoop:
         if stuck := self.stuck():
             return stuck
         if self._failures >= _BROKEN_AFTER:
-            return f"the engine failed {self._failures} times in a row; start the worker anew, its log tells why"
+            return f"the engine failed {self._failures} times in a row; start the worker again, its log has the reason"
         return ""
 
     def stuck(self) -> str:
@@ -104,15 +104,15 @@ class EngineLoop:
             self._give_up(handing_in)
             raise
         try:
-            told = ""
+            sent = ""
             while not ticket.done():
                 try:
                     async with asyncio.timeout_at(begun + timeout):
                         text = await stream.news()
                 except TimeoutError:
                     raise _too_late(timeout) from None
-                if text != told:
-                    told = text
+                if text != sent:
+                    sent = text
                     yield text
             answer = self._outcome(ticket)
             self._pauses.append(loop.time() - self._last_end)
@@ -133,7 +133,7 @@ class EngineLoop:
 
     def _submit(self, request: Request, stream: _Stream) -> Ticket:
         try:
-            ticket = self.engine.submit(request, stream.hear)
+            ticket = self.engine.submit(request, stream.update)
         except EngineFull as error:
             raise Refusal(ErrorCode.BUSY, str(error), self.retry_after(self.count("waiting", "running"))) from error
         except MedPLIBError:
@@ -178,7 +178,7 @@ class EngineLoop:
         return answer
 
     def _failed(self, error: Exception) -> Refusal:
-        """What clients are told of a failure of the machine; one failure may be that of many requests."""
+        """Error for the clients after a failure of the machine, which may be that of many requests."""
         if error is not self._last_failure:
             self._failures += 1
             _log.error("the engine failed (%s)", type(error).__name__, exc_info=error)
@@ -195,7 +195,7 @@ class _Stream:
         self._text = ""
         self._called = False
 
-    def hear(self, text: str) -> None:
+    def update(self, text: str) -> None:
         """Leave a text; for the engine's thread."""
         self._text = text
         if not self._called:  # the call that is under way will find this text

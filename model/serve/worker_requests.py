@@ -1,4 +1,4 @@
-"""What a client sends → what the engine is asked; what the engine says → what the client reads.
+"""Conversion of a worker's requests and replies: HTTP messages to engine requests, answers to chunks.
 
 Everything here may take long (pictures are decoded, masks are encoded) and is run outside the event loop. Nothing here
 computes with torch: the engine's thread alone does.
@@ -60,7 +60,7 @@ def read_request(body: bytes, model_names: Sequence[str], limits: ServeLimits) -
     """
     try:
         message = GenerateRequest.model_validate_json(body)
-    except ValidationError as error:  # what was in it is not told
+    except ValidationError as error:  # its content is not repeated
         raise MedPLIBError(validation_sentence(RequestValidationError(error.errors(include_input=False)))) from None
     if message.model and message.model not in model_names:
         raise MedPLIBError(f"there is no model {message.model!a:.60} here; there is {', '.join(model_names)}")

@@ -1,4 +1,4 @@
-"""Which records are drawn how often: shares by file, task and modality become one weight a record.
+"""Sample weights: shares by file, task and modality become one weight a record.
 
 Each kind of shares fixes the sums over its labels. Where several are given, iterative proportional fitting finds the
 weights that keep all of them and change the natural mix, every record alike, least.
@@ -179,9 +179,9 @@ def fitted_weights(labels: Mapping[str, Sequence[str]], shares: Mapping[str, Map
     label = int(misses[worst].argmax())
     short, wanted = float(misses[worst][label]), float(targets[worst][label])
     if short >= _TOLERANCE:
-        told = " and ".join("data.shares" if kind == "file" else f"data.{kind}_shares" for kind in kinds)
+        named = " and ".join("data.shares" if kind == "file" else f"data.{kind}_shares" for kind in kinds)
         raise MedPLIBError(
-            f"{told} contradict each other for these records: {kinds[worst]} {names[kinds[worst]][label]} is to have "
+            f"{named} contradict each other for these records: {kinds[worst]} {names[kinds[worst]][label]} is to have "
             f"{wanted:.1%} of the draws and would get {wanted - short:.1%}; loosen one of them"
         )
     return (weights / sizes)[np.reshape(cell_of, -1)] / weights.sum()
@@ -229,7 +229,7 @@ def draw_table(dataset: MixedDataset, weights: np.ndarray | None, draws: int) ->
     return table
 
 
-def told(table: Sequence[Draws]) -> Iterator[str]:
+def draw_lines(table: Sequence[Draws]) -> Iterator[str]:
     """The table in lines for people; of files only where there are several."""
     for kind in ("file", "task", "modality"):
         rows = [row for row in table if row.kind == kind]

@@ -138,8 +138,8 @@ def rotate(run_folder: Path, keep: int, best: int | None = None) -> None:
 def find_whole_checkpoint(run_folder: Path, process: Process) -> Path | None:
     """The newest checkpoint whose files are as they were written; damaged ones are put aside with a warning.
 
-    None where there is none. Rank 0 looks, and tells the others, whose file system may not show the same yet. Called by
-    every rank.
+    None where there is none. Rank 0 looks and broadcasts to the others, whose file system may not show the same
+    yet. Called by every rank.
 
     Raises:
         MedPLIBError: there are checkpoints, but all are damaged.

@@ -1,4 +1,4 @@
-"""Records of a recipe: checked before anything expensive starts, known again when a run resumes, fed to its steps."""
+"""Open a recipe's records, check them before training, and resume with the same ones."""
 
 from __future__ import annotations
 

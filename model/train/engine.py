@@ -1,4 +1,4 @@
-"""What turns batches into weight updates: DeepSpeed, or plain PyTorch in one process, behind the same few verbs."""
+"""Training engines with one interface: DeepSpeed, or plain PyTorch in one process."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class DeepSpeedEngine(TrainingEngine):
             config=config,
             dist_init_required=False,
         )
-        self._between = False  # a micro-batch was accumulated and DeepSpeed not yet told to step
+        self._between = False  # a micro-batch was accumulated and DeepSpeed has not stepped yet
         # ZeRO-0 in fp32 is the one way in which DeepSpeed does not look for gradients that are not finite.
         self._unguarded = optimiser if not recipe.engine.zero_stage and recipe.engine.precision == "fp32" else None
 

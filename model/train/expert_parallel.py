@@ -1,4 +1,4 @@
-"""Experts shared out over ranks: each rank holds some experts of every mixture layer, and tokens travel to them.
+"""Expert parallelism: each rank holds some experts of every mixture layer, and tokens are exchanged.
 
 Routing stays the network's own (``MoEFeedForward.route``), so capacity, dropping and the load-balancing loss are the
 native layer's, per rank as in DeepSpeed; only ``mixing``, what happens to tokens once they are routed, is replaced.
@@ -8,7 +8,7 @@ leave a place without parameters. Hence LoRA, the choice of what learns and chec
 From DeepSpeed come the process groups and what ZeRO 1 and 2 do with them: gradients of parameters marked as an
 expert's are averaged over the ranks that hold that expert. Its MoE layer is not used: its gate routes padding like any
 token and its weights have other names. Nor is its AutoEP, which knows neither capacity nor LoRA inside experts. And
-tokens are not padded to fixed capacity slots: each rank first tells the others how many tokens come, which costs E
+tokens are not padded to fixed capacity slots: each rank first sends the others its number of tokens, which costs E
 numbers a layer and makes the exchange exact whether tokens are dropped or not.
 
 Import it only where DeepSpeed is installed.

@@ -1,4 +1,4 @@
-"""The training loop of every stage, one verb a method."""
+"""The training loop of every stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from model.data.lengths import LengthCheck, real_tokens
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.balance import draw_table, draw_weights, told
+from model.train.balance import draw_lines, draw_table, draw_weights
 from model.train.checkpoints import (
     checkpoint_of,
     find_whole_checkpoint,
@@ -170,7 +170,7 @@ class Trainer:
         self.sampler.load_state_dict(order)
 
     def _begin_record(self) -> None:
-        """Make the run folder tell what goes on in it."""
+        """Set up the logs of the run folder."""
         folder, process, step = self.recipe.folder, self.process, self.step_number
 
         def begin() -> None:
@@ -222,7 +222,7 @@ class Trainer:
         if self.validator is not None:
             self.journal.say(self.validator.plan())
         draws = self.total_steps * self._samples_per_step
-        for line in told(draw_table(self.dataset, self.sampler.weights, draws)):
+        for line in draw_lines(draw_table(self.dataset, self.sampler.weights, draws)):
             self.journal.say(line)
         if self.dataset.rejected or self.dataset.repaired:
             rejected, repaired = self.dataset.rejected, self.dataset.repaired
@@ -337,7 +337,7 @@ class Trainer:
         return new_epoch or done == self.total_steps
 
     def validate(self) -> dict[str, float]:
-        """Score the held-out draw and note it; nothing without validation files, or where the run is told to end.
+        """Score the held-out draw and note it; nothing without validation files, or where the run is to stop.
 
         The random numbers of training go on as if there had been no validation.
         """
@@ -392,7 +392,7 @@ class Trainer:
         self._saved_at = self.step_number
 
     def should_stop(self) -> bool:
-        """Whether any rank was told to end."""
+        """Whether any rank got a signal to stop."""
         return self._signal_of_any_rank() > 0
 
     def _signal_of_any_rank(self) -> int:
@@ -401,7 +401,7 @@ class Trainer:
         return next((number for number, count in zip(HEEDED, came.tolist(), strict=True) if count), 0)
 
     def end_if_told(self) -> None:
-        """Save and stop, if any rank was told to end.
+        """Save and stop, if any rank got a signal to stop.
 
         Raises:
             RunStopped: it was.

@@ -1,4 +1,4 @@
-"""Losses by task and modality and what routers do, gathered on the device while the network trains.
+"""Losses by task and modality and router statistics, accumulated on the device during training.
 
 The meters look at what each forward pass of the training gives anyway: no second pass, and the host waits once a step.
 Passes in evaluation mode are not counted; activation checkpointing runs layers again, not the network, and counts once.

@@ -1,4 +1,4 @@
-"""This process's place among the ranks: launched by ``deepspeed``, ``torchrun``, or alone."""
+"""Rank and world size of this process, launched by ``deepspeed``, ``torchrun``, or alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What keeps a well-formed recipe from starting here: paths, the run folder, DeepSpeed's file, and the records where
-they are asked about; all told at once.
+they are needed; all reported at once.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def record_problems(recipe: Recipe, facts_of: dict[str, list[RecordFacts]] | Non
         files = [(path, len(facts)) for path, facts in zip(data.train, found, strict=True)]
         facts = [fact for part in found for fact in part]
         kinds = labels_by_kind(files, [fact.task for fact in facts], [fact.modality for fact in facts])
-        # Shares that are wrong whatever the records are have been told already.
-        told = check_values(recipe)
+        # Shares that are wrong whatever the records are have been reported already.
+        reported = check_values(recipe)
         empty: dict[str, Any] = {"shares": (), "task_shares": {}, "modality_shares": {}}
-        wrong = [name for name in empty if any(problem.startswith(f"data.{name}") for problem in told)]
+        wrong = [name for name in empty if any(problem.startswith(f"data.{name}") for problem in reported)]
         problems += share_problems(kinds, replace(data, **{name: empty[name] for name in wrong}))
     return problems
 

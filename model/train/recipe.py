@@ -23,7 +23,7 @@ class ModelSource:
     vision_tower: str = ""  # CLIP directory, where base does not hold one
     sam: str = ""  # SAM-Med2D file, where base does not hold one
     projector: str = ""  # run folder, checkpoint or mm_projector.bin whose projector is laid over base's
-    sizes: str = ""  # YAML of MedPLIBConfig values (configs/model) for what the starting files do not tell
+    sizes: str = ""  # YAML of MedPLIBConfig values (configs/model) for what the starting files lack
 
 
 @dataclass(frozen=True)

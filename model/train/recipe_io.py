@@ -1,4 +1,4 @@
-"""Recipes from YAML, ``key=value`` overrides and the environment, and what no run can use of them, all told at once."""
+"""Recipes from YAML, ``key=value`` overrides and the environment, and all their problems at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_recipe(
         path: YAML file with at least ``stage``.
         overrides: ``section.key=value`` strings; values are YAML, so lists are ``[a,b]``.
         environment: variables to expand; the process's own by default.
-        also: finds more problems, such as paths that do not exist, which are told with the others.
+        also: finds more problems, such as paths that do not exist, which are reported with the others.
 
     Raises:
         MedPLIBError: listing every unknown key, wrong type, wrong value and unset variable.

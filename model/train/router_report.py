@@ -172,7 +172,7 @@ def _moved(batch: Mapping[str, Any], network: Any) -> dict[str, Any]:
 
 
 def specialisation(load: Sequence[np.ndarray]) -> np.ndarray:
-    """How much the group of a token tells about its expert, [layers] in [0, 1].
+    """Mutual information of a token's group and its expert, [layers] in [0, 1].
 
     ``I(group; expert) / log(min(groups, experts))``, with every group as likely as the others and
     ``p(expert | group)`` the load: 0 where all groups use the experts alike, 1 where each keeps to one of its own.
@@ -220,7 +220,7 @@ def findings(examined: Examination) -> list[str]:
 def _of_layers(examined: Examination) -> list[str]:
     choices = examined.summary.choices.sum() / examined.summary.tokens.sum().clamp(min=1)  # experts of a token
     if max(examined.experts) <= round(float(choices)):
-        return ["Every position goes to all experts of its layer, so that their shares tell nothing."]
+        return ["Every position goes to all experts of its layer, so that their shares mean nothing."]
     takers = examined.by_layer(examined.merged([(None, None, kind) for kind in POSITION_KINDS]).takers)
     sentences = []
     for place, kind in enumerate(POSITION_KINDS):
@@ -260,7 +260,7 @@ def _of_projector(examined: Examination) -> str:
     if not np.isfinite(takers).all():
         return "The projector's router gave no figures: no image was read, or its probabilities are not finite."
     if takers.min() == 1:
-        return "Every image token goes to all experts of the projector, so that their shares tell nothing."
+        return "Every image token goes to all experts of the projector, so that their shares mean nothing."
     expert, of_task = int(takers.argmax()), float(specialisation(projector_by_task(examined))[0])
     more = f"; the specialisation there is {of_task:.2f} by task" if math.isfinite(of_task) else ""
     return f"In the projector expert {expert} takes {percent(takers[expert])} of the image tokens, the most{more}."

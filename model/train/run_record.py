@@ -1,4 +1,4 @@
-"""run.json: what a run is, the attempts made at it, and how it stands; its lock; and writing that outlasts a crash."""
+"""run.json: identity, attempts and status of a run; its lock; atomic writes."""
 
 from __future__ import annotations
 

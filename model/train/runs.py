@@ -1,4 +1,4 @@
-"""``medplib runs``: training runs in a folder, how each stands, and what differs between them."""
+"""``medplib runs``: list the training runs of a folder and compare two of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Run:
     Attributes:
         folder: where it lies.
         status: ``running``, ``preempted``, ``interrupted``, ``finished``, ``failed``, ``killed``, or ``unknown``. A run
-            that says it is running and whose folder nobody holds was killed; on another host that cannot be told.
+            that says it is running and whose folder nobody holds was killed; on another host that is unknown.
         commit: short commit of the newest attempt, with a + where files were changed since.
         seconds: all attempts together; one that was killed counts to its last step.
         record: content of run.json, empty without one; ``attempts``: its list of them, oldest first.

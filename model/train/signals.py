@@ -1,4 +1,4 @@
-"""What happens when a run is told to end: it saves, and says by its exit code that it did."""
+"""Signals that stop a run: it saves, and its exit code says so."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def end_at_once_on_signals() -> None:
 
 
 class RunStopped(SystemExit):
-    """The run was told to end and did so in good order: code 0 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
+    """The run got a signal and stopped in good order: code 0 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(128 + signal.SIGINT if number == signal.SIGINT else 0)
@@ -44,7 +44,7 @@ class RunStopped(SystemExit):
 
 
 class StopRequest:
-    """Whether this process was told to end.
+    """Whether this process got a signal to stop.
 
     While a run is loading there is nothing to save, and a signal ends it at once; from ``defer`` on it is only noted.
     Outside the main thread no signal can be caught, and nothing happens.

@@ -1,4 +1,4 @@
-"""The network a stage starts from, made ready to learn (reference §6, and §5 for stage IV's up-cycling)."""
+"""Build the network that a stage starts from (reference §6, and §5 for stage IV's up-cycling)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def starting_network(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcess
     New values (routers, LoRA, parts that no file holds) are drawn from ``recipe.seed``, so every rank builds the same.
 
     Raises:
-        MedPLIBError: listing every path that is missing, or telling what does not fit.
+        MedPLIBError: listing every path that is missing, or saying what does not fit.
     """
     check_paths(recipe, data=False)
     torch.manual_seed(recipe.seed)
@@ -86,7 +86,7 @@ def path_problems(recipe: Recipe, *, data: bool = True) -> list[str]:
                 problems.append(f"model.{key} is no checkpoint: {error}")
     if not missing and recipe.stage == 4 and source.grounding:
         for key, path in starts.items():
-            with suppress(MedPLIBError):  # what cannot be read is told by whoever loads it
+            with suppress(MedPLIBError):  # the loader reports what cannot be read
                 if open_checkpoint(resolve(path)).config.moe.enabled:
                     problems.append(
                         f"model.{key} is {path}, a mixture already; stage 4 makes one of two dense checkpoints, or "

@@ -136,7 +136,7 @@ def count_trainable(model: nn.Module) -> dict[str, int]:
 
 
 def missing_library(scheme: Scheme) -> list[str]:
-    """What to tell where bitsandbytes is wanted and not there; nothing otherwise."""
+    """The error where bitsandbytes is wanted and absent; empty otherwise."""
     if scheme == "none" or find_spec("bitsandbytes"):
         return []
     return [

@@ -273,7 +273,7 @@ class Bench:
 
     @contextmanager
     def answers(self, *, tokens: int | None = None, grounded: bool = False) -> Iterator[None]:
-        """Answers end at ``tokens`` alone, or are the network's own; random ones say a few words or paint a mask."""
+        """Answers end at ``tokens`` alone, or are the network's own; random ones say a few words or give a mask."""
         if self.script is not None:
             words = self.script.words(GROUNDED if grounded else WORDS)
             self.script.write(words if tokens is None else self.script.plain_words(tokens))
@@ -395,10 +395,10 @@ class Bench:
     def grounded(self) -> list[Row]:
         with self.answers(grounded=True):
             cold, warm = self.engine(1, cached=False), self.engine(1)
-            painted = (request for request in sample_questions(4 * ASKED, GROUNDING) if cold.ask(request).masks)
-            asked = list(islice(painted, ASKED))
+            with_masks = (request for request in sample_questions(4 * ASKED, GROUNDING) if cold.ask(request).masks)
+            asked = list(islice(with_masks, ASKED))
             if not asked:
-                raise MedPLIBError("the network paints no mask for any of the sample's questions; time another one")
+                raise MedPLIBError("the network gives no mask for any of the sample's questions; time another one")
             answers = [warm.ask(request) for request in asked]  # fills its caches too
             works: list[Work] = [lambda: [cold.ask(one) for one in asked], lambda: [warm.ask(one) for one in asked]]
             works.append(lambda: [self.plain.answer(request) for request in asked])

@@ -8,7 +8,7 @@ of their numbers in fp32 on a CPU and in bf16 on CUDA.
 
 Quality is given three ways: cross-entropy and most likely token at every place of the reference answers, given what
 comes before (no decoding); greedy answers, compared with those of fp32 and with the references; and mDice of the masks
-of those answers, 0 where none was painted. Widths of other models are timed by ``infer.py --random --quantisation``.
+of those answers, 0 where there is none. Widths of other models are timed by ``infer.py --random --quantisation``.
 """
 
 from __future__ import annotations

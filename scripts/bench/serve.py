@@ -131,8 +131,8 @@ class Bench:
             async with room:
                 return await ask(client, self.controller, body)
 
-        heard = await asyncio.gather(*(one(body) for body in bodies))
-        return row(what, heard, time.perf_counter() - begun)
+        replies = await asyncio.gather(*(one(body) for body in bodies))
+        return row(what, replies, time.perf_counter() - begun)
 
     async def overhead(self, count: int) -> list[Row]:
         """The same requests straight to a worker and through the controller, one at a time."""
@@ -158,31 +158,33 @@ class Bench:
         for number, body in enumerate(bodies):
             for address in list(sides)[:: 1 if number % 2 else -1]:
                 sides[address].append(await ask(client, address, body, self.key if address == worker else None))
-        failed = Counter(one.outcome for heard in sides.values() for one in heard if one.outcome != "ok")
+        failed = Counter(one.outcome for replies in sides.values() for one in replies if one.outcome != "ok")
         if failed:
             raise MedPLIBError(f"requests failed while the controller was measured: {dict(failed)}")
-        direct, through = (heard[len(heard) // 10 :] for heard in sides.values())  # the first warm up
+        direct, through = (replies[len(replies) // 10 :] for replies in sides.values())  # the first warm up
         apart = (statistics.median(one.whole for one in through) - statistics.median(one.whole for one in direct)) * 1e3
         met = f"; at most 3 ms: {'met' if apart <= 3 else 'missed'}" if worker != self.worker else ""
-        rows = [row(f"{name}, {way}", heard) for way, heard in (("direct", direct), ("through controller", through))]
+        rows = [
+            row(f"{name}, {way}", replies) for way, replies in (("direct", direct), ("through controller", through))
+        ]
         rows[1]["note"] = f"controller: {apart:.2f} ms{met}"
         return rows
 
     async def soak(self, seconds: float) -> list[Row]:
         """Many clients without a pause; memory of the servers early, late, and at most."""
         memory: dict[str, list[float]] = {child.name: [] for child in self.stack.programs}
-        heard: list[Heard] = []
+        replies: list[Heard] = []
         begun = time.perf_counter()
         async with connection() as client, asyncio.TaskGroup() as group:
             for number in range(SOAKING):
-                group.create_task(self.keep_asking(client, begun + seconds, number, heard))
+                group.create_task(self.keep_asking(client, begun + seconds, number, replies))
             while time.perf_counter() < begun + seconds:
                 await asyncio.sleep(1)
                 for child in self.stack.programs:
                     with suppress(psutil.Error):  # gone
                         memory[child.name].append(psutil.Process(child.pid).memory_info().rss / 1e6)
-        outcomes = ", ".join(f"{n} {name}" for name, n in Counter(one.outcome for one in heard).most_common())
-        rows = [row(f"{SOAKING} clients for {seconds:.0f} s", heard, seconds) | {"note": outcomes}]
+        outcomes = ", ".join(f"{n} {name}" for name, n in Counter(one.outcome for one in replies).most_common())
+        rows = [row(f"{SOAKING} clients for {seconds:.0f} s", replies, seconds) | {"note": outcomes}]
         for name, values in memory.items():
             early, late = (values[int(start * len(values)) : int(end * len(values)) + 1] for start, end in SPANS)
             settled, last = statistics.mean(early), statistics.mean(late)
@@ -190,19 +192,19 @@ class Bench:
             rows.append({"what": f"memory of the {name}", "note": change})
         return rows
 
-    async def keep_asking(self, client: httpx.AsyncClient, end: float, number: int, heard: list[Heard]) -> None:
+    async def keep_asking(self, client: httpx.AsyncClient, end: float, number: int, replies: list[Heard]) -> None:
         """One client's requests until ``end``, a second apart after a refusal."""
         bodies = sample_bodies(24, self.model)
         while time.perf_counter() < end:
-            heard.append(await ask(client, self.controller, bodies[number % len(bodies)]))
+            replies.append(await ask(client, self.controller, bodies[number % len(bodies)]))
             number += 1
-            if heard[-1].outcome != "ok":
+            if replies[-1].outcome != "ok":
                 await asyncio.sleep(1)
 
 
-def row(what: str, heard: Sequence[Heard], seconds: float | None = None) -> Row:
+def row(what: str, replies: Sequence[Heard], seconds: float | None = None) -> Row:
     """One measurement, in ms and bytes; rates where the requests took so many ``seconds`` together."""
-    good = [one for one in heard if one.outcome == "ok"]
+    good = [one for one in replies if one.outcome == "ok"]
     first, whole = sorted(one.first for one in good if one.first is not None), sorted(one.whole for one in good)
     rates: Row = {}
     if seconds:
@@ -215,7 +217,7 @@ def row(what: str, heard: Sequence[Heard], seconds: float | None = None) -> Row:
         "longest ms": share(whole, 1) * 1e3,
         "stream bytes": statistics.mean(one.bytes for one in good) if good else math.nan,
         "last object bytes": statistics.mean(one.last_bytes for one in good) if good else math.nan,
-        "failed": len(heard) - len(good),
+        "failed": len(replies) - len(good),
     }
 
 

@@ -114,7 +114,7 @@ def test_what_is_not_there_is_a_dash_and_not_a_nought(tmp_path: Path):
     text = Outline(page).text
     assert page.count('<span class="absent">–</span>') == 3
     assert "BLEU-4 – – 0" in text
-    assert "Masks painted for every request, said or not" in text
+    assert "Masks decoded for every request, said or not" in text
     assert "NaN" not in text
 
 

@@ -85,7 +85,7 @@ def test_a_worker_that_sends_no_status_is_asked_for_it(serving):
 def test_a_worker_that_cannot_tell_its_status_is_refused(serving, port):
     with controller(serving) as client:
         answer = register(client, f"http://127.0.0.1:{port}")
-        assert answer.status_code == 400 and "does not tell its status" in answer.json()["error"]
+        assert answer.status_code == 400 and "does not report its status" in answer.json()["error"]
         assert client.post("/list_models").json() == {"models": []}
 
 

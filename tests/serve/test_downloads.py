@@ -296,7 +296,7 @@ def test_what_dicom_seg_cannot_refer_to_is_told_in_a_sentence(tmp_path: Path) ->
         "lacks StudyInstanceUID, SeriesInstanceUID": altered(
             "CT_small.dcm", StudyInstanceUID=None, SeriesInstanceUID=None
         ),
-        "does not tell where each of its frames lies": film,
+        "does not say where each of its frames lies": film,
     }
     for reason, volume in cases.items():
         with pytest.raises(MedPLIBError, match=reason) as raised:

@@ -59,7 +59,7 @@ def test_with_two_choices_a_sentence_counts_positions_not_choices() -> None:
     assert "Expert 0 takes 90 % of the text positions in layer 0." in told
     of_two = counted([[100, 100]] * 8, 100)
     (told,) = findings(examined(of_two, (0,), (2,)))
-    assert told == "Every position goes to all experts of its layer, so that their shares tell nothing."
+    assert told == "Every position goes to all experts of its layer, so that their shares mean nothing."
 
 
 def test_sentences_tell_of_a_mixture_in_the_projector() -> None:

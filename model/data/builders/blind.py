@@ -54,7 +54,7 @@ def blind_baseline(train_records: Iterable[Record], test_records: Iterable[Recor
 
 
 def position_prior_dice(train_records: Iterable[Record], test_records: Iterable[Record], root: Path) -> float:
-    """Mean Dice 0..1 of masks painted blind: each structure's average training mask, thresholded at its best.
+    """Mean Dice 0..1 of masks drawn blind: each structure's average training mask, thresholded at its best.
 
     Averages are kept for each modality and structure. Looks at grounding records with exactly one mask; ``root`` is the
     folder of the mask paths. Masks are compared on a 64 × 64 grid.
@@ -81,7 +81,7 @@ def _turns(records: Iterable[Record]) -> Iterable[dict[str, str]]:
             about = str(record.get("about", ""))
             yield {
                 "kind": str(record["kind"]),
-                "about": about if about in question else "",  # what only the picture tells stays unknown
+                "about": about if about in question else "",  # what only the picture shows stays unknown
                 "question": question,
                 "answer": str(answered["value"]).strip(),
             }

@@ -1,4 +1,4 @@
-"""What every layout of a user's own data is read into: one case an image or slice, with its targets and labels."""
+"""Common form of all layouts of a user's own data: one case an image or slice, with its targets and labels."""
 
 from __future__ import annotations
 

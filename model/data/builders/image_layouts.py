@@ -48,7 +48,7 @@ _LOOKED_AT = 12
 _MOST_CLASSES = 30
 
 
-def modality_stated(options: ReadOptions, told: str, path: str) -> str | None:
+def modality_stated(options: ReadOptions, stated: str, path: str) -> str | None:
     """A modality that the user, the source or the file's name says; None where none of ours is said.
 
     Raises:
@@ -56,7 +56,7 @@ def modality_stated(options: ReadOptions, told: str, path: str) -> str | None:
     """
     if options.modality and modality_name(options.modality) not in MODALITIES:
         raise MedPLIBError(f"--modality {shown(options.modality)} is unknown; give one of {', '.join(MODALITIES)}")
-    found = modality_name(options.modality or told)
+    found = modality_name(options.modality or stated)
     return found if found in MODALITIES else modality_of(Path(path).name)
 
 

@@ -89,7 +89,7 @@ class Build:
         name: of the builder; several may share one folder.
         settings: everything that changes the files, as JSON values; an absolute path is the place of a source.
         outputs: the files; the function writes to them by name.
-        source: what tells that the source changed, say ``fingerprint(files)``.
+        source: changes when the source does, say ``fingerprint(files)``.
         unit: of the pieces' sizes.
     """
 

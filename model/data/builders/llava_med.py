@@ -87,7 +87,7 @@ def _convert(piece: Stretch, context: _Context, part: Part) -> None:
 
 
 def caption(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of the published file in the project's layout; what is wrong with it is left for the vetting to tell."""
+    """A record of the published file in the project's layout; its problems are left to the vetting."""
     turns = record.get("conversations", record.get("conversatons"))
     made = {key: value for key, value in record.items() if key not in ("conversatons", "conversations", "domain")}
     made["conversations"] = [_image_first(turn) for turn in turns] if isinstance(turns, list) else turns

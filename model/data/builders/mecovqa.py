@@ -1,4 +1,4 @@
-"""MeCoVQA as published → files that train: suffixes put back, what cannot be trained on left out and listed.
+"""Build training files from MeCoVQA as published: mend file names, leave out and list what cannot be trained on.
 
 The published files point to images without ``.png``, to merged masks that no download contains, and to masks that do
 not exist (reference §8). A cleaned file, cleaned again, stays as it is.

@@ -238,8 +238,8 @@ def _asks_of(
             if kind != "picture":
                 yield _Ask(number, "presence", name, "No")
     if case.modality in SPOKEN_NAMES:
-        spoken = SPOKEN_NAMES[case.modality]
-        yield _Ask(number, "modality", "", spoken[:1].upper() + spoken[1:])
+        modality = SPOKEN_NAMES[case.modality]
+        yield _Ask(number, "modality", "", modality[:1].upper() + modality[1:])
     for label, value in case.labels.items():
         values = labels.get(label, ())
         if value not in values or len(values) < 2:

@@ -354,7 +354,7 @@ def _text(name: bytes) -> str:
 
 def _compare(folder: str, here: set[str], listed: set[str], part: Part) -> None:
     """Tell what only the published list or only the folder has, one line a case: parts of the set may be missing."""
-    for names, kind, told in (
+    for names, kind, prefix in (
         (listed - here, "not_in_folder", f"{LIST_FILE} names but {folder}/ lacks"),
         (here - listed, "not_in_list", f"{folder}/ holds but {LIST_FILE} does not name"),
     ):
@@ -362,7 +362,7 @@ def _compare(folder: str, here: set[str], listed: set[str], part: Part) -> None:
             part.count(kind.replace("_", " "), folder, len(names))
         for case, of_case in groupby(sorted(names), key=lambda name: name.split("--")[:3]):
             first, *more = of_case
-            message = f"{told} {1 + len(more)} of {'--'.join(case)}, such as {first}"
+            message = f"{prefix} {1 + len(more)} of {'--'.join(case)}, such as {first}"
             part.find(f"{folder}_{kind}", message, case="--".join(case), number=1 + len(more))
 
 

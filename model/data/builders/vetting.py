@@ -100,7 +100,7 @@ def write_vetted(
     sample, findings = vetting(record)
     name = shown(record_id(record), quoted=False)
     for finding in findings:
-        part.find(finding.kind, told(finding.message, name, where), id=name, **where, dropped=sample is None)
+        part.find(finding.kind, described(finding.message, name, where), id=name, **where, dropped=sample is None)
     part.count("records", "dropped" if sample is None else "kept")
     if sample is not None:
         part.write(output, mended(record, sample, vetting.root))
@@ -111,11 +111,11 @@ def write_vetted(
 
 def drop(part: Part, kind: str, message: str, /, **where: Any) -> None:
     """List a record that is left out for a reason of the builder's own."""
-    part.find(kind, told(message, "", where), **where, dropped=True)
+    part.find(kind, described(message, "", where), **where, dropped=True)
     part.count("records", "dropped")
 
 
-def told(message: str, name: str, where: Mapping[str, Any]) -> str:
+def described(message: str, name: str, where: Mapping[str, Any]) -> str:
     """``FILE, record N (ID): message``."""
     place = ", ".join(
         text for text in (str(where.get("file", "")), f"record {where['record']}" if "record" in where else "") if text

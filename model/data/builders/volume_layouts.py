@@ -240,7 +240,7 @@ def _words(text: str) -> list[str]:
 
 
 def modality_of(*texts: str) -> str | None:
-    """The modality that a word of the first telling text means ("MR_T1", "PET", "chest_ct_003.nii.gz")."""
+    """The modality that a word of the first text with one means ("MR_T1", "PET", "chest_ct_003.nii.gz")."""
     return next((_MODALITY_WORDS[word] for text in texts for word in _words(text) if word in _MODALITY_WORDS), None)
 
 
@@ -289,8 +289,8 @@ class DatasetJson:
                     said = f"only the first of its {len(files[case])} channels ({', '.join(channels)}) is used"
                     listing.problem("channels", files[case][0], said, "number another channel 0000")
                 labels = (Labels(drawn_on[case], names=tuple(names.items())),)
-                told, many = modality_of(*channels[:1], case), len(channels) > 1
-                listing.add(files[case][0], labels, told, patient=case, split=split, channels=many)
+                modality, many = modality_of(*channels[:1], case), len(channels) > 1
+                listing.add(files[case][0], labels, modality, patient=case, split=split, channels=many)
         return listing.source(self.kind)
 
 
@@ -335,8 +335,8 @@ class VolumeTable:
             if image.exists():
                 first, there = of_image[0], tuple(one for one in labels if one.path.exists())
                 split = SPLIT_WORDS.get((first.get("split") or "").casefold())
-                told = modality_of(first.get("modality") or "", _bare(image))
-                listing.add(image, there, told, patient=first.get("patient") or _bare(image), split=split)
+                modality = modality_of(first.get("modality") or "", _bare(image))
+                listing.add(image, there, modality, patient=first.get("patient") or _bare(image), split=split)
         listing.names = tuple(name for name in names if name)
         return listing.source(self.kind)
 
@@ -377,10 +377,10 @@ class VolumeFolder:
             for at in matches:
                 of_image[at].append(listing.labels(path, name))
         for path, header in drawings:
-            told = [(one.uid, one.headers[0][1].get("FrameOfReferenceUID")) if one else ("", "") for _, one in images]
-            places = [place for place, (uid, _) in enumerate(told) if uid in _referenced(header)]
+            ids = [(one.uid, one.headers[0][1].get("FrameOfReferenceUID")) if one else ("", "") for _, one in images]
+            places = [place for place, (uid, _) in enumerate(ids) if uid in _referenced(header)]
             frame = str(header.get("FrameOfReferenceUID") or "unknown")
-            places = places or [place for place, (_, of_series) in enumerate(told) if of_series == frame]
+            places = places or [place for place, (_, of_series) in enumerate(ids) if of_series == frame]
             if len(places) == 1:
                 of_image[places[0]].append(Labels(path, str(header.Modality)))
             else:
@@ -397,8 +397,8 @@ def _is_label(path: Path) -> bool:
     """By a word of the file's name, else of the nearest folder that has a word of either kind."""
     if _LABEL_WORDS & set(_words(_bare(path))):
         return True
-    told = [set(_words(part)) & (_LABEL_WORDS | _IMAGE_WORDS) for part in reversed(path.parts[:-1])]
-    return bool(next((words for words in told if words), set()) & _LABEL_WORDS)
+    named = [set(_words(part)) & (_LABEL_WORDS | _IMAGE_WORDS) for part in reversed(path.parts[:-1])]
+    return bool(next((words for words in named if words), set()) & _LABEL_WORDS)
 
 
 def _tokens(path: Path, root: Path) -> list[str]:

@@ -55,9 +55,9 @@ def question_record(
     asked, answered = _text(question), _text(answer)
     if not asked:
         raise ValueError("it asks nothing")
-    told = str(answer_type or "").strip().lower()
-    if told not in ("open", "closed"):
-        told = "closed" if answered.lower().rstrip(" .,;!") in ("yes", "no") else "open"
+    answer_type = str(answer_type or "").strip().lower()
+    if answer_type not in ("open", "closed"):
+        answer_type = "closed" if answered.lower().rstrip(" .,;!") in ("yes", "no") else "open"
     record: dict[str, Any] = {
         "id": str(question_id),
         "image": str(image).strip(),
@@ -65,7 +65,7 @@ def question_record(
             {"from": "human", "value": f"<image>\n{asked}"},
             {"from": "gpt", "value": answered},
         ],
-        "answer_type": told,
+        "answer_type": answer_type,
         "task": "vqa",
     }
     for key, value in known.items():
@@ -131,9 +131,9 @@ def path_vqa(row: Row) -> dict[str, Any]:
         return question_record("", row["image"], row["question"], row["answer"])
     label = row["label"]
     answer = max(label, key=lambda text: label[text]) if label else ""
-    told = "closed" if row.get("answer_type") == "yes/no" else "open"
+    answer_type = "closed" if row.get("answer_type") == "yes/no" else "open"
     return question_record(
-        f"path-vqa-{row['question_id']}", row["img_id"], row["sent"], answer, told, kind=row.get("question_type")
+        f"path-vqa-{row['question_id']}", row["img_id"], row["sent"], answer, answer_type, kind=row.get("question_type")
     )
 
 
@@ -160,11 +160,11 @@ def pmc_vqa(row: Row) -> dict[str, Any]:
         ValueError: the answer is no choice.
     """
     choices = {letter: _choice(row[f"Choice {letter}"], letter) for letter in _LETTERS}
-    told = _text(row.get("Answer_label")) or _text(row["Answer"])
-    letter = re.match(r"([A-D])\s*(?:[:.)]|$)", told.upper())
-    named = [letter[1]] if letter else [key for key, text in choices.items() if text.casefold() == told.casefold()]
+    answer = _text(row.get("Answer_label")) or _text(row["Answer"])
+    letter = re.match(r"([A-D])\s*(?:[:.)]|$)", answer.upper())
+    named = [letter[1]] if letter else [key for key, text in choices.items() if text.casefold() == answer.casefold()]
     if not named or not choices[named[0]]:
-        raise ValueError(f"the answer {told!r:.80} is not one of the choices A to D")
+        raise ValueError(f"the answer {answer!r:.80} is not one of the choices A to D")
     options = [text for text in choices.values() if text]
     return question_record("", row["Figure_path"], with_options(row["Question"], options), choices[named[0]], "closed")
 

@@ -1,4 +1,4 @@
-"""MedPLIB in the field's harness lmms-eval: the model as one of its models, our phantoms as tasks for any model."""
+"""lmms-eval integration: MedPLIB as one of its models, phantoms as tasks for any model."""
 
 from __future__ import annotations
 

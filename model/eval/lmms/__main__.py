@@ -22,7 +22,7 @@ Everything else goes to lmms-eval; --model is medplib unless another is named. S
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 for wrong input told in one sentence, 1 if lmms-eval failed otherwise."""
+    """Exit status: 0, 2 for wrong input, in one sentence, 1 if lmms-eval failed otherwise."""
     escape_unprintable()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):

@@ -491,7 +491,7 @@ def score_continuations(
     positions = spliced.plan.position_ids
     decoded = model.model.decoder(spliced.embeds, position_ids=positions, past_key_values=cache, use_cache=True)
     last = decoded.last_hidden_state[:, -1:]  # [1, 1, D], predicts the first token behind the opening
-    # where experts leave tokens out of full passes, an answer is read alone and token by token, as it would be spoken
+    # where experts leave tokens out of full passes, an answer is read alone and token by token, as if generated
     moe = model.config.moe
     drops = bool(moe.enabled and moe.drop_in_evaluation and moe.drop_tokens)
     together = 1 if drops else engine.settings.slots

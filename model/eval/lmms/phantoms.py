@@ -121,7 +121,7 @@ def document_of(question: Question, file: Path) -> Document:
         file: it stands in, for the error message.
 
     Raises:
-        MedPLIBError: it cannot be asked, or goes on a conversation, which the harness's single question cannot tell.
+        MedPLIBError: it cannot be asked, or continues a conversation, which the harness's single question cannot hold.
     """
     reference = question.reference
     error = question.error or ("it is a later turn of a conversation" if question.history else None)

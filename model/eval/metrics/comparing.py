@@ -177,9 +177,9 @@ def compare(first: Scores, second: Scores, *, permutations: int = 2000) -> Compa
     order = np.array([places[key] for key in first.keys])
     differing = np.flatnonzero(first.references != second.references[order])
     if differing.size:
-        told = named([_tell(first.keys[index]) for index in differing])
+        some = named([_key_text(first.keys[index]) for index in differing])
         raise MedPLIBError(
-            f"the runs have different reference answers for {differing.size} questions ({told}); compare runs over the "
+            f"the runs have different reference answers for {differing.size} questions ({some}); compare runs over the "
             "same data file"
         )
     return Comparison(first, second, order, permutations)
@@ -202,14 +202,14 @@ def _check_keys(first: Scores, second: Scores, places: dict[RowKey, int]) -> Non
         "only in the first": [key for key in first.keys if key not in places],
         "only in the second": [key for key in second.keys if key not in known],
     }
-    told = [f"{len(keys)} {kind} ({named([*map(_tell, keys)])})" for kind, keys in kinds.items() if keys]
-    if told:
+    gaps = [f"{len(keys)} {kind} ({named([*map(_key_text, keys)])})" for kind, keys in kinds.items() if keys]
+    if gaps:
         raise MedPLIBError(
-            f"the runs do not answer the same questions: {'; '.join(told)}; finish or repeat one of them"
+            f"the runs do not answer the same questions: {'; '.join(gaps)}; finish or repeat one of them"
         )
 
 
-def _tell(key: RowKey) -> str:
+def _key_text(key: RowKey) -> str:
     return " ".join([key[0], *([f"turn {key[1]}"] if key[1] else []), *([f"(number {key[2] + 1})"] if key[2] else [])])
 
 

@@ -31,7 +31,7 @@ CONVENTIONS = {
     "compare the union of all masks of a row.",
     "empty": "A reference mask without pixels scores 1 if its prediction is empty too, else 0; it has no surface. A "
     "row that has no reference pixel at all is an absent target: it counts in gIoU (1 without a mask, else 0), in cIoU "
-    "(its painted pixels join the union) and in the false-mask rate, and nowhere else.",
+    "(its mask's pixels join the union) and in the false-mask rate, and nowhere else.",
     "surface": "Distances between outline pixels. HD95 is the larger of the two directed 95th percentiles, the surface "
     "Dice (NSD) the share of outline pixels within the tolerance, 2 mm or 2 pixels unless settings say otherwise; "
     "without a predicted mask HD95 is the diagonal of the image and NSD 0. In mm where the spacing is known; all other "
@@ -113,10 +113,10 @@ cIoU@         | row_inter@    | row_union@ | grounding |   | cumulative IoU of r
 """
 _SURFACE = "".join(
     f"""
-HD95_{unit}@ | hd95_{unit}@ | surface_{unit} | surface_{unit} | hl{unit} | 95th percentile of outline distances {told}
-NSD_{unit}@  | nsd_{unit}@  | surface_{unit} | surface_{unit} |          | outline within the tolerance {told}
+HD95_{unit}@ | hd95_{unit}@ | surface_{unit} | surface_{unit} | hl{unit} | 95th percentile of outline distances {what}
+NSD_{unit}@  | nsd_{unit}@  | surface_{unit} | surface_{unit} |          | outline within the tolerance {what}
 """
-    for unit, told in (("mm", "in mm"), ("px", "in pixels, of masks without a known spacing"))
+    for unit, what in (("mm", "in mm"), ("px", "in pixels, of masks without a known spacing"))
 )
 _PRESENCE = """
 SEG_emission_rate | seg       | target | target | h | rows with a target whose answer says <SEG>
@@ -125,8 +125,8 @@ extra_mask_rate   | extra     | target | target | l | rows with a target whose a
 false_SEG_rate    | false_seg | absent | absent | l | rows with an absent target whose answer says <SEG>
 """
 _FALSE_MASKS = """
-false_mask_rate@   | false_mask@   | absent     | absent     | hl | rows with an absent target where a mask is painted
-unasked_mask_rate@ | unasked_mask@ | words_only | words_only | l  | questions of words alone where a mask is painted
+false_mask_rate@   | false_mask@   | absent     | absent     | hl | rows with an absent target where a mask is decoded
+unasked_mask_rate@ | unasked_mask@ | words_only | words_only | l  | questions of words alone where a mask is decoded
 """
 _ERRORS = "error_rate | error | row | row | hl | rows that could not be answered"
 

@@ -109,18 +109,18 @@ def _bleu_row(said: list[str], wanted: list[str]) -> Row:
 
 def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> RowScore:
     wanted = [checked_rle(mask) for mask in prediction.gt_masks or ()]
-    painted = {threshold: _painted(prediction, threshold) for threshold in settings.thresholds}
+    decoded = {threshold: _decoded(prediction, threshold) for threshold in settings.thresholds}
     if task == "grounding" and prediction.gt_masks is None:
         return RowScore({"unscored": 1}, {})
     if not wanted and task != "grounding":
-        any_painted = {f"unasked_mask{mark(at)}": any(overlaps(masks, ()).predicted) for at, masks in painted.items()}
-        return RowScore({} if prediction.failed else {"words_only": 1, **any_painted}, {})
-    found = {threshold: overlaps(masks, wanted) for threshold, masks in painted.items()}
+        any_decoded = {f"unasked_mask{mark(at)}": any(overlaps(masks, ()).predicted) for at, masks in decoded.items()}
+        return RowScore({} if prediction.failed else {"words_only": 1, **any_decoded}, {})
+    found = {threshold: overlaps(masks, wanted) for threshold, masks in decoded.items()}
     in_order = {
-        threshold: [(index if index < len(painted[threshold]) else None, index) for index in range(len(wanted))]
-        for threshold in painted
+        threshold: [(index if index < len(decoded[threshold]) else None, index) for index in range(len(wanted))]
+        for threshold in decoded
     }
-    pairs = {threshold: [found[threshold].pair(*places) for places in in_order[threshold]] for threshold in painted}
+    pairs = {threshold: [found[threshold].pair(*places) for places in in_order[threshold]] for threshold in decoded}
     if not any(any(areas.wanted) for areas in found.values()):
         return RowScore(_absent_row(prediction, found), pairs)
     row: Row = {
@@ -131,7 +131,7 @@ def _mask_row(prediction: Prediction, task: str, settings: RowSettings) -> RowSc
         "extra": len(prediction.masks) > len(wanted),
         "refused": not prediction.masks,
     }
-    for threshold, masks in painted.items():
+    for threshold, masks in decoded.items():
         row |= _overlap_row(masks, wanted, found[threshold], pairs[threshold], prediction.failed, mark(threshold))
         if settings.surface:
             row |= _surface_row(prediction, masks, wanted, found[threshold], settings, mark(threshold))
@@ -158,7 +158,7 @@ def masks_by_threshold(prediction: Prediction) -> dict[float, list[Any]]:
     return found
 
 
-def _painted(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
+def _decoded(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
     """Checked masks of one threshold; none for a row without an answer."""
     if prediction.failed:
         return []
@@ -178,7 +178,7 @@ def _painted(prediction: Prediction, threshold: float | None) -> list[CocoRle]:
 
 
 def _speaks_of_masks(prediction: Prediction) -> bool:
-    """Whether the answer says ``<SEG>`` or, of a model without it, has masks; one painted in any case is not said."""
+    """Whether the answer says ``<SEG>`` or, of a model without it, has masks; forced ones do not count."""
     return SEG_TOKEN in prediction.text or any(mask.get("spoken", True) for mask in prediction.masks)
 
 
@@ -187,20 +187,20 @@ def _absent_row(prediction: Prediction, found: dict[float | None, Overlaps]) -> 
         return {"grounding": 1}
     row: Row = {"grounding": 1, "absent": 1, "false_seg": _speaks_of_masks(prediction)}
     for threshold, areas in found.items():
-        at, any_painted = mark(threshold), any(areas.predicted)
-        row |= {f"false_mask{at}": any_painted, f"row_iou{at}": not any_painted}
+        at, any_decoded = mark(threshold), any(areas.predicted)
+        row |= {f"false_mask{at}": any_decoded, f"row_iou{at}": not any_decoded}
         row[f"row_union{at}"] = sum(areas.predicted)
     return row
 
 
 def _overlap_row(
-    painted: Sequence[CocoRle], wanted: Sequence[CocoRle], found: Overlaps, pairs: Sequence[Pair], failed: bool, at: str
+    decoded: Sequence[CocoRle], wanted: Sequence[CocoRle], found: Overlaps, pairs: Sequence[Pair], failed: bool, at: str
 ) -> Row:
     row = _pair_sums(pairs, failed, at)
-    if len(painted) <= 1 and len(wanted) == 1:
+    if len(decoded) <= 1 and len(wanted) == 1:
         (inter, union), best = pairs[0], row
     else:
-        inter, union = overlaps(merged(painted), merged(wanted)).pair(0 if painted else None, 0)
+        inter, union = overlaps(merged(decoded), merged(wanted)).pair(0 if decoded else None, 0)
         best = _pair_sums(_matched_pairs(found), failed, at)
     row |= {f"dice_matched{at}": best[f"dice{at}"], f"iou_matched{at}": best[f"iou{at}"]}
     return row | {f"row_iou{at}": inter / union, f"row_inter{at}": inter, f"row_union{at}": union}
@@ -227,7 +227,7 @@ def _matched_pairs(found: Overlaps) -> list[Pair]:
 
 def _surface_row(
     prediction: Prediction,
-    painted: Sequence[CocoRle],
+    decoded: Sequence[CocoRle],
     wanted: Sequence[CocoRle],
     found: Overlaps,
     settings: RowSettings,
@@ -239,7 +239,7 @@ def _surface_row(
     for index, reference in enumerate(wanted):
         if not found.wanted[index]:
             continue
-        mask = painted[index] if index < len(painted) else None
+        mask = decoded[index] if index < len(decoded) else None
         hd95, nsd = surface_scores(mask, reference, prediction.spacing_mm or (1.0, 1.0), tolerance)
         row[f"surface_{unit}"] += 1
         row[f"hd95_{unit}{at}"] += hd95

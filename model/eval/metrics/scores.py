@@ -35,7 +35,7 @@ _BLOCK = 4096  # rows of an array that grows by blocks
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric's value: over ``count`` things, with a 95 % interval (NaN where it cannot be told).
+    """One metric's value: over ``count`` things, with a 95 % interval (NaN where it is unknown).
 
     One that is taken over nothing, though there are rows that it could be taken over, is NaN itself.
     """
@@ -77,7 +77,7 @@ def score_predictions(
         seed: of the resampling.
 
     Raises:
-        MedPLIBError: the same question is there twice, or a row's masks cannot be scored; told with its id.
+        MedPLIBError: the same question is there twice, or a row's masks cannot be scored; with its id.
     """
     settings = RowSettings(tuple(thresholds) if thresholds else (None,), surface, tolerance_mm, tolerance_px)
     builder = _Builder(settings)
@@ -359,8 +359,8 @@ def _groups_of(prediction: Prediction) -> dict[str, str]:
 
 
 def _group_name(value: Any) -> str:
-    told = ", ".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value or "")
-    return told.strip() or UNNAMED
+    text = ", ".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value or "")
+    return text.strip() or UNNAMED
 
 
 def _checksum(prediction: Prediction) -> int:

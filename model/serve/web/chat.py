@@ -1,4 +1,4 @@
-"""A visitor's conversation: what is sent to the controller, what comes back, and how it is shown.
+"""Conversation of a visitor: requests to the controller, streamed replies, and their display.
 
 What a model or a visitor wrote is handed to the browser as data and becomes text there, never markup.
 """
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _MACHINE_FAULT = "something went wrong in the page itself; ask again"
 NO_MODEL = "no model is available at the moment; try again in a minute, or press Reload"
 SHOW_SECONDS = 0.08
-"""A growing answer is shown no oftener: readers cannot tell, and many of them share one process."""
+"""A growing answer is shown no oftener: faster is not seen, and many visitors share one process."""
 _OPENINGS = frozenset({"a", "all", "an", "masks", "no", "nothing", "something", "that", "the", "there", "what"})
 _MOST_EXCHANGES = 256
 _NOTES = {"length": "Cut off: it reached the longest length allowed.", "cancelled": "Stopped."}
@@ -166,7 +166,7 @@ def listen(
             exchange.state = "stopped" if stopped or exchange.finish == "cancelled" else "done"
     except MedPLIBError as error:
         exchange.state, exchange.error = "failed", client_sentence(error)
-    except Exception:  # noqa: BLE001 - whatever it is, the visitor is told and the page lives on
+    except Exception:  # noqa: BLE001 - the visitor sees any failure, and the page goes on
         _log.exception("an answer failed in the page")
         exchange.state, exchange.error = "failed", _MACHINE_FAULT
     finally:
@@ -204,15 +204,15 @@ def messages(session: Session) -> list[dict[str, Any]]:
     first_mask: dict[int, int] = {}
     for number, exchange, place in session.masks():
         first_mask.setdefault(exchange.number, number - place)
-    told: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     for exchange in session.exchanges:
         about = []
         if exchange.marks:
             about.append("1 region" if len(exchange.marks) == 1 else f"{len(exchange.marks)} regions")
         if exchange.picture.volume.num_slices > 1:
             about.append(f"{exchange.picture.volume.plane or 'slice'} {exchange.picture.index + 1}")
-        told.append({"id": exchange.number, "role": "you", "parts": [{"text": exchange.question}], "about": about})
-        told.append(
+        messages.append({"id": exchange.number, "role": "you", "parts": [{"text": exchange.question}], "about": about})
+        messages.append(
             {
                 "id": exchange.number,
                 "role": "model",
@@ -224,7 +224,7 @@ def messages(session: Session) -> list[dict[str, Any]]:
                 "again": exchange is session.exchanges[-1] and exchange.state != "running",
             }
         )
-    return told
+    return messages
 
 
 def _parts(exchange: Exchange, first: int) -> list[dict[str, Any]]:
@@ -248,7 +248,7 @@ def _note(exchange: Exchange) -> str:
     known = [_NOTES[exchange.finish]] if exchange.finish in _NOTES else []
     empty = [mask for mask in exchange.masks if not mask.area_px]
     if empty and len(empty) == len(exchange.masks):
-        known.append("The mask is empty: the model found nothing to paint.")
+        known.append("The mask is empty: the model found nothing there.")
     remarks = [*dropped_note(exchange.dropped_turns), *dict.fromkeys(mask.warning for mask in exchange.masks)]
     known += [as_sentence(note[:1].upper() + note[1:]) for note in (*remarks, *exchange.notes) if note]
     return " ".join(known)

@@ -1,4 +1,4 @@
-"""An answer's masks as files that other programs read: PNG, RLE, NIfTI, DICOM-SEG, and the picture as it is shown."""
+"""Downloads of an answer's masks: PNG, RLE, NIfTI, DICOM-SEG, and the overlay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ENDINGS = re.compile(r"(\.nii\.gz|\.[A-Za-z0-9]{1,6})$")
 
 
 def kinds(volume: Volume) -> tuple[Kind, ...]:
-    """What masks in this volume can be downloaded as; whether a DICOM file has what DICOM-SEG needs is told later."""
+    """What masks in this volume can be downloaded as; what DICOM-SEG needs of a DICOM file is checked later."""
     return tuple(kind for kind in get_args(Kind) if kind != "dicom-seg" or isinstance(volume, DicomVolume))
 
 
@@ -104,19 +104,19 @@ def encode(
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
         for name, content in pictures.items():
             entry = zipfile.ZipInfo(name)
-            entry.external_attr = 0o644 << 16  # else whoever unpacks it may not read it
+            entry.external_attr = 0o644 << 16  # else the user who unpacks it may lack read permission
             archive.writestr(entry, content)
     return f"{stem}_masks.zip", packed.getvalue()
 
 
 def _run_lengths(masks: Sequence[tuple[int, Mask]], volume: Volume, index: int) -> bytes:
-    told: dict[str, Any] = {"slice": index, "slices": volume.num_slices}
+    content: dict[str, Any] = {"slice": index, "slices": volume.num_slices}
     if volume.plane:
-        told["plane"] = volume.plane
+        content["plane"] = volume.plane
     if volume.spacing_mm:
-        told["spacing_mm"] = list(volume.spacing_mm)
-    told["masks"] = [{"number": number, **mask.to_dict(), "size": mask.rle["size"]} for number, mask in masks]
-    return json.dumps(told, ensure_ascii=False, indent=1).encode()
+        content["spacing_mm"] = list(volume.spacing_mm)
+    content["masks"] = [{"number": number, **mask.to_dict(), "size": mask.rle["size"]} for number, mask in masks]
+    return json.dumps(content, ensure_ascii=False, indent=1).encode()
 
 
 def _nifti(masks: Sequence[tuple[int, Mask]], arrays: list[np.ndarray], volume: Volume, index: int) -> bytes:
@@ -186,7 +186,7 @@ def dicom_segmentation(masks: Sequence[tuple[int, Mask]], frames: DicomFrames, i
     """
     layers = np.stack([of_size(mask, frames.size) for _, mask in masks], axis=-1).astype(np.uint8)
     if not layers.any():
-        raise MedPLIBError(f"every mask of {name} is empty, and DICOM-SEG cannot tell of nothing; {_INSTEAD}")
+        raise MedPLIBError(f"every mask of {name} is empty, and DICOM-SEG cannot hold nothing; {_INSTEAD}")
     source = frames.reference()
     positions = _positions(source, index, name)
     for keyword in _LEFT_EMPTY:
@@ -225,7 +225,7 @@ def _positions(source: Any, index: int, name: str) -> list[Any] | None:
     groups = [source.get(f"{which}FunctionalGroupsSequence") for which in ("Shared", "PerFrame")]
     if not placed or not all(groups) or "PlaneOrientationSequence" not in groups[0][0]:
         raise MedPLIBError(
-            f"{name} does not tell where each of its frames lies in the patient, without which DICOM-SEG cannot refer "
+            f"{name} does not say where each of its frames lies in the patient, without which DICOM-SEG cannot refer "
             f"to one of several; {_INSTEAD}"
         )
     source.NumberOfFrames = len(groups[1])  # some files of one frame leave it out

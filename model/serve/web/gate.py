@@ -1,4 +1,4 @@
-"""What a browser may reach of the page: the few routes it needs, and a tray for uploads.
+"""Middleware of the page: the allowed routes, and the folder of uploads.
 
 Gradio has routes that take, copy, fetch and serve files. The page uses none of them: an upload is bytes in a request,
 a download is data in an answer. So they are closed, and no request can name a file or an address.
@@ -131,13 +131,13 @@ class Gate:
         if refused:
             await JSONResponse({"error": refused}, 400)(scope, receive, send)
             return
-        told = False
+        replied = False
 
         async def replay() -> Message:
-            nonlocal told
-            if told:
+            nonlocal replied
+            if replied:
                 return await receive()
-            told = True
+            replied = True
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         await self.app(scope, replay, send)

@@ -37,7 +37,7 @@ _ANSWERED: Parts = frozenset({"viewer", "talk", "masks", "notice", "buttons"})
 _MACHINE_FAULT = "Something went wrong in the page; try again."
 
 
-def told(
+def shows_errors(
     method: Callable[Concatenate[Handlers, Session, P], Parts],
 ) -> Callable[Concatenate[Handlers, Session, P], Parts]:
     """Run a method with the session locked; what goes wrong becomes the page's notice."""
@@ -51,7 +51,7 @@ def told(
             except MedPLIBError as error:
                 session.notice = chat.as_sentence(error)
                 return _after_failing(session)
-            except Exception:  # noqa: BLE001 - whatever it is, the visitor is told and the page lives on
+            except Exception:  # noqa: BLE001 - the visitor sees any failure, and the page goes on
                 _log.exception("an action failed in the page")
                 session.notice = _MACHINE_FAULT
                 return _after_failing(session)
@@ -122,7 +122,7 @@ class Handlers:
     examples: list[Example] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
 
-    @told
+    @shows_errors
     def open_upload(self, session: Session, upload: Any) -> Parts:
         """Look at a file whose bytes wait in the tray."""
         name = safe_file_name(str(upload.get("name", "")), "the file")
@@ -136,7 +136,7 @@ class Handlers:
             raise MedPLIBError(f"{name} did not arrive; open it again")
         return self._look_at(session, content, name)
 
-    @told
+    @shows_errors
     def open_example(self, session: Session, index: Any) -> Parts:
         """Look at an example."""
         if not isinstance(index, int) or not 0 <= index < len(self.examples):
@@ -150,7 +150,7 @@ class Handlers:
         session.show(Picture(volume, volume.slice(middle), middle, file=session.next_number()))
         return _OPENED
 
-    @told
+    @shows_errors
     def turn_to(self, session: Session, slice_number: float, centre: float, width: float) -> Parts:
         """Look at a slice (as people count, from 1) through a window."""
         picture = _picture(session)
@@ -162,7 +162,7 @@ class Handlers:
         session.show(Picture(volume, volume.slice(index, window), index, window, picture.file))
         return Parts({"viewer", "masks", "talk"})
 
-    @told
+    @shows_errors
     def cut(self, session: Session, plane: Any) -> Parts:
         """Look at the volume in slices of another plane."""
         picture = _picture(session)
@@ -171,7 +171,7 @@ class Handlers:
         session.show(Picture(volume, volume.slice(middle, picture.window), middle, picture.window, picture.file))
         return Parts({"viewer", "masks", "talk", "volume"})
 
-    @told
+    @shows_errors
     def mark(self, session: Session, drawn: Any) -> Parts:
         """Add what was drawn to the regions of the next question."""
         picture = _picture(session)
@@ -180,7 +180,7 @@ class Handlers:
         session.marks.append(read_mark(drawn, picture.size))
         return Parts({"viewer", "talk"})
 
-    @told
+    @shows_errors
     def unmark(self, session: Session, everything: bool) -> Parts:
         """Take the last mark back, or all of them."""
         session.spent = []
@@ -218,13 +218,13 @@ class Handlers:
         session.stop()
         return Parts()
 
-    @told
+    @shows_errors
     def forget(self, session: Session) -> Parts:
         """Clear the conversation and its masks."""
         session.forget()
         return _ANSWERED
 
-    @told
+    @shows_errors
     def vote(self, session: Session, number: Any, vote: Any) -> Parts:
         """Vote for or against an answer; the same vote again takes it back."""
         exchange = next((one for one in session.exchanges if one.number == number), None)
@@ -234,7 +234,7 @@ class Handlers:
         self.votes.write(exchange)
         return Parts({"talk"})
 
-    @told
+    @shows_errors
     def show_mask(self, session: Session, place: Any, shown: Any) -> Parts:
         """Lay a mask over the picture, or take it off."""
         for _, exchange, number in session.masks():
@@ -243,7 +243,7 @@ class Handlers:
                 return Parts({"viewer", "masks"})
         raise MedPLIBError("that mask is gone; choose one that is shown")
 
-    @told
+    @shows_errors
     def shade(self, session: Session, opacity: float, contour: bool) -> Parts:
         """How masks are laid over the picture."""
         session.opacity, session.contour = min(max(float(opacity), 0.0), 1.0), bool(contour)
@@ -254,7 +254,7 @@ class Handlers:
         made: dict[str, Any] = {}
         return self._write(session, kind, made), made or None
 
-    @told
+    @shows_errors
     def _write(self, session: Session, kind: Any, made: dict[str, Any]) -> Parts:
         picture = _picture(session)
         if kind not in get_args(Kind):
@@ -279,13 +279,13 @@ class Handlers:
         made |= {"name": name, "data": base64.b64encode(content).decode("ascii"), "key": session.next_number()}
         return Parts({"masks"})
 
-    @told
+    @shows_errors
     def choose_model(self, session: Session, model: Any) -> Parts:
         """Ask this model from now on."""
         session.model = str(model or "")
         return Parts({"models"})
 
-    @told
+    @shows_errors
     def look_for_models(self, session: Session, chosen: str | None = None, refresh: bool = True) -> Parts:
         """List the models anew, keeping the choice; ``refresh`` has the controller ask its workers first."""
         session.model = chosen or ""

@@ -1,4 +1,4 @@
-"""The page: where everything is, and which action each control calls."""
+"""Layout of the page, and the handler of each control."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class Page:
         self._listen(event, run, list(inputs), latest)
 
     def _on_data(self, event: Any, act: Callable[..., Parts]) -> None:
-        """Call ``act(session, data)`` when one of our own parts tells something."""
+        """Call ``act(session, data)`` when one of our own components sends an event."""
 
         def run(event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
             session = self._session(request)

@@ -1,4 +1,4 @@
-"""What the page shows of an answer: its masks, over the image."""
+"""Overlays of an answer's masks for the page."""
 
 from __future__ import annotations
 

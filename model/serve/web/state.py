@@ -1,4 +1,4 @@
-"""What the page remembers of each visitor: the picture, what was marked in it, and the conversation about it.
+"""Session of a visitor: image, marks, conversation.
 
 Nothing here outlives the process, and nothing is shared between visitors.
 """

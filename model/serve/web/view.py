@@ -1,4 +1,4 @@
-"""What the browser is told to show: the picture with its masks and marks, the list of masks, the conversation."""
+"""State of the page for the browser: the image with its masks and marks, the list of masks, the conversation."""
 
 from __future__ import annotations
 

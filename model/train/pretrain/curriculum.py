@@ -1,4 +1,4 @@
-"""What the language model is taught, in order: symbolic images, then what the CLIP tower sees, then ``<SEG>``."""
+"""Curriculum of the small language model: symbolic images, then CLIP features, then ``<SEG>``."""
 
 from __future__ import annotations
 
@@ -352,10 +352,10 @@ def pool_regions(batch: PackedBatch, weights: Tensor, tokens: Tensor) -> Tensor:
 
 
 class StateReader(nn.Module):
-    """Linear readers of final hidden states that make them tell what later answers need; thrown away after training.
+    """Linear readers of final hidden states that make them hold what later answers need; thrown away after training.
 
-    A state that predicts ``<SEG>`` must tell the class to paint; the states of a structure's name and of a region's
-    token must tell where that structure lies, as (right, down) in [−1, 1].
+    A state that predicts ``<SEG>`` must hold the class of the mask; the states of a structure's name and of a region's
+    token must hold where that structure lies, as (right, down) in [−1, 1].
     """
 
     def __init__(self, width: int, grid: int) -> None:

@@ -1,6 +1,6 @@
 """Pre-train the CLIP tower on phantoms: what is in every patch, where the patch is, and the modality of the picture.
 
-Supervision sits on the hidden state that the projector reads, so that a linear map can tell the structures apart there.
+Supervision sits on the hidden state that the projector reads, so that a linear map can separate the structures there.
 """
 
 from __future__ import annotations
