@@ -73,6 +73,18 @@ def test_shares_of_data_sets_are_kept(pool: MaskPool) -> None:
     assert weights["a"] == pytest.approx(0.9)
 
 
+def test_absent_targets_come_as_often_as_planned(pool: MaskPool) -> None:
+    lacking = [place for place, targets in enumerate(pool.targets) if any(row < 0 for row, _ in targets)]
+    some = pool.subset(lacking)
+    never, always = (PoolSampler(some, TowerPlan(batch_size=20, absent=share), seed=0).draw() for share in (0.0, 1.0))
+    assert never.masks.any((1, 2)).all()
+    assert not always.masks.any((1, 2)).all()
+    shown = always.present()
+    assert shown.masks.any((1, 2)).all() and 0 < len(shown.masks) < len(always.masks)
+    assert len(shown.masks) == len(shown.index) == len(shown.names)
+    assert shown.images is always.images
+
+
 @pytest.mark.parametrize("kind", ["name", "box", "click", "correction"])
 def test_the_sam_branch_learns_from_prompts(pool: MaskPool, tmp_path: Path, kind: str) -> None:
     config = tiny_config(mask=MaskConfig(stem_channels=(8, 8, 8)))

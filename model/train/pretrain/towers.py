@@ -192,7 +192,7 @@ def pretrain_sam(
     own = trainer.sam.state_dict()
     grown = widen(start or {}, own, torch.Generator().manual_seed(seed))
     trainer.sam.load_state_dict(own | grown)
-    trainer.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
+    trainer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on a CPU
     rng = np.random.default_rng(seed + 1)
     kinds, shares = ("name", *PROMPTS), np.array([1 - sum(plan.prompts), *plan.prompts])
 
