@@ -127,4 +127,7 @@ def mask_line(mask: Mask) -> str:
     """A mask in one line for people."""
     area = f"{mask.area_px} px" if mask.area_mm2 is None else f"{mask.area_px} px ({mask.area_mm2:.1f} mm²)"
     warning = f" (warning: {mask.warning})" if mask.warning else ""
+    if not mask.area_px:
+        chance = "" if mask.presence is None else f", probability that it is in the image {mask.presence:.2f}"
+        return f"{mask.label or 'mask'}: the mask is empty{chance}{warning}"
     return f"{mask.label or 'mask'}: score {mask.score:.2f}, {area}, box {list(mask.bbox)}{warning}"

@@ -16,6 +16,7 @@ from model import MedPLIBError
 from model.checkpoint import load
 from model.cli import main as medplib
 from model.inference.calibrate_presence import collect_rows, main
+from model.inference.overlay import mask_line
 from model.inference.predictor import Predictor
 from model.inference.presence import FEATURES, PRESENCE_FILE, PresenceClassifier, mask_features
 from tests.tiny import tiny_checkpoint
@@ -143,6 +144,7 @@ def test_the_threshold_of_a_checkpoint_is_the_default(tmp_path: Path) -> None:
     for least, kept in ((None, False), (0.0, True)):
         answer = predictor.ask(SAMPLE / record["image"], question, no_mask_below=least)
         assert [bool(mask.area_px) for mask in answer.masks] == [kept]
+        assert ("the mask is empty, probability that it is in the image 0." in mask_line(answer.masks[0])) is not kept
 
 
 def test_a_file_that_is_no_classifier_is_refused(tmp_path: Path) -> None:
