@@ -56,7 +56,7 @@ setup(
         "gpu": ["flash-attn", "bitsandbytes>=0.45"],
         # Beside lmms-eval itself, which is installed with --no-deps: its own list would replace torch.
         "lmms": [
-            *("datasets>=4", "evaluate>=0.4", "loguru", "tenacity>=8.3", "pytablewriter", "sacrebleu", "scikit-learn"),
+            *("datasets>=4", "evaluate>=0.4", "loguru", "tenacity>=8.3", "pytablewriter", "sacrebleu"),
         ],
         "sam": ["segment-anything", "torchvision"],  # cross-check of our SAM in the tests; CUDA builds of torch only
     },
