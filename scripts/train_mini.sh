@@ -31,10 +31,6 @@ train() { # train RECIPE NAME OVERRIDES…
   # A run that gets a signal saves, and exits with 0, too.
   [ -e "$mini/$name/merged/config.json" ] || { echo "$name is not finished; run this again to go on." >&2; exit 3; }
 }
-presence() { # presence MODEL: fitted on held-out pictures that have or lack their target; foreign ones are refused in words
-  [ -e "$1/presence.json" ] || python -m model.inference.calibrate_presence "$1" --data "$mini/presence.json" \
-    --images "$mini/mix" --false-mask-rate 0.15
-}
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 [ -e "$mini/sources/all/meta.csv" ] || python scripts/mini_sources.py --out "$mini/sources"
@@ -43,11 +39,6 @@ for set in "$mini"/sources/*/; do
   [ "$name" = all ] || built "$set" "$mini/data/$name"
 done
 built "$mini/sources/all" "$mini/mix"
-[ -e "$mini/presence.json" ] || python - "$mini/mix/validation/grounding.json" "$mini/presence.json" <<'PY'
-import json, sys
-records = json.load(open(sys.argv[1]))
-json.dump([one for one in records if one.get("absent_kind") in (None, "picture")], open(sys.argv[2], "w"))
-PY
 phantoms train 8000 4000
 phantoms validation 200 8000
 phantoms test 400 9000
@@ -67,7 +58,6 @@ train configs/mini/joint.yaml joint
 for seed in 0 1 2; do
   train configs/mini/joint.yaml "last$seed" model.base="$mini/joint/merged" seed="$seed" schedule.max_steps=300 \
     optimiser.lr=1.5e-4 validation.every=300
-  presence "$mini/last$seed/merged"
   [ -e "$mini/eval/$seed/report.json" ] ||
     medplib eval "$mini/last$seed" "$mini/mix" --split test --out "$mini/eval/$seed"
 done

@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--false-mask-rate", type=float, default=0.05, help="share of absent targets that may pass (%(default)s)"
     )
+    parser.add_argument(
+        "--lost-mask-rate", type=float, help="share of present targets that may be withheld, in place of the other rate"
+    )
     parser.add_argument("--max-records", type=int, help="read only so many records")
     parser.add_argument("--out", type=Path, help=f"file to write; {PRESENCE_FILE} in the checkpoint when absent")
     parser.add_argument("--device", default="cpu", help="where the model runs (%(default)s)")
@@ -71,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _calibrate(options: argparse.Namespace) -> int:
     if options.max_records is not None and options.max_records < 1:
         raise MedPLIBError(f"--max-records is {options.max_records}; give at least 1")
-    if not 0 < options.false_mask_rate < 1:
-        raise MedPLIBError(f"--false-mask-rate is {options.false_mask_rate}; give a number between 0 and 1")
+    for name in ("false_mask_rate", "lost_mask_rate"):
+        rate = getattr(options, name)
+        if rate is not None and not 0 < rate < 1:
+            raise MedPLIBError(f"--{name.replace('_', '-')} is {rate}; give a number between 0 and 1")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise MedPLIBError(f"there is no folder {options.out.absolute().parent}; make it, or name another --out")
     options.model = resolve(options.model)
@@ -85,12 +90,14 @@ def _calibrate(options: argparse.Namespace) -> int:
     with record_bar("masks") as progress:
         asked = records if options.max_records is None else records[: options.max_records]
         rows = collect_rows(model, processor, asked, options.images, progress)
-    fitted = PresenceClassifier.fit(rows.features, rows.present, options.false_mask_rate, groups=rows.images)
+    fitted = PresenceClassifier.fit(
+        rows.features, rows.present, options.false_mask_rate, lost_mask_rate=options.lost_mask_rate, groups=rows.images
+    )
     written = fitted.save(options.out or options.model)
     sys.stdout.write(fitted.report.table(fitted.threshold) + "\n")
     if rows.left_out:
         sys.stderr.write(f"{len(rows.left_out)} records were left out; the first: {rows.left_out[0]}\n")
-    if fitted.report.false_mask_bound > options.false_mask_rate:
+    if options.lost_mask_rate is None and fitted.report.false_mask_bound > options.false_mask_rate:
         sys.stderr.write(
             f"with {fitted.report.absent} absent targets no rate below {fitted.report.false_mask_bound:.1%} can be "
             "promised; calibrate on more of them\n"

@@ -40,7 +40,6 @@ class PresenceReport:
     Attributes:
         present, absent: masks of each kind.
         cross_validated: no mask was scored with the help of its own image; False where there was too little data.
-        target_false_mask_rate: share of absent targets that may pass, as requested.
         false_mask_bound: share that the threshold promises for new absent targets, on average over calibrations.
         false_masks: share of the absent targets here that pass.
         lost_masks: share of the present targets here that are withheld.
@@ -52,7 +51,6 @@ class PresenceReport:
     present: int
     absent: int
     cross_validated: bool
-    target_false_mask_rate: float
     false_mask_bound: float
     false_masks: float
     lost_masks: float
@@ -69,7 +67,7 @@ class PresenceReport:
             f"| masks of present targets | {self.present} |",
             f"| masks of absent targets | {self.absent} |",
             f"| threshold on the probability of presence | {threshold:.4f} |",
-            f"| false masks (requested: {self.target_false_mask_rate:.1%}) | {self.false_masks:.1%} |",
+            f"| false masks | {self.false_masks:.1%} |",
             f"| false masks to expect on new images, at most | {self.false_mask_bound:.1%} |",
             f"| true masks lost | {self.lost_masks:.1%} |",
             f"| area under the ROC curve | {self.auroc:.4f} |",
@@ -108,15 +106,17 @@ class PresenceClassifier:
         present: ArrayLike,
         false_mask_rate: float = 0.05,
         *,
+        lost_mask_rate: float | None = None,
         groups: Sequence[object] | None = None,
         penalty: float = 1.0,
     ) -> PresenceClassifier:
-        """Fit the regression and choose the threshold that keeps ``false_mask_rate`` on new data.
+        """Fit the regression and choose the threshold by ``false_mask_rate`` or ``lost_mask_rate``.
 
         Args:
             features: [n, 4] from ``mask_features``.
             present: bool [n], whether the target is in the image.
             false_mask_rate: share of absent targets that may pass, in (0, 1).
+            lost_mask_rate: share of present targets that may be withheld, in (0, 1); decides alone where it is given.
             groups: per row what it shares with others (its image); such rows are not scored by each other's help.
             penalty: weight of the squared coefficients (of standardized features), > 0; keeps separable data finite.
 
@@ -130,8 +130,9 @@ class PresenceClassifier:
         from sklearn.preprocessing import StandardScaler
 
         rows, truth = _check_rows(features, present)
-        if not 0 < false_mask_rate < 1:
-            raise MedPLIBError(f"false_mask_rate is {false_mask_rate}; give a number between 0 and 1")
+        for name, rate in (("false_mask_rate", false_mask_rate), ("lost_mask_rate", lost_mask_rate)):
+            if rate is not None and not 0 < rate < 1:
+                raise MedPLIBError(f"{name} is {rate}; give a number between 0 and 1")
         if not penalty > 0:
             raise MedPLIBError(f"the penalty is {penalty}; give a number above 0")
         if groups is not None and len(groups) != len(rows):
@@ -153,12 +154,14 @@ class PresenceClassifier:
         coefficients = linear.coef_[0] / scaler.scale_
         intercept = float(linear.intercept_[0] - coefficients @ scaler.mean_)
         threshold, bound = choose_threshold(scores, truth, false_mask_rate)
+        if lost_mask_rate is not None:
+            threshold = float(np.quantile(scores[truth], lost_mask_rate))
+            bound = float((scores[~truth] >= threshold).sum() + 1) / float((~truth).sum() + 1)
         kept, chosen = scores >= threshold, [(rate, *choose_threshold(scores, truth, rate)) for rate in _TRADE_OFFS]
         report = PresenceReport(
             present=int(truth.sum()),
             absent=int((~truth).sum()),
             cross_validated=unseen,
-            target_false_mask_rate=false_mask_rate,
             false_mask_bound=bound,
             false_masks=float(kept[~truth].mean()),
             lost_masks=float((~kept[truth]).mean()),

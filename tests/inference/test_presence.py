@@ -56,6 +56,18 @@ def test_the_false_mask_rate_holds_on_new_data_at_the_least_loss() -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_a_rate_of_lost_masks_may_set_the_threshold() -> None:
+    features, present, _ = overlapping(4000)
+    fresh, truth, _ = overlapping(20000, seed=1)
+    fitted = PresenceClassifier.fit(features, present, lost_mask_rate=0.03)
+    kept = fitted.probability(fresh) >= fitted.threshold
+    assert (~kept[truth]).mean() == pytest.approx(0.03, abs=0.01)
+    assert fitted.report.lost_masks == pytest.approx(0.03, abs=0.001)
+    assert kept[~truth].mean() == pytest.approx(fitted.report.false_mask_bound, abs=0.03)
+    with pytest.raises(MedPLIBError, match=r"lost_mask_rate is 1\.5"):
+        PresenceClassifier.fit(features, present, lost_mask_rate=1.5)
+
+
 def test_separable_data_gives_finite_coefficients_and_loses_nothing() -> None:
     rng = np.random.default_rng(0)
     present = np.arange(100) % 2 == 0
