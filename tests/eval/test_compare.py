@@ -17,7 +17,7 @@ from model.cli import main
 from model.errors import MedPLIBError
 from model.eval.compare import EXAMPLES, SetComparison, compare_runs, open_run
 from model.eval.predictions import Prediction, PredictionWriter
-from model.eval.report_compare import CHANGES_FILE, HTML_FILE, JSON_FILE, told, write_comparison
+from model.eval.report_compare import CHANGES_FILE, HTML_FILE, JSON_FILE, verdict_text, write_comparison
 from model.processing.masks import encode_rle
 from tests.eval.drawn import EVIL, Outline, painted, row, rows
 
@@ -50,7 +50,7 @@ def test_a_run_does_not_differ_from_itself(tmp_path: Path):
     found = compared(tmp_path, rows(), rows()[::-1])  # whatever the order
     assert not found.changes
     assert all(d.difference == 0 and (np.isnan(d.p_value) or d.p_value == 1) for d in found.found.overall.values())
-    assert told([found]).endswith("None of the 22 answers scored differently.")
+    assert verdict_text([found]).endswith("None of the 22 answers scored differently.")
 
 
 def test_fixed_and_broken_answers_are_found(tmp_path: Path):
@@ -72,7 +72,7 @@ def test_fixed_and_broken_answers_are_found(tmp_path: Path):
     expected = (
         "Of 22 answers 4 scored better (1 closed, 1 open, 1 with masks, 1 about absent targets), 1 worse (1 closed)"
     )
-    assert f"{expected}, and 17 as before." in told([found])
+    assert f"{expected}, and 17 as before." in verdict_text([found])
 
 
 def test_differences_have_paired_intervals_and_p_values(tmp_path: Path):
@@ -170,7 +170,7 @@ def test_folders_are_compared_set_by_set(tmp_path: Path):
     assert [part.title for part in found] == ["ONE", "TWO"]
     assert [len(part.changes) for part in found] == [1, 0]
     assert (found[0].headlines(), found[0].images) == (["closed_accuracy"], tmp_path)
-    text = told(found)
+    text = verdict_text(found)
     assert text.startswith("ONE\n")
     assert text.count("closed_accuracy") == 2
     other = open_run(folder_of(tmp_path / "c", {"one": rows()[:10], "three": rows()[10:]}))
