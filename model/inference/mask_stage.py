@@ -57,7 +57,7 @@ def encode_segmented(model: MedPLIBForCausalLM, images: Sequence[PreparedImage])
 def paint_masks(
     model: MedPLIBForCausalLM, jobs: Sequence[MaskJob], classifier: PresenceClassifier | None = None
 ) -> None:
-    """Paint the masks of every job, in the order of its states; one whose numbers are not finite has the score NaN."""
+    """Decode the masks of every job, in the order of its states; one whose numbers are not finite has the score NaN."""
     encode_segmented(model, [job.image for job in jobs if job.states])
     flat = [(job, place) for job in jobs for place in range(len(job.states))]
     for job in jobs:
@@ -77,12 +77,11 @@ def paint_masks(
             request = job.request
             if not logits.isfinite().all():
                 score = math.nan  # the request fails
-            presence = (
-                None if classifier is None else float(classifier.probability(mask_features(logits, score)[None])[0])
-            )
-            least = request.no_mask_below
-            if classifier and presence is not None and presence < (classifier.threshold if least is None else least):
-                logits = torch.full_like(logits, -torch.inf)
+            presence = None
+            if classifier is not None and math.isfinite(score):
+                presence = float(classifier.probability(mask_features(logits, score)[None])[0])
+                least = classifier.threshold if request.no_mask_below is None else request.no_mask_below
+                logits = logits if presence >= least else torch.full_like(logits, -torch.inf)
             threshold = model.config.mask.threshold if request.threshold is None else request.threshold
             array, spacing = threshold_mask(logits, threshold), job.image.data.spacing_mm
             job.masks.append(Mask.from_array(array, job.labels[place], score, spacing, presence, job.spoken))

@@ -16,6 +16,7 @@ import torch
 from model.inference.answer import Answer, Mask
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
+from model.inference.presence import PresenceClassifier
 from model.inference.requests import NotFinite
 from model.inference.schedule import prefix_cache_bytes
 from model.inference.slots import slot_bytes
@@ -82,16 +83,19 @@ def test_what_an_earlier_request_left_in_a_slot_is_not_seen(bad: float, batch_in
         assert_same(got, wanted[place])
 
 
+@pytest.mark.parametrize("classified", [False, True])
 @pytest.mark.parametrize("field", ["iou_predictions", "mask_logits"])
-def test_a_mask_that_is_no_number_fails_its_request(field: str) -> None:
+def test_a_mask_that_is_no_number_fails_its_request(field: str, classified: bool) -> None:
     def spoil(decoded: Any) -> Any:
         value = getattr(decoded, field)
         broken = value * NAN if isinstance(value, torch.Tensor) else [one * NAN for one in value]
         return replace(decoded, **{field: broken})
 
     requests, wanted = asked()
+    classifier = PresenceClassifier.fit([[0.9, 9, 0.9, 0.3], [0.2, -1, 0.3, 0.0]], [True, False])
     with bad_numbers("decode_masks", spoil):
-        found = dict(engine_of(*parts()).answer_all(requests))
+        engine = Engine(*parts(), EngineSettings(slots=3), classifier if classified else None)
+        found = dict(engine.answer_all(requests))
     assert {place for place, got in found.items() if isinstance(got, NotFinite)} == {
         place for place, want in enumerate(wanted) if want.masks
     }
