@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -331,8 +332,6 @@ def run_finetune(options: argparse.Namespace) -> int:
 
 def run_export(options: argparse.Namespace) -> int:
     """``medplib export``."""
-    import shutil
-
     from model.checkpoint import export_published, save, save_adapter
     from model.checkpoint.directories import resolve
     from model.inference.presence import PRESENCE_FILE
@@ -360,11 +359,11 @@ def run_export(options: argparse.Namespace) -> int:
         model.to(getattr(torch, options.dtype))
     if options.layout == "native":
         save(model, processor, options.out)
-        presence = resolve(options.checkpoint) / PRESENCE_FILE
-        if presence.is_file():
-            shutil.copyfile(presence, options.out / PRESENCE_FILE)
     else:
         export_published(model, processor, options.out, fmt=options.format)
+    presence = resolve(options.checkpoint) / PRESENCE_FILE
+    if presence.is_file():
+        shutil.copyfile(presence, options.out / PRESENCE_FILE)
     print(f"wrote {options.out}")
     return 0
 

@@ -59,7 +59,6 @@ _FORGOTTEN = 0.05  # a loss of more than this, and of more than chance, is calle
 _LISTED = ("mDice@0.5", "false_mask_rate@0.5", "closed_accuracy", "open_exact_match")
 _RATE, _WARMUP = 6e-4, 20  # docs/training.md has the rates that were tried; steps
 _PATIENCE, _BATCH, _FEWEST, _MOST, _DRAWS = 5, 16, 300, 2000, 10
-_MASK_WEIGHT = 3  # draws of a record that asks for masks, which take longest to learn, for one of another
 _FULL_MOST = 1e9  # weights; larger networks learn through LoRA
 _METHODS: Mapping[str, Mapping[str, Any]] = {
     "full": {
@@ -303,10 +302,7 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
     roots = {split: [str(part.images) for part in parts for _ in part.splits[split]] for split in files}
     old = len(files["train"]) - len(sizes)
     epoch = sum(len(open_records(file)) for file in files["train"]) / _BATCH
-    weights = [
-        size * (_MASK_WEIGHT if _has_masks(file) else 1) for size, file in zip(sizes, own.splits["train"], strict=True)
-    ]
-    shares = [share * weight / sum(weights) for weight in weights] + [(1 - share) / max(old, 1)] * old
+    shares = [share * size / sum(sizes) for size in sizes] + [(1 - share) / max(old, 1)] * old
     values: dict[str, Any] = {
         "stage": 4 if opened.config.moe.enabled else 3,
         "output": str(options.out),
@@ -314,7 +310,7 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
         "data": {
             "train": [str(path) for path in files["train"]],
             "images": roots["train"],
-            "shares": [round(one, 4) for one in shares],
+            "shares": [round(one, 4) for one in shares] if old else [],
             "validation": [str(path) for path in files["validation"]],
             "validation_images": roots["validation"],
             "template": settings.template,
@@ -334,8 +330,8 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
         values |= {key: former[key] for key in (*_METHODS["full"], "engine", "schedule", "optimiser")}
         reason = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
     else:
-        size = sum(math.prod(shape) for shape in opened.shapes.values())
-        values, reason = _with_method(options.method, values, size)
+        weights = sum(math.prod(shape) for shape in opened.shapes.values())
+        values, reason = _with_method(options.method, values, weights)
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(path, f"# {reason}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
     also = None if options.print_recipe else lambda recipe: start_problems(recipe, resume=options.resume)
@@ -344,14 +340,10 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
 
 def _best_score(own: Built) -> str:
     """The score that the checkpoint is chosen by: of masks where held-out records have any."""
-    if any(_has_masks(file) for file in own.splits["validation"]):
-        return "mDice"
     rows = [row for file in own.splits["validation"] for row in open_records(file)]
+    if any("<mask>" in str(row.get("conversations", row.get("messages", ""))) for row in rows):
+        return "mDice"
     return "closed" if any(str(row.get("answer_type", "")).lower() == "closed" for row in rows) else "open"
-
-
-def _has_masks(file: Path) -> bool:
-    return any("<mask>" in str(row.get("conversations", row.get("messages", ""))) for row in open_records(file))
 
 
 def _with_method(wanted: str, values: dict[str, Any], weights: int) -> tuple[dict[str, Any], str]:

@@ -92,6 +92,7 @@ def questions_table(answers: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """False masks by why the target is absent, refusals of present targets, accuracy by kind of question."""
     scores = [score_predictions(read_predictions(path), thresholds=(THRESHOLD,), samples=0) for path in answers]
     found = {"present targets refused": spread([run.overall["refused_rate"].value for run in scores])}
+    found["present targets without a mask, or with an empty one"] = spread([_unmasked(path) for path in answers])
     for kind, title in _ABSENT.items():
         rates = [run.by("absent_kind")[kind][f"false_mask_rate@{THRESHOLD:g}"].value for run in scores]
         found[f"false masks {title}"] = spread(rates)
@@ -101,6 +102,11 @@ def questions_table(answers: Sequence[Path]) -> dict[str, dict[str, Any]]:
             if metric in measures[0]:
                 found[f"{kind}, {metric}"] = spread([run[metric].value for run in measures])
     return found
+
+
+def _unmasked(answers: Path) -> float:
+    present = [row for row in read_predictions(answers) if row.gt_masks]
+    return float(np.mean([not any(mask["area_px"] for mask in row.masks) for row in present]))
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -85,9 +85,7 @@ def _towers(
     folder, settings, tower = Path(recipe.data.feature_cache), asdict(processor.settings), network.model.vision_tower
     halved = recipe.engine.kind == "torch" and recipe.engine.precision == "bf16"  # as TrainingEngine computes
 
-    def make(
-        name: str, module: nn.Module, encode: Callable[[Tensor], Tensor], settings_of: Mapping[str, Any]
-    ) -> _Tower:
+    def make(name: str, module: nn.Module, encode: Callable[[Tensor], Tensor], facts: Mapping[str, Any]) -> _Tower:
         @torch.no_grad()
         def run(pixels: Tensor) -> Tensor:
             dtype = next(module.parameters()).dtype
@@ -96,16 +94,16 @@ def _towers(
 
         side = settings[f"{name}_size"]
         example = run(torch.zeros(1, 3, side, side))[0]
-        settings_of = {**settings_of, "format": _FORMAT, "dtype": str(example.dtype), "device": process.device.type}
-        place = folder / f"{name}-{_fingerprint(module, settings_of)}"
+        facts = {**facts, "format": _FORMAT, "dtype": str(example.dtype), "device": process.device.type}
+        place = folder / f"{name}-{_fingerprint(module, facts)}"
         return _Tower(run, FeatureStore(place, tuple(example.shape), example.dtype))
 
     clip_settings = {name: settings[name] for name in _CLIP_SETTINGS}
     clip_settings |= {"layers": tower.layers_to_run, "class token": tower.keeps_class_token}
     towers = {"clip": make("clip", tower, network.encode_images, clip_settings)}
     if not _learns(network.model.sam.image_encoder):
-        settings_of = {name: settings[name] for name in _SAM_SETTINGS}
-        towers["sam"] = make("sam", network.model.sam.image_encoder, network.encode_segmented_images, settings_of)
+        facts = {name: settings[name] for name in _SAM_SETTINGS}
+        towers["sam"] = make("sam", network.model.sam.image_encoder, network.encode_segmented_images, facts)
     return towers
 
 
@@ -113,9 +111,9 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _fingerprint(module: nn.Module, settings_of: Mapping[str, Any]) -> str:
+def _fingerprint(module: nn.Module, facts: Mapping[str, Any]) -> str:
     """What features depend on besides the image: the weights, and how pixels are prepared."""
-    digest = hashlib.blake2b(json.dumps(settings_of, sort_keys=True).encode(), digest_size=8)
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
