@@ -39,25 +39,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of built folders")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=20, help="most time of one network's training")
+    parser.add_argument("--minutes", type=float, default=20, help="most processor time of one network's training")
     parser.add_argument("--only", nargs="*", default=[], help="names of the sets to train")
     options = parser.parse_args()
     if importlib.util.find_spec("monai") is None:
         parser.error("MONAI is not installed; pip install monai")
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "unet.json"
-    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for folder in sorted(path.parent for path in options.data.glob("*/dataset.json")):
         if options.only and folder.name not in options.only:
             continue
         for modality in json.loads((folder / "dataset.json").read_text())["modalities"]:
             key = f"{folder.name}/{modality}"
-            if key not in report:
-                report[key] = bench(folder, modality, options.out / "pools", options.minutes)
-                file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-                sys.stdout.write(f"{key}: {report[key]}\n")
+            if key not in _read(file):
+                found = bench(folder, modality, options.out / "pools", options.minutes)
+                # Read again: another process may have added the networks of other sets meanwhile.
+                file.write_text(json.dumps({**_read(file), key: found}, indent=1) + "\n", encoding="utf-8")
+                sys.stdout.write(f"{key}: {found}\n")
                 sys.stdout.flush()
     return 0
+
+
+def _read(report: Path) -> dict[str, Any]:
+    return json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
 
 
 def bench(folder: Path, modality: str, pools: Path, minutes: float) -> dict[str, Any]:
@@ -79,11 +83,11 @@ def bench(folder: Path, modality: str, pools: Path, minutes: float) -> dict[str,
     network = BasicUNet(spatial_dims=2, in_channels=3, out_channels=len(pool.names))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-4)
     sampler = PoolSampler(pool, TowerPlan(batch_size=12), seed=0)
-    begun, steps, best, waited, kept = time.monotonic(), 0, -1.0, 0, network.state_dict()
-    while time.monotonic() - begun < 60 * minutes and waited < _PATIENCE:
+    begun, steps, best, waited, kept = time.process_time(), 0, -1.0, 0, network.state_dict()
+    while time.process_time() - begun < 60 * minutes and waited < _PATIENCE:
         network.train()
         for _ in range(50):
-            drawn = sampler.draw(present=False)
+            drawn = sampler.draw()
             logits = network(_inputs(drawn.images))[drawn.index, drawn.names]  # [M, 160, 160]
             loss = _loss(logits, torch.from_numpy(drawn.masks).float())
             optimizer.zero_grad()
@@ -97,7 +101,7 @@ def bench(folder: Path, modality: str, pools: Path, minutes: float) -> dict[str,
         "test": _test(network.eval(), folder, modality, pool.names),
         "validation": round(best, 4),
         "steps": steps,
-        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "minutes": round((time.process_time() - begun) / 60, 1),
     }
 
 
