@@ -58,6 +58,7 @@ _KNOWN = 0.5  # mDice on phantoms below which a base has nothing there to forget
 _FORGOTTEN = 0.05  # a loss of more than this, and of more than chance, is called forgetting
 _LISTED = ("mDice@0.5", "false_mask_rate@0.5", "closed_accuracy", "open_exact_match")
 _RATE, _WARMUP = 6e-4, 20  # docs/training.md has the rates that were tried; steps
+_MASKED = 2 / 3  # least part of the own draws that ask for masks, where records do; docs/training.md has what it gives
 _PATIENCE, _BATCH, _FEWEST, _MOST, _DRAWS = 5, 16, 300, 2000, 10
 _FULL_MOST = 1e9  # weights; larger networks learn through LoRA
 _METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -302,7 +303,7 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
     roots = {split: [str(part.images) for part in parts for _ in part.splits[split]] for split in files}
     old = len(files["train"]) - len(sizes)
     epoch = sum(len(open_records(file)) for file in files["train"]) / _BATCH
-    shares = [share * size / sum(sizes) for size in sizes] + [(1 - share) / max(old, 1)] * old
+    shares = [share * part for part in _parts(own.splits["train"], sizes)] + [(1 - share) / max(old, 1)] * old
     values: dict[str, Any] = {
         "stage": 4 if opened.config.moe.enabled else 3,
         "output": str(options.out),
@@ -310,7 +311,7 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
         "data": {
             "train": [str(path) for path in files["train"]],
             "images": roots["train"],
-            "shares": [round(one, 4) for one in shares] if old else [],
+            "shares": [round(one, 4) for one in shares] if len(shares) > 1 else [],
             "validation": [str(path) for path in files["validation"]],
             "validation_images": roots["validation"],
             "template": settings.template,
@@ -338,10 +339,26 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
     return load_recipe(path, options.overrides, also=also), reason
 
 
+def _parts(files: Sequence[Path], sizes: Sequence[int]) -> list[float]:
+    """Shares of record files by size, those with masks in their answers raised to ``_MASKED`` together."""
+    masked = [any(map(_has_mask, open_records(file))) for file in files]
+    with_masks = sum(size for size, has in zip(sizes, masked, strict=True) if has)
+    without = sum(sizes) - with_masks
+    if not with_masks or not without:
+        return [size / sum(sizes) for size in sizes]
+    part = max(_MASKED, with_masks / sum(sizes))
+    scale = {True: part / with_masks, False: (1 - part) / without}
+    return [size * scale[has] for size, has in zip(sizes, masked, strict=True)]
+
+
+def _has_mask(row: Mapping[str, Any]) -> bool:
+    return "<mask>" in str(row.get("conversations", row.get("messages", "")))
+
+
 def _best_score(own: Built) -> str:
     """The score that the checkpoint is chosen by: of masks where held-out records have any."""
     rows = [row for file in own.splits["validation"] for row in open_records(file)]
-    if any("<mask>" in str(row.get("conversations", row.get("messages", ""))) for row in rows):
+    if any(map(_has_mask, rows)):
         return "mDice"
     return "closed" if any(str(row.get("answer_type", "")).lower() == "closed" for row in rows) else "open"
 

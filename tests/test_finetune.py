@@ -81,6 +81,16 @@ def test_print_recipe_is_the_recipe_that_ran(
     assert yaml.safe_load(text)["model"]["base"] == str(run["base"])
 
 
+def test_masks_get_two_thirds_of_the_own_draws(run: dict[str, Path]) -> None:
+    data = load_recipe(run["run"] / "recipe.yaml").data
+    own = {Path(file).stem: share for file, share in zip(data.train, data.shares, strict=True) if "/own/" in str(file)}
+    assert {task: round(share / sum(own.values()), 2) for task, share in own.items()} == {
+        "vqa": 0.17,
+        "region": 0.17,
+        "grounding": 0.67,
+    }
+
+
 def test_finished_run_is_not_trained_again(run: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     command = ["finetune", str(run["own"]), "--model", str(run["base"]), "--rehearse", str(run["old"])]
     command += ["--method", "lora", "--out", str(run["run"])]
