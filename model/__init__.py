@@ -11,7 +11,10 @@ Importing ``MedPLIBForCausalLM`` makes transformers' ``AutoModelForCausalLM`` an
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+__version__ = "0.1.0"
 
 # Imported when first used, so that `medplib --help` does not wait for torch.
 _HOMES = {
@@ -25,7 +28,13 @@ _HOMES = {
     "load": "model.checkpoint",
 }
 
-__all__ = list(_HOMES)
+__all__ = ["__version__", *_HOMES]
+
+
+def shipped(name: str) -> Path:
+    """A file that ships with the package, such as ``assets/medplib-mini``: inside it, or beside it in a checkout."""
+    inside = Path(__file__).parent / "shipped" / name
+    return inside if inside.exists() else Path(__file__).parents[1] / name
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model import __version__
 from model.checkpoint.directories import default_model
 from model.data.commands import add_data_command
 from model.errors import MedPLIBError, escape_unprintable, shown
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="medplib",
         description="Ask a biomedical model about an image or a region of it, or for a mask. Research use only.",
     )
+    parser.add_argument("--version", action="version", version=f"medplib {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_ask(commands)

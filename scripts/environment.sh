@@ -8,7 +8,7 @@ prepare_environment() {
   python=${PYTHON:-$(command -v python3.11 || command -v python3)} || { echo "Python 3.11 is needed; none was found." >&2; return 2; }
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $python is older." >&2; return 2; }
   stamp=.venv/.installed${extra:+-$extra}
-  wanted=$({ pwd; cat requirements.txt setup.py; } | cksum) # a moved project needs its commands anew
+  wanted=$({ pwd; cat requirements.txt pyproject.toml; } | cksum) # a moved project needs its commands anew
   if [ ! -x .venv/bin/medplib ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Setting up .venv (a few minutes the first time) …"
     # Not only where there is none: Debian without python3-venv leaves one without pip behind.
@@ -18,7 +18,7 @@ prepare_environment() {
     if ! .venv/bin/python -c 'import torch' 2> /dev/null; then
       install_packages ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep -o '^torch==[^ ]*' requirements.txt)" || return 2
     fi
-    install_packages --editable ".${extra:+[$extra]}" || return 2
+    install_packages --constraint requirements.txt --editable ".${extra:+[$extra]}" || return 2
     echo "$wanted" > "$stamp"
   fi
   export PATH="$PWD/.venv/bin:$PATH"

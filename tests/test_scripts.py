@@ -33,7 +33,7 @@ exit 0
 def project(tmp_path: Path) -> Path:
     """A project of scripts alone, and a folder ``bin`` with the pretended Python."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    for name in ("requirements.txt", "setup.py"):
+    for name in ("requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "bin").mkdir()
     for name in ("python", "python3"):

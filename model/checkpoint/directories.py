@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model import shipped
 from model.errors import MedPLIBError, shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED = "merged"
 """Folder of a run that holds its exported network."""
-SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "medplib-mini"
+SHIPPED_MODEL = shipped("assets/medplib-mini")
 """What is asked, served and fine-tuned where no other checkpoint is named."""
 _HUB_ID = re.compile(r"([\w.-]+)/([\w.-]+)(?:@([\w./-]+))?")
 _SNAPSHOTS, _REPOSITORY = "snapshots", "models--"

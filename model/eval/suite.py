@@ -16,6 +16,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from model import shipped
 from model.data.builders.jobs import whole_file
 from model.data.builders.vqa import ParquetRows, written_image
 from model.data.builders.vqa_rows import image_question_answer, omnimedvqa, slake, vqa_rad, vqa_rad_split
@@ -24,7 +25,7 @@ from model.errors import MedPLIBError
 from model.eval.metrics.definitions import metrics_for
 from model.yaml_files import expand, nearest, read_mapping, unknown_key
 
-SUITES = Path(__file__).resolve().parents[2] / "configs" / "suites"
+SUITES = shipped("configs/suites")
 """Folder of the project's own suites."""
 
 CURVE = tuple(round(0.05 * step, 2) for step in range(1, 20))

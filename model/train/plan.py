@@ -20,6 +20,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model import shipped
 from model.errors import MedPLIBError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from model.train.recipe import Recipe
 
 GIB = 2**30
-_SIZES = Path(__file__).resolve().parents[2] / "configs" / "model"
+_SIZES = shipped("configs/model")
 _QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # a byte a block of 64, 4 bytes per 256 blocks
 _CONTEXT, _FRAGMENTATION, _PROCESS, _LOADER = 1.0 * GIB, 0.05, 3.0 * GIB, 0.5 * GIB  # assumed, see docs/scale.md
 _SLOWER: Mapping[str, Mapping[Any, float]] = {  # time of a step: rules of thumb that put advice in order

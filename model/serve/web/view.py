@@ -11,13 +11,14 @@ from typing import Any
 import cv2
 import numpy as np
 
+from model import shipped
 from model.processing.special_tokens import IMAGE_TOKEN
 from model.serve.web.chat import messages
 from model.serve.web.downloads import kinds
 from model.serve.web.pictures import colour, overlay
 from model.serve.web.state import Picture, Session
 
-SAMPLE = Path(__file__).resolve().parents[3] / "data" / "sample"
+SAMPLE = shipped("data/sample")
 GENERAL_QUESTIONS = ("What kind of medical image is this?", "List the structures that you can see.")
 REGION_QUESTION = "What is in the region?"
 _NAMES = {"ct": "CT", "mr": "MR", "pet": "PET", "x_ray": "X-ray"}
