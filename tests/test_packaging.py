@@ -26,19 +26,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        source,
-    ]
-    subprocess.run(command, check=True)
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "-w", folder]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, source], check=True)
     (wheel,) = folder.glob("*.whl")
     assert model.__version__ in wheel.name
     with zipfile.ZipFile(wheel) as archive:
@@ -50,14 +39,8 @@ def python(installed: Path, *arguments: str) -> str:
     """What Python prints in a folder apart from the project, with the wheel's package."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     environment.pop("MEDPLIB_MODEL", None)
-    ended = subprocess.run(
-        [sys.executable, "-P", *arguments],
-        cwd=installed.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-P", *arguments]
+    ended = subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
