@@ -174,7 +174,7 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
         "the command with --resume after an interruption.",
     )
     tune.add_argument("data", type=Path, metavar="DATA", help="folder of medplib data build, record file, or source")
-    tune.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimiser.lr=1e-4")
+    tune.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimizer.lr=1e-4")
     tune.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder")
     tune.add_argument("--model", type=Path, metavar="DIR", help="what is fine-tuned; the shipped model when absent")
     tune.add_argument("--method", choices=("auto", "full", "lora"), default="auto", help="what learns; auto says why")
@@ -337,7 +337,7 @@ def run_export(options: argparse.Namespace) -> int:
     from model.checkpoint import export_published, save, save_adapter
     from model.checkpoint.directories import resolve
     from model.inference.presence import PRESENCE_FILE
-    from model.train.checkpoints import unmerged_network
+    from model.train.checkpoint import unmerged_network
 
     if options.out.exists():
         raise MedPLIBError(f"{options.out} exists already; name a new directory")
@@ -374,7 +374,7 @@ def _open_for_export(path: Path, vision_tower: Path | None, sam: Path | None, ba
     """The network and processor of a checkpoint, of a finished run, or of a run's newest training checkpoint."""
     from model.checkpoint import load
     from model.checkpoint.directories import resolve
-    from model.train.checkpoints import network_of_run
+    from model.train.checkpoint import network_of_run
 
     source = resolve(path)
     unmerged = (path / "recipe.yaml").is_file() or path.name.startswith("step_")

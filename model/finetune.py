@@ -40,15 +40,13 @@ from model.eval.results import SuiteResult
 from model.eval.suite import DataSet, Suite
 from model.eval.suite_run import PREDICTIONS, SuiteOptions, run_suite
 from model.serve.checks import free_memory
+from model.settings import apply_override, modernized, read_mapping
 from model.train import run
-from model.train.journal import METRICS_FILE, SCORES, VALIDATION_FILE, read_rows
 from model.train.plan import GIB, Machine, Planner, advise, find_sizes, records_of
-from model.train.readiness import start_problems
-from model.train.recipe import Recipe
-from model.train.recipe_io import RECIPE_FILE, lay_override, load_recipe, recipe_from, recipe_text
-from model.train.run_record import read_record
-from model.train.signals import RunStopped
-from model.yaml_files import read_mapping
+from model.train.preemption import RunStopped
+from model.train.preflight import start_problems
+from model.train.recipe import OLD_KEYS, RECIPE_FILE, Recipe, load_recipe, recipe_from, recipe_text
+from model.train.runs import METRICS_FILE, SCORES, VALIDATION_FILE, read_record, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +317,7 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
             "workers": 2 if (os.cpu_count() or 1) > 4 else 0,
         },
         "schedule": {"max_steps": steps, "batch_size": _BATCH, "accumulation": 1},
-        "optimiser": {"lr": _RATE, "warmup": round(min(1.0, _WARMUP / epoch), 6), "decay": "cosine"},
+        "optimizer": {"lr": _RATE, "warmup": round(min(1.0, _WARMUP / epoch), 6), "decay": "cosine"},
         "augmentation": {"preset": "light"},
         "losses": {"ce": 1.0, "dice": 5.0, "bce": 1.0, "focal": 1.0},
         "validation": {"every": every, "samples": 240, "batch_size": 8, "thresholds": [0.5], "patience": _PATIENCE},
@@ -327,8 +325,10 @@ def _recipe(options: argparse.Namespace, base: Path, own: Built, rehearsal: Buil
     }
     path = options.out / PLAN
     if options.method == "auto" and path.is_file() and (options.out / RECIPE_FILE).is_file():
-        former = read_mapping(path, "the plan")  # less memory may be free now, and a run goes on as it was begun
-        values |= {key: former[key] for key in (*_METHODS["full"], "engine", "schedule", "optimiser")}
+        former = modernized(
+            read_mapping(path, "the plan"), OLD_KEYS
+        )  # less memory may be free now, and a run goes on as it was begun
+        values |= {key: former[key] for key in (*_METHODS["full"], "engine", "schedule", "optimizer")}
         reason = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
     else:
         weights = sum(math.prod(shape) for shape in opened.shapes.values())
@@ -391,7 +391,7 @@ def _with_method(wanted: str, values: dict[str, Any], weights: int) -> tuple[dic
         for change in advise(planner, recipe_from(chosen), machine, 1):
             chosen = json.loads(json.dumps(chosen))  # nested values of its own
             for text in change.overrides:
-                lay_override(chosen, text, [])
+                apply_override(chosen, text, [])
             return chosen, f"{reason}; it fits with {' '.join(change.overrides)}"
     raise MedPLIBError(
         f"the model needs {', '.join(needs)}, and there are {place}; take a smaller --model or more memory"
@@ -545,7 +545,7 @@ def _card(plan: Plan, base: str, lines: Sequence[str], commands: Sequence[str]) 
         f"Base: {base}; licence: {licence[1] if licence else 'not stated beside its weights'}",
         *(f"Trained on: {data.name}; terms: {data.terms or 'not stated by the source'}" for data in sets),
         *plan.reasons,
-        f"Learning rate {recipe.optimiser.lr:g}, seed {recipe.seed}; every setting is in `recipe.yaml` of the run",
+        f"Learning rate {recipe.optimizer.lr:g}, seed {recipe.seed}; every setting is in `recipe.yaml` of the run",
     ]
     text = f"# {recipe.folder.name}\n\n{base}, fine-tuned by `medplib finetune`. For research; not validated for "
     text += "diagnosis or treatment.\n\n" + "\n".join(f"- {line}" for line in listed)

@@ -129,7 +129,7 @@ class Plan:
         common = (
             "schedule.batch_size=16",
             "schedule.epochs=20",
-            "optimiser.lr=1e-3",  # they have much to learn in few steps
+            "optimizer.lr=1e-3",  # they have much to learn in few steps
             "validation.samples=0",
             "logging.progress=false",
         )

@@ -57,7 +57,7 @@ train configs/mini/joint.yaml joint
 # The last, short stage, from three seeds: the first is the model, all of them give the spread of its figures.
 for seed in 0 1 2; do
   train configs/mini/joint.yaml "last$seed" model.base="$mini/joint/merged" seed="$seed" schedule.max_steps=300 \
-    optimiser.lr=1.5e-4 validation.every=300
+    optimizer.lr=1.5e-4 validation.every=300
   [ -e "$mini/eval/$seed/report.json" ] ||
     medplib eval "$mini/last$seed" "$mini/mix" --split test --out "$mini/eval/$seed"
 done

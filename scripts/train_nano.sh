@@ -61,10 +61,10 @@ pretrain base base/config.json
 # The base can answer and paint already; the stages go on from there in short runs of 16 records a step, at rates low
 # enough to lose little of it: at 5e-4, "is it a …?" about regions fell from 0.92 to 0.87.
 short="schedule.batch_size=16 schedule.epochs=2 validation.samples=32 saving.every=100 data.workers=1 data.feature_cache=$nano/features"
-stage 1 $short schedule.max_steps=40 optimiser.lr=3e-4
-stage 2 $short schedule.max_steps=200 optimiser.lr=1e-4 "trainable=[decoder, lm_head, projector, region_adapter]"
-stage 3 $short schedule.max_steps=220 optimiser.lr=2e-4
-stage 4 $short schedule.max_steps=400 optimiser.lr=2e-4 "data.shares=[0.3, 0.3, 0.4]"
+stage 1 $short schedule.max_steps=40 optimizer.lr=3e-4
+stage 2 $short schedule.max_steps=200 optimizer.lr=1e-4 "trainable=[decoder, lm_head, projector, region_adapter]"
+stage 3 $short schedule.max_steps=220 optimizer.lr=2e-4
+stage 4 $short schedule.max_steps=400 optimizer.lr=2e-4 "data.shares=[0.3, 0.3, 0.4]"
 python scripts/nano_report.py --data "$data/test" --train "$data/train" --out "$nano/report.json" \
   "stage I=$nano/stage1/merged" "stage II=$nano/stage2/merged" "stage III=$nano/stage3/merged" "stage IV=$nano/stage4/merged"
 python scripts/nano_pack.py "$nano/stage4/merged" "$nano/report.json" "$nano/medplib-nano"

@@ -20,8 +20,8 @@ from model.data.builders.phantom import TASKS, build_phantoms
 from model.errors import MedPLIBError
 from model.finetune import _open_data, _with_validation, verdicts_of
 from model.inference.predictor import Predictor
-from model.train.recipe_io import load_recipe
-from model.train.run_record import read_record
+from model.train.recipe import load_recipe
+from model.train.runs import read_record
 from tests.tiny import tiny_checkpoint
 
 QUICK = ["schedule.max_steps=2", "schedule.batch_size=2", "validation.samples=2", "logging.tensorboard=false"]

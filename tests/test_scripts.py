@@ -99,10 +99,10 @@ def test_tests_use_every_core_and_arguments_go_to_pytest(project: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_a_stage_uses_every_visible_gpu_through_one_launcher(project: Path, shell: str) -> None:
-    script = f"{shell} scripts/train_stage2.sh optimiser.lr=1e-5"
+    script = f"{shell} scripts/train_stage2.sh optimizer.lr=1e-5"
     ended, calls = call(project, shell, script, GPUS="4", CUDA_VISIBLE_DEVICES="4,5,6,7")
     assert ended.returncode == 0, ended.stderr
-    recipe = "configs/stages/stage2_7b.yaml optimiser.lr=1e-5"
+    recipe = "configs/stages/stage2_7b.yaml optimizer.lr=1e-5"
     assert calls[1:] == [
         f"python -m model.train {recipe} --check --quiet --processes 4",
         f"python -m torch.distributed.run --standalone --nproc_per_node 4 -m model.train {recipe}",

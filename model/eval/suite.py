@@ -23,7 +23,7 @@ from model.data.builders.vqa_rows import image_question_answer, omnimedvqa, slak
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval.metrics.definitions import metrics_for
-from model.yaml_files import expand, nearest, read_mapping, unknown_key
+from model.settings import expand, nearest, read_mapping, unknown_key
 
 SUITES = shipped("configs/suites")
 """Folder of the project's own suites."""

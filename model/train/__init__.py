@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.train.recipe import Recipe
-    from model.train.recipe_io import load_recipe, recipe_from, save_recipe
+    from model.train.recipe import Recipe, load_recipe, recipe_from, save_recipe
 
 __all__ = ["Recipe", "load_recipe", "recipe_from", "run", "save_recipe"]
 
@@ -17,26 +16,22 @@ def __getattr__(name: str) -> Any:
     """Imported when first used, so that no other command, nor any process of a data build, pays for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'model.train' has no attribute {name!r}")
-    return getattr(import_module("model.train.recipe" if name == "Recipe" else "model.train.recipe_io"), name)
+    return getattr(import_module("model.train.recipe"), name)
 
 
 def run(recipe: Recipe, resume: bool = False, allow_changed_data: bool = False) -> Path:
-    """Train one stage and write its merged checkpoint.
+    """Train one stage and return the merged native directory, which the next stage starts from.
 
     Args:
         recipe: what to train.
         resume: go on from the newest whole checkpoint in the run folder, if there is one.
         allow_changed_data: go on although the data set is not what the checkpoint was trained on.
 
-    Returns:
-        The merged native directory, which the next stage starts from.
-
     Raises:
-        MedPLIBError: the recipe, its files or its data cannot be used, too many steps were not finite, or a disk is
-            full.
+        MedPLIBError: recipe, files or data cannot be used, too many steps were not finite, or a disk is full.
         RunStopped: a ``SystemExit`` after SIGTERM, SIGUSR1 or Ctrl-C; what was done is saved.
     """
-    from model.train.loop import Trainer
+    from model.train.trainer import Trainer
 
     trainer = Trainer(recipe)
     failure: BaseException | None = None

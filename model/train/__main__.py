@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import MedPLIBError, escape_unprintable, shown
-from model.train.signals import end_at_once_on_signals
+from model.train.preemption import exit_on_signals
 
 if TYPE_CHECKING:
     from model.data.validate import RecordFacts
@@ -28,16 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     escape_unprintable()
     parser = argparse.ArgumentParser("python -m model.train", description="Train one stage of MedPLIB.")
     parser.add_argument("recipe", help="YAML file; the project's own are in configs/stages")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimiser.lr=1e-4")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimizer.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
     parser.add_argument("--check", action="store_true", help="check recipe, paths and records, print the plan")
     parser.add_argument("--quiet", action="store_true", help="of --check: no plan")
     parser.add_argument(
-        "--processes",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of --check: processes of the run; default: this launch's",
+        "--processes", type=int, default=0, metavar="N", help="of --check: processes of the run; default: this launch's"
     )
     parser.add_argument("--on-bad-record", choices=("refuse", "skip"), help="the same as data.on_bad_record=…")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
@@ -45,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--allow-changed-data", action="store_true", help="resume although the data set is not what it was"
     )
     options = parser.parse_intermixed_args(arguments)
-    end_at_once_on_signals()
+    exit_on_signals()
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     if options.on_bad_record:
@@ -66,14 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except RuntimeError as error:
         from model.train.datasets import short_of_shared_memory
-        from model.train.run_record import has_lost_ranks, told_as_lost
+        from model.train.runs import lost_ranks
 
         if short := short_of_shared_memory(error):
             sys.stderr.write(f"{short}\n")
             return 2
-        if not has_lost_ranks(error):
+        if not (lost := lost_ranks(error)):
             raise
-        sys.stderr.write(f"{told_as_lost()}\n")
+        sys.stderr.write(f"{lost}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("ended without saving; go on from the newest checkpoint with --resume\n")
@@ -82,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from model.train import load_recipe, run
+    from model.train.distributed import launched_processes
     from model.train.plan import network_problems
-    from model.train.readiness import launched_processes, plan_lines, record_problems, start_problems
-    from model.train.signals import RunStopped
+    from model.train.preemption import RunStopped
+    from model.train.preflight import plan_lines, record_problems, start_problems
 
     processes = options.processes or launched_processes()
     facts: dict[str, list[RecordFacts]] = {}

@@ -1,25 +1,37 @@
-"""Open a recipe's records, check them before training, and resume with the same ones."""
+"""A recipe's records: opening them, the cache of frozen towers' features, fingerprints of the data, batches."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from model.data.dataset import MedPLIBDataset, MixedDataset
+from model.data.features import CachedFeatures, FeatureStore
+from model.data.image_io import read_image
 from model.data.lengths import LengthCheck
 from model.data.validate import record_bar
 from model.errors import MedPLIBError
+from model.modeling.medplib import MedPLIBForCausalLM
+from model.processing.images import Size
 from model.processing.processor import MedPLIBProcessor
+from model.train.distributed import Process
 from model.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 MARKS_FILE = "data_marks.npz"
 """File of a run folder with the mark of every record, by which the ones that changed are named."""
@@ -28,6 +40,12 @@ Fingerprint = dict[str, dict[str, Any]]
 """By record file: ``bytes`` and ``sha256`` of it, usable ``records``, and ``files``, a checksum of what they name."""
 _SHARED = Path("/dev/shm")
 _NO_SHARED_MEMORY = re.compile(r"unable to (mmap|resize|allocate|open|write).*(/torch_|shared)|Bus error|shared memory")
+
+_FORMAT = 1  # of what is kept; another one makes another folder
+_IMAGES_AT_ONCE = 32  # that a GPU encodes; on a CPU one, whose result does not depend on company
+_WRITERS = 4  # threads
+_CLIP_SETTINGS = ("clip_size", "patch_size", "clip_mean", "clip_std", "clip_pad_colour")
+_SAM_SETTINGS = ("sam_size", "sam_mean", "sam_std")
 
 
 def open_dataset(recipe: Recipe, processor: MedPLIBProcessor, *, training: bool, shown: bool = False) -> MixedDataset:
@@ -68,12 +86,7 @@ def data_files(recipe: Recipe, *, training: bool) -> list[tuple[str, str]]:
 
 
 def fingerprint(datasets: Sequence[MedPLIBDataset]) -> Fingerprint:
-    """Of the record files and all that their usable records name: files of records by their contents, images and masks
-    by names and sizes that were taken when the records were checked; pixels are not read.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+    """Of the record files, by their contents, and of all that their usable records name, by names and sizes."""
     return {str(dataset.path): _facts(dataset) for dataset in datasets}
 
 
@@ -97,12 +110,9 @@ def save_marks(datasets: Sequence[MedPLIBDataset], folder: Path) -> None:
 
 
 def check_unchanged(saved: Mapping[str, Any], datasets: Sequence[MedPLIBDataset], folder: Path) -> None:
-    """Refuse data other than a checkpoint was trained on.
+    """Refuse data other than a checkpoint was trained on, by its fingerprint and the marks in the run folder.
 
-    Args:
-        saved: the fingerprint in the checkpoint; files that it does not know are let through.
-        datasets: what would be trained on now.
-        folder: the run folder, with the marks of its records.
+    Files that the fingerprint does not know are let through.
 
     Raises:
         MedPLIBError: naming what changed.
@@ -187,3 +197,214 @@ def _share(value: Any) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _share(item)
+
+
+# --- the feature cache: every image through the frozen towers once, sharded over ranks --------------------------------
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """One frozen tower, and where its outputs go."""
+
+    encode: Callable[[Tensor], Tensor]
+    store: FeatureStore
+
+
+def cached_features(
+    recipe: Recipe, network: MedPLIBForCausalLM, processor: MedPLIBProcessor, dataset: MixedDataset, process: Process
+) -> CachedFeatures | None:
+    """The features of all of a data set's images, on disk when this returns; None where the recipe keeps none.
+
+    Only images of masks go through SAM's encoder, and none where that learns. The towers run as they would in training
+    and on its device. Called by every rank, before the engine takes the network over.
+
+    Raises:
+        MedPLIBError: the CLIP tower is trained, there is too little room, an image cannot be read, or another rank
+            met one of these.
+    """
+    if not recipe.data.feature_cache:
+        return None
+    if _learns(network.model.vision_tower):
+        raise MedPLIBError(
+            "data.feature_cache keeps what the CLIP tower makes of images, but the recipe trains the tower; leave "
+            "data.feature_cache empty or take vision_tower out of trainable"
+        )
+    encoders = [network.model.vision_tower, network.model.sam.image_encoder]
+    homes = [next(encoder.parameters()).device for encoder in encoders]
+    for encoder in encoders:
+        encoder.to(process.device)
+    try:
+        towers = _towers(recipe, network, processor, process)
+        images = _images_of(dataset, recipe, process)
+        stores = {name: tower.store for name, tower in towers.items()}
+        _together(process, lambda: _check_space(images, stores, process))
+        _together(process, lambda: _fill(images, towers, processor, recipe, process))
+    finally:
+        for encoder, home in zip(encoders, homes, strict=True):
+            encoder.to(home)
+    return CachedFeatures(stores["clip"], stores.get("sam"))
+
+
+def _towers(
+    recipe: Recipe, network: MedPLIBForCausalLM, processor: MedPLIBProcessor, process: Process
+) -> dict[str, _Tower]:
+    folder, settings, tower = Path(recipe.data.feature_cache), asdict(processor.settings), network.model.vision_tower
+    halved = recipe.engine.kind == "torch" and recipe.engine.precision == "bf16"  # as TrainingEngine computes
+
+    def make(name: str, module: nn.Module, encode: Callable[[Tensor], Tensor], facts: Mapping[str, Any]) -> _Tower:
+        @torch.no_grad()
+        def run(pixels: Tensor) -> Tensor:
+            dtype = next(module.parameters()).dtype
+            with torch.autocast(process.device.type, torch.bfloat16, enabled=halved):
+                return encode(pixels.to(process.device, dtype))
+
+        side = settings[f"{name}_size"]
+        example = run(torch.zeros(1, 3, side, side))[0]
+        facts = {**facts, "format": _FORMAT, "dtype": str(example.dtype), "device": process.device.type}
+        place = folder / f"{name}-{_tower_key(module, facts)}"
+        return _Tower(run, FeatureStore(place, tuple(example.shape), example.dtype))
+
+    clip_settings = {name: settings[name] for name in _CLIP_SETTINGS}
+    clip_settings |= {"layers": tower.layers_to_run, "class token": tower.keeps_class_token}
+    towers = {"clip": make("clip", tower, network.encode_images, clip_settings)}
+    if not _learns(network.model.sam.image_encoder):
+        facts = {name: settings[name] for name in _SAM_SETTINGS}
+        towers["sam"] = make("sam", network.model.sam.image_encoder, network.encode_segmented_images, facts)
+    return towers
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _tower_key(module: nn.Module, facts: Mapping[str, Any]) -> str:
+    """What features depend on besides the image: the weights, and how pixels are prepared."""
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _images_of(dataset: MixedDataset, recipe: Recipe, process: Process) -> list[tuple[Path, bool]]:
+    """Distinct images, and whether any mask lies on each."""
+    found: dict[Path, bool] = {}
+    with record_bar("finding images", shown=process.is_first and recipe.logging.progress) as progress:
+        for index in range(len(dataset)):
+            sample = dataset.sample(index)
+            for number, path in enumerate(sample.images):
+                segmented = bool(sample.masks) and number == sample.segment_image % len(sample.images)
+                found[path] = found.get(path, False) or segmented
+            progress(index + 1, len(dataset))
+    return list(found.items())
+
+
+def _wanted(path: Path, segmented: bool, stores: Mapping[str, FeatureStore]) -> list[str]:
+    """Towers that have not seen an image yet."""
+    return [name for name, store in stores.items() if (name == "clip" or segmented) and not store.holds(path)]
+
+
+def _check_space(images: Sequence[tuple[Path, bool]], stores: Mapping[str, FeatureStore], process: Process) -> None:
+    """Log how much room the cache takes; refuse to begin without it."""
+    missing = sum(stores[name].bytes_an_image for image in images for name in _wanted(*image, stores))
+    masked = sum(segmented for _, segmented in images)
+    whole = sum(store.bytes_an_image * (len(images) if name == "clip" else masked) for name, store in stores.items())
+    folder = stores["clip"].folder.parent
+    if process.is_first:
+        logger.info(
+            "the feature cache %s will take about %s for %d images; %s of that are still to be made",
+            *(folder, _size(whole), len(images), _size(missing)),
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise MedPLIBError(
+            f"data.feature_cache {folder} cannot be made ({error.strerror}); name another folder"
+        ) from error
+    if missing > free:
+        raise MedPLIBError(
+            f"the feature cache {folder} needs {_size(missing)} more, but {_size(free)} are free there; make room, "
+            "name another folder in data.feature_cache, or leave that empty"
+        )
+
+
+def _size(count: int) -> str:
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB") if count >= 1e6 else (1e3, "kB")
+    return f"{count / unit:.1f} {name}"
+
+
+class _Pixels(Dataset):
+    """Images as the towers take them that have not seen them; None where all have, a text where one is unreadable."""
+
+    def __init__(
+        self, images: Sequence[tuple[Path, bool]], stores: Mapping[str, FeatureStore], processor: MedPLIBProcessor
+    ) -> None:
+        self.images, self.stores, self.processor = images, stores, processor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Path, Size, dict[str, Tensor]] | str | None:
+        path, segmented = self.images[index]
+        try:
+            names = _wanted(path, segmented, self.stores)
+            if not names:
+                return None
+            image = read_image(path)
+        except (MedPLIBError, OSError) as error:
+            return str(error)
+        pixels, processor = image.pixels, self.processor
+        inputs = {n: processor.clip_input(pixels) if n == "clip" else processor.sam_input(pixels)[0] for n in names}
+        return path, image.size, inputs
+
+
+def _fill(
+    images: Sequence[tuple[Path, bool]],
+    towers: Mapping[str, _Tower],
+    processor: MedPLIBProcessor,
+    recipe: Recipe,
+    process: Process,
+) -> None:
+    """Make what is missing. Each rank begins elsewhere and goes round, past what others have made meanwhile.
+
+    So it ends with everything in the folder that a rank sees, whether ranks share one or not.
+    """
+    begin = len(images) * process.rank // process.world_size
+    shown = process.is_first and recipe.logging.progress
+    stores = {name: tower.store for name, tower in towers.items()}
+    loader: DataLoader = DataLoader(
+        _Pixels([*images[begin:], *images[:begin]], stores, processor),
+        batch_size=_IMAGES_AT_ONCE if process.device.type == "cuda" else 1,
+        num_workers=recipe.data.workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the loader's own draws must not move the global random numbers
+    )
+    done = 0
+    with record_bar("encoding images", shown=shown) as progress, ThreadPoolExecutor(_WRITERS) as pool:
+        for batch in loader:
+            unreadable = [item for item in batch if isinstance(item, str)]
+            if unreadable and recipe.data.on_bad_record == "refuse":
+                raise MedPLIBError(unreadable[0])
+            given = [item for item in batch if item is not None and not isinstance(item, str)]
+            for name, tower in towers.items():
+                chosen = [(path, size, inputs[name]) for path, size, inputs in given if name in inputs]
+                if chosen:
+                    features = tower.encode(torch.stack([pixels for *_, pixels in chosen])).cpu()
+                    paths, sizes = [path for path, *_ in chosen], [size for _, size, _ in chosen]
+                    list(pool.map(tower.store.write, paths, features, sizes))
+            done += len(batch)
+            progress(done, len(images))
+
+
+def _together(process: Process, work: Callable[[], None]) -> None:
+    """Do something on every rank, and end on every rank if it went wrong on one."""
+    failure: MedPLIBError | None = None
+    try:
+        work()
+    except MedPLIBError as error:
+        failure = error
+    if process.sum(torch.tensor(float(failure is not None))) > 0:
+        raise failure or MedPLIBError(
+            "another process could not fill the feature cache; its own message has the reason"
+        )

@@ -14,47 +14,32 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from model.errors import MedPLIBError
-from model.train.process import Process
+from model.train.distributed import Process
+from model.train.init_weights import is_lora
 from model.train.recipe import Engine, Recipe
-from model.train.trainable import is_lora
 
 _IMAGES = ("pixel_values", "sam_pixel_values", "region_masks", "example_masks")
 _OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _TAG = "deepspeed"
+_IN_ALL = 10  # a run may take so many times more bad steps in all than in a row
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimiser step.
+    """One optimizer step."""
 
-    Attributes:
-        lr: its learning rate, which goes by the step's number, whatever was skipped before it.
-        grad_norm: before clipping; None where nobody computes it.
-        skipped: the loss or a gradient was not finite on some rank, so that no rank moved weights or optimiser.
-    """
-
-    lr: float
-    grad_norm: float | None
-    skipped: bool = False
-
-
-IN_ALL = 10
-"""A run may take so many times more bad steps in all than in a row."""
+    lr: float  # goes by the step's number, whatever was skipped before it
+    grad_norm: float | None  # before clipping; None where nobody computes it
+    skipped: bool = False  # loss or gradient was not finite on some rank, so no rank moved weights or optimizer
 
 
 @dataclass
 class BadSteps:
-    """Counts of one run.
+    """NaN guard: counts of steps that were not finite."""
 
-    Attributes:
-        limit: so many in a row end the run, and ``IN_ALL`` times as many in all.
-        total: so far.
-        in_a_row: up to now.
-    """
-
-    limit: int
-    total: int = 0
-    in_a_row: int = 0
+    limit: int  # so many in a row end the run, and _IN_ALL times as many in all
+    total: int = 0  # so far
+    in_a_row: int = 0  # up to now
 
     def note(self, *, skipped: bool) -> bool:
         """Count one step; True where it is the first bad one, which is worth a sentence."""
@@ -68,12 +53,12 @@ class BadSteps:
         Raises:
             MedPLIBError: with the number of bad steps and what helps.
         """
-        if self.in_a_row < self.limit and self.total < IN_ALL * self.limit:
+        if self.in_a_row < self.limit and self.total < _IN_ALL * self.limit:
             return
         counted = f"{self.in_a_row} in a row" if self.in_a_row >= self.limit else f"{self.total} in all"
         raise MedPLIBError(
             f"stopped at step {step}: losses or gradients were not finite in too many steps ({counted}), none of "
-            "which moved the weights; begin again with a lower optimiser.lr or engine.precision=fp32, or check the data"
+            "which moved the weights; begin again with a lower optimizer.lr or engine.precision=fp32, or check the data"
         )
 
 
@@ -82,7 +67,7 @@ class TrainingEngine:
 
     Args:
         network: the network with its trainable parameters marked.
-        recipe: optimiser, precision and accumulation.
+        recipe: optimizer, precision and accumulation.
         process: this rank.
         factor: what the peak learning rate is multiplied by at each step.
     """
@@ -93,8 +78,8 @@ class TrainingEngine:
 
     def _set_up(self) -> None:
         self.network.to(self.process.device)
-        self.optimiser = make_optimiser(self.network, self.recipe)
-        self.schedule = LambdaLR(self.optimiser, self.factor)
+        self.optimizer = make_optimizer(self.network, self.recipe)
+        self.schedule = LambdaLR(self.optimizer, self.factor)
 
     def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
         """The network's output for a collated batch (moved to the device first)."""
@@ -113,19 +98,19 @@ class TrainingEngine:
 
     def step(self) -> StepResult:
         """Update the weights from what was accumulated, or drop it on all ranks where it is not finite on one."""
-        clip = self.recipe.optimiser.clip or float("inf")
+        clip = self.recipe.optimizer.clip or float("inf")
         norm = torch.as_tensor(nn.utils.clip_grad_norm_(trainable_parameters(self.network), clip)).item()
         lr = float(self.schedule.get_last_lr()[0])
-        self.optimiser.overflow = not math.isfinite(norm)
-        self.optimiser.step()
+        self.optimizer.overflow = not math.isfinite(norm)
+        self.optimizer.step()
         self.schedule.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        return StepResult(lr, norm, self.optimiser.overflow)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(lr, norm, self.optimizer.overflow)
 
     def save(self, folder: Path) -> None:
         """Write what ``load`` needs; called by every rank."""
         weights = _state(self.network, trainable_only=True)
-        state = {"optimiser": self.optimiser.state_dict(), "step": self.schedule.last_epoch, "weights": weights}
+        state = {"optimiser": self.optimizer.state_dict(), "step": self.schedule.last_epoch, "weights": weights}
         torch.save(state, folder / "torch.pt")
 
     def load(self, folder: Path) -> None:
@@ -137,7 +122,7 @@ class TrainingEngine:
             )
         state = torch.load(path, map_location=self.process.device, weights_only=True)
         self.network.load_state_dict(state["weights"], strict=False)
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimiser"])
         self.schedule.last_epoch = state["step"]
         _set_rate(self.schedule, self.factor)
 
@@ -183,14 +168,14 @@ class DeepSpeedEngine(TrainingEngine):
         self.engine, *_ = deepspeed.initialize(
             model=network,
             model_parameters=trainable_parameters(network),
-            optimizer=(optimiser := make_optimiser(network, recipe)),
-            lr_scheduler=lambda optimiser: LambdaLR(optimiser, self.factor),
+            optimizer=(optimizer := make_optimizer(network, recipe)),
+            lr_scheduler=lambda optimizer: LambdaLR(optimizer, self.factor),
             config=config,
             dist_init_required=False,
         )
         self._between = False  # a micro-batch was accumulated and DeepSpeed has not stepped yet
         # ZeRO-0 in fp32 is the one way in which DeepSpeed does not look for gradients that are not finite.
-        self._unguarded = optimiser if not recipe.engine.zero_stage and recipe.engine.precision == "fp32" else None
+        self._unguarded = optimizer if not recipe.engine.zero_stage and recipe.engine.precision == "fp32" else None
 
     def forward(self, batch: Mapping[str, Any], **options: Any) -> Any:
         return self.engine(**self.move(batch), **options)
@@ -291,7 +276,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         **extra,
         "train_micro_batch_size_per_gpu": recipe.schedule.batch_size,
         "gradient_accumulation_steps": recipe.schedule.accumulation,
-        "gradient_clipping": recipe.optimiser.clip,
+        "gradient_clipping": recipe.optimizer.clip,
         "bf16": {"enabled": recipe.engine.precision == "bf16", "check_grad_overflow": True},
         "zero_optimization": {
             **extra.get("zero_optimization", {}),
@@ -303,7 +288,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 
 def _offloading(engine: Engine) -> dict[str, Any]:
     """What DeepSpeed keeps in the host's memory."""
-    parts = {"none": (), "optimiser": ("optimizer",), "all": ("optimizer", "param")}[engine.offload]
+    parts = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[engine.offload]
     host = {"device": "cpu", "pin_memory": engine.device != "cpu" and torch.cuda.is_available()}
     return {f"offload_{part}": host for part in parts}
 
@@ -317,14 +302,14 @@ class SkippingAdamW(torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
-def make_optimiser(network: nn.Module, recipe: Recipe) -> SkippingAdamW:
+def make_optimizer(network: nn.Module, recipe: Recipe) -> SkippingAdamW:
     """AdamW over the trainable parameters, LoRA matrices in a group of their own."""
     lora: list[nn.Parameter] = []
     full: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             (lora if is_lora(name) else full).append(parameter)
-    settings = recipe.optimiser
+    settings = recipe.optimizer
     groups: list[dict[str, Any]] = [{"params": group} for group in (full, lora) if group]
     if recipe.engine.expert_parallel > 1:
         from model.train.expert_parallel import expert_groups_of

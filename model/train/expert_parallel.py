@@ -38,10 +38,10 @@ class Elsewhere(nn.Module):
 
 
 class ExpertGroups(MoE):
-    """Tells DeepSpeed that parameters of this network are experts shared out over ``size`` ranks.
+    """Marks for DeepSpeed that parameters of this network are experts shared out over ``size`` ranks.
 
     DeepSpeed looks for its own layer to decide whether ZeRO keeps expert parameters apart. This one has no experts and
-    no parameters, so nothing else in DeepSpeed (its files of single experts, say) finds anything to do.
+    no parameters, so nothing else in DeepSpeed (such as its files of single experts) finds anything to do.
     """
 
     def __init__(self, size: int) -> None:
@@ -54,12 +54,7 @@ class ExpertGroups(MoE):
 
 
 class MixOverRanks:
-    """Mixes outputs of experts that lie on several ranks; every rank of the group must call it at the same time.
-
-    Args:
-        group: ranks that hold all experts together, in order of the experts.
-        size: their number.
-    """
+    """Mixes outputs of experts that lie on the ``size`` ranks of a group, in order; all call it at the same time."""
 
     def __init__(self, group: distributed.ProcessGroup, size: int) -> None:
         self.group, self.size = group, size
@@ -76,7 +71,9 @@ class MixOverRanks:
         distributed.all_to_all_single(coming, sending, group=self.group)
         out_sizes, in_sizes = sending.sum(dim=1).tolist(), coming.sum(dim=1).tolist()
         arrived = _Exchange.apply(tokens[rows], out_sizes, in_sizes, self.group)
-        order = _by_expert(coming)
+        # Rows come grouped by rank, then expert; in this order they are grouped by expert.
+        here_ids = torch.arange(coming.shape[1], device=coming.device).repeat(coming.shape[0])
+        order = here_ids.repeat_interleave(coming.flatten()).argsort(stable=True)
         loads = coming.sum(dim=0).tolist()
         parts = arrived[order].split(loads)
         outputs = torch.cat([expert(part) for expert, part in zip(here, parts, strict=True)])
@@ -105,22 +102,16 @@ class _Exchange(torch.autograd.Function):
         return back, None, None, None
 
 
-def _by_expert(counts: Tensor) -> Tensor:
-    """Order that brings rows grouped by rank, then expert (``counts`` [ranks, experts]), into groups by expert."""
-    experts = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
-    return experts.repeat_interleave(counts.flatten()).argsort(stable=True)
-
-
 def group_name(size: int) -> str:
     """DeepSpeed's name for the groups of ``size`` ranks."""
     return f"ep_size_{size}"
 
 
 def share_experts(network: nn.Module, size: int) -> None:
-    """Keep this rank's experts of every mixture layer of the decoder, and let tokens travel to the others; in place.
+    """Keep this rank's experts of every mixture layer of the decoder, and exchange tokens with the others; in place.
 
-    A mixture in the projector stays whole on every rank: it is small, and ranks have images of their own number. Called
-    by every rank, after LoRA was added and before the engine is made.
+    A mixture in the projector stays whole: it is small, and ranks have images of their own number. Called by every
+    rank, after LoRA was added and before the engine is made.
 
     Raises:
         MedPLIBError: there is no mixture, or one whose experts cannot be divided by ``size``.

@@ -14,11 +14,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model import shipped
 from model.errors import MedPLIBError
@@ -35,8 +35,8 @@ _CONTEXT, _FRAGMENTATION, _PROCESS, _LOADER = 1.0 * GIB, 0.05, 3.0 * GIB, 0.5 * 
 _SLOWER: Mapping[str, Mapping[Any, float]] = {  # time of a step: rules of thumb that put advice in order
     "engine.gradient_checkpointing": {False: 1.0, True: 1.33},
     "engine.zero_stage": {0: 1.0, 1: 1.0, 2: 1.03, 3: 1.3},
-    "engine.offload": {"none": 1.0, "optimiser": 1.4, "all": 3.0},
-    "lora.quantise": {"none": 1.0, "int8": 1.6, "nf4": 1.35},
+    "engine.offload": {"none": 1.0, "optimizer": 1.4, "all": 3.0},
+    "lora.quantize": {"none": 1.0, "int8": 1.6, "nf4": 1.35},
 }
 
 
@@ -56,8 +56,7 @@ class Machine:
         return self.gpus * self.nodes
 
 
-@dataclass(frozen=True)
-class Records:
+class Records(NamedTuple):
     """The longest record: text tokens (its image counts as one), those with a loss, masks, side of its image in px."""
 
     tokens: int
@@ -66,8 +65,7 @@ class Records:
     image_size: int
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """One parameter of the network."""
 
     name: str
@@ -105,24 +103,29 @@ class Planner:
     """
 
     def __init__(self, recipe: Recipe, config: MedPLIBConfig, records: Records) -> None:
-        from model.train.trainable import decoder_linears, is_lora, native_name
+        from model.train.init_weights import decoder_linears, is_lora, native_name
 
         self.config, self.records = config, records
         network = planned_network(recipe, config)
         quantized = {f"{native_name(f'{name}.')}weight" for name, _ in decoder_linears(network)}
-        self.weights: list[Weight] = []
-        for name, parameter in network.named_parameters():
-            lora, expert = is_lora(name), ".decoder.layers." in name and ".mlp.experts." in name
-            rows = parameter.shape[0] if parameter.dim() else 1
-            few_bits = not lora and native_name(name) in quantized
-            trained = parameter.requires_grad
-            self.weights.append(Weight(name, parameter.numel(), rows, trained, lora, expert, few_bits))
+        self.weights = [
+            Weight(
+                name,
+                parameter.numel(),
+                parameter.shape[0] if parameter.dim() else 1,
+                parameter.requires_grad,
+                is_lora(name),
+                ".decoder.layers." in name and ".mlp.experts." in name,
+                not is_lora(name) and native_name(name) in quantized,
+            )
+            for name, parameter in network.named_parameters()
+        ]
 
     def memory(self, recipe: Recipe, machine: Machine) -> Memory:
         """Bytes of each GPU, node and run folder; what DeepSpeed 0.19 keeps was read off its tensors."""
         from model.train.engine import deepspeed_config
 
-        recipe = resolved_for(recipe, machine)
+        recipe = recipe.resolved(machine.ranks)
         engine, on_cpu = recipe.engine, machine.device == "cpu"
         deepspeed, accumulates = recipe.engine.kind == "deepspeed", recipe.schedule.accumulation > 1
         stage, ranks, experts = engine.zero_stage if deepspeed else 0, machine.ranks, engine.expert_parallel
@@ -135,10 +138,10 @@ class Planner:
             return sum(weight.numel / (experts if weight.expert else 1) for weight in weights)
 
         def stored(weight: Weight) -> float:
-            if weight.trained or not weight.quantized or recipe.lora.quantise == "none":
+            if weight.trained or not weight.quantized or recipe.lora.quantize == "none":
                 return weight.numel * size
-            scales = 4 * weight.rows if recipe.lora.quantise == "int8" else 0
-            return weight.numel * _QUANTIZED_BYTES[recipe.lora.quantise] + scales
+            scales = 4 * weight.rows if recipe.lora.quantize == "int8" else 0
+            return weight.numel * _QUANTIZED_BYTES[recipe.lora.quantize] + scales
 
         split = ranks if stage else 1
         trained, everything = held(learning), held(self.weights)
@@ -196,7 +199,7 @@ class Planner:
         if engine.precision == "bf16" and not deepspeed:  # autocast's copies: all weights, or what learns and the head
             copied = [one for one in self.weights if re.match(r"lm_head\.|model\.decoder\.layers\.", one.name)]
             peak += 2 * sum(one.numel for one in copied if one.trained or not engine.gradient_checkpointing)
-        quantized = [weight.numel for weight in self.weights if weight.quantized and recipe.lora.quantise != "none"]
+        quantized = [weight.numel for weight in self.weights if weight.quantized and recipe.lora.quantize != "none"]
         alive, gradients = max((peak + 2.0 * max(quantized, default=0), early), (tail, late), key=sum)
         parts: dict[str, tuple[float, float]] = {
             "weights, frozen": (0.0 if weights_to_host else frozen,) * 2,
@@ -283,21 +286,13 @@ class Planner:
         return peak, towers + 3 * a * text.vocab_size * width * learns("embed_tokens")
 
 
-# --- the network that a recipe trains -------------------------------------------------------------------------------
-
-
-def resolved_for(recipe: Recipe, machine: Machine) -> Recipe:
-    """The recipe with ``engine.kind: auto`` decided by the number of processes."""
-    alone = machine.ranks == 1 and recipe.engine.offload == "none"
-    kind: Any = ("torch" if alone else "deepspeed") if recipe.engine.kind == "auto" else recipe.engine.kind
-    return replace(recipe, engine=replace(recipe.engine, kind=kind))
+# --- the network that a recipe trains ---------------------------------------------------------------------------------
 
 
 def find_sizes(recipe: Recipe, recipe_path: Path, sizes: Path | None = None) -> tuple[MedPLIBConfig, str]:
     """Sizes of a recipe's network and where they come from: ``sizes``, else its starting checkpoint, else its name.
 
-    Args:
-        sizes: a YAML file of MedPLIBConfig values, the name of one in configs/model, or a checkpoint's directory.
+    ``sizes`` is a YAML file of MedPLIBConfig values, the name of one in configs/model, or a checkpoint's directory.
 
     Raises:
         MedPLIBError: a file that is there does not hold sizes.
@@ -308,7 +303,7 @@ def find_sizes(recipe: Recipe, recipe_path: Path, sizes: Path | None = None) -> 
     from model.checkpoint.report import understanding
     from model.modeling.configuration import MedPLIBConfig
     from model.processing.special_tokens import SPECIAL_TOKENS
-    from model.train.starting import read_sizes
+    from model.train.init_weights import read_sizes
 
     def of_file(path: Path) -> tuple[MedPLIBConfig, str]:
         path = path.resolve()
@@ -365,8 +360,7 @@ def planned_network(recipe: Recipe, config: MedPLIBConfig) -> MedPLIBForCausalLM
     import torch
 
     from model.checkpoint.loading import init_empty
-    from model.train.starting import mixture_config, projector_config
-    from model.train.trainable import add_lora, set_trainable
+    from model.train.init_weights import add_lora, mixture_config, projector_config, set_trainable
 
     config = copy.deepcopy(config)
     if recipe.stage == 4 and not config.moe.enabled:
@@ -374,7 +368,7 @@ def planned_network(recipe: Recipe, config: MedPLIBConfig) -> MedPLIBForCausalLM
         config.projector = projector_config(recipe.mixture, config.projector) or config.projector
     network = init_empty(config)
     with torch.device("meta"):
-        add_lora(network, replace(recipe.lora, quantise="none"))  # counted by rule, so nothing need be installed
+        add_lora(network, replace(recipe.lora, quantize="none"))  # counted by rule, so nothing need be installed
     set_trainable(network, recipe.trainable)
     return network
 
@@ -394,8 +388,7 @@ def network_problems(recipe: Recipe, recipe_path: Path) -> list[str]:
 # --- advice ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A variant of a recipe: its overrides, itself, its memory, and about how many times as long its step lasts."""
 
     overrides: tuple[str, ...]
@@ -411,45 +404,46 @@ class Change:
 
 def advise(planner: Planner, recipe: Recipe, machine: Machine, most: int = 4) -> list[Change]:
     """The few changes at the same global batch that make a recipe fit, cheapest first; the best of each set of keys."""
-    found = [change for change in _changes(planner, recipe, machine) if change.memory.fits(machine)]
-    chosen: dict[frozenset[str], Change] = {}
-    for change in sorted(found, key=lambda one: (one.slower, len(one.overrides), max(one.memory.moments))):
-        if not any({*other.overrides} <= {*change.overrides} for other in chosen.values()):
-            chosen.setdefault(frozenset(text.partition("=")[0] for text in change.overrides), change)
-    return list(chosen.values())[:most]
-
-
-def _changes(planner: Planner, recipe: Recipe, machine: Machine) -> Iterator[Change]:
-    """Every variant that is a valid recipe on this machine."""
-    from model.train.recipe_io import check_values
+    from model.train.recipe import check_values
 
     engine, lora, schedule, gpu = recipe.engine, recipe.lora, recipe.schedule, machine.device != "cpu"
-    deepspeed, offloads, schemes = engine.kind == "deepspeed", ["none", "optimiser", "all"], ["none", "int8", "nf4"]
+    deepspeed, offloads, schemes = engine.kind == "deepspeed", ["none", "optimizer", "all"], ["none", "int8", "nf4"]
     shares = {1, *(n for n in range(2, min(recipe.mixture.num_experts) + 1) if machine.ranks % n == 0)}
+    found: list[Change] = []
     for batch, again, stage, offload, scheme, share in itertools.product(
         [schedule.batch_size // 2**n for n in range(20) if schedule.batch_size % 2**n == 0],
         {engine.gradient_checkpointing, True},
         range(engine.zero_stage, 4) if deepspeed else [engine.zero_stage],
         offloads[offloads.index(engine.offload) :] if deepspeed and gpu else [engine.offload],
-        schemes if lora.rank and lora.quantise == "none" and gpu else [lora.quantise],
+        schemes if lora.rank and lora.quantize == "none" and gpu else [lora.quantize],
         shares if recipe.stage == 4 and deepspeed and engine.expert_parallel == 1 else [engine.expert_parallel],
     ):
-        accumulation = schedule.accumulation * schedule.batch_size // batch
-        changed: Any = {"gradient_checkpointing": again, "zero_stage": stage, "offload": offload}
-        quantise: Any = {"quantise": scheme}
-        variant = replace(
-            recipe,
-            schedule=replace(schedule, batch_size=batch, accumulation=accumulation),
-            engine=replace(engine, expert_parallel=share, **changed),
-            lora=replace(lora, **quantise),
-        )
-        keys = ("schedule.batch_size", "schedule.accumulation", "engine.expert_parallel", *_SLOWER)
-        before, after = ({key: attrgetter(key)(one) for key in keys} for one in (recipe, variant))
-        overrides = tuple(f"{key}={str(after[key]).lower()}" for key in keys if after[key] != before[key])
+        after: dict[str, Any] = {
+            "schedule.batch_size": batch,
+            "schedule.accumulation": schedule.accumulation * schedule.batch_size // batch,
+            "engine.expert_parallel": share,
+            "engine.gradient_checkpointing": again,
+            "engine.zero_stage": stage,
+            "engine.offload": offload,
+            "lora.quantize": scheme,
+        }
+        sections: dict[str, Any] = {}
+        for key, value in after.items():
+            section, name = key.split(".")
+            sections[section] = replace(sections.get(section) or getattr(recipe, section), **{name: value})
+        variant = replace(recipe, **sections)
+        before = {key: attrgetter(key)(recipe) for key in after}
+        overrides = tuple(f"{key}={str(after[key]).lower()}" for key in after if after[key] != before[key])
         if overrides and not check_values(variant):
             slower = 1.04 ** math.log2(schedule.batch_size / batch) * (1.15 if share > engine.expert_parallel else 1.0)
             slower *= math.prod(times[after[key]] / times[before[key]] for key, times in _SLOWER.items())
-            yield Change(overrides, variant, planner.memory(variant, machine), slower)
+            found.append(Change(overrides, variant, planner.memory(variant, machine), slower))
+    chosen: dict[frozenset[str], Change] = {}
+    for change in sorted(found, key=lambda one: (one.slower, len(one.overrides), max(one.memory.moments))):
+        small = any({*other.overrides} <= {*change.overrides} for other in chosen.values())
+        if change.memory.fits(machine) and not small:
+            chosen.setdefault(frozenset(text.partition("=")[0] for text in change.overrides), change)
+    return list(chosen.values())[:most]
 
 
 def more_gpus(planner: Planner, recipe: Recipe, machine: Machine) -> tuple[Machine, Change | None] | None:
@@ -476,6 +470,16 @@ def more_gpus(planner: Planner, recipe: Recipe, machine: Machine) -> tuple[Machi
 
 def add_plan_command(commands: argparse._SubParsersAction) -> None:
     """``medplib plan RECIPE [key=value …] --gpus N --gpu-mem GIB``."""
+
+    def above_0(read: type, most: float) -> Any:
+        def number(text: str) -> Any:
+            value = read(text)
+            if not 0 < value <= most or math.isinf(value):
+                raise argparse.ArgumentTypeError(f"expected a number above 0, at most {most:g}, got {text!r}")
+            return value
+
+        return number
+
     plan = commands.add_parser(
         "plan",
         help="say whether a training recipe fits into memory",
@@ -493,33 +497,23 @@ def add_plan_command(commands: argparse._SubParsersAction) -> None:
         ("--image-size", 512, "PX", "side of images on disk (default 512)"),
         ("--supervised", 0.5, "SHARE", "tokens that carry a loss (default 0.5)"),
     ):
-        number: Any = _above_0(float if isinstance(default, float) else int, 1 if metavar == "SHARE" else math.inf)
+        number: Any = above_0(float if isinstance(default, float) else int, 1 if metavar == "SHARE" else math.inf)
         plan.add_argument(flag, type=number, required=flag == "--gpus", default=default, metavar=metavar, help=what)
     plan.add_argument("--sizes", type=Path, metavar="WHAT", help="7b, nano, a YAML file, or a checkpoint's folder")
     plan.add_argument("--json", action="store_true", help="print one JSON object, bytes in all of it")
     plan.set_defaults(run=run_plan)
 
 
-def _above_0(read: type, most: float) -> Any:
-    def number(text: str) -> Any:
-        value = read(text)
-        if not 0 < value <= most or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected a number above 0, at most {most:g}, got {text!r}")
-        return value
-
-    return number
-
-
 def run_plan(options: argparse.Namespace) -> int:
     """The command: exit 1 when the recipe does not fit."""
-    from model.train.recipe_io import load_recipe
+    from model.train.recipe import load_recipe
 
     given = re.sub(r"#.*", "", options.recipe.read_text(encoding="utf-8")) if options.recipe.is_file() else ""
-    unset = sorted({*re.findall(r"\$\{(\w+)\}", "\n".join([given, *options.overrides]))} - {*os.environ})
+    unset = sorted({*re.findall(r"\$\{(?:oc\.env:)?(\w+)\}", "\n".join([given, *options.overrides]))} - {*os.environ})
     recipe = load_recipe(options.recipe, options.overrides, {**os.environ, **{name: f"<{name}>" for name in unset}})
     device = "cpu" if recipe.engine.device == "cpu" else "cuda"
     machine = Machine(options.gpus, options.nodes, options.gpu_mem * GIB, options.host_mem * GIB, device)
-    recipe = resolved_for(recipe, machine)
+    recipe = recipe.resolved(machine.ranks)
     if recipe.engine.kind == "torch" and machine.ranks > 1:
         raise MedPLIBError(
             f"engine.kind=torch trains in one process, but there are {machine.ranks} GPUs; use engine.kind=deepspeed"
@@ -543,7 +537,7 @@ def run_plan(options: argparse.Namespace) -> int:
         "records_per_step": recipe.schedule.batch_size * recipe.schedule.accumulation * machine.ranks,
         "steps": _steps(recipe, machine),
         "sizes": origin,
-        "records": asdict(planner.records),
+        "records": planner.records._asdict(),
         "unset": unset,
         "changes": [change.plain() for change in changes],
         "fits_on": more and {"gpus": more[0].gpus, "nodes": more[0].nodes, "change": more[1] and more[1].plain()},
@@ -563,20 +557,23 @@ def records_of(recipe: Recipe, tokens: int | None = None, supervised: float = 0.
 def _steps(recipe: Recipe, machine: Machine) -> int | None:
     """Optimizer steps of the run; None where its records are not here."""
     from model.data.records import open_records
-    from model.train.stages import epoch_steps, total_steps
 
     paths = [Path(path) for path in recipe.data.train]
     if not paths or not all(path.is_file() for path in paths):
         return None
     records = sum(len(open_records(path)) for path in paths)
-    return total_steps(recipe.schedule, epoch_steps(recipe.schedule, records, machine.ranks))
+    return recipe.schedule.total_steps(recipe.schedule.epoch_steps(records, machine.ranks))
 
 
 def _lines(plan: dict[str, Any], recipe: Recipe, machine: Machine, memory: Memory) -> list[str]:
     """A plan on one screen."""
+
+    def shown(one: dict[str, Any]) -> str:
+        return f"{' '.join(one['overrides'])}  → {_gib(one['peak'])} GiB, about {one['slower']:.2f} × the time"
+
     engine, records = recipe.engine, plan["records"]
     traits = [f"ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else "torch", engine.precision]
-    traits += [f"offload {engine.offload}", f"quantise {recipe.lora.quantise}", engine.attention]
+    traits += [f"offload {engine.offload}", f"quantise {recipe.lora.quantize}", engine.attention]
     traits += [f"experts over {engine.expert_parallel}"] * (engine.expert_parallel > 1)
     traits += [f"{'' if engine.gradient_checkpointing else 'no '}gradient checkpointing"]
     steps = "steps unknown, as the data are not here" if plan["steps"] is None else f"{plan['steps']:,} steps"
@@ -605,15 +602,11 @@ def _lines(plan: dict[str, Any], recipe: Recipe, machine: Machine, memory: Memor
     else:
         lines += ["", f"DOES NOT FIT into the host's memory: {_gib(host)} GiB a node; on the GPU {part}."]
     if plan["changes"]:
-        return [*lines, "It fits with (times are rules of thumb):", *(f"  {_line(one)}" for one in plan["changes"])]
+        return [*lines, "It fits with (times are rules of thumb):", *(f"  {shown(one)}" for one in plan["changes"])]
     if (found := plan["fits_on"]) is None:
         return [*lines, "It fits on no number of GPUs up to 64 at this global batch."]
-    how = f"with {_line(found['change'])}" if found["change"] else "as it is, at the same global batch"
+    how = f"with {shown(found['change'])}" if found["change"] else "as it is, at the same global batch"
     return [*lines, f"It fits on {found['nodes']} × {found['gpus']} GPUs {how}."]
-
-
-def _line(change: dict[str, Any]) -> str:
-    return f"{' '.join(change['overrides'])}  → {_gib(change['peak'])} GiB, about {change['slower']:.2f} × the time"
 
 
 def _gib(size: float) -> str:

@@ -22,44 +22,33 @@ from model.checkpoint import load
 from model.checkpoint.directories import resolve
 from model.data.dataset import MedPLIBDataset, MixedDataset
 from model.data.schema import TASKS
-from model.drawing.pages import percent
 from model.errors import MedPLIBError
 from model.modeling.projector import MoEProjector
 from model.modeling.router_tally import RouterSummary, RouterTally
 from model.modeling.splice import POSITION_KINDS
-from model.train.balance import UNKNOWN
-from model.train.checkpoints import network_of_run
-from model.train.meters import tally_routers
-from model.train.recipe_io import RECIPE_FILE, load_recipe
-from model.train.run_record import write_through
+from model.train.checkpoint import network_of_run
+from model.train.metrics import tally_routers
+from model.train.recipe import RECIPE_FILE, load_recipe
+from model.train.runs import write_atomic
+from model.train.sample_weights import UNKNOWN
 
 _DIGITS = 5
 _FORMULA = "I(group; expert) / log(min(groups, experts)), groups equally likely"
-_MOST_OF = 0.8  # share of the positions from which on one expert is said to take a kind of position
+_MOST_OF = 0.8  # share of the positions from which on one expert takes a kind of position
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What routers did with records.
+    """What routers did with records."""
 
-    Attributes:
-        source: the checkpoint.
-        layers: numbers of the mixture layers; none where the projector alone is a mixture.
-        experts: how many each of them has.
-        records: how many of each task were read.
-        tasks, modalities: labels of the groups.
-        summary: sums over groups (task, modality, kind), in that order, the last fastest.
-        projector: of a mixture in the projector, sums over groups (task, modality) of image tokens.
-    """
-
-    source: str
-    layers: tuple[int, ...]
-    experts: tuple[int, ...]
-    records: Mapping[str, int]
-    tasks: tuple[str, ...]
+    source: str  # the checkpoint
+    layers: tuple[int, ...]  # numbers of the mixture layers; none where the projector alone is a mixture
+    experts: tuple[int, ...]  # how many each of them has
+    records: Mapping[str, int]  # how many of each task were read
+    tasks: tuple[str, ...]  # labels of the groups
     modalities: tuple[str, ...]
-    summary: RouterSummary
-    projector: RouterSummary | None = None
+    summary: RouterSummary  # sums over groups (task, modality, kind), in that order, the last fastest
+    projector: RouterSummary | None = None  # of a mixture there, sums over groups (task, modality) of image tokens
 
     def merged(self, groups: Sequence[tuple[str | None, ...]]) -> RouterSummary:
         """Sums over groups of (task, modality, kind), where None means all; those of (task, modality) are the
@@ -72,15 +61,17 @@ class Examination:
         assert summary is not None
         return summary.merged([[at for at, name in enumerate(names) if group <= name] for group in wanted])
 
-    def by_layer(self, values: torch.Tensor) -> list[np.ndarray]:
-        """What is given for each expert [layers, groups, experts], each layer without experts that it has not."""
-        return [layer[:, :own].numpy() for layer, own in zip(values, self.experts, strict=True)]
+    def load(self, groups: Sequence[tuple[str | None, ...]]) -> list[np.ndarray]:
+        """Load [groups, experts] in each layer, or in the projector, as in a single layer."""
+        load = self.merged(groups).load
+        experts = self.experts if len(groups[0]) == 3 else (load.shape[-1],)
+        return [layer[:, :own].numpy() for layer, own in zip(load, experts, strict=True)]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def report(options: argparse.Namespace) -> int:
+def run_report(options: argparse.Namespace) -> int:
     """Read records, print what stands out and write all numbers.
 
     Raises:
@@ -98,7 +89,7 @@ def report(options: argparse.Namespace) -> int:
     examined = examine(network.to(options.device), processor, source, dataset, sorted(indices), options.batch_size)
     out = options.out.with_suffix(".json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_through(out, as_numbers(examined))
+    write_atomic(out, as_numbers(examined))
     sys.stdout.writelines(f"{sentence}\n" for sentence in findings(examined))
     sys.stdout.write(f"\nwrote {out}\n")
     return 0
@@ -143,11 +134,18 @@ def examine(
     tasks = tuple(task for task in TASKS if task in {task for task, _ in of_items.values()})
     modalities = tuple(sorted({modality for _, modality in of_items.values()}))
     places = {group: place for place, group in enumerate(product(tasks, modalities))}
+    like = next(network.parameters())
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+        return [move(item) for item in value] if isinstance(value, list) else value
+
     tally, projector = RouterTally(len(places) * len(POSITION_KINDS)), RouterTally(len(places))
     with tqdm(total=len(indices), unit="record", disable=None) as bar:
         for start in range(0, len(indices), batch_size):
             part = indices[start : start + batch_size]
-            batch = _moved(processor.collate([dataset[index] for index in part]), network)
+            batch = {n: move(value) for n, value in processor.collate([dataset[index] for index in part]).items()}
             rows = torch.tensor([places[of_items[index]] for index in part], device=network.device)  # [B]
             tally_routers(network(**batch), batch, network.config.seg_token_id, rows, tally, projector)
             bar.update(len(part))
@@ -157,28 +155,15 @@ def examine(
     return Examination(source, layers, experts, records, tasks, modalities, tally.summary(), in_projector)
 
 
-def _moved(batch: Mapping[str, Any], network: Any) -> dict[str, Any]:
-    like = next(network.parameters())
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-        return [move(item) for item in value] if isinstance(value, list) else value
-
-    return {name: move(value) for name, value in batch.items()}
-
-
 # --- what it means ----------------------------------------------------------------------------------------------------
 
 
 def specialisation(load: Sequence[np.ndarray]) -> np.ndarray:
-    """Mutual information of a token's group and its expert, [layers] in [0, 1].
+    """Mutual information of a token's group and its expert, [layers] in [0, 1], of loads [groups, experts] a layer.
 
     ``I(group; expert) / log(min(groups, experts))``, with every group as likely as the others and
     ``p(expert | group)`` the load: 0 where all groups use the experts alike, 1 where each keeps to one of its own.
-
-    Args:
-        load: [groups, experts] of each layer; groups without a token (NaN) are left out.
+    Groups without a token (NaN) are left out.
     """
     found: list[float] = []
     for layer in load:
@@ -198,17 +183,12 @@ def _entropy(shares: np.ndarray) -> float:
 
 def by_task(examined: Examination) -> list[np.ndarray]:
     """Load [tasks, experts] of all positions, in each layer."""
-    return examined.by_layer(examined.merged([(task, None, None) for task in examined.tasks]).load)
+    return examined.load([(task, None, None) for task in examined.tasks])
 
 
 def by_kind(examined: Examination) -> list[np.ndarray]:
     """Load [kinds, experts] over all tasks, in each layer."""
-    return examined.by_layer(examined.merged([(None, None, kind) for kind in POSITION_KINDS]).load)
-
-
-def projector_by_task(examined: Examination) -> list[np.ndarray]:
-    """Load [tasks, experts] of image tokens in the projector, as in a single layer."""
-    return [examined.merged([(task, None) for task in examined.tasks]).load[0].numpy()]
+    return examined.load([(None, None, kind) for kind in POSITION_KINDS])
 
 
 def findings(examined: Examination) -> list[str]:
@@ -221,10 +201,10 @@ def _of_layers(examined: Examination) -> list[str]:
     choices = examined.summary.choices.sum() / examined.summary.tokens.sum().clamp(min=1)  # experts of a token
     if max(examined.experts) <= round(float(choices)):
         return ["Every position goes to all experts of its layer, so that their shares mean nothing."]
-    takers = examined.by_layer(examined.merged([(None, None, kind) for kind in POSITION_KINDS]).takers)
+    takers = examined.merged([(None, None, kind) for kind in POSITION_KINDS]).takers
     sentences = []
     for place, kind in enumerate(POSITION_KINDS):
-        shares = [layer[place] for layer in takers]
+        shares = [layer[place, :own].numpy() for layer, own in zip(takers, examined.experts, strict=True)]
         experts = [  # that take most; None where there is no such one, or no choice among them
             int(layer.argmax()) if layer.max() >= _MOST_OF and layer.min() != 1 else None for layer in shares
         ]
@@ -238,7 +218,7 @@ def _of_layers(examined: Examination) -> list[str]:
                 name = "<SEG>" if kind == "seg" else kind
                 sentences.append(f"Expert {expert} takes {amount} of the {name} positions in {span}.")
     if not sentences:
-        sentences = [f"No kind of position is left to one expert: none has {percent(_MOST_OF)} of one in any layer."]
+        sentences = [f"No kind of position is left to one expert: none has {100 * _MOST_OF:.0f} % of one in any layer."]
     of_task, of_kind = (_mean(specialisation(of(examined))) for of in (by_task, by_kind))
     scale = "(0: all alike, 1: each its own expert)"
     if math.isfinite(of_task) and math.isfinite(of_kind):
@@ -261,9 +241,12 @@ def _of_projector(examined: Examination) -> str:
         return "The projector's router gave no figures: no image was read, or its probabilities are not finite."
     if takers.min() == 1:
         return "Every image token goes to all experts of the projector, so that their shares mean nothing."
-    expert, of_task = int(takers.argmax()), float(specialisation(projector_by_task(examined))[0])
+    expert, of_task = (
+        int(takers.argmax()),
+        float(specialisation(examined.load([(task, None) for task in examined.tasks]))[0]),
+    )
     more = f"; the specialisation there is {of_task:.2f} by task" if math.isfinite(of_task) else ""
-    return f"In the projector expert {expert} takes {percent(takers[expert])} of the image tokens, the most{more}."
+    return f"In the projector expert {expert} takes {100 * takers[expert]:.0f} % of the image tokens, the most{more}."
 
 
 def _mean(values: np.ndarray) -> float:
@@ -299,7 +282,7 @@ def as_numbers(examined: Examination) -> dict[str, Any]:
         ]
     if examined.projector is not None:
         summary, experts = examined.merged(labels), examined.projector.choices.shape[-1]
-        of_task = specialisation(projector_by_task(examined))
+        of_task = specialisation(examined.load([(task, None) for task in examined.tasks]))
         numbers["projector"] = {
             "experts": experts,
             "specialisation": {"formula": _FORMULA, "by_task": _plain(of_task)[0]},

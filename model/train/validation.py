@@ -27,11 +27,11 @@ from model.processing.conversation import TEMPLATES
 from model.processing.masks import decode_rle
 from model.processing.processor import MedPLIBProcessor
 from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
-from model.train.balance import UNKNOWN
-from model.train.checkpoints import merged_network, shares_weights
+from model.train.checkpoint import merged_network, shares_weights
 from model.train.engine import TrainingEngine
-from model.train.journal import SCORES, TEACHER_FORCED
 from model.train.recipe import Validation
+from model.train.runs import SCORES, TEACHER_FORCED
+from model.train.sample_weights import UNKNOWN
 
 _LOWER_IS_BETTER = ("false_masks", f"{TEACHER_FORCED}ce")
 _BATCHES_A_ROUND = 4  # generated between two questions whether the run is to end
@@ -71,7 +71,7 @@ def is_better(metric: str, value: float, best: Best | None) -> bool:
 class HeldOutQuestion:
     """One question of a held-out record."""
 
-    text: str  # what is asked, without <image>
+    text: str  # question, without <image>
     reference: str  # right answer, <SEG> where it segments
     history: tuple[tuple[str, str], ...]  # earlier questions with their reference answers
     regions: int  # of the record's regions so many are shown
@@ -100,14 +100,7 @@ def questions_of(sample: Sample) -> list[HeldOutQuestion]:
 
 
 class Validator:
-    """Validates a network on a fixed draw of records, as many of each file as it has, shared out over the ranks.
-
-    Args:
-        dataset: held-out records.
-        processor: of the network.
-        settings: how many records, and the mask thresholds.
-        seed: of the draw.
-    """
+    """Validates a network on a fixed draw of records, as many of each file as it has, shared out over the ranks."""
 
     def __init__(self, dataset: MixedDataset, processor: MedPLIBProcessor, settings: Validation, seed: int = 0) -> None:
         self.dataset, self.processor, self.settings = dataset, processor, settings
@@ -127,7 +120,7 @@ class Validator:
         self.errors: list[str] = []  # of the last run on this rank
 
     def run(
-        self, engine: TrainingEngine, config: MedPLIBConfig, should_stop: Callable[[], bool] = lambda: False
+        self, engine: TrainingEngine, config: MedPLIBConfig, should_stop: Callable[[], int] = lambda: 0
     ) -> dict[str, float]:
         """Scores by name, the same on every rank; what has no row is absent.
 
@@ -138,11 +131,8 @@ class Validator:
 
         Generation holds no collective operation: where ranks share weights out (ZeRO-3, shared experts), rank 0 takes a
         whole copy and answers alone; elsewhere each rank answers its share. The network's mode is put back; weights,
-        gradients and hooks are not touched.
-
-        Args:
-            engine, config: what is scored.
-            should_stop: asked by all ranks before each round; where it says so, nothing is scored.
+        gradients and hooks are not touched. ``should_stop`` is called by all ranks before each round; where it is not
+        0, nothing is scored.
 
         Raises:
             MedPLIBError: a record cannot be read and the recipe refuses such, or the device's memory is too small.
@@ -166,7 +156,7 @@ class Validator:
 
     # --- given the reference ----------------------------------------------------------------------------------------
 
-    def _add_losses(self, engine: TrainingEngine, sums: Sums, should_stop: Callable[[], bool]) -> bool:
+    def _add_losses(self, engine: TrainingEngine, sums: Sums, should_stop: Callable[[], int]) -> bool:
         """Add losses and Dice under the reference answer; False where the run is to end."""
         size, process = self.settings.batch_size, engine.process
         for start in range(0, len(self.indices), size * process.world_size):  # as many batches on every rank
@@ -181,15 +171,21 @@ class Validator:
             for index, loss, tokens in zip(own, *losses, strict=False):
                 for name in self._loss_names(index):
                     _add(sums, name, loss, tokens)
-            for row, threshold, dice in _dices(output, batch, self.settings.thresholds):
-                if row < len(own):
+            targets = [mask for row in batch.get("mask_targets") or [] for mask in row]
+            rows = output.mask_rows.tolist() if output.mask_rows is not None else []
+            for logits, target, row in zip(output.mask_logits or [], targets, rows, strict=True):
+                probability, truth = logits.float().sigmoid().cpu(), target.cpu() > 0.5
+                for threshold in self.settings.thresholds if row < len(own) else ():
+                    found = probability > threshold
+                    area = int(found.sum() + truth.sum())
+                    dice = 2.0 * int((found & truth).sum()) / area if area else 0.0
                     _add(sums, f"{TEACHER_FORCED}dice@{threshold:g}", dice)
         return True
 
     # --- generated --------------------------------------------------------------------------------------------------
 
     def _add_answers(
-        self, engine: TrainingEngine, config: MedPLIBConfig, sums: Sums, should_stop: Callable[[], bool]
+        self, engine: TrainingEngine, config: MedPLIBConfig, sums: Sums, should_stop: Callable[[], int]
     ) -> bool:
         """Add scores of generated answers; False where the run is to end."""
         if not self.generates:
@@ -310,18 +306,6 @@ def _dice(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Iterator
     for place, truth in enumerate(wanted):
         mask = found[place] if place < len(found) else np.zeros_like(truth)
         yield 2 * int((mask & truth).sum()) / int(mask.sum() + truth.sum())
-
-
-def _dices(output: Any, batch: Mapping[str, Any], thresholds: Iterable[float]) -> Iterator[tuple[int, float, float]]:
-    """Row, threshold and Dice of each mask that a forward pass decoded at a reference ``<SEG>``."""
-    targets = [mask for row in batch.get("mask_targets") or [] for mask in row]
-    rows = output.mask_rows.tolist() if output.mask_rows is not None else []
-    for logits, target, row in zip(output.mask_logits or [], targets, rows, strict=True):
-        probability, truth = logits.float().sigmoid().cpu(), target.cpu() > 0.5
-        for threshold in thresholds:
-            found = probability > threshold
-            area = int(found.sum() + truth.sum())
-            yield row, threshold, 2.0 * int((found & truth).sum()) / area if area else 0.0
 
 
 def _add(sums: Sums, name: str, value: float, count: float = 1.0) -> None:

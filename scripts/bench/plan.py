@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from torch.utils._pytree import tree_leaves
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.batching import EncodedSample, collate
+from model.train.distributed import join, launched_processes, leave
 from model.train.engine import make_engine
-from model.train.plan import Machine, Planner, find_sizes, records_of, resolved_for
-from model.train.process import join, leave, resolved
-from model.train.recipe_io import load_recipe
-from model.train.starting import mixture_config
-from model.train.trainable import add_lora, set_trainable
+from model.train.init_weights import add_lora, mixture_config, set_trainable
+from model.train.plan import Machine, Planner, find_sizes, records_of
+from model.train.recipe import load_recipe
 
 MID = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
 FOUR, AGAIN, DEEP = "schedule.batch_size=4", "engine.gradient_checkpointing=true", "engine.kind=deepspeed"
@@ -41,7 +39,7 @@ LORA = ("lora.rank=8", "lora.targets=[gate,up,down,q,v]", "trainable=[mask_decod
 CASES: list[tuple[str, int, int, tuple[str, ...]]] = [  # sizes, stage, processes, overrides
     *((size, 2, 1, (f"schedule.batch_size={n}", *how)) for size in ("nano", "mid") for n in (1, 4, 8) for how in BOTH),
     *(("mid", 2, n, (FOUR, AGAIN, DEEP, f"engine.zero_stage={zero}")) for n in (1, 2) for zero in (0, 1, 2, 3)),
-    ("mid", 2, 1, (FOUR, AGAIN, DEEP, "engine.offload=optimiser")),
+    ("mid", 2, 1, (FOUR, AGAIN, DEEP, "engine.offload=optimizer")),
     ("mid", 2, 2, (FOUR, AGAIN, DEEP, "engine.precision=bf16", "schedule.accumulation=2")),
     ("mid", 2, 1, (FOUR, "engine.precision=bf16")),
     ("mid", 2, 1, (FOUR, "schedule.accumulation=2")),
@@ -82,11 +80,11 @@ def measure(stage: int, sizes: str, overrides: list[str], result: str) -> None:
     recipe = load_recipe(path, overrides)
     config, records = find_sizes(recipe, path, Path(sizes))[0], records_of(recipe, 64, 0.5, 256)
     machine = Machine(int(os.environ.get("WORLD_SIZE", 1)), device="cpu")
-    memory = Planner(recipe, config, records).memory(resolved_for(recipe, machine), machine)
+    memory = Planner(recipe, config, records).memory(recipe.resolved(machine.ranks), machine)
     held = sum(size for name, size in memory.host.items() if name in ("optimiser and gradients", "weights"))
     if stage == 4:
         config.moe = mixture_config(recipe.mixture, config.text_config.num_hidden_layers)
-    recipe = replace(recipe, engine=resolved(recipe.engine))
+    recipe = recipe.resolved(launched_processes())
     process, tally, size = join(recipe.engine), Tally(), (256, 256)
     with tally:
         network = MedPLIBForCausalLM(config)

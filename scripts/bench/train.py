@@ -221,7 +221,7 @@ def run_job(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
     """Train one step a line; answer each with its row."""
     from model.modeling.configuration import IGNORE_INDEX
     from model.train import load_recipe
-    from model.train.loop import Trainer
+    from model.train.trainer import Trainer
 
     torch.set_num_threads(job["threads"])
     environment = dict(os.environ)
@@ -231,9 +231,9 @@ def run_job(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
     recipe = load_recipe(Path(job["recipe"]), job["overrides"], environment)
     with ExitStack() as patches:
         if job["random"]:
-            patches.enter_context(mock.patch("model.train.loop.check_start"))
+            patches.enter_context(mock.patch("model.train.trainer.check_start"))
             made = random_network(job["random"], torch.device(recipe.engine.device))
-            patches.enter_context(mock.patch("model.train.loop.starting_network", made))
+            patches.enter_context(mock.patch("model.train.trainer.starting_network", made))
         if job["plain"]:
             patches.enter_context(mock.patch("model.modeling.medplib.causal_ce", all_logits))
         trainer = Trainer(recipe)
@@ -242,8 +242,8 @@ def run_job(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
             collate = trainer.processor.collate
             trainer.processor.collate = lambda samples, **_: collate(samples)  # type: ignore[method-assign]
         rows: list[dict[str, Any]] = []
-        assert trainer.journal is not None
-        trainer.journal.step = rows.append  # type: ignore[method-assign]
+        assert trainer.log is not None
+        trainer.log.step = rows.append  # type: ignore[method-assign]
         questions, next_batch = [0], trainer.next_batch
 
         def counted() -> dict[str, Any]:
@@ -273,7 +273,7 @@ def random_network(size: str, device: Any) -> Any:
         from common import make_network
 
         from model.modeling.configuration import LossConfig
-        from model.train.trainable import add_lora, set_trainable
+        from model.train.init_weights import add_lora, set_trainable
 
         dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
         network, processor = make_network(size, device, dtype, None, 2 if recipe.stage == 4 else 0)

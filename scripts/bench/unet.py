@@ -27,9 +27,8 @@ from torch.nn import functional
 from model.data.image_io import read_image, read_mask
 from model.modeling.mask_head import restore_masks
 from model.processing.images import resized_size
-from model.train.pretrain.mask_pool import SIDE, MaskPool, build_mask_pool, fit_square, grounding_targets
-from model.train.pretrain.sam import sam_pixels
-from model.train.pretrain.towers import PoolSampler, TowerPlan
+from model.train.pretrain.pools import SIDE, MaskPool, build_mask_pool, fit_square, grounding_targets
+from model.train.pretrain.towers import PoolSampler, TowerPlan, sam_pixels
 
 INPUT = 160
 _PATIENCE = 8  # validations without a better Dice

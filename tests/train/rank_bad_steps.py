@@ -1,4 +1,4 @@
-"""Run by every rank of ``test_faults.py``: three optimiser steps, in the second of which one rank's batch is bad.
+"""Run by every rank of ``test_faults.py``: three optimizer steps, in the second of which one rank's batch is bad.
 
 Arguments: a recipe file, an output folder, ``STAGE:PRECISION:FAULT`` triples. ``loss`` spoils an image of the last
 rank, ``gradient`` one gradient of it. One process (``steps_of``) takes the batches of both ranks in turn.
@@ -16,9 +16,9 @@ import torch
 
 from model.data.dataset import MedPLIBDataset
 from model.train import Recipe, load_recipe
+from model.train.distributed import Process, join, leave
 from model.train.engine import TrainingEngine, make_engine
-from model.train.process import Process, join, leave
-from model.train.starting import starting_network
+from model.train.init_weights import starting_network
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from model.data.dataset import MedPLIBDataset
 from model.train import Recipe, load_recipe
+from model.train.distributed import Process, join, leave
 from model.train.engine import TrainingEngine, make_engine
-from model.train.process import Process, join, leave
-from model.train.starting import starting_network
+from model.train.init_weights import starting_network
 
 
 def main() -> None:

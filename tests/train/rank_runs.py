@@ -16,9 +16,9 @@ from pathlib import Path
 from torch import distributed
 
 from model.train import Recipe, load_recipe
-from model.train.checkpoints import list_checkpoints
-from model.train.loop import Trainer
-from model.train.process import leave
+from model.train.checkpoint import list_checkpoints
+from model.train.distributed import leave
+from model.train.trainer import Trainer
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
         if argument.startswith("!"):
             die_in_saving(trainer, step=2)
         trainer.train()
-        assert trainer.journal is not None
-        trainer.journal.close()  # the ranks stay together for the next run
+        assert trainer.log is not None
+        trainer.log.close()  # the ranks stay together for the next run
         if trainer.record is not None:
             trainer.record.close()
     leave()

@@ -12,9 +12,9 @@ import deepspeed
 from torch import nn
 
 from model.train import load_recipe
+from model.train.distributed import join, leave
 from model.train.engine import make_engine
-from model.train.process import join, leave
-from model.train.starting import starting_network
+from model.train.init_weights import starting_network
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ import torch
 
 from model.checkpoint import load
 from model.train import Recipe, recipe_from, run
-from model.train.stages import PUBLISHED
+from model.train.recipe import PUBLISHED
 
 _ALIKE: dict[str, Any] = {
     "lora": {"rank": 2, "dropout": 0.0, "targets": ["q", "up"]},
-    "optimiser": {"clip": 0.1, "eps": 1e-4},  # without a floor, Adam makes a step of every rounding error
+    "optimizer": {"clip": 0.1, "eps": 1e-4},  # without a floor, Adam makes a step of every rounding error
 }
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import distributed
 
 from model.errors import MedPLIBError
-from model.train import checkpoints, recipe_from, run
-from model.train.checkpoints import find_whole_checkpoint, list_checkpoints
-from model.train.process import Process
+from model.train import checkpoint, recipe_from, run
+from model.train.checkpoint import find_whole_checkpoint, list_checkpoints
+from model.train.distributed import Process
 
 SECONDS = 60  # after which ranks are taken to hang
 
@@ -62,7 +62,7 @@ def look(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
     def find(process: Process) -> Any:
         if not process.is_first:
-            monkeypatch.setattr(checkpoints, "list_checkpoints", lambda folder: oldest)
+            monkeypatch.setattr(checkpoint, "list_checkpoints", lambda folder: oldest)
         return find_whole_checkpoint(folder, process)
 
     return lambda: both_ranks(find, next(meetings))

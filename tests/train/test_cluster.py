@@ -81,7 +81,7 @@ def test_a_slurm_job_starts_a_process_per_task(place: Path) -> None:
     assert sorted(ranks) == [expected.format(0), expected.format(1)]
 
 
-def test_a_slurm_job_saves_and_queues_itself_again_before_its_time_is_up(place: Path) -> None:
+def test_slurm_job_saves_and_requeues_before_time_limit(place: Path) -> None:
     job = begin(place, "scripts/cluster/stage.sbatch", "my.yaml", WAITING="yes")
     wait_until(lambda: (place / "waiting0").exists() and (place / "waiting1").exists())
     job.send_signal(signal.SIGTERM)  # as in preemption: not this shell's to act on
@@ -98,7 +98,7 @@ def test_a_slurm_job_with_a_wrong_recipe_is_not_queued_again(place: Path) -> Non
     assert begin(place, "scripts/cluster/stage.sbatch").wait(20) == 2
 
 
-def test_a_hostfile_reaches_deepspeed_with_the_paths_of_the_recipes(place: Path) -> None:
+def test_hostfile_and_paths_reach_deepspeed(place: Path) -> None:
     hosts = shutil.copy(place / "scripts/cluster/hostfile.example", place / "hosts")
     command = ("scripts/cluster/deepspeed.sh", "hosts", "my.yaml", "--resume")
     job = begin(place, *command, MEDPLIB_DATA="/data/a b")

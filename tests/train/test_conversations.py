@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from model.data.dataset import MedPLIBDataset, MixedDataset
 from model.data.lengths import LengthCheck
 from model.modeling.configuration import IGNORE_INDEX
 from model.processing.conversation import Turn
-from model.train import recipe_from, run
-from model.train.starting import starting_network
+from model.train import recipe_from
+from model.train.init_weights import starting_network
 
 
 def test_the_loss_is_that_of_a_conversation_made_by_hand(values: Any, phantoms: Path) -> None:
@@ -71,18 +70,3 @@ def test_the_loss_is_that_of_a_conversation_made_by_hand(values: Any, phantoms: 
     assert whole[0] == pytest.approx(sum(one[0] for one in single), rel=1e-4)
     assert whole[1] == sum(one[1] for one in single) == int(learnt.sum())
     assert whole[2] == pytest.approx([dice for one in single for dice in one[2]], rel=1e-3)
-
-
-def test_a_resumed_run_sees_the_same_conversations_and_pictures(values: Any) -> None:
-    data = {"conversation_turns": 3, "shares": [3, 1, 1]}
-    schedule = {"batch_size": 2, "max_steps": 4}
-    given = values(3, data=data, augmentation={"preset": "strong"}, schedule=schedule, saving={"every": 2, "keep": 2})
-    recipe = recipe_from(given)
-    run(recipe)
-    lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
-    assert json.loads((recipe.merged / "config.json").read_text())["conversation_turns"] == 3
-    shutil.rmtree(recipe.merged)
-    shutil.rmtree(recipe.folder / "checkpoints" / "step_0000004")
-    run(recipe, resume=True)
-    again = (recipe.folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["loss"] for line in again] == [json.loads(line)["loss"] for line in lines]

@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import load
+from model.errors import MedPLIBError
+from model.modeling.moe import MoEFeedForward
 from model.train import Recipe, recipe_from, save_recipe
-from model.train.process import Process
+from model.train.checkpoint import list_checkpoints, network_of_run
+from model.train.distributed import Process, join
 from tests.train.launching import launch
 from tests.train.rank_gradients import gradients_of
 from tests.train.same_steps import one_process, read_rows, same_steps, two_ranks
@@ -37,7 +40,7 @@ def test_ranks_with_unlike_batches_get_the_exact_mean_gradient(values: Any, tmp_
             lora={"dropout": 0.0},
             trainable=["router", "lm_head", "embed_tokens", "mask_decoder", "mask_head", "region_adapter", "projector"],
             losses={"focal": 1.0, "iou": 1.0},
-            optimiser={"clip": 0.0},
+            optimizer={"clip": 0.0},
         )
     )
     alone = replace(recipe, schedule=replace(recipe.schedule, accumulation=2))
@@ -58,7 +61,7 @@ def test_ranks_with_unlike_batches_get_the_exact_mean_gradient(values: Any, tmp_
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_hand_over(values: Any, tmp_path: Path) -> None:
+def test_two_ranks_train_and_export(values: Any, tmp_path: Path) -> None:
     """By the command; that two ranks resume exactly is in ``test_killed.py``."""
     recipe = recipe_from(
         values(
@@ -79,10 +82,10 @@ def test_two_ranks_train_and_hand_over(values: Any, tmp_path: Path) -> None:
 
 SAVING_MEMORY: dict[str, dict[str, Any]] = {  # stage of training, and what differs from plain data parallelism
     "2_zero1": {"zero_stage": 1},
-    "2_zero2_offload": {"zero_stage": 2, "offload": "optimiser", "gradient_checkpointing": True},
+    "2_zero2_offload": {"zero_stage": 2, "offload": "optimizer", "gradient_checkpointing": True},
     "2_zero3_offload": {"zero_stage": 3, "offload": "all"},
     "2_zero3_cached": {"zero_stage": 3},
-    "4_zero1_offload": {"zero_stage": 1, "offload": "optimiser", "gradient_checkpointing": True},
+    "4_zero1_offload": {"zero_stage": 1, "offload": "optimizer", "gradient_checkpointing": True},
     "4_zero2": {"zero_stage": 2},
     "4_zero3": {"zero_stage": 3, "gradient_checkpointing": True},
     "4_zero3_offload_cached": {"zero_stage": 3, "offload": "all", "gradient_checkpointing": True},
@@ -128,3 +131,57 @@ def questions_without_images(folder: Path) -> Path:
     path = folder / "text.json"
     path.write_text(json.dumps([{"id": f"text{number}", "conversations": turns} for number in range(8)]))
     return path
+
+
+@pytest.mark.slow
+def test_shared_experts_take_the_steps_of_whole_ones(values: Any, phantoms: Path, tmp_path: Path) -> None:
+    sections = {
+        "lora": {"rank": 2, "dropout": 0.0, "targets": ["q", "up"]},  # up: inside every expert
+        "validation": {"samples": 6, "batch_size": 2},
+        "saving": {"every": 2},
+    }
+    sections["data"] = {"validation": [str(phantoms / "grounding.json"), str(phantoms / "vqa.json")]}
+    full = {"lora": {"rank": 0}, "trainable": ["feed_forward", "router", "lm_head", "mask_decoder"]}
+    alone = one_process(values, 4, tmp_path / "lora", **sections)
+    alone_full = one_process(values, 4, tmp_path / "full", **full)
+    shared = {"expert_parallel": 2}
+    zero1 = two_ranks(values, 4, tmp_path / "zero1", sections, zero_stage=1, **shared)
+    zero2 = two_ranks(values, 4, tmp_path / "zero2", full, zero_stage=2, gradient_checkpointing=True, **shared)
+    offload = two_ranks(values, 4, tmp_path / "offload", full, zero_stage=2, offload="optimizer", **shared)
+    given = [str(save_recipe(recipe, tmp_path / "given" / recipe.folder.name)) for recipe in (zero1, zero2, offload)]
+    ended = launch(["tests/train/rank_runs.py", *given, f"+{given[0]}"], processes=2)
+    assert ended.returncode == 0, ended.stderr
+
+    same_steps(alone, zero1, "ZeRO-1, resumed")
+    same_steps(alone_full, zero2, "ZeRO-2")
+    same_steps(alone_full, offload, "ZeRO-2, offloaded")
+    assert [row["step"] for row in read_rows(zero1)] == [1, 2, 3]
+    whole, apart = (read_rows(recipe, "validation.jsonl")[-1] for recipe in (alone, zero1))
+    assert apart == pytest.approx(whole, rel=1e-5)
+    network, _ = load(zero1.merged)
+    assert sum(isinstance(module, MoEFeedForward) for module in network.model.decoder.modules()) == 4
+    of_checkpoint, _ = network_of_run(list_checkpoints(zero1.folder)[-1])
+    for name, value in network.state_dict().items():
+        assert value.equal(of_checkpoint.state_dict()[name]), name
+
+
+def test_processes_must_be_a_multiple(values: Any) -> None:
+    chosen = values(4)
+    chosen["engine"] |= {"kind": "deepspeed", "expert_parallel": 2}
+    with pytest.raises(MedPLIBError, match="does not divide the number of processes, 1"):
+        join(recipe_from(chosen).engine)
+
+
+@pytest.mark.slow
+def test_zero3_never_needs_room_for_the_whole_network(values: Any, tmp_path: Path) -> None:
+    """DeepSpeed moves a network that it gets whole to each GPU whole; one that is shared out already stays so."""
+    chosen = values(2)
+    chosen["engine"] |= {"kind": "deepspeed", "zero_stage": 3}
+    given = save_recipe(recipe_from(chosen), tmp_path / "given")
+    ended = launch(["tests/train/rank_sharing.py", str(given)], processes=2)
+    assert ended.returncode == 0, ended.stderr
+    told = [line.split()[1:] for line in ended.stdout.splitlines() if line.startswith("held ")]
+    assert len(told) == 2
+    for whole, shares, numbers in (map(int, line) for line in told):
+        assert whole == 0
+        assert shares == pytest.approx(numbers / 2, rel=0.01)

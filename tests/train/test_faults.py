@@ -17,10 +17,10 @@ import torch
 from model.errors import MedPLIBError
 from model.train import recipe_from, run, save_recipe
 from model.train.__main__ import main
-from model.train.checkpoints import damage, list_checkpoints, read_manifest
-from model.train.loop import Trainer
-from model.train.process import Process
-from model.train.run_record import read_record
+from model.train.checkpoint import damage, list_checkpoints, read_manifest
+from model.train.distributed import Process
+from model.train.runs import read_record
+from model.train.trainer import Trainer
 from tests.train.launching import launch
 from tests.train.rank_bad_steps import steps_of
 
@@ -36,7 +36,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(values: Any, tm
             ("vqa",),
             schedule={"batch_size": 1, "accumulation": 2},
             lora={"rank": 2, "dropout": 0.0, "targets": ["q", "up"]},
-            optimiser={"lr": 1e-3, "eps": 1e-4},
+            optimizer={"lr": 1e-3, "eps": 1e-4},
         )
     )
     script = "tests/train/rank_bad_steps.py"
@@ -68,7 +68,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_ends_in_a_sentence_and_spares_the_last_checkpoint(
+def test_full_disk_is_one_error_and_keeps_last_checkpoint(
     values: Any, small_disk: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     recipe = recipe_from(values(2, output=str(small_disk / "run"), saving={"every": 1, "keep": 9}, **LONG))
@@ -93,7 +93,7 @@ def test_a_full_disk_ends_in_a_sentence_and_spares_the_last_checkpoint(
     fill(small_disk / "filler")
     with pytest.raises((MedPLIBError, OSError), match="No space left") as caught:  # of a row of metrics.jsonl
         for _ in range(300):
-            trainer.journal.step({"step": 12, "loss": 1.0, "lr": 0.1})
+            trainer.log.step({"step": 12, "loss": 1.0, "lr": 0.1})
     trainer.close(caught.value)
     assert read_record(recipe.folder)["status"] == "failed" and "No space" in read_record(recipe.folder)["reason"]
     (small_disk / "filler").unlink()
@@ -103,10 +103,7 @@ def test_a_full_disk_ends_in_a_sentence_and_spares_the_last_checkpoint(
     ]
 
 
-LONG: dict[str, Any] = {
-    "schedule": {"batch_size": 1, "max_steps": 12},
-    "lora": {"rank": 2, "targets": ["q", "up"]},
-}
+LONG: dict[str, Any] = {"schedule": {"batch_size": 1, "max_steps": 12}, "lora": {"rank": 2, "targets": ["q", "up"]}}
 
 
 def fill(path: Path) -> None:
@@ -117,9 +114,7 @@ def fill(path: Path) -> None:
                 stream.write(b"0" * size)
 
 
-def test_data_that_changed_is_refused_by_name_unless_told_otherwise(
-    values: Any, phantoms: Path, tmp_path: Path
-) -> None:
+def test_changed_data_is_refused_unless_allowed(values: Any, phantoms: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(phantoms, data)
     files = {**values(1)["data"], "train": [str(data / "vqa.json")], "images": str(data)}
@@ -136,9 +131,9 @@ def test_data_that_changed_is_refused_by_name_unless_told_otherwise(
     assert run(recipe, resume=True, allow_changed_data=True) == recipe.merged
 
 
-def test_too_many_bad_steps_end_the_run_with_its_checkpoint_whole(values: Any) -> None:
+def test_too_many_bad_steps_end_run_with_whole_checkpoint(values: Any) -> None:
     sections = {"saving": {"every": 1, "keep": 1}, "schedule": {"batch_size": 2, "max_steps": 9}}
-    recipe = recipe_from(values(1, optimiser={"max_bad_steps": 2, "lr": 1e4, "warmup": 0.0, "clip": 0.0}, **sections))
+    recipe = recipe_from(values(1, optimizer={"max_bad_steps": 2, "lr": 1e4, "warmup": 0.0, "clip": 0.0}, **sections))
     trainer = Trainer(recipe)
     trainer.set_up()
     trainer.train_step()

@@ -22,11 +22,10 @@ from model.data import features as stored
 from model.data.features import FeatureStore
 from model.errors import MedPLIBError
 from model.train import Recipe, recipe_from, run
-from model.train import features as filling
-from model.train.datasets import open_dataset
-from model.train.features import cached_features
-from model.train.process import Process
-from model.train.starting import starting_network
+from model.train import datasets as filling
+from model.train.datasets import cached_features, open_dataset
+from model.train.distributed import Process
+from model.train.init_weights import starting_network
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -144,7 +143,7 @@ def test_other_weights_pixels_and_images_are_kept_apart(make: Any, tmp_path: Pat
     assert 1 <= len(fill() - {str(name) for name in known} - new) <= 2
 
 
-def test_a_changed_or_missing_image_is_told(make: Any, tmp_path: Path, data: Path) -> None:
+def test_changed_or_missing_image_is_reported(make: Any, tmp_path: Path, data: Path) -> None:
     recipe = make("first", tmp_path / "cache")
     network, processor = starting_network(recipe)
     dataset = open_dataset(recipe, processor, training=True)

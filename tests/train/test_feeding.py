@@ -14,7 +14,7 @@ import pytest
 
 from model.errors import MedPLIBError
 from model.train import recipe_from, run
-from model.train.loop import Trainer
+from model.train.trainer import Trainer
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ import torch
 from model.checkpoint import load
 from model.errors import MedPLIBError
 from model.train import Recipe, recipe_from, run, save_recipe
-from model.train.checkpoints import list_checkpoints
-from model.train.run_record import read_record
+from model.train.checkpoint import list_checkpoints
+from model.train.runs import read_record
 from tests.train.launching import begin, launch, wait_until
 
 SETTINGS: dict[str, Any] = {
@@ -59,7 +59,7 @@ def moments(folder: Path) -> dict[str, Callable[[], bool]]:
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(recipe: Recipe, tmp_path: Path) -> None:
+def test_run_killed_repeatedly_resumes_exactly(recipe: Recipe, tmp_path: Path) -> None:
     whole = replace(recipe, output=str(tmp_path / "whole"))
     run(whole)
     arguments = ["-m", "model.train", str(save_recipe(recipe, tmp_path / "b")), "--resume"]
@@ -88,7 +88,7 @@ def assert_same(expected: Path, found: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_while_they_save_go_on_as_if_nothing_had_been(values: Any, tmp_path: Path) -> None:
+def test_two_ranks_killed_while_saving_resume_exactly(values: Any, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
     engine = {**values(2)["engine"], "kind": "deepspeed"}
     recipe = recipe_from(values(2, engine=engine, **{**SETTINGS, "schedule": {"batch_size": 1, "max_steps": 4}}))
@@ -109,7 +109,7 @@ def test_two_ranks_killed_while_they_save_go_on_as_if_nothing_had_been(values: A
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_out_the_mask_decoder_go_on_beyond_the_next_save(values: Any, tmp_path: Path) -> None:
+def test_zero3_resumes_beyond_next_save_in_stages_3_and_4(values: Any, tmp_path: Path) -> None:
     """The decoder reads weights of modules that never run, which ZeRO-3 must notice before it fixes their order."""
     pytest.importorskip("deepspeed", reason="the train extra (deepspeed) is not installed")
     engine = {**values(3)["engine"], "kind": "deepspeed", "zero_stage": 3}
@@ -133,7 +133,7 @@ def test_two_ranks_that_share_out_the_mask_decoder_go_on_beyond_the_next_save(va
 
 
 @pytest.mark.slow
-def test_a_termination_signal_in_validation_saves_and_ends_with_0(recipe: Recipe, tmp_path: Path) -> None:
+def test_signal_in_validation_saves_and_exits_0(recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(recipe, saving=replace(recipe.saving, every=100))
     arguments = ["-m", "model.train", str(save_recipe(recipe, tmp_path / "given"))]
     running = begin(arguments)
@@ -148,9 +148,7 @@ def test_a_termination_signal_in_validation_saves_and_ends_with_0(recipe: Recipe
     assert [row["step"] for row in rows(recipe.folder, "validation.jsonl")] == [2, 4, 5]
 
 
-def test_a_damaged_checkpoint_is_noticed_and_an_older_one_is_used(
-    recipe: Recipe, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_checkpoint_falls_back_to_older_one(recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
     recipe = replace(recipe, saving=replace(recipe.saving, every=2, keep=3))
     run(recipe)
     before = rows(recipe.folder)
@@ -164,7 +162,7 @@ def test_a_damaged_checkpoint_is_noticed_and_an_older_one_is_used(
     assert found == ["step_0000002", "step_0000004", "step_0000005"]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_unasked(recipe: Recipe) -> None:
+def test_all_checkpoints_damaged_is_refused(recipe: Recipe) -> None:
     run(recipe)
     for folder in list_checkpoints(recipe.folder):
         (folder / "torch.pt").unlink()

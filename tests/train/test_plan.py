@@ -19,12 +19,11 @@ from model.cli import main
 from model.data.sampling import ResumableSampler
 from model.train import plan as planning
 from model.train import recipe_from, save_recipe
+from model.train.distributed import Process
 from model.train.engine import make_engine
+from model.train.init_weights import starting_network
 from model.train.plan import GIB, Machine, Memory, Planner, advise, find_sizes, more_gpus, records_of
-from model.train.process import Process
-from model.train.recipe import Recipe
-from model.train.recipe_io import load_recipe
-from model.train.starting import starting_network
+from model.train.recipe import Recipe, load_recipe
 
 STAGES = Path(__file__).resolve().parents[2] / "configs" / "stages"
 
@@ -57,7 +56,7 @@ def peak(memory: Memory) -> float:
 
 @pytest.mark.parametrize(("stage", "lora"), [(2, {}), (4, {"rank": 2, "targets": ["q", "up"]})])
 def test_standing_memory_is_that_of_a_real_step(values: Any, stage: int, lora: dict[str, Any]) -> None:
-    given = values(stage, lora=lora, optimiser={"weight_decay": 0.1})
+    given = values(stage, lora=lora, optimizer={"weight_decay": 0.1})
     given["model"] |= {"grounding": given["model"]["base"]} if stage == 4 else {}
     recipe = recipe_from(given)
     planner = Planner(recipe, find_sizes(recipe, Path("x.yaml"))[0], records_of(recipe, 60))
@@ -65,8 +64,8 @@ def test_standing_memory_is_that_of_a_real_step(values: Any, stage: int, lora: d
     engine: Any = make_engine(network.train(), recipe, Process(0, 1, torch.device("cpu")), lambda step: 1.0)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    engine.optimiser.step()
-    moments = [value for state in engine.optimiser.state.values() for value in state.values()]
+    engine.optimizer.step()
+    moments = [value for state in engine.optimizer.state.values() for value in state.values()]
     parts = planner.memory(recipe, Machine(1, device="cpu")).parts
     whole = parts.get("weights, frozen", (0, 0))[0] + parts["weights, trained"][0]
     assert whole == sum(parameter.nbytes for parameter in network.parameters())
@@ -86,11 +85,11 @@ def test_real_sizes_lead_to_sane_conclusions() -> None:
     held = shared["weights, trained"][0] + shared["weights, frozen"][0]
     assert held == pytest.approx(2 * sum(weight.numel for weight in planner.weights) / 4)
     assert 18 < peak(four) < 28 and peak(memory_7b(4)) > 24
-    assert memory_7b(2, "lora.quantise=nf4").parts["weights, frozen"][0] < 0.4 * four.parts["weights, frozen"][0]
+    assert memory_7b(2, "lora.quantize=nf4").parts["weights, frozen"][0] < 0.4 * four.parts["weights, frozen"][0]
     frozen = memory_7b(4).parts["weights, frozen"][0]
     assert memory_7b(4, "engine.expert_parallel=2").parts["weights, frozen"][0] < 0.7 * frozen
     assert peak(memory_7b(2, "engine.gradient_checkpointing=false")) > 3 * peak(four)
-    offloaded = memory_7b(2, "engine.offload=optimiser")
+    offloaded = memory_7b(2, "engine.offload=optimizer")
     assert "optimiser" not in offloaded.parts and offloaded.host["optimiser and gradients"] > 0
 
 

@@ -15,11 +15,10 @@ from model.errors import MedPLIBError
 from model.inference.engine import Engine, Request
 from model.inference.generation import GenerationSettings
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.pretrain.curriculum import ALL_KINDS, Lessons, pool_regions
-from model.train.pretrain.language import KINDS, AttentionGuide, run_packed
-from model.train.pretrain.pipeline import STEPS, Pretraining
-from model.train.pretrain.pool import ScenePool
-from model.train.pretrain.sam import soft_labels
+from model.train.pretrain.__main__ import NanoPretraining
+from model.train.pretrain.language import ALL_KINDS, KINDS, AttentionGuide, Lessons, pool_regions, run_packed
+from model.train.pretrain.pools import ScenePool
+from model.train.pretrain.towers import soft_labels
 
 SIZES = {
     "text_config": {
@@ -52,19 +51,14 @@ SIZES = {
             "mlp_dim": 32,
         },
         "prompt_encoder_config": {"hidden_size": 16, "image_size": 256, "patch_size": 16},
-        "mask_decoder_config": {
-            "hidden_size": 16,
-            "mlp_dim": 16,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": 16,
-        },
+        "mask_decoder_config": {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
     },
 }
 SHORT = {"steps": 2, "batch_size": 2}
 
 
 @pytest.fixture(scope="module")
-def pretraining(tmp_path_factory: pytest.TempPathFactory) -> Pretraining:
+def pretraining(tmp_path_factory: pytest.TempPathFactory) -> NanoPretraining:
     """Everything made, two steps of each kind, from 24 scenes."""
     folder = tmp_path_factory.mktemp("pretrain")
     sizes = folder / "sizes.yaml"
@@ -78,45 +72,45 @@ def pretraining(tmp_path_factory: pytest.TempPathFactory) -> Pretraining:
     }
     config = folder / "pretrain.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    made = Pretraining(config, folder / "out")
-    for step in STEPS:
+    made = NanoPretraining(config, folder / "out")
+    for step in NanoPretraining.steps:
         made.make(step)
     return made
 
 
 @pytest.fixture(scope="module")
-def lessons(pretraining: Pretraining) -> Lessons:
+def lessons(pretraining: NanoPretraining) -> Lessons:
     return pretraining.lessons(pretraining.pool)
 
 
 @pytest.fixture(scope="module")
-def model(pretraining: Pretraining) -> MedPLIBForCausalLM:
+def model(pretraining: NanoPretraining) -> MedPLIBForCausalLM:
     return load(pretraining.out / "base")[0].eval()
 
 
-def test_base_is_a_checkpoint_that_answers(pretraining: Pretraining) -> None:
+def test_base_is_a_checkpoint_that_answers(pretraining: NanoPretraining) -> None:
     engine = Engine.from_pretrained(pretraining.out / "base")
     image = pretraining.pool.images[0].copy()
     answer = engine.ask(Request(image, "Is there a tumor?", settings=GenerationSettings(max_new_tokens=3)))
     assert (answer.finish, answer.new_tokens) == ("length", 3) or answer.finish == "end"
 
 
-def test_parts_come_from_their_own_steps(pretraining: Pretraining, model: MedPLIBForCausalLM) -> None:
-    sam, seen = pretraining._kept("sam"), pretraining._kept("seen")
+def test_parts_come_from_their_own_steps(pretraining: NanoPretraining, model: MedPLIBForCausalLM) -> None:
+    sam, seen = pretraining.load_part("sam"), pretraining.load_part("seen")
     assert torch.equal(model.model.sam.image_encoder.pos_embed, sam["sam.image_encoder.pos_embed"])
     assert torch.equal(model.lm_head.weight, seen["lm_head.weight"])
 
 
-def test_steps_need_what_comes_before(pretraining: Pretraining, tmp_path: Path) -> None:
+def test_steps_need_what_comes_before(pretraining: NanoPretraining, tmp_path: Path) -> None:
     config = pretraining.out.parent / "pretrain.yaml"
-    empty = Pretraining(config, tmp_path)
+    empty = NanoPretraining(config, tmp_path)
     (tmp_path / "tokenizer").symlink_to(pretraining.out / "tokenizer")
     with pytest.raises(MedPLIBError, match="run the pre-training step 'seen' first"):
         empty.make("base")
 
 
 def test_only_the_kinds_that_are_wanted_are_taught(
-    pretraining: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pretraining: NanoPretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = yaml.safe_load((pretraining.out.parent / "pretrain.yaml").read_text(encoding="utf-8"))
     few = {**SHORT, "kinds": ["modality", "presence"]}
@@ -127,11 +121,11 @@ def test_only_the_kinds_that_are_wanted_are_taught(
         (tmp_path / part).symlink_to(pretraining.out / part)
     taught = []
     monkeypatch.setattr(
-        "model.train.pretrain.curriculum.run_packed",
+        "model.train.pretrain.language.run_packed",
         lambda model, batch, *rest: taught.append(batch) or run_packed(model, batch, *rest),
     )
-    monkeypatch.setattr("model.train.pretrain.curriculum.score", lambda *_: {})  # which asks everything
-    asked = Pretraining(config, tmp_path)
+    monkeypatch.setattr("model.train.pretrain.language.score", lambda *_: {})  # which asks everything
+    asked = NanoPretraining(config, tmp_path)
     for step in ("language", "seen", "base"):
         asked.make(step)
     assert {KINDS[int(kind)] for batch in taught for kind in batch.kinds} == {"modality", "presence"}
@@ -140,10 +134,10 @@ def test_only_the_kinds_that_are_wanted_are_taught(
     settings["language"] = {**SHORT, "kinds": ["modalty"]}
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     with pytest.raises(MedPLIBError, match="no questions of kind modalty; give some of modality, "):
-        Pretraining(config, tmp_path).make("language")
+        NanoPretraining(config, tmp_path).make("language")
 
 
-def test_pool_opens_with_the_same_content(pretraining: Pretraining) -> None:
+def test_pool_opens_with_the_same_content(pretraining: NanoPretraining) -> None:
     again = ScenePool(pretraining.out / "pool")
     assert len(again) == 24
     assert again.questions[5] == pretraining.pool.questions[5]

@@ -19,7 +19,7 @@ from model.train.router_report import Examination, by_task, findings, specialisa
 from tests.tiny import tiny_checkpoint
 
 
-def test_specialisation_is_none_for_like_groups_and_one_for_groups_of_their_own() -> None:
+def test_specialisation_is_0_for_like_and_1_for_apart_groups() -> None:
     nan = float("nan")
     load = np.array([[[0.5, 0.5], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]], [[0.7, 0.3], [0.7, 0.3]]])
     assert specialisation(load) == pytest.approx([0, 1, 0], abs=1e-9)
@@ -35,7 +35,7 @@ def examined(
     )
 
 
-def test_sentences_say_who_takes_what() -> None:
+def test_findings_name_expert_and_positions() -> None:
     choices = torch.full((3, 8, 2), 50.0, dtype=torch.float64)  # three layers, two tasks × four kinds
     choices[1:, [3, 7]] = torch.tensor([93.0, 7.0], dtype=torch.float64)  # <SEG> in the last two layers
     tokens = torch.full((3, 8), 100.0, dtype=torch.float64)
@@ -53,7 +53,7 @@ def counted(choices: list[list[float]], tokens: float) -> RouterSummary:
     return RouterSummary(chosen, chosen, chosen, count * 0, count)
 
 
-def test_with_two_choices_a_sentence_counts_positions_not_choices() -> None:
+def test_findings_count_positions_not_choices() -> None:
     of_four = counted([[90, 50, 40, 20]] * 8, 100)
     told = findings(examined(of_four, (0,), (4,)))
     assert "Expert 0 takes 90 % of the text positions in layer 0." in told
@@ -62,7 +62,7 @@ def test_with_two_choices_a_sentence_counts_positions_not_choices() -> None:
     assert told == "Every position goes to all experts of its layer, so that their shares mean nothing."
 
 
-def test_sentences_tell_of_a_mixture_in_the_projector() -> None:
+def test_findings_cover_projector_mixture() -> None:
     layers = counted([[50, 50]] * 8, 100)
     told = findings(examined(layers, (0,), (2,), counted([[10, 80, 10], [0, 100, 0]], 100)))
     assert told[-1].startswith("In the projector expert 1 takes 90 % of the image tokens, the most; ")
@@ -72,7 +72,7 @@ def test_sentences_tell_of_a_mixture_in_the_projector() -> None:
     assert findings(examined(layers, (0,), (2,), nothing))[-1].startswith("The projector's router gave no figures")
 
 
-def test_layers_with_other_numbers_of_experts_are_measured_by_their_own() -> None:
+def test_layers_may_differ_in_number_of_experts() -> None:
     choices = torch.tensor([[[100.0, 0, 0, 0]] * 4 + [[0, 100.0, 0, 0]] * 4] * 2, dtype=torch.float64)
     summary = RouterSummary(choices, choices, choices, choices[..., 0] * 0, torch.full((2, 8), 100.0).double())
     both = examined(summary, (0, 1), (2, 4))
@@ -124,7 +124,7 @@ def test_projector_mixture_is_reported_apart_from_the_layers(
         assert "groups" not in numbers
 
 
-def test_what_was_not_measured_is_not_told_as_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unmeasured_values_are_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = tiny_checkpoint(tmp_path, projector={"type": "moe_mlp2x_gelu"})
     network, processor = load(checkpoint)
     network.model.decoder.layers[1].self_attn.q_proj.weight.data.fill_(3e38)  # overflows
@@ -150,7 +150,7 @@ def test_what_was_not_measured_is_not_told_as_a_number(tmp_path: Path, capsys: p
         (["router-report", "{base}", "--data", "{data}", "--out", "x.json"], "--images is missing"),
     ],
 )
-def test_what_cannot_be_reported_is_told(
+def test_wrong_report_input_is_refused(
     base: Path, phantoms: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {"base": base, "data": phantoms / "vqa.json", "images": phantoms}
@@ -158,7 +158,7 @@ def test_what_cannot_be_reported_is_told(
     assert told in capsys.readouterr().err
 
 
-def test_records_of_a_run_that_are_not_here_are_told(values: Any, tmp_path: Path, capsys: Any) -> None:
+def test_absent_records_of_run_are_refused(values: Any, tmp_path: Path, capsys: Any) -> None:
     recipe = recipe_from(values(1, data={"validation": ["elsewhere/held_out.json"]}))
     save_recipe(recipe, tmp_path)
     assert main(["router-report", str(tmp_path), "--out", "x.json"]) == 2

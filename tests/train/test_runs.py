@@ -13,8 +13,10 @@ import pytest
 from model.cli import main
 from model.errors import MedPLIBError
 from model.train import recipe_from, run
-from model.train.run_record import RunRecord, read_record, status_of, write_through
-from model.train.runs import find_runs
+from model.train.metrics import RunLog
+from model.train.recipe import Logging
+from model.train.runs import METRICS_FILE, ROUTER_FILE, RunRecord, find_runs, read_record, read_rows, status_of
+from model.train.runs import write_atomic as write
 
 
 @pytest.fixture()
@@ -23,8 +25,8 @@ def folder(values: Any, phantoms: Path, tmp_path: Path) -> Path:
     held_out = {**values(1)["data"], "validation": [str(phantoms / "vqa.json")]}
     for name, lr in (("a", 1e-3), ("b", 2e-3)):
         output = str(tmp_path / "runs" / name)
-        run(recipe_from(values(1, output=output, optimiser={"lr": lr}, data=held_out, validation={"samples": 2})))
-    bad = recipe_from(values(1, output=str(tmp_path / "runs/failed"), optimiser={"max_bad_steps": 1, "lr": 1e30}))
+        run(recipe_from(values(1, output=output, optimizer={"lr": lr}, data=held_out, validation={"samples": 2})))
+    bad = recipe_from(values(1, output=str(tmp_path / "runs/failed"), optimizer={"max_bad_steps": 1, "lr": 1e30}))
     with pytest.raises(MedPLIBError, match=r"in too many steps \(1 in a row\)"):
         run(bad)
     killed = tmp_path / "runs" / "deep" / "killed"
@@ -52,14 +54,14 @@ def test_runs_are_listed_and_compared(folder: Path, capsys: pytest.CaptureFixtur
 
     assert main(["runs", "compare", str(folder / "a"), str(folder / "b")]) == 0
     printed = capsys.readouterr().out
-    assert "optimiser.lr" in printed and "data: the same" in printed and "best teacher_forced/ce" in printed
+    assert "optimizer.lr" in printed and "data: the same" in printed and "best teacher_forced/ce" in printed
     assert "schedule.batch_size" not in printed
 
     assert main(["runs", str(folder), "--json"]) == 0
     assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 5
 
 
-def test_wrong_input_is_told_in_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_runs_input_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(folder / "nowhere")]) == 2
     assert main(["runs", "compare", str(folder / "a")]) == 2
     assert main(["runs", "compare", str(folder / "a"), str(folder / "empty")]) == 2
@@ -68,7 +70,7 @@ def test_wrong_input_is_told_in_a_sentence(folder: Path, capsys: pytest.CaptureF
     assert "no runs in" in capsys.readouterr().out
 
 
-def test_a_run_folder_says_what_it_is(folder: Path) -> None:
+def test_run_json_describes_the_run(folder: Path) -> None:
     record = read_record(folder / "a")
     assert (record["stage"], record["status"], record["step"], record["total_steps"]) == (1, "finished", 2, 2)
     (attempt,) = record["attempts"]
@@ -87,14 +89,26 @@ def test_time_is_what_attempts_took_not_what_lay_between_them(tmp_path: Path) ->
         record.content["attempts"][-1]["started"] = datetime.fromtimestamp(begun + 3600 * number, UTC).isoformat()
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
         os.utime(tmp_path / "metrics.jsonl", (begun + 3600 * number + 60,) * 2)
-        write_through(tmp_path / "run.json", record.content)
+        write(tmp_path / "run.json", record.content)
         record.close()
     (found,) = find_runs(tmp_path)
     assert found.seconds == 180
     assert [attempt["status"] for attempt in found.record["attempts"]] == ["killed", "killed", "running"]
 
 
-def test_a_process_that_lost_the_others_points_at_what_they_said() -> None:
+def test_lost_ranks_are_recognized() -> None:
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16790")
     assert status_of(gone)[0] == "failed" and "lost the others" in status_of(gone)[1]
     assert status_of(RuntimeError("out of memory")) == ("failed", "out of memory")
+
+
+def test_damaged_rows_do_not_block_resuming(tmp_path: Path) -> None:
+    rows = [{"step": step, "kinds": {"text": {"tokens": step}}} for step in (1, 2, 3)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    half = json.dumps({"step": 4, "kinds": {"text": {}}})[:-2]  # ends in a brace, as whole rows do
+    for name in (METRICS_FILE, ROUTER_FILE):
+        (tmp_path / name).write_bytes(whole.encode() + b"\0\0\0{}\n7\n\xff\n" + half.encode())
+    RunLog(tmp_path, Logging(progress=False, tensorboard=False), 9, first_step=2, writes=True).close()
+    for name in (METRICS_FILE, ROUTER_FILE):
+        assert read_rows(tmp_path / name) == rows[:2]
+        assert len((tmp_path / name).read_text().splitlines()) == 2

@@ -10,9 +10,8 @@ import torch
 
 from model.modeling.configuration import MaskConfig
 from model.modeling.sam_med2d import SamMed2D
-from model.train.pretrain.clicks import draw_boxes, draw_clicks
-from model.train.pretrain.mask_pool import MaskPool, build_mask_pool
-from model.train.pretrain.steps import Resume
+from model.train.pretrain import Resume
+from model.train.pretrain.pools import MaskPool, build_mask_pool, draw_boxes, draw_clicks
 from model.train.pretrain.towers import PoolSampler, TowerPlan, pretrain_sam, pretrain_vision, score_names, widen
 from tests.tiny import tiny_config
 
@@ -96,7 +95,7 @@ def test_the_sam_branch_learns_from_prompts(pool: MaskPool, tmp_path: Path, kind
     assert "bce" in (tmp_path / "log.jsonl").read_text()
 
 
-def test_a_widened_stem_computes_the_same_and_its_twins_learn_apart() -> None:
+def test_widened_stem_computes_the_same() -> None:
     sizes = tiny_config().sam_config
     narrow, wide = (SamMed2D(sizes, MaskConfig(stem_channels=c)) for c in ((8, 16, 24), (16, 32, 48)))
     grown = widen(narrow.state_dict(), wide.state_dict(), torch.Generator().manual_seed(0))

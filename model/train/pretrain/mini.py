@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -14,28 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from model.checkpoint import load, save
 from model.data.dataset import MedPLIBDataset, MixedDataset
-from model.errors import MedPLIBError, escape_unprintable
+from model.errors import MedPLIBError
 from model.modeling.configuration import MaskConfig, MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
-from model.train.pretrain.mask_pool import MaskPool, build_mask_pool
-from model.train.pretrain.steps import Losses, train_steps
+from model.train.pretrain import Losses, Pretraining, run_steps, train_steps
+from model.train.pretrain.pools import MaskPool, build_mask_pool
 from model.train.pretrain.towers import TowerPlan, pretrain_sam, pretrain_vision
-from model.yaml_files import read_mapping
 
 logger = logging.getLogger(__name__)
 
-STEPS = ("pool", "sam", "vision", "base")
 
-
-class MiniPretraining:
+class MiniPretraining(Pretraining):
     """The steps before MedPLIB-mini's joint training, each leaving its result in one folder.
 
     ``pool/``, ``pool_validation/`` pictures and masks · ``sam.safetensors``, ``vision.safetensors`` trained towers ·
@@ -48,16 +43,11 @@ class MiniPretraining:
         out: folder of the results.
     """
 
-    def __init__(self, settings: Path, data: Path, out: Path) -> None:
-        self.settings, self.data, self.out = read_mapping(settings, "the settings"), data, out
-        self.seed = int(self.settings.get("seed", 0))
+    steps = ("pool", "sam", "vision", "base")
 
-    def run(self, step: str) -> None:
-        """Run one of ``STEPS``; what it needs must be there."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        begun = time.monotonic()
-        getattr(self, f"make_{step}")()
-        logger.info("%s: %.0f s", step, time.monotonic() - begun)
+    def __init__(self, settings: Path, data: Path, out: Path) -> None:
+        super().__init__(settings, out)
+        self.data = data
 
     def make_pool(self) -> None:
         logger.info("%d pictures to learn from, %d held out", len(self.pool.images), len(self.held_out.images))
@@ -65,13 +55,13 @@ class MiniPretraining:
     def make_sam(self) -> None:
         start = self.start[0].model.sam.state_dict()
         plan = TowerPlan(**self.settings["sam"])
-        trainer = pretrain_sam(self.pool, self.config, plan, self.seed, self.out / "log.jsonl", self.held_out, start)
-        self._keep("sam", trainer)
+        trainer = pretrain_sam(self.pool, self.config, plan, self.seed, self.log, self.held_out, start)
+        self.save_part("sam", trainer)
 
     def make_vision(self) -> None:
         tower = self.start[0].model.vision_tower.state_dict()
         plan = TowerPlan(**self.settings["vision"])
-        self._keep("vision", pretrain_vision(self.pool, self.config, plan, self.seed, self.out / "log.jsonl", tower))
+        self.save_part("vision", pretrain_vision(self.pool, self.config, plan, self.seed, self.log, tower))
 
     def make_base(self) -> None:
         """The start's network with the trained towers, and a mask head that gives the SAM branch's queries of names."""
@@ -80,15 +70,13 @@ class MiniPretraining:
         state = {name: value for name, value in source.state_dict().items() if not name.startswith("model.sam.")}
         towers = {"model.sam.": ("sam", "sam."), "model.vision_tower.": ("vision", "tower.")}
         for prefix, (file, inside) in towers.items():
-            for name, value in self._kept(file).items():
-                if name.startswith(inside):
-                    state[prefix + name.removeprefix(inside)] = value
+            state |= {prefix + name: value for name, value in self.load_part(file, inside).items()}
         model = MedPLIBForCausalLM(self.config)
         model.load_state_dict(state)
-        names = dict(zip(self.pool.names, self._kept("sam")["names.weight"], strict=True))
+        names = dict(zip(self.pool.names, self.load_part("sam")["names.weight"], strict=True))
         records = [MedPLIBDataset(path, root, processor, training=True) for _, path, root in self._files("train")]
         plan = self.settings["mask_head"]
-        fit_mask_head(model, processor, MixedDataset(records), names, plan, self.seed, self.out)
+        fit_mask_head(model, processor, MixedDataset(records), names, plan, self.seed, self.log)
         save(model, processor, self.out / "base")
 
     @cached_property
@@ -129,17 +117,6 @@ class MiniPretraining:
             (folder.name, path, folder if (folder / "dataset.json").exists() else path.parent) for folder, path in files
         ]
 
-    def _keep(self, name: str, module: nn.Module) -> None:
-        state = {key: value.detach().clone().contiguous() for key, value in module.state_dict().items()}
-        save_file(state, self.out / f".{name}.part")
-        (self.out / f".{name}.part").replace(self.out / f"{name}.safetensors")
-
-    def _kept(self, name: str) -> dict[str, Tensor]:
-        path = self.out / f"{name}.safetensors"
-        if not path.is_file():
-            raise MedPLIBError(f"{path} is missing; run the step {name!r} first")
-        return load_file(path)
-
 
 def fit_mask_head(
     model: MedPLIBForCausalLM,
@@ -148,14 +125,11 @@ def fit_mask_head(
     names: dict[str, Tensor],
     plan: dict[str, Any],
     seed: int,
-    out: Path,
+    log: Path,
 ) -> None:
-    """Fit the mask head, so that a ``<SEG>`` state gives the SAM branch's query of the name that it stands for.
+    """Fit the mask head, so that a ``<SEG>`` state gives the query [C] of its name in ``names``.
 
-    Args:
-        records: grounding records; those whose target has no query are passed over.
-        names: name → query [C].
-        plan: ``steps``, ``batch_size``, ``lr``.
+    Records whose target has no query are passed over; ``plan`` has ``steps``, ``batch_size`` and ``lr``.
     """
     rng = np.random.default_rng(seed)
     seg = model.config.seg_token_id
@@ -185,27 +159,20 @@ def fit_mask_head(
         return {"query": functional.mse_loss(model.model.mask_head(states), queries)}
 
     parameters = model.model.mask_head.parameters()
-    train_steps("mask head", parameters, step, plan["steps"], plan["lr"], out / "log.jsonl", weight_decay=0.0)
+    train_steps("mask head", parameters, step, plan["steps"], plan["lr"], log, weight_decay=0.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run steps in the order given; returns the exit code."""
-    escape_unprintable()
+    """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m model.train.pretrain.mini", description=__doc__)
-    parser.add_argument("steps", nargs="+", choices=STEPS, help="what to make, in this order")
-    parser.add_argument("--config", type=Path, default=Path("configs/mini/pretrain.yaml"), help="settings")
     parser.add_argument("--data", type=Path, required=True, help="folder of built folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder of everything that is made")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        pretraining = MiniPretraining(options.config, options.data, options.out)
-        for step in options.steps:
-            pretraining.run(step)
-    except MedPLIBError as error:
-        logger.error("%s", error)
-        return 2
-    return 0
+    return run_steps(
+        parser,
+        "configs/mini/pretrain.yaml",
+        MiniPretraining.steps,
+        lambda options: MiniPretraining(options.config, options.data, options.out),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Pre-train the SAM branch and the CLIP tower on grounding records of phantoms and real images, with augmentation."""
+"""Pre-train SAM branch and CLIP tower: on phantom scenes from nothing, and on grounding records of built folders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,57 +14,259 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.data.augmentation import AugmentationConfig, augment_image_and_masks, tells_places
+from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.sam_med2d import SamMed2D
 from model.modeling.vision_tower import VisionTower
-from model.train.pretrain.clicks import draw_boxes, draw_clicks
-from model.train.pretrain.mask_pool import SIDE, MaskPool
-from model.train.pretrain.sam import sam_pixels
-from model.train.pretrain.steps import Losses, Resume, append_log, train_steps
-from model.train.pretrain.vision import cell_places, clip_pixels
+from model.processing.images import CLIP_MEAN, CLIP_STD, SAM_MEAN, SAM_STD
+from model.train.pretrain import Losses, Resume, append_log, train_steps
+from model.train.pretrain.pools import SIDE, MaskPool, ScenePool, clip_pictures, draw_boxes, draw_clicks
 
 PROMPTS = ("box", "click", "correction")
+_BOX_SHARE = 0.25  # of the masks of scenes that are prompted by a box
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how hard a part is trained."""
+
+    steps: int
+    batch_size: int  # scenes or pictures
+    lr: float
+    masks: int = 2  # of each scene; SAM alone
+    questions: int = 10  # most questions per scene; language model alone
+    guide: float = 1.0  # weight of the attention guide
+    noise: float = 0.5  # of symbolic images, in standard deviations of the word embeddings
+    kinds: Sequence[str] = ()  # of questions; all where empty
+
+
+def sam_pixels(images: np.ndarray) -> Tensor:
+    """Pool pictures uint8 [N, 256, 256, 3] as SAM inputs float [N, 3, 256, 256]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+    return (pixels - torch.tensor(SAM_MEAN)[:, None, None]) / torch.tensor(SAM_STD)[:, None, None]
+
+
+def clip_pixels(pictures: np.ndarray) -> Tensor:
+    """Pictures uint8 [N, s, s, 3] as CLIP inputs float [N, 3, s, s]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def cell_places(grid: int) -> Tensor:
+    """Places of a square grid's cells as (right, down) in [−1, 1], float [grid², 2]."""
+    ramp = torch.linspace(-1, 1, grid)
+    down, right = torch.meshgrid(ramp, ramp, indexing="ij")
+    return torch.stack([right.flatten(), down.flatten()], 1)
+
+
+def soft_labels(labels: np.ndarray, grid: int) -> Tensor:
+    """Share of every class in every cell: label maps uint8 [N, S, S] → float [N, grid², classes]."""
+    count, side = labels.shape[0], labels.shape[1]
+    sample = 2 * grid if side % (2 * grid) == 0 else grid * 6
+    places = ((np.arange(sample) + 0.5) * side / sample).astype(np.int64)
+    coarse = torch.from_numpy(labels[:, places][:, :, places].astype(np.int64))
+    cell = sample // grid
+    cells = coarse.view(count, grid, cell, grid, cell).permute(0, 1, 3, 2, 4).reshape(count, grid * grid, -1)
+    shares = torch.zeros(count, grid * grid, len(CLASS_NAMES))
+    return shares.scatter_add_(2, cells, torch.full(cells.shape, 1 / cells.shape[2]))
+
+
+def soft_mask_losses(logits: Tensor, truth: Tensor, iou: Tensor) -> Losses:
+    """Pixel, overlap and IoU-estimate losses of logits [M, l, l] against masks [M, S, S], empty where absent."""
+    target = functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-1])[:, 0]
+    probability = logits.sigmoid()
+    overlap, total = (probability * target).sum((1, 2)), probability.sum((1, 2)) + target.sum((1, 2))
+    hard, wanted = logits.detach() > 0, target > 0.5
+    true_iou = (hard & wanted).sum((1, 2)) / (hard | wanted).sum((1, 2)).clamp(min=1)
+    return {
+        "bce": 2 * functional.binary_cross_entropy_with_logits(logits, target),
+        "dice": (1 - (2 * overlap + 1) / (total + 1)).mean(),
+        "iou": functional.mse_loss(iou, true_iou),
+    }
+
+
+def cell_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy of logits [M, g, g] against the share of masks [M, S, S] in each cell."""
+    cells = functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-1])[:, 0]
+    return functional.binary_cross_entropy_with_logits(logits, cells)
+
+
+class SamTrainer(nn.Module):
+    """The SAM branch with what only its pre-training needs.
+
+    Attributes:
+        names: query of every name, [names, C], in the space of text prompts.
+        dense: classifier of the image embedding's cells.
+    """
+
+    def __init__(self, config: MedPLIBConfig, names: int, dense: Callable[[int], nn.Module] | None = None) -> None:
+        super().__init__()
+        self.sam = SamMed2D(config.sam_config, config.mask)
+        self.side = config.sam_config.vision_config.image_size
+        self.names = nn.Embedding(names, config.mask_query_dim)
+        self.dense = dense(config.mask_query_dim) if dense else nn.Embedding(names, config.mask_query_dim)
+        nn.init.trunc_normal_(self.sam.image_encoder.pos_embed, std=0.02)
+        drawn: Any = self.names if dense else self.dense
+        nn.init.normal_(drawn.weight, std=1.0 if dense else 0.05)
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        """Embeddings of pool pictures uint8 [N, 256, 256, 3]."""
+        pixels = sam_pixels(images)
+        if self.side != SIDE:
+            pixels = functional.interpolate(pixels, (self.side, self.side), mode="area")
+        return self.sam.encode_image(pixels)
+
+    def masks(self, embeddings: Tensor, drawn: Drawn, kind: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Logits [M, l, l] and IoU estimates [M] for prompts of one kind."""
+        truth, scale = drawn.masks.astype(bool), self.side / SIDE
+        queries = self.names(drawn.names) if kind == "name" else None
+        if kind == "box":
+            prompts: dict[str, Tensor] = {"boxes": draw_boxes(truth, rng) * scale}
+        elif kind == "click":
+            points, labels = draw_clicks(truth, np.zeros_like(truth), rng)
+            prompts = {"points": points * scale, "point_labels": labels}
+        elif kind == "correction":
+            first = "name" if rng.random() < 0.5 else "click"
+            with torch.no_grad():
+                earlier, _ = self.masks(embeddings, drawn, first, rng)  # [M, l, l]
+            found = functional.interpolate(earlier[:, None], (SIDE, SIDE), mode="bilinear")[:, 0] > 0
+            points, labels = draw_clicks(truth, found.numpy(), rng)
+            side = 4 * embeddings.shape[-1]
+            logits = functional.interpolate(earlier[:, None], (side, side), mode="bilinear")
+            prompts = {"points": points * scale, "point_labels": labels, "masks": logits}
+            queries = self.names(drawn.names) if rng.random() < 0.5 else None
+        else:
+            prompts = {}
+        low, iou = self.sam.decode(embeddings, queries, drawn.index, **prompts)  # type: ignore[arg-type]
+        return low[:, 0].float(), iou[:, 0].float()
+
+
+class VisionTrainer(nn.Module):
+    """The CLIP tower with the classifiers that only its pre-training needs.
+
+    Supervision sits on the hidden state that the projector reads, so that a linear map can separate the structures.
+    """
+
+    cells: Tensor
+
+    def __init__(self, config: MedPLIBConfig, targets: Callable[[int], nn.Module], modalities: int) -> None:
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.grid, self.side = config.vision_grid, config.vision_config.image_size
+        self.tower = VisionTower(config.vision_config, config.vision_select_layer, "patch")
+        self.targets = targets(width)
+        self.modality, self.places = nn.Linear(width, modalities), nn.Linear(width, 2)
+        self.register_buffer("cells", cell_places(self.grid), persistent=False)
+
+    def losses(self, features: Tensor, normed: Tensor, modalities: Tensor) -> Losses:
+        """Errors of places and modality from the tower's features [N, P, D]."""
+        return {
+            "place": 0.5 * functional.mse_loss(self.places(features), self.cells.expand(len(features), -1, -1)),
+            "modality": 0.1 * functional.cross_entropy(self.modality(normed.mean(1)), modalities),
+        }
+
+
+# --- phantom scenes, from nothing -------------------------------------------------------------------------------------
+
+
+def pretrain_sam_on_scenes(
+    pool: ScenePool, config: MedPLIBConfig, plan: Plan, seed: int, log: Path | None
+) -> SamTrainer:
+    """Train image encoder, prompt encoder and mask decoder from class names or boxes, with a dense auxiliary loss."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    trainer = SamTrainer(config, len(CLASS_NAMES), lambda width: nn.Linear(width, len(CLASS_NAMES)))
+
+    def step(number: int) -> Losses:
+        rows = rng.choice(len(pool), plan.batch_size, replace=False)
+        images, labels = pool.images[rows], pool.labels[rows]
+        flipped = rng.random(len(rows)) < 0.5
+        images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+        labels = np.where(flipped[:, None, None], labels[:, :, ::-1], labels)
+        embeddings = trainer.sam.encode_image(sam_pixels(images))  # [N, C, h, w]
+        drawn: list[tuple[int, int]] = []  # image and class of up to ``plan.masks`` structures of each label map
+        for row, label in enumerate(labels):
+            present = [int(found) for found in np.unique(label[::2, ::2]) if found]
+            drawn += [(row, int(found)) for found in rng.permutation(present)[: plan.masks]]
+        index, classes = np.array(drawn, np.int64).reshape(-1, 2).T
+        truth = labels[index] == classes[:, None, None]
+        boxes = draw_boxes(truth, rng, jitter=0.05)
+        use_box = torch.from_numpy(rng.random(len(index)) < _BOX_SHARE)
+        losses: dict[str, list[Tensor]] = {}
+        for chosen, with_box in ((use_box, True), (~use_box, False)):
+            if not chosen.any():
+                continue
+            prompts = {"boxes": boxes[chosen]} if with_box else {}
+            queries = None if with_box else trainer.names(torch.from_numpy(classes)[chosen])
+            low, iou = trainer.sam.decode(embeddings, queries, torch.from_numpy(index)[chosen], **prompts)
+            wanted = torch.from_numpy(truth[chosen.numpy()]).float()
+            for key, value in soft_mask_losses(low[:, 0], wanted, iou[:, 0]).items():
+                losses.setdefault(key, []).append(value * chosen.float().mean())
+        result = {key: torch.stack(values).sum() for key, values in losses.items()}
+        soft = soft_labels(labels, embeddings.shape[-1])  # [N, h·w, classes]
+        logits = trainer.dense(embeddings.flatten(2).transpose(1, 2))
+        return {**result, "dense": 0.5 * functional.cross_entropy(logits.flatten(0, 1), soft.flatten(0, 1))}
+
+    train_steps("sam", trainer.parameters(), step, plan.steps, plan.lr, log)
+    return trainer.eval()
+
+
+def pretrain_vision_on_scenes(
+    pool: ScenePool, config: MedPLIBConfig, plan: Plan, seed: int, log: Path | None
+) -> VisionTrainer:
+    """Train the tower from nothing: what is in every patch, where the patch is, and the modality of the picture."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    trainer = VisionTrainer(config, lambda width: nn.Linear(width, len(CLASS_NAMES)), len(MODALITIES)).train()
+    grid = trainer.grid
+    pictures = clip_pictures(pool.images, trainer.side)
+    targets = torch.cat([soft_labels(pool.labels[i : i + 256], grid).half() for i in range(0, len(pool), 256)])
+    modalities = torch.from_numpy(pool.modalities.astype(np.int64))
+
+    def step(number: int) -> Losses:
+        rows = rng.choice(len(pool), plan.batch_size, replace=False)
+        pixels, soft = clip_pixels(pictures[rows]), targets[rows].float()
+        flip = torch.from_numpy(rng.random(len(rows)) < 0.5)
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
+        mirrored = soft.unflatten(1, (grid, grid)).flip(2).flatten(1, 2)
+        soft = torch.where(flip[:, None, None], mirrored, soft)
+        features = trainer.tower(pixels)
+        normed = functional.layer_norm(features, features.shape[-1:])
+        patches = functional.cross_entropy(trainer.targets(normed).flatten(0, 1), soft.flatten(0, 1))
+        return {"patch": patches, **trainer.losses(features, normed, modalities[rows])}
+
+    train_steps("vision", trainer.parameters(), step, plan.steps, plan.lr, log, weight_decay=0.05)
+    return trainer.eval()
+
+
+# --- records of built folders -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TowerPlan:
-    """How long and how hard a tower is trained.
-
-    Attributes:
-        steps, batch_size, lr: of pictures; two targets at most are drawn of each.
-        shares: data set → share of the draws; of the others each (data set, modality) group gets draws in proportion to
-            the square root of its size.
-        prompts: share of the steps that ask for the same masks by each of ``PROMPTS`` too, at most one; SAM alone.
-        absent: share of the draws that are of a picture without one of its targets, from data sets that have any.
-        augmentation: preset of ``AugmentationConfig``.
-    """
+    """How long and how hard a tower is trained."""
 
     steps: int = 6000
-    batch_size: int = 12
+    batch_size: int = 12  # pictures; two targets at most are drawn of each
     lr: float = 1e-3
+    # By data set, of the draws; each other group (data set, modality) gets draws by the square root of its size.
     shares: Mapping[str, float] | None = None
+    # Share of the steps that ask for the same masks by each of PROMPTS too, at most one; SAM alone.
     prompts: Sequence[float] = (0.15, 0.15, 0.2)
-    absent: float = 0.2
-    augmentation: str = "strong"
+    absent: float = 0.2  # share of the draws that are of a picture without one of its targets, where there are any
+    augmentation: str = "strong"  # preset of AugmentationConfig
     precision: str = "bf16"
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One batch of pictures with M named masks.
+    """One batch of pictures with M named masks."""
 
-    Attributes:
-        images: uint8 [N, 256, 256, 3].
-        masks: uint8 [M, 256, 256] in {0, 1}; zeros where the target is absent.
-        index, names: long [M], the picture and the name of each.
-        modalities: long [N].
-    """
-
-    images: np.ndarray
-    masks: np.ndarray
-    index: Tensor
-    names: Tensor
-    modalities: Tensor
+    images: np.ndarray  # uint8 [N, 256, 256, 3]
+    masks: np.ndarray  # uint8 [M, 256, 256] in {0, 1}; zeros where the target is absent
+    index: Tensor  # long [M], the picture of each
+    names: Tensor  # long [M]
+    modalities: Tensor  # long [N]
 
     def present(self) -> Drawn:
         """The same pictures without the absent targets."""
@@ -128,50 +331,6 @@ class PoolSampler:
         return Drawn(np.stack(images), np.stack(masks), *map(torch.tensor, (index, names, modalities)))
 
 
-class SamTrainer(nn.Module):
-    """The SAM branch with what only its pre-training needs: a query of each name, and a dense classifier of cells."""
-
-    def __init__(self, config: MedPLIBConfig, names: int) -> None:
-        super().__init__()
-        self.sam = SamMed2D(config.sam_config, config.mask)
-        self.side = config.sam_config.vision_config.image_size
-        self.names = nn.Embedding(names, config.mask_query_dim)
-        self.dense = nn.Embedding(names, config.mask_query_dim)
-        nn.init.trunc_normal_(self.sam.image_encoder.pos_embed, std=0.02)
-        nn.init.normal_(self.dense.weight, std=0.05)
-
-    def encode(self, images: np.ndarray) -> Tensor:
-        """Embeddings of pool pictures uint8 [N, 256, 256, 3]."""
-        pixels = sam_pixels(images)
-        if self.side != SIDE:
-            pixels = functional.interpolate(pixels, (self.side, self.side), mode="area")
-        return self.sam.encode_image(pixels)
-
-    def masks(self, embeddings: Tensor, drawn: Drawn, kind: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Logits [M, l, l] and IoU estimates [M] for prompts of one kind."""
-        truth, scale = drawn.masks.astype(bool), self.side / SIDE
-        queries = self.names(drawn.names) if kind == "name" else None
-        if kind == "box":
-            prompts: dict[str, Tensor] = {"boxes": draw_boxes(truth, rng) * scale}
-        elif kind == "click":
-            points, labels = draw_clicks(truth, np.zeros_like(truth), rng)
-            prompts = {"points": points * scale, "point_labels": labels}
-        elif kind == "correction":
-            first = "name" if rng.random() < 0.5 else "click"
-            with torch.no_grad():
-                earlier, _ = self.masks(embeddings, drawn, first, rng)  # [M, l, l]
-            found = functional.interpolate(earlier[:, None], (SIDE, SIDE), mode="bilinear")[:, 0] > 0
-            points, labels = draw_clicks(truth, found.numpy(), rng)
-            side = 4 * embeddings.shape[-1]
-            logits = functional.interpolate(earlier[:, None], (side, side), mode="bilinear")
-            prompts = {"points": points * scale, "point_labels": labels, "masks": logits}
-            queries = self.names(drawn.names) if rng.random() < 0.5 else None
-        else:
-            prompts = {}
-        low, iou = self.sam.decode(embeddings, queries, drawn.index, **prompts)  # type: ignore[arg-type]
-        return low[:, 0].float(), iou[:, 0].float()
-
-
 def pretrain_sam(
     pool: MaskPool,
     config: MedPLIBConfig,
@@ -198,12 +357,12 @@ def pretrain_sam(
 
     def step(number: int) -> Losses:
         drawn = sampler.draw()
-        asked = {"name", kinds[rng.choice(len(kinds), p=shares)]}
+        prompted = {"name", kinds[rng.choice(len(kinds), p=shares)]}
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"):
             embeddings = trainer.encode(drawn.images)
-            wanted = [drawn if kind == "name" else drawn.present() for kind in sorted(asked)]
+            wanted = [drawn if kind == "name" else drawn.present() for kind in sorted(prompted)]
             found = [
-                trainer.masks(embeddings, some, kind, rng) for kind, some in zip(sorted(asked), wanted, strict=True)
+                trainer.masks(embeddings, some, kind, rng) for kind, some in zip(sorted(prompted), wanted, strict=True)
             ]
         losses: dict[str, Tensor] = {}
         for (low, iou), some in zip(found, wanted, strict=True):
@@ -229,14 +388,8 @@ def widen(start: Mapping[str, Tensor], own: Mapping[str, Tensor], generator: tor
     """Weights of a network whose convolutional stem may have half the channels, for one that computes the same.
 
     Every channel becomes two equal ones next to each other, and what reads a channel divides its weight between the two
-    at random, so that they learn different things (Net2WiderNet, arXiv 1511.05641).
-
-    Args:
-        start: weights of the narrow network, or of one of the same width.
-        own: weights of the wide network, for their shapes.
-
-    Returns:
-        The weights that fit, of the wide network's shapes.
+    at random, so that they learn different things (Net2WiderNet, arXiv 1511.05641). Shapes are those of ``own``, the
+    wide network's; what does not fit is left out.
     """
     grown: dict[str, Tensor] = {}
     for name, value in start.items():
@@ -255,26 +408,6 @@ def widen(start: Mapping[str, Tensor], own: Mapping[str, Tensor], generator: tor
         if value.shape == own[name].shape:
             grown[name] = value
     return grown
-
-
-def soft_mask_losses(logits: Tensor, truth: Tensor, iou: Tensor) -> Losses:
-    """Pixel, overlap and IoU-estimate losses of logits [M, l, l] against masks [M, S, S], empty where absent."""
-    target = functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-1])[:, 0]
-    probability = logits.sigmoid()
-    overlap, total = (probability * target).sum((1, 2)), probability.sum((1, 2)) + target.sum((1, 2))
-    hard, wanted = logits.detach() > 0, target > 0.5
-    true_iou = (hard & wanted).sum((1, 2)) / (hard | wanted).sum((1, 2)).clamp(min=1)
-    return {
-        "bce": 2 * functional.binary_cross_entropy_with_logits(logits, target),
-        "dice": (1 - (2 * overlap + 1) / (total + 1)).mean(),
-        "iou": functional.mse_loss(iou, true_iou),
-    }
-
-
-def cell_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy of logits [M, g, g] against the share of masks [M, S, S] in each cell."""
-    cells = functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-1])[:, 0]
-    return functional.binary_cross_entropy_with_logits(logits, cells)
 
 
 @torch.no_grad()
@@ -302,23 +435,6 @@ def score_names(trainer: SamTrainer, pool: MaskPool, most: int = 40) -> dict[str
     return {key: round(float(np.mean(values)), 4) for key, values in found.items()}
 
 
-class VisionTrainer(nn.Module):
-    """The CLIP tower with the classifiers that only its pre-training needs."""
-
-    cells: Tensor
-
-    def __init__(self, config: MedPLIBConfig, names: int, modalities: int) -> None:
-        super().__init__()
-        width = config.vision_config.hidden_size
-        self.grid, self.side = config.vision_grid, config.vision_config.image_size
-        self.tower = VisionTower(config.vision_config, config.vision_select_layer, "patch")
-        self.names = nn.Embedding(names, width)
-        self.modality = nn.Linear(width, modalities)
-        self.places = nn.Linear(width, 2)
-        self.register_buffer("cells", cell_places(self.grid), persistent=False)
-        nn.init.normal_(self.names.weight, std=0.05)
-
-
 def pretrain_vision(
     pool: MaskPool,
     config: MedPLIBConfig,
@@ -334,7 +450,9 @@ def pretrain_vision(
     """
     torch.manual_seed(seed)
     sampler = PoolSampler(pool, plan, seed)
-    trainer = VisionTrainer(config, len(pool.names), len(sampler.kinds))
+    trainer = VisionTrainer(config, lambda width: nn.Embedding(len(pool.names), width), len(sampler.kinds))
+    names: Any = trainer.targets
+    nn.init.normal_(names.weight, std=0.05)
     if start is not None:
         trainer.tower.load_state_dict(start)
 
@@ -346,13 +464,10 @@ def pretrain_vision(
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"):
             features = trainer.tower(clip_pixels(np.stack(small))).float()  # [N, P, D]
         normed = functional.layer_norm(features, features.shape[-1:])
-        logits = torch.einsum("mc,mpc->mp", trainer.names(drawn.names), normed[drawn.index])
+        logits = torch.einsum("mc,mpc->mp", trainer.targets(drawn.names), normed[drawn.index])
         truth = torch.from_numpy(drawn.masks).float()
-        return {
-            "patch": cell_loss(logits.unflatten(1, (trainer.grid, trainer.grid)), truth),
-            "place": 0.5 * functional.mse_loss(trainer.places(features), trainer.cells.expand(len(features), -1, -1)),
-            "modality": 0.1 * functional.cross_entropy(trainer.modality(normed.mean(1)), drawn.modalities),
-        }
+        patches = cell_loss(logits.unflatten(1, (trainer.grid, trainer.grid)), truth)
+        return {"patch": patches, **trainer.losses(features, normed, drawn.modalities)}
 
     resume = Resume(log.with_name("vision.resume"), trainer, (sampler.rng,)) if log else None
     train_steps("vision", trainer.parameters(), step, plan.steps, plan.lr, log, weight_decay=0.05, resume=resume)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import MedPLIBError
-from model.yaml_files import expand, nearest, read_mapping, unknown_key
+from model.settings import expand, nearest, read_mapping, unknown_key
 
 VALUES = {"HOME_OF_DATA": "somewhere/data", "EMPTY": "", "ROOTED": "/srv", "SELF": "${SELF} and ${HOME_OF_DATA}"}
 
@@ -29,17 +29,19 @@ def expanded(text: str, *, is_path: bool = False) -> tuple[str, list[str]]:
         ("$HOME ${1} ${a b} ${ROOTED-x} $} {", "$HOME ${1} ${a b} ${ROOTED-x} $} {"),
         ("${ROOTED:-open ${ROOTED}", "${ROOTED:-open /srv"),
         ("${ROOTED}" * 2000, "/srv" * 2000),
+        ("${oc.env:ROOTED}/x", "/srv/x"),
+        ("${oc.env:NOWHERE,${oc.env:EMPTY,a b}}/${oc.env:ROOTED,x}", "a b//srv"),
     ],
 )
 def test_variables_are_filled_in(text: str, wanted: str) -> None:
     assert expanded(text) == (wanted, [])
 
 
-def test_what_is_not_set_is_told() -> None:
+def test_unset_variables_are_reported() -> None:
     assert expanded("${NOWHERE}-${EMPTY}-${ABSENT:-${HERE}}") == ("--", ["NOWHERE", "EMPTY", "HERE"])
 
 
-def test_a_variable_that_begins_a_path_starts_from_the_current_folder() -> None:
+def test_leading_path_variable_is_relative_to_cwd() -> None:
     here = Path.cwd()
     assert expanded("${HOME_OF_DATA}/x", is_path=True)[0] == f"{here}/somewhere/data/x"
     assert expanded("${NOWHERE:-${HOME_OF_DATA}}/x", is_path=True)[0] == f"{here}/somewhere/data/x"
@@ -49,7 +51,7 @@ def test_a_variable_that_begins_a_path_starts_from_the_current_folder() -> None:
     assert expanded("${ROOTED}/x", is_path=True)[0] == "/srv/x"
 
 
-def test_the_nearest_name_is_told() -> None:
+def test_unknown_key_names_the_nearest() -> None:
     assert nearest("treshold", ["scale", "threshold"]) == "threshold"
     assert unknown_key("a.treshold", ["a.scale", "a.threshold"]) == "a.treshold is not a key (nearest: a.threshold)"
     assert unknown_key("a", []) == "a is not a key"

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from model.data.dataset import MixedDataset
 from model.data.sampling import balanced_weights
-from model.data.schema import TASKS
 from model.errors import MedPLIBError
-from model.train.recipe import Data
-from model.yaml_files import unknown_key
+from model.train.recipe import OTHER, Data
 
-OTHER = "other"
-"""Stands in shares for all labels that are not named; they divide its share by their sizes."""
 UNKNOWN = "unknown"
 """Label of records whose modality is not known."""
 
@@ -28,37 +24,14 @@ _ROUNDS = 2000
 _TOLERANCE = 1e-3  # of all draws; a share that misses more than this cannot be had
 
 
-@dataclass(frozen=True)
-class Draws:
-    """How often one label is drawn.
+class Draws(NamedTuple):
+    """How often one label is drawn."""
 
-    Attributes:
-        kind: ``file``, ``task`` or ``modality``.
-        label: which one.
-        records: how many carry it.
-        share: of all draws, in [0, 1].
-        passes: how often each of its records is seen over the whole run, on average.
-    """
-
-    kind: str
+    kind: str  # file, task or modality
     label: str
-    records: int
-    share: float
-    passes: float
-
-
-def check_shares(data: Data) -> list[str]:
-    """What is wrong with a recipe's shares whatever the records are, a sentence each."""
-    problems = [
-        unknown_key(f"data.task_shares.{task}", (f"data.task_shares.{known}" for known in (*TASKS, OTHER)))
-        for task in data.task_shares
-        if task not in (*TASKS, OTHER)
-    ]
-    for name in ("task_shares", "modality_shares"):
-        shares = getattr(data, name)
-        if shares and not sum(shares.values()):
-            problems.append(f"data.{name} are all 0; leave them empty to draw by size")
-    return problems
+    records: int  # that carry it
+    share: float  # of all draws, in [0, 1]
+    passes: float  # how often each of its records is seen over the whole run, on average
 
 
 def draw_weights(dataset: MixedDataset, data: Data) -> np.ndarray | None:
@@ -73,19 +46,15 @@ def draw_weights(dataset: MixedDataset, data: Data) -> np.ndarray | None:
 
 
 def share_problems(kinds: Mapping[str, Sequence[str]], data: Data) -> list[str]:
-    """What ``draw_weights`` would refuse for records with these labels, a sentence each.
-
-    Args:
-        kinds: from ``labels_by_kind``.
-        data: its shares are well formed (``check_shares``).
-    """
+    """What ``draw_weights`` would refuse for records with these labels (``labels_by_kind``), a sentence each."""
     problems = []
-    for kind, shares in _label_shares(data).items():
+    given = _label_shares(data)
+    for kind, shares in given.items():
         try:
             whole_shares(kinds[kind], shares, f"data.{kind}_shares")
         except MedPLIBError as error:
             problems.append(str(error))
-    if not problems and _label_shares(data):
+    if given and not problems:
         try:
             _weights_of(kinds, data)
         except MedPLIBError as error:
@@ -94,7 +63,6 @@ def share_problems(kinds: Mapping[str, Sequence[str]], data: Data) -> list[str]:
 
 
 def _label_shares(data: Data) -> dict[str, Mapping[str, float]]:
-    """The shares that go by a record's own labels, where there are any."""
     shares = {"task": data.task_shares, "modality": data.modality_shares}
     return {kind: given for kind, given in shares.items() if given}
 
@@ -113,12 +81,9 @@ def _weights_of(kinds: Mapping[str, Sequence[str]], data: Data) -> np.ndarray:
 
 
 def whole_shares(labels: Sequence[str], shares: Mapping[str, float], name: str) -> dict[str, float]:
-    """A share for every label there is: ``other`` is divided among those not named, by their sizes.
+    """A share for every label: ``other`` is divided among those not named in ``shares``, by their sizes.
 
-    Args:
-        labels: one a record.
-        shares: relative shares by label.
-        name: what to call them in a refusal.
+    ``labels`` has one a record; ``name`` is what errors call the shares.
 
     Raises:
         MedPLIBError: as ``draw_weights``.
@@ -142,14 +107,10 @@ def whole_shares(labels: Sequence[str], shares: Mapping[str, float], name: str) 
 
 
 def fitted_weights(labels: Mapping[str, Sequence[str]], shares: Mapping[str, Mapping[str, float]]) -> np.ndarray:
-    """Weights that keep shares of several kinds at once (iterative proportional fitting).
+    """Weights, float64 [N] summing to 1, that keep shares of several kinds (iterative proportional fitting).
 
-    Args:
-        labels: by kind, one a record.
-        shares: by kind, a relative share of each label.
-
-    Returns:
-        float64 [N], summing to 1. Records that agree in all labels have the same weight.
+    ``labels`` has one a record, by kind; ``shares`` a relative share of each label, by kind. Records that agree in all
+    labels have the same weight.
 
     Raises:
         MedPLIBError: no weights keep them all.
@@ -159,10 +120,8 @@ def fitted_weights(labels: Mapping[str, Sequence[str]], shares: Mapping[str, Map
         names[kind], code = np.unique(np.asarray(labels[kind], dtype=str), return_inverse=True)
         codes.append(code)
     cells, cell_of, sizes = np.unique(np.stack(codes), axis=1, return_inverse=True, return_counts=True)
-    targets = []
-    for kind in shares:
-        target = np.asarray([shares[kind][name] for name in names[kind].tolist()])
-        targets.append(target / target.sum())
+    targets = [np.asarray([shares[kind][name] for name in names[kind].tolist()]) for kind in shares]
+    targets = [target / target.sum() for target in targets]
     weights = sizes / sizes.sum()  # of each cell of records that agree in all labels
     for _ in range(_ROUNDS):
         for cell, target in zip(cells, targets, strict=True):
@@ -196,12 +155,7 @@ def labels_of(dataset: MixedDataset) -> dict[str, list[str]]:
 def labels_by_kind(
     files: Sequence[tuple[str, int]], tasks: Sequence[str], modalities: Sequence[str | None]
 ) -> dict[str, list[str]]:
-    """What ``labels_of`` gives, of records that no data set holds.
-
-    Args:
-        files: path of each data file and how many records it has; one that is named twice gets a number.
-        tasks, modalities: of every record, file after file.
-    """
+    """As ``labels_of``, from (path, number of records) of each file; a path that is named twice gets a number."""
     seen: Counter[str] = Counter()
     names: list[str] = []
     for path, records in files:
@@ -211,13 +165,7 @@ def labels_by_kind(
 
 
 def draw_table(dataset: MixedDataset, weights: np.ndarray | None, draws: int) -> list[Draws]:
-    """What the weights make of each file, task and modality.
-
-    Args:
-        dataset: the training records.
-        weights: from ``draw_weights``.
-        draws: records seen over the whole run, over all ranks.
-    """
+    """What the weights of ``draw_weights`` make of each file, task and modality in ``draws`` draws of all ranks."""
     kinds = labels_of(dataset)
     chances = np.full(len(kinds["task"]), 1 / len(kinds["task"])) if weights is None else weights / weights.sum()
     table = []

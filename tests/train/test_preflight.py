@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from model.checkpoint import save
 from model.train import recipe_from, run, save_recipe
 from model.train.__main__ import main
-from model.train.stages import schedule_notes
+from model.train.init_weights import starting_network
+from model.train.preflight import schedule_notes
 
 
 @pytest.fixture
@@ -89,12 +92,12 @@ def test_a_batch_unlike_the_published_is_noted(
         ("data.task_shares={vqa: 1, grounding: 0}", ""),
     ],
 )
-def test_a_share_that_the_records_cannot_give_is_told(check: Any, share: str, told: str) -> None:
+def test_share_that_records_cannot_give_is_refused(check: Any, share: str, told: str) -> None:
     code, written = check(share)
     assert (code, written) == (0, "") if not told else (code == 2 and told in written)
 
 
-def test_shares_that_no_weights_keep_are_told(check: Any) -> None:
+def test_contradicting_shares_are_refused(check: Any) -> None:
     code, written = check("data.shares=[1, 0]", "data.task_shares={grounding: 1, other: 1}")
     assert code == 2 and "1 problem: data.task_shares and data.shares contradict each other" in written
 
@@ -104,7 +107,7 @@ def test_all_that_is_wrong_is_one_message(check: Any, phantoms: Path, tmp_path: 
     broken.write_text((phantoms / "vqa.json").read_text().replace("images/", "pictures/", 1))
     held_out.write_text(json.dumps(json.loads((phantoms / "region.json").read_text())[:3]))
     faults = {
-        "optimiser.betas=[0.9]": "optimiser.betas has 1 numbers",
+        "optimizer.betas=[0.9]": "optimizer.betas has 1 numbers",
         "model.base=nowhere": "model.base is nowhere, which does not exist",
         f"data.train=[{broken}, {phantoms / 'grounding.json'}]": f"{broken}: 1 of",
         f"data.validation={held_out}": f"{held_out}: 3 of 3 records are unusable",
@@ -130,6 +133,39 @@ def test_shares_are_not_tried_while_a_file_is_missing(check: Any, phantoms: Path
     assert code == 2 and "has 1 problem: data.train[1] is nowhere.json" in written
 
 
-def test_a_record_too_long_for_the_recipe_is_told(check: Any) -> None:
+def test_record_too_long_for_recipe_is_refused(check: Any) -> None:
     code, written = check("data.max_length=40")
     assert code == 2 and "record 0 (" in written and "too_long: the conversation has" in written
+
+
+def test_check_refuses_folder_without_checkpoint(check: Any, phantoms: Path) -> None:
+    assert check() == (0, "")
+    assert f"model.base is no checkpoint: {phantoms} holds no config.json" in check(f"model.base={phantoms}")[1]
+    _, told = check("stage=4", f"model.grounding={phantoms / 'vqa.json'}")
+    assert f"model.grounding is no checkpoint: {phantoms / 'vqa.json'} is no directory" in told
+
+
+def test_check_refuses_parts_that_network_lacks(check: Any) -> None:
+    _, told = check("trainable=[lm_head, token_compressor]", "data.images=nowhere")
+    assert "has 2 problems" in told
+    assert "trainable names token_compressor, which this network does not have" in told
+    _, told = check("stage=4", "mixture.num_experts=[2, 2, 2]")
+    assert "mixture.num_experts has 3 numbers for 4 layers" in told
+
+
+def test_resumed_mixture_logs_settings_it_keeps(
+    values: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = recipe_from(values(4, model={"base": str(base), "grounding": str(base)}, lora={"rank": 0}))
+    save(*starting_network(first), tmp_path / "mixture")
+    caplog.set_level(logging.INFO, "model.train.init_weights")
+    model = {"base": str(tmp_path / "mixture")}
+    starting_network(recipe_from(values(4, model=model, lora={"rank": 0})))
+    assert "stays" not in caplog.text
+    changed = {"mixture": {"capacity_factor": 1.0, "num_experts": [4], "mode": "sparse"}}
+    network, _ = starting_network(recipe_from(values(4, model=model, lora={"rank": 0}, **changed)))
+    told = (
+        "mixture.layers stays (0, 1, 2, 3), mixture.num_experts stays (2, 2, 2, 2), mixture.capacity_factor stays 1.5"
+    )
+    assert caplog.text.strip().endswith(f"whose settings are kept: {told}")
+    assert network.config.moe.capacity_factor == 1.5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +14,11 @@ import pytest
 import torch
 
 from model.data.sampling import ResumableSampler
-from model.data.schema import MODALITIES
 from model.errors import MedPLIBError
 from model.train import load_recipe, recipe_from, run
-from model.train.balance import draw_table, draw_weights
-from model.train.loop import Trainer
 from model.train.recipe import Data
+from model.train.sample_weights import draw_table, draw_weights
+from model.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"a.json": ["vqa ct"] * 60 + ["vqa mr"] * 20, "b.json": ["region ct"] * 15 + ["grounding mr"] * 5}
@@ -59,7 +57,7 @@ def test_tasks_get_their_shares_whatever_their_sizes() -> None:
     assert [found[task] for task in ("vqa", "region", "grounding")] == pytest.approx([0.25, 0.25, 0.5])
 
 
-def test_labels_that_are_not_named_divide_the_other_share_by_size() -> None:
+def test_unnamed_labels_divide_other_share_by_size() -> None:
     found = shares(records(), task_shares={"grounding": 0.5, "other": 0.5})
     assert [found[task] for task in ("grounding", "vqa", "region")] == pytest.approx(
         [0.5, 0.5 * 80 / 95, 0.5 * 15 / 95]
@@ -77,7 +75,7 @@ def test_shares_of_files_tasks_and_modalities_hold_together() -> None:
     assert {label: found[label] for label in wanted} == pytest.approx(wanted, abs=1e-5)
 
 
-def test_drawn_records_are_those_that_were_asked_for_on_any_number_of_ranks() -> None:
+def test_draws_do_not_depend_on_number_of_ranks() -> None:
     dataset = records()
     data = Data(train=tuple(FILES), task_shares={"grounding": 1, "other": 1}, modality_shares={"mr": 3, "ct": 1})
     weights = draw_weights(dataset, data)
@@ -136,7 +134,7 @@ def metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def test_a_step_notes_the_loss_of_each_task_over_all_its_micro_batches(values: Any) -> None:
+def test_step_logs_loss_of_each_task_over_micro_batches(values: Any) -> None:
     recipe = recipe_from(values(1, schedule={"batch_size": 3, "accumulation": 3, "max_steps": 1}))
     trainer = Trainer(recipe)
     trainer.set_up()
@@ -164,7 +162,7 @@ def test_a_step_notes_the_loss_of_each_task_over_all_its_micro_batches(values: A
     assert "dice/vqa" not in row
 
 
-def test_recomputed_layers_are_counted_once_and_validation_not_at_all(values: Any, phantoms: Path) -> None:
+def test_metrics_ignore_recomputation_and_validation(values: Any, phantoms: Path) -> None:
     base = values(4)["model"]["base"]
     found = {}
     for checkpointing in (False, True):
@@ -215,19 +213,3 @@ def test_recomputed_layers_are_counted_once_and_validation_not_at_all(values: An
     by_modality = [name for name in scores if name.startswith("mDice/")]
     assert by_modality and all(0 <= scores[name] <= 1 for name in by_modality)
     assert {f"ce/{task}" for task in ("vqa", "grounding")} & set(metrics(recipe.folder)[0])
-
-
-def test_an_interrupted_weighted_run_draws_the_same_records(values: Any) -> None:
-    sections = {"data": {"task_shares": {"grounding": 1, "vqa": 1, "other": 0}}, "saving": {"every": 2, "keep": 2}}
-    recipe = recipe_from(values(1, schedule={"batch_size": 2, "max_steps": 4}, **sections))
-    run(recipe)
-    whole = metrics(recipe.folder)
-    assert not any("ce/region" in row for row in whole)
-    shutil.rmtree(recipe.merged)
-    shutil.rmtree(recipe.folder / "checkpoints" / "step_0000004")
-    run(recipe, resume=True)
-    names = sorted({name for row in whole for name in row if "/" in name} | {"loss"})
-    assert any(f"ce/{modality}" in names for modality in MODALITIES)
-    assert [[row.get(name) for name in names] for row in metrics(recipe.folder)] == [
-        [row.get(name) for name in names] for row in whole
-    ]

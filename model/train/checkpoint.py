@@ -1,6 +1,4 @@
-"""Checkpoints to resume from (weights that learn, optimiser, data order, random numbers), and the network that a run
-ends with (LoRA merged, native names, on rank 0).
-"""
+"""Checkpoints to resume from, and export: the network that a run ends with, LoRA merged, native names, on rank 0."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,13 +28,11 @@ from model.errors import MedPLIBError
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor
+from model.train.distributed import Process
 from model.train.engine import TrainingEngine
-from model.train.process import Process
-from model.train.recipe import Recipe
-from model.train.recipe_io import RECIPE_FILE, load_recipe
-from model.train.run_record import disk_faults, read_record, sync, write_through
-from model.train.starting import starting_network
-from model.train.trainable import is_quantised, merge_quantised
+from model.train.init_weights import is_quantized, merge_quantized, starting_network
+from model.train.recipe import RECIPE_FILE, Recipe, load_recipe
+from model.train.runs import disk_errors, read_record, sync, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +48,9 @@ _PROGRESS = "progress.json"
 def save_checkpoint(
     engine: TrainingEngine, run_folder: Path, progress: Mapping[str, Any], keep: int, best: int | None = None
 ) -> Path:
-    """Write a checkpoint under another name until it is whole and on the disk, then remove the oldest beyond ``keep``.
+    """Write a checkpoint under another name until it is whole and on the disk, then ``rotate``. Called by every rank.
 
-    The newest one that was written after a good step stays, however many came after it. Called by every rank.
-
-    Args:
-        progress: ``step``, and whatever a resumed run wants to know.
-        keep: newest checkpoints that stay.
-        best: step of one that stays besides.
+    ``progress`` holds ``step`` and whatever a resumed run wants to know.
 
     Raises:
         MedPLIBError: the disk is full or the folder cannot be written; what was there before is untouched.
@@ -68,7 +59,7 @@ def save_checkpoint(
     final = checkpoint_of(run_folder, step)
     partial = final.with_suffix(".partial")
     kept = next((path.name for path in reversed(list_checkpoints(run_folder))), "none")
-    with disk_faults(f"the checkpoint of step {step} in {final.parent} (newest whole one there: {kept})"):
+    with disk_errors(f"the checkpoint of step {step} in {final.parent} (newest whole one there: {kept})"):
         try:
             if process.is_first:
                 for left in (run_folder / FOLDER).glob("step_*.*"):  # half done when the run was killed, or damaged
@@ -97,7 +88,7 @@ def save_checkpoint(
 def _write(engine: TrainingEngine, folder: Path, progress: Mapping[str, Any]) -> None:
     process = engine.process
     engine.save(folder)
-    torch.save(random_state(), folder / _random_file(process))
+    torch.save(random_state(), folder / f"random_{process.rank}.pt")
     weights = engine.gather(trainable_only=True)
     if process.is_first:
         save_file({name: value.contiguous().cpu() for name, value in weights.items()}, folder / WEIGHTS)
@@ -111,7 +102,7 @@ def _write(engine: TrainingEngine, folder: Path, progress: Mapping[str, Any]) ->
         own[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
     files = {name: facts for part in process.gather(own) for name, facts in part.items()}
     if process.is_first:
-        write_through(folder / MANIFEST, {"files": dict(sorted(files.items()))})
+        write_atomic(folder / MANIFEST, {"files": dict(sorted(files.items()))})
         sync(folder, *folder.rglob("*"))
 
 
@@ -136,20 +127,26 @@ def rotate(run_folder: Path, keep: int, best: int | None = None) -> None:
 
 
 def find_whole_checkpoint(run_folder: Path, process: Process) -> Path | None:
-    """The newest checkpoint whose files are as they were written; damaged ones are put aside with a warning.
+    """The newest checkpoint whose files are as written, None without any; damaged ones are put aside with a warning.
 
-    None where there is none. Rank 0 looks and broadcasts to the others, whose file system may not show the same
-    yet. Called by every rank.
+    Rank 0 looks and broadcasts to the others, whose file system may not show the same yet. Called by every rank.
 
     Raises:
         MedPLIBError: there are checkpoints, but all are damaged.
     """
     found = process.on_first(lambda: list_checkpoints(run_folder))
     damaged: list[Path] = []
+
+    def put_aside() -> None:
+        for folder in damaged:
+            aside = folder.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
     for folder in reversed(found):
         fault = _fault(folder, process)
         if not fault:
-            process.on_first(partial(_put_aside, damaged))
+            process.on_first(put_aside)
             return folder
         if process.is_first:
             logger.warning("%s is damaged (%s), so an older checkpoint is looked for", folder, fault)
@@ -159,13 +156,6 @@ def find_whole_checkpoint(run_folder: Path, process: Process) -> Path | None:
             f"no checkpoint in {run_folder / FOLDER} is whole; begin again without --resume in another folder"
         )
     return None
-
-
-def _put_aside(damaged: Sequence[Path]) -> None:
-    for folder in damaged:
-        aside = folder.with_suffix(".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
 
 
 def _fault(folder: Path, process: Process) -> str:
@@ -189,7 +179,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(folder: Path, facts: dict[str, dict[str, Any]]) -> str:
-    """What is wrong with the first of these files that is not as the manifest says; empty where all are."""
+    """What is wrong with the first of these files that differs from the manifest; empty where all are."""
     for name, expected in facts.items():
         try:
             size = (folder / name).stat().st_size
@@ -204,10 +194,10 @@ def damage(folder: Path, facts: dict[str, dict[str, Any]]) -> str:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself: ``step``, ``world_size``, ``data_order`` and more.
+    """Progress in a checkpoint: ``step``, ``world_size``, ``data_order`` and more.
 
     Raises:
-        MedPLIBError: it says nothing.
+        MedPLIBError: there is none.
     """
     try:
         progress = json.loads((folder / _PROGRESS).read_text())
@@ -227,7 +217,7 @@ def load_checkpoint(engine: TrainingEngine, folder: Path) -> dict[str, Any]:
     process = engine.process
     progress = process.on_first(lambda: read_progress(folder))
     engine.load(folder)
-    restore_random_state(torch.load(folder / _random_file(process), weights_only=True))
+    restore_random_state(torch.load(folder / f"random_{process.rank}.pt", weights_only=True))
     return progress
 
 
@@ -260,10 +250,6 @@ def checkpoint_of(run_folder: Path, step: int) -> Path:
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step_"))
-
-
-def _random_file(process: Process) -> str:
-    return f"random_{process.rank}.pt"
 
 
 def random_state() -> dict[str, Any]:
@@ -300,11 +286,8 @@ def merged_network(
 ) -> MedPLIBForCausalLM | None:
     """The trained network without LoRA on rank 0, None elsewhere. Called by every rank.
 
-    Where ranks share weights out it is a copy; elsewhere it is the engine's network, which cannot train any more.
-
-    Args:
-        engine, config, recipe: of the run.
-        checkpoint: one of the run's, whose learnt weights are taken instead of the engine's.
+    It has the weights of ``checkpoint`` where one is given. Where ranks share weights out it is a copy; elsewhere it
+    is the engine's network, which cannot train any more.
     """
     if shares_weights(recipe):
         state = engine.gather(trainable_only=False)
@@ -328,13 +311,9 @@ def network_of_run(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor]:
 
 
 def unmerged_network(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor, Recipe]:
-    """The network of a run with its LoRA apart, from the checkpoint that ``merged/`` is of, or else the newest.
+    """Network (LoRA apart), processor and recipe of a run, or of one ``step_…`` folder of its checkpoints.
 
-    Args:
-        folder: a run folder, or one ``step_…`` folder of its checkpoints.
-
-    Returns:
-        The network, its processor, and the recipe of the run.
+    Of a run it is the checkpoint that ``merged/`` is of, or else the newest.
 
     Raises:
         MedPLIBError: there is no checkpoint, or its starting points are gone.
@@ -354,8 +333,8 @@ def unmerged_network(folder: Path) -> tuple[MedPLIBForCausalLM, MedPLIBProcessor
 
 
 def _merged(network: nn.Module) -> MedPLIBForCausalLM:
-    if is_quantised(network):
-        merge_quantised(network)
+    if is_quantized(network):
+        merge_quantized(network)
         network.to("cpu")
     plain = merge_lora(network)
     assert isinstance(plain, MedPLIBForCausalLM)

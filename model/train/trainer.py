@@ -21,8 +21,7 @@ from model.data.lengths import LengthCheck, real_tokens
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
-from model.train.balance import draw_lines, draw_table, draw_weights
-from model.train.checkpoints import (
+from model.train.checkpoint import (
     checkpoint_of,
     find_whole_checkpoint,
     list_checkpoints,
@@ -36,6 +35,7 @@ from model.train.checkpoints import (
     step_of,
 )
 from model.train.datasets import (
+    cached_features,
     check_unchanged,
     fingerprint,
     in_shared_memory,
@@ -43,37 +43,29 @@ from model.train.datasets import (
     save_marks,
     taken_from,
 )
+from model.train.distributed import join, launched_processes, leave
 from model.train.engine import BadSteps, StepResult, make_engine
-from model.train.features import cached_features
-from model.train.journal import VALIDATION_FILE, Journal, read_rows
-from model.train.meters import Meters
-from model.train.process import join, leave, resolved
-from model.train.readiness import check_room, check_start
-from model.train.recipe import Recipe
-from model.train.recipe_io import save_recipe
-from model.train.run_record import RunRecord, disk_faults, status_of, sync
-from model.train.signals import HEEDED, RunStopped, StopRequest, leave_signals_to_the_parent
-from model.train.stages import STAGE_NAMES, rate_factor, schedule_notes, total_steps
-from model.train.starting import starting_network
-from model.train.trainable import count_trainable
+from model.train.init_weights import count_trainable, starting_network
+from model.train.metrics import Metrics, RunLog
+from model.train.preemption import SIGNALS, RunStopped, StopRequest, leave_signals_to_the_parent
+from model.train.preflight import check_disk_space, check_start, schedule_notes
+from model.train.recipe import STAGE_NAMES, Recipe, save_recipe
+from model.train.runs import VALIDATION_FILE, RunRecord, disk_errors, read_rows, sync
+from model.train.sample_weights import draw_lines, draw_table, draw_weights
 from model.train.validation import Best, Validator, best_of, is_better
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains one stage: ``set_up``, ``train``, ``close``.
-
-    Args:
-        recipe: the whole run.
-    """
+    """Trains one stage: ``set_up``, ``train``, ``close``."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = replace(recipe, engine=resolved(recipe.engine))
-        self.step_number = 0  # optimiser steps done
-        self.bad_steps = BadSteps(recipe.optimiser.max_bad_steps)
+        self.recipe = recipe.resolved(launched_processes())
+        self.step_number = 0  # optimizer steps done
+        self.bad_steps = BadSteps(recipe.optimizer.max_bad_steps)
         self.stop = StopRequest()
-        self.journal: Journal | None = None
+        self.log: RunLog | None = None
         self.record: RunRecord | None = None  # on rank 0
         self.best: Best | None = None  # by saving.best
         self.waited = 0  # validations since then
@@ -87,7 +79,7 @@ class Trainer:
     # --- before -----------------------------------------------------------------------------------------------------
 
     def set_up(self, resume: bool = False, allow_changed_data: bool = False) -> None:
-        """Check paths, build network, data and engine, and take up the newest whole checkpoint if asked to.
+        """Check paths, build network, data and engine, and load the newest whole checkpoint to resume.
 
         Raises:
             MedPLIBError: something the recipe names cannot be used, or the run folder holds another run.
@@ -102,9 +94,9 @@ class Trainer:
         checkpoint = self._find_checkpoint(allow_changed_data) if resume else None
         self.dataset.use_features(cached_features(self.recipe, network, self.processor, self.dataset, self.process))
         self._set_up_engine(network)
-        check_room(self.recipe, self.engine)
+        check_disk_space(self.recipe, self.engine)
         if checkpoint is not None:
-            self._take_up(checkpoint)
+            self._load_checkpoint(checkpoint)
         self._begin_record()
         if self.recipe.saving.best:
             self.process.on_first(self._check_best)
@@ -132,7 +124,7 @@ class Trainer:
             group_by_length=data.group_by_length,
         )
         self.steps_per_epoch = len(self.sampler) / schedule.accumulation
-        self.total_steps = total_steps(schedule, self.steps_per_epoch)
+        self.total_steps = schedule.total_steps(self.steps_per_epoch)
         self.validator: Validator | None = None
         if data.validation and self.recipe.validation.samples:
             held_out = open_dataset(self.recipe, self.processor, training=False, shown=shown)
@@ -143,10 +135,10 @@ class Trainer:
             # transformers 5.23 renamed it
             enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        factor = rate_factor(self.recipe.optimiser, self.steps_per_epoch, self.total_steps)
+        factor = self.recipe.optimizer.rate_factor(self.steps_per_epoch, self.total_steps)
         self.engine = make_engine(network.train(), self.recipe, self.process, factor)
         labels = self.dataset.tasks, self.dataset.modalities
-        self.meters = Meters(self.engine.network, self.sampler, *labels, self.recipe.logging.router_every)
+        self.metrics = Metrics(self.engine.network, self.sampler, *labels, self.recipe.logging.router_every)
         torch.manual_seed(self.recipe.seed + 1 + self.process.rank)  # dropout and token priority differ by rank
 
     def _find_checkpoint(self, allow_changed_data: bool) -> Path | None:
@@ -158,11 +150,11 @@ class Trainer:
             self.process.on_first(lambda: check_unchanged(read_progress(found).get("data", {}), data, folder))
         return found
 
-    def _take_up(self, checkpoint: Path) -> None:
+    def _load_checkpoint(self, checkpoint: Path) -> None:
         progress = load_checkpoint(self.engine, checkpoint)
         self.step_number = self._saved_at = progress["step"]
         self.bad_steps = replace(self.bad_steps, **progress.get("bad_steps", {}))
-        self.meters.load_state_dict(progress.get("meters", {}), self.process)
+        self.metrics.load_state_dict(progress.get("meters", {}), self.process)
         order = progress["data_order"]
         if progress.get("data", self.data) != self.data and order["records"] != len(self.dataset):
             order = {**order, "records": len(self.dataset), "consumed": 0}
@@ -181,9 +173,9 @@ class Trainer:
             save_marks(self.dataset.datasets, folder)
             self.record.begin(process.world_size, step, self.total_steps, self.data)
 
-        with disk_faults(f"the run folder {folder}"):
+        with disk_errors(f"the run folder {folder}"):
             process.on_first(begin)
-            self.journal = Journal(folder, self.recipe.logging, self.total_steps, step, writes=process.is_first)
+            self.log = RunLog(folder, self.recipe.logging, self.total_steps, step, writes=process.is_first)
 
     def _check_best(self) -> None:
         assert self.validator is not None
@@ -202,31 +194,31 @@ class Trainer:
         return best, sum(best is None or row["step"] > best.step for row in rows)
 
     def _log_plan(self) -> None:
-        assert self.journal is not None
+        assert self.log is not None
         counts = count_trainable(self.engine.network)
         parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-        self.journal.say(
+        self.log.log(
             f"stage {self.recipe.stage} ({STAGE_NAMES[self.recipe.stage]}): {len(self.dataset)} records, "
             f"{self.total_steps} steps of {self._samples_per_step} records; training {parts} parameters"
         )
         for line in schedule_notes(self.recipe, self.process.world_size, self.steps_per_epoch):
-            self.journal.say(line)
+            self.log.log(line)
         if self.step_number:
-            self.journal.say(f"going on after step {self.step_number}, from its checkpoint")
+            self.log.log(f"going on after step {self.step_number}, from its checkpoint")
         former = self._former_total
         if former not in (0, self.total_steps):
-            self.journal.say(
+            self.log.log(
                 f"the schedule has {self.total_steps} steps now, it had {former}: from here on the learning rate is "
                 "that of the new length, so the run is not the one that had it from the beginning"
             )
         if self.validator is not None:
-            self.journal.say(self.validator.plan())
+            self.log.log(self.validator.plan())
         draws = self.total_steps * self._samples_per_step
         for line in draw_lines(draw_table(self.dataset, self.sampler.weights, draws)):
-            self.journal.say(line)
+            self.log.log(line)
         if self.dataset.rejected or self.dataset.repaired:
             rejected, repaired = self.dataset.rejected, self.dataset.repaired
-            self.journal.say(f"{rejected} bad records are skipped, {repaired} that were mended are used")
+            self.log.log(f"{rejected} bad records are skipped, {repaired} that were mended are used")
 
     @property
     def _samples_per_step(self) -> int:
@@ -241,11 +233,11 @@ class Trainer:
             RunStopped: after SIGTERM, SIGUSR1 or Ctrl-C; what was done is saved and can be resumed.
             MedPLIBError: too many steps were not finite, or the disk is full.
         """
-        journal = self.journal
-        assert journal is not None
+        log = self.log
+        assert log is not None
         # A run may have been ended between the newest checkpoint and the validation of its step.
         due = self.step_number > 0 and self.is_due(self.recipe.validation.every)
-        if due and self.process.on_first(lambda: journal.last_validation) < self.step_number:
+        if due and self.process.on_first(lambda: log.last_validation) < self.step_number:
             self.validate()
         while self.step_number < self.total_steps and not self.is_out_of_patience():
             self.train_step()
@@ -253,60 +245,57 @@ class Trainer:
                 self.save()
             if self.is_due(self.recipe.validation.every):
                 self.validate()
-            self.end_if_told()
-        return self.hand_over()
+            self.stop_if_requested()
+        return self.export()
 
     def is_out_of_patience(self) -> bool:
         """Whether ``validation.patience`` validations in a row were no better than the best before them."""
         return 0 < self.recipe.validation.patience <= self.waited
 
     def train_step(self) -> None:
-        """One optimiser step over ``accumulation`` micro-batches."""
+        """One optimizer step over ``accumulation`` micro-batches."""
         begun = time.perf_counter()
         parts: dict[str, torch.Tensor] = {}
         feed = torch.zeros(3, dtype=torch.float64)  # seconds that data were waited for, tokens, tokens with padding
         for _ in range(self.recipe.schedule.accumulation):
-            asked = time.perf_counter()
+            fetching = time.perf_counter()
             batch = self.next_batch()
-            waited = time.perf_counter() - asked
+            waited = time.perf_counter() - fetching
             feed += torch.tensor([waited, *real_tokens(batch, self.config.visual_tokens)], dtype=torch.float64)
             for name, value in self.engine.accumulate(batch).items():
                 parts[name] = parts.get(name, 0.0) + value.float()
         result = self.engine.step()
         self.step_number += 1
-        self._note(parts, result, feed, time.perf_counter() - begun)
+        self._report(parts, result, feed, time.perf_counter() - begun)
 
     def next_batch(self) -> dict[str, Any]:
         """The next collated micro-batch of this rank; a new epoch begins when one is used up."""
         while True:
             if self._batches is None:
-                self._loader = self._loader or self._make_loader()
+                self._loader = self._loader or DataLoader(
+                    self.dataset,
+                    batch_sampler=self.sampler,  # type: ignore[arg-type]
+                    collate_fn=partial(in_shared_memory, partial(self.processor.collate, share_images=True)),
+                    num_workers=self.recipe.data.workers,
+                    persistent_workers=self.recipe.data.workers > 0,
+                    pin_memory=self.process.device.type == "cuda",
+                    worker_init_fn=leave_signals_to_the_parent,
+                    generator=torch.Generator(),  # the loader's own draws must not move the global random numbers
+                )
                 self.dataset.set_epoch(self.sampler.epoch)  # no worker is reading now: they read up to an epoch's end
                 self._batches = iter(self._loader)
             batch, fault = taken_from(self._batches)
             if fault:
                 raise MedPLIBError(fault)
             if batch is not None:
-                self.meters.expect()
+                self.metrics.expect()
                 self.sampler.advance()
                 return batch
             self._batches = None
 
-    def _make_loader(self) -> DataLoader:
-        return DataLoader(
-            self.dataset,
-            batch_sampler=self.sampler,  # type: ignore[arg-type]
-            collate_fn=partial(in_shared_memory, partial(self.processor.collate, share_images=True)),
-            num_workers=self.recipe.data.workers,
-            persistent_workers=self.recipe.data.workers > 0,
-            pin_memory=self.process.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_parent,
-            generator=torch.Generator(),  # the loader's own draws must not move the global random numbers
-        )
-
-    def _note(self, parts: dict[str, torch.Tensor], result: StepResult, feed: torch.Tensor, seconds: float) -> None:
+    def _report(self, parts: dict[str, torch.Tensor], result: StepResult, feed: torch.Tensor, seconds: float) -> None:
         """Report the step: losses are means over its micro-batches and ranks."""
-        assert self.journal is not None
+        assert self.log is not None
         total = self.process.sum(torch.stack(list(parts.values())))
         means = total / (self.recipe.schedule.accumulation * self.process.world_size)
         row: dict[str, Any] = {"step": self.step_number, **dict(zip(parts, means.tolist(), strict=True))}
@@ -316,12 +305,12 @@ class Trainer:
         row |= {"data_seconds": waited / self.process.world_size, "padding": 1 - real / padded}
         row["tokens_per_s"] = real / seconds
         last = self.step_number == self.total_steps
-        row |= self.meters.step(self.process, self.step_number, last)
+        row |= self.metrics.step(self.process, self.step_number, last)
         first = self.bad_steps.note(skipped=result.skipped)
-        self.journal.step(row | {"skipped_steps": self.bad_steps.total})
-        self.journal.router(self.meters.router_row(self.process, self.step_number, last))
+        self.log.step(row | {"skipped_steps": self.bad_steps.total})
+        self.log.router(self.metrics.router_row(self.process, self.step_number, last))
         if first:
-            self.journal.say(
+            self.log.log(
                 f"step {self.step_number} was skipped: its loss or a gradient is not finite; the weights stay as they "
                 "were (metrics.jsonl counts such steps)"
             )
@@ -343,9 +332,9 @@ class Trainer:
         """
         if self.validator is None:
             return {}
-        assert self.journal is not None
+        assert self.log is not None
         before, begun = random_state(), time.monotonic()
-        scores = self.validator.run(self.engine, self.config, self.should_stop)
+        scores = self.validator.run(self.engine, self.config, self.stop_signal)
         restore_random_state(before)
         if scores:
             self._keep_best(scores)
@@ -360,7 +349,7 @@ class Trainer:
                     f"; {len(self.validator.errors)} questions failed on rank 0, the first: {self.validator.errors[0]}"
                 )
             names = list(self.validator.counts) if self.validator.by_file else []
-            self.journal.validation({"step": self.step_number, **scores}, names, note)
+            self.log.validation({"step": self.step_number, **scores}, names, note)
         return scores
 
     def _keep_best(self, scores: dict[str, float]) -> None:
@@ -378,54 +367,45 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint to resume from."""
-        assert self.journal is not None
+        assert self.log is not None
         progress = {
             "step": self.step_number,
             "data_order": self.sampler.state_dict(),
             "bad_steps": {"total": self.bad_steps.total, "in_a_row": self.bad_steps.in_a_row},
             "data": self.data,
-            "meters": self.meters.state_dict(self.process),
+            "meters": self.metrics.state_dict(self.process),
         }
-        self.journal.write_through()
+        self.log.sync()
         best = None if self.best is None else self.best.step
         save_checkpoint(self.engine, self.recipe.folder, progress, self.recipe.saving.keep, best)
         self._saved_at = self.step_number
 
-    def should_stop(self) -> bool:
-        """Whether any rank got a signal to stop."""
-        return self._signal_of_any_rank() > 0
+    def stop_signal(self) -> int:
+        """The signal that any rank got to stop, 0 for none; a scheduler's goes before a Ctrl-C."""
+        came = self.process.sum(torch.tensor([float(self.stop.number == number) for number in SIGNALS]))
+        return next((number for number, count in zip(SIGNALS, came.tolist(), strict=True) if count), 0)
 
-    def _signal_of_any_rank(self) -> int:
-        """The signal that ends all ranks, 0 for none; a scheduler's goes before a Ctrl-C."""
-        came = self.process.sum(torch.tensor([float(self.stop.number == number) for number in HEEDED]))
-        return next((number for number, count in zip(HEEDED, came.tolist(), strict=True) if count), 0)
-
-    def end_if_told(self) -> None:
-        """Save and stop, if any rank got a signal to stop.
-
-        Raises:
-            RunStopped: it was.
-        """
-        number = self._signal_of_any_rank()
-        if number:
+    def stop_if_requested(self) -> None:
+        """Save and raise ``RunStopped``, if any rank got a signal to stop."""
+        if number := self.stop_signal():
             if self._saved_at != self.step_number:
                 self.save()
             raise RunStopped(number, f"stopped and saved at step {self.step_number}; go on with --resume")
 
     # --- after ------------------------------------------------------------------------------------------------------
 
-    def hand_over(self) -> Path:
+    def export(self) -> Path:
         """Merge LoRA and write the directory that the next stage starts from, of the best checkpoint if one is kept."""
         best = self.best if self.best is not None and self.best.step != self.step_number else None
         checkpoint = None if best is None else checkpoint_of(self.recipe.folder, best.step)
-        skipped = self.dataset.rejected + self._noted(self.dataset.unreadable)
-        shortened = self._noted(self.dataset.shortened)
+        skipped = self.dataset.rejected + self._count_flagged(self.dataset.unreadable)
+        shortened = self._count_flagged(self.dataset.shortened)
         network = merged_network(self.engine, self.config, self.recipe, checkpoint)
         if network is not None:
             for left in (*self.recipe.folder.glob(".*.partial"), *self.recipe.folder.glob(".*.replaced")):
                 if left.is_dir():  # of a run that was killed while it wrote its result
                     shutil.rmtree(left)
-            with disk_faults(f"the merged result {self.recipe.merged}"):
+            with disk_errors(f"the merged result {self.recipe.merged}"):
                 save(network, self.processor, self.recipe.merged)
                 if self.recipe.saving.published:
                     export_published(network, self.processor, self.recipe.folder / "published")
@@ -446,7 +426,7 @@ class Trainer:
         self.process.barrier()
         return self.recipe.merged
 
-    def _noted(self, flags: torch.Tensor) -> int:
+    def _count_flagged(self, flags: torch.Tensor) -> int:
         """Records that any rank flagged."""
         return int((self.process.sum(flags) > 0).sum())
 
@@ -457,10 +437,9 @@ class Trainer:
             failure: what ended the run; None after its end.
         """
         if self.record is not None:
-            self.record.end(*status_of(failure), self.step_number)
-            self.record.close()
-        if self.journal is not None:
-            self.journal.close()
+            self.record.end(failure, self.step_number)
+        if self.log is not None:
+            self.log.close()
         self.stop.release()
         # The loader's processes end now, whatever else refers to it (an error of theirs does): collected as garbage, it
         # would close the queues through which it ends them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,16 +19,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Process:
-    """One rank of a run.
+    """One rank of a run."""
 
-    Attributes:
-        rank: number of this process, 0 writes files.
-        world_size: number of processes.
-        device: where it computes.
-    """
-
-    rank: int
-    world_size: int
+    rank: int  # 0 writes files
+    world_size: int  # number of processes
     device: torch.device
 
     @property
@@ -76,20 +70,16 @@ class Process:
         return values
 
 
-def resolved(engine: Engine) -> Engine:
-    """The engine with ``auto`` decided: torch for one process that keeps everything itself, DeepSpeed otherwise."""
-    if engine.kind != "auto":
-        return engine
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return replace(engine, kind="torch" if alone and engine.offload == "none" else "deepspeed")
+def launched_processes() -> int:
+    """Processes of this launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(engine: Engine) -> Process:
     """Find the launcher's variables (or set them for one process) and join the other ranks.
 
     Raises:
-        MedPLIBError: CUDA is asked for and absent, there are more processes than GPUs, or the torch engine is launched
-            more than once.
+        MedPLIBError: no CUDA device, fewer GPUs than processes, or the torch engine launched more than once.
     """
     wants_cuda = engine.device == "cuda" or (engine.device == "auto" and torch.cuda.is_available())
     if wants_cuda and not torch.cuda.is_available():

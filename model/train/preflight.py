@@ -1,6 +1,4 @@
-"""What keeps a well-formed recipe from starting here: paths, the run folder, DeepSpeed's file, and the records where
-they are needed; all reported at once.
-"""
+"""Preflight: paths, run folder, DeepSpeed's file, records and disk space of a recipe, and the plan of ``--check``."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -26,19 +24,25 @@ from model.data.validate import RecordFacts, record_bar
 from model.errors import MedPLIBError
 from model.processing.conversation import TEMPLATES
 from model.processing.tokens import build_tokenizer
-from model.train.balance import labels_by_kind, share_problems
-from model.train.checkpoints import list_checkpoints, read_progress
+from model.settings import count_problems
+from model.train.checkpoint import list_checkpoints, read_progress
 from model.train.datasets import data_files, open_dataset
+from model.train.distributed import Process, launched_processes
 from model.train.engine import TrainingEngine, deepspeed_config, make_engine
-from model.train.journal import METRICS_FILE
+from model.train.init_weights import count_trainable, path_problems, starting_network
 from model.train.plan import find_sizes, planned_network
-from model.train.process import Process
-from model.train.recipe import Recipe
-from model.train.recipe_io import RECIPE_FILE, check_values, differences, load_recipe, told_together
-from model.train.run_record import is_locked, told_as_taken
-from model.train.stages import STAGE_NAMES, epoch_steps, schedule_notes, total_steps
-from model.train.starting import path_problems, starting_network
-from model.train.trainable import count_trainable
+from model.train.recipe import (
+    PUBLISHED,
+    PUBLISHED_GPUS,
+    RECIPE_FILE,
+    STAGE_NAMES,
+    Recipe,
+    check_values,
+    differences,
+    load_recipe,
+)
+from model.train.runs import METRICS_FILE, is_locked, locked_error
+from model.train.sample_weights import labels_by_kind, share_problems
 from model.train.validation import even_shares
 
 if TYPE_CHECKING:
@@ -53,22 +57,16 @@ _TIMED_BYTES = 2 << 30
 
 
 def start_problems(recipe: Recipe, *, resume: bool, processes: int = 0) -> list[str]:
-    """Everything that is found without loading a network or reading records, a sentence each.
-
-    Args:
-        recipe: of the run.
-        resume: whether it goes on.
-        processes: of the run; those of this launch where 0.
-    """
+    """Everything that is found without loading a network or reading records, for ``processes`` (0: this launch's)."""
     problems = path_problems(recipe)
+    checks: list[Callable[[], Any]] = []
     if recipe.engine.deepspeed and not any(problem.startswith("engine.deepspeed ") for problem in problems):
-        try:
-            deepspeed_config(recipe)
-        except MedPLIBError as error:
-            problems.append(str(error))
+        checks.append(lambda: deepspeed_config(recipe))
     if recipe.output:
+        checks.append(lambda: check_run_folder(recipe, resume=resume, processes=processes or launched_processes()))
+    for check in checks:
         try:
-            check_run_folder(recipe, resume=resume, processes=processes or launched_processes())
+            check()
         except MedPLIBError as error:
             problems.append(str(error))
     return problems
@@ -82,23 +80,14 @@ def check_start(recipe: Recipe, *, resume: bool) -> None:
     """
     problems = start_problems(recipe, resume=resume)
     if problems:
-        raise MedPLIBError(f"stage {recipe.stage} cannot start: it has {told_together(problems)}")
-
-
-def launched_processes() -> int:
-    """Processes of this launch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+        raise MedPLIBError(f"stage {recipe.stage} cannot start: it has {count_problems(problems)}")
 
 
 def record_problems(recipe: Recipe, facts_of: dict[str, list[RecordFacts]] | None = None) -> list[str]:
     """Everything that training would refuse about the records themselves, without a network, a sentence each.
 
     A path that does not exist is left to ``start_problems``. Shares are tried against the records where every training
-    file has some that can be used.
-
-    Args:
-        recipe: of the run.
-        facts_of: gets the facts of the usable records of each file.
+    file has some that can be used. ``facts_of`` gets the facts of the usable records of each file.
     """
     problems: list[str] = []
     tokenizer, data = None, recipe.data
@@ -106,9 +95,20 @@ def record_problems(recipe: Recipe, facts_of: dict[str, list[RecordFacts]] | Non
         tokenizer = build_tokenizer(resolve(recipe.model.base))
     lengths = LengthCheck(tokenizer, data.template, data.max_length) if data.template in TEMPLATES else None
     kept = {} if facts_of is None else facts_of
-    for training in (True, False):
-        for path, images in data_files(recipe, training=training):
-            kept[path] = _checked(recipe, path, images, lengths, problems)
+    for path, images in (*data_files(recipe, training=True), *data_files(recipe, training=False)):
+        kept[path] = []
+        if not path or not images or not Path(path).exists() or not Path(images).exists():
+            continue
+        usable: Sequence[tuple[Any, RecordFacts]] = ()
+        try:
+            with record_bar(f"checking {path}", shown=recipe.logging.progress) as progress:
+                _, usable, _ = usable_records(path, images, recipe.data.on_bad_record, progress, lengths)
+        except UnusableRecords as error:
+            problems.append(str(error))
+            usable = error.usable
+        except MedPLIBError as error:
+            problems.append(str(error))
+        kept[path] = [fact for _, fact in usable]
     found = [kept[path] for path in data.train]
     if found and all(found):
         files = [(path, len(facts)) for path, facts in zip(data.train, found, strict=True)]
@@ -120,24 +120,6 @@ def record_problems(recipe: Recipe, facts_of: dict[str, list[RecordFacts]] | Non
         wrong = [name for name in empty if any(problem.startswith(f"data.{name}") for problem in reported)]
         problems += share_problems(kinds, replace(data, **{name: empty[name] for name in wrong}))
     return problems
-
-
-def _checked(
-    recipe: Recipe, path: str, images: str, lengths: LengthCheck | None, problems: list[str]
-) -> list[RecordFacts]:
-    """Facts of a file's usable records; what is wrong with it is added to ``problems``."""
-    if not path or not images or not Path(path).exists() or not Path(images).exists():
-        return []
-    try:
-        with record_bar(f"checking {path}", shown=recipe.logging.progress) as progress:
-            _, usable, _ = usable_records(path, images, recipe.data.on_bad_record, progress, lengths)
-    except UnusableRecords as error:
-        problems.append(str(error))
-        usable = error.usable
-    except MedPLIBError as error:
-        problems.append(str(error))
-        return []
-    return [fact for _, fact in usable]
 
 
 def check_run_folder(recipe: Recipe, *, resume: bool, processes: int) -> None:
@@ -153,7 +135,7 @@ def check_run_folder(recipe: Recipe, *, resume: bool, processes: int) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise MedPLIBError(f"{folder} cannot be written, because {place} is no folder to write to; name another output")
     if is_locked(folder):
-        raise MedPLIBError(told_as_taken(folder))
+        raise locked_error(folder)
     begun = [name for name in (METRICS_FILE, RECIPE_FILE) if (folder / name).exists()]
     if begun and not resume:
         raise MedPLIBError(f"{folder} holds a run already; add --resume to go on with it, or name another output")
@@ -164,9 +146,9 @@ def check_run_folder(recipe: Recipe, *, resume: bool, processes: int) -> None:
             before = read_progress(checkpoints[-1]).get("world_size", processes)
         if before != processes:
             raise MedPLIBError(
-                f"{folder} was begun with {_processes(before)}, now {processes}; resume with {before}, or begin a new "
-                f"run in another output whose model.base is what `medplib export {folder} DIR` writes (weights go on; "
-                "optimiser, learning rate and data order begin anew)"
+                f"{folder} was begun with {before} process{'es' * (before > 1)}, now {processes}; resume with "
+                f"{before}, or begin a new run in another output whose model.base is what `medplib export {folder} "
+                "DIR` writes (weights go on; optimizer, learning rate and data order begin anew)"
             )
         former = load_recipe(folder / RECIPE_FILE)
         if recipe.engine.kind == "auto":  # not decided yet, in a check before the launcher
@@ -176,14 +158,8 @@ def check_run_folder(recipe: Recipe, *, resume: bool, processes: int) -> None:
             raise MedPLIBError(f"{folder} was begun with other values of {', '.join(changed)}; resume with the same")
 
 
-def _processes(processes: int) -> str:
-    return "1 process" if processes == 1 else f"{processes} processes"
-
-
-def check_room(recipe: Recipe, engine: TrainingEngine) -> None:
-    """Warn where the disk has less room than the run will need, and refuse where not even one checkpoint fits.
-
-    Sizes are estimates from the number of weights; other programs fill disks too. Called by every rank.
+def check_disk_space(recipe: Recipe, engine: TrainingEngine) -> None:
+    """Warn where the disk has less room than the run will need, by the number of its weights. Called by every rank.
 
     Raises:
         MedPLIBError: not even one checkpoint, or nothing beside the one that is there, would fit.
@@ -217,19 +193,12 @@ def _as_size(size: float) -> str:
 
 
 def plan_lines(recipe: Recipe, path: Path, facts_of: Mapping[str, list[RecordFacts]], processes: int) -> list[str]:
-    """What a run would do: records, steps, batch, what learns, and how long it would take, where that can be measured.
-
-    Args:
-        recipe: checked.
-        path: of its file.
-        facts_of: facts of the usable records by file.
-        processes: of the run.
-    """
+    """What a checked recipe would do: records (``facts_of`` each file), steps, batch, what learns, estimated time."""
     schedule = recipe.schedule
     train = [facts_of[name] for name in recipe.data.train]
     records = sum(map(len, train))
-    per_epoch = epoch_steps(schedule, records, processes)
-    steps = total_steps(schedule, per_epoch)
+    per_epoch = schedule.epoch_steps(records, processes)
+    steps = schedule.total_steps(per_epoch)
     tasks = Counter(fact.task for facts in train for fact in facts)
     rows = {
         "run": f"stage {recipe.stage} ({STAGE_NAMES[recipe.stage]}) into {recipe.output}",
@@ -250,26 +219,47 @@ def plan_lines(recipe: Recipe, path: Path, facts_of: Mapping[str, list[RecordFac
     rows["memory"] = f"not estimated here; `medplib plan {path}` does"
     weights = sum(file.stat().st_size for file in resolve(recipe.model.base).iterdir() if file.suffix in _WEIGHTS)
     if weights > _TIMED_BYTES:
-        rows["trainable"] = _counted(planned_network(recipe, find_sizes(recipe, path)[0]))
+        counted: nn.Module = planned_network(recipe, find_sizes(recipe, path)[0])
         rows["time"] = (
             f"not measured: model.base holds {weights / 2**30:.1f} GiB, which a check does not load; the first steps "
             "of the run show it (schedule.max_steps=5 output=DIR)"
         )
     else:
         network, processor = starting_network(recipe)
-        rows["trainable"] = _counted(network)
+        counted = network
         seconds = _time_pass(recipe, network, processor) * schedule.accumulation
         rows["time"] = (
             f"about {timedelta(seconds=round(steps * seconds))}, an estimate from one forward and backward pass of "
             f"{schedule.batch_size} records in this process ({seconds / schedule.accumulation:.2f} s), without "
             "optimizer, other processes, validation and saving"
         )
+    counts = count_trainable(counted).items()
+    rows["trainable"] = ", ".join(f"{part} {count:,}" for part, count in counts) + " parameters"
     width = max(map(len, rows))
     return [f"{name:<{width}}  {text}" for name, text in rows.items()] + schedule_notes(recipe, processes, per_epoch)
 
 
-def _counted(network: nn.Module) -> str:
-    return ", ".join(f"{part} {count:,}" for part, count in count_trainable(network).items()) + " parameters"
+def schedule_notes(recipe: Recipe, processes: int, steps_per_epoch: float) -> list[str]:
+    """What is worth knowing about a run's length and batch: epochs that do not count, a batch unlike the published."""
+    schedule, notes = recipe.schedule, []
+    if schedule.max_steps:
+        epochs = schedule.max_steps / steps_per_epoch
+        notes.append(f"schedule.max_steps={schedule.max_steps} is {epochs:.3g} epochs; schedule.epochs is not used")
+    settings = PUBLISHED[recipe.stage]["schedule"]
+    published = PUBLISHED_GPUS * settings["batch_size"] * settings["accumulation"]
+    forward = schedule.batch_size * processes
+    if forward * schedule.accumulation != published:
+        if published % forward == 0:
+            advice = f"schedule.accumulation={published // forward} gives that"
+        elif published % processes == 0:
+            advice = f"schedule.batch_size={published // processes} schedule.accumulation=1 gives that"
+        else:
+            advice = f"no batch size gives that in {processes} processes"
+        notes.append(
+            f"global batch {forward * schedule.accumulation} ({schedule.batch_size} records × {schedule.accumulation} "
+            f"accumulated × {processes} processes); published for stage {recipe.stage}: {published}; {advice}"
+        )
+    return notes
 
 
 def _time_pass(recipe: Recipe, network: nn.Module, processor: MedPLIBProcessor) -> float:

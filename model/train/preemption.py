@@ -1,4 +1,4 @@
-"""Signals that stop a run: it saves, and its exit code says so."""
+"""Preemption: signals that stop a run, which saves; the exit code shows it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ import time
 from types import FrameType
 from typing import Any
 
-_LOADER_SECONDS = 60  # that a loader process stays after a termination signal, unless it is sent home before
-_ECHO_SECONDS = 3.0  # a launcher passes on the Ctrl-C that its processes got from the terminal already
-HEEDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that end a run in good order."""
 
-
+_LOADER_SECONDS = 60  # that a loader process stays after a termination signal, unless it is ended before
+_ECHO_SECONDS = 3.0  # a launcher passes on the Ctrl-C that its processes got from the terminal already
 _BEFORE = "stopped before the first step; nothing was lost"
 
 
-def end_at_once_on_signals() -> None:
+class RunStopped(SystemExit):
+    """The run got a signal and stopped in good order: code 0 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + signal.SIGINT if number == signal.SIGINT else 0)
+        self.number, self.message = number, message
+
+
+def exit_on_signals() -> None:
     """Until ``StopRequest.listen``, while libraries are imported, let a signal end the process as if it had come later.
 
     It ends without unwinding: an exception raised inside an import may be swallowed by what imports.
@@ -29,28 +36,16 @@ def end_at_once_on_signals() -> None:
         os._exit(int(str(RunStopped(number, _BEFORE).code)))
 
     if threading.current_thread() is threading.main_thread():
-        for number in HEEDED:
+        for number in SIGNALS:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nobody else's
                 signal.signal(number, end)
 
 
-class RunStopped(SystemExit):
-    """The run got a signal and stopped in good order: code 0 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(128 + signal.SIGINT if number == signal.SIGINT else 0)
-        self.number = number
-        self.message = message
-
-
 class StopRequest:
-    """Whether this process got a signal to stop.
+    """Whether this process got a signal to stop: ``number`` of the signal, None before one came.
 
     While a run is loading there is nothing to save, and a signal ends it at once; from ``defer`` on it is only noted.
     Outside the main thread no signal can be caught, and nothing happens.
-
-    Attributes:
-        number: the signal that came, None before one did.
     """
 
     def __init__(self) -> None:
@@ -62,14 +57,14 @@ class StopRequest:
     def listen(self) -> None:
         """Take over SIGTERM, SIGUSR1 and Ctrl-C."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in HEEDED}
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def defer(self) -> None:
         """From now on a signal waits for the step to end."""
         self._deferred = True
 
     def release(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the handlers that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
