@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from model.data.dataset import MedPLIBDataset, MixedDataset
-from model.data.lengths import LengthCheck
+from model.data.packing import LengthCheck
 from model.data.validate import record_bar
 from model.errors import MedPLIBError
 from model.processing.processor import MedPLIBProcessor

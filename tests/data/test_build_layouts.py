@@ -22,8 +22,7 @@ from pycocotools import mask as coco
 
 from model.cli import main
 from model.data.builders.build import BuildSettings, build_dataset, recognize
-from model.data.builders.cases import ReadOptions
-from model.data.builders.names import patient_of
+from model.data.builders.cases import ReadOptions, patient_of
 from model.data.builders.questions import unrelated
 from model.data.image_io import read_mask
 from model.data.validate import check_file

@@ -77,9 +77,7 @@ def slices(count: int = 3, side: int = 8) -> FileDataset:
     for number in range(count):
         own = Dataset()
         own.PlanePositionSequence = [element(ImagePositionPatient=[10, 20, 3 * number])]
-        own.PixelValueTransformationSequence = [
-            element(RescaleSlope=1 + number, RescaleIntercept=0, RescaleType="US"),
-        ]
+        own.PixelValueTransformationSequence = [element(RescaleSlope=1 + number, RescaleIntercept=0, RescaleType="US")]
         own.FrameVOILUTSequence = [element(WindowCenter=30, WindowWidth=40 + number)]
         own.FrameContentSequence = [element(FrameComments="seen by Dr Secret")]
         data.PerFrameFunctionalGroupsSequence.append(own)
@@ -409,10 +407,7 @@ def refused() -> dict[str, tuple[Callable[[], bytes], str]]:
     small = shipped("MR_small.dcm")
     return {
         "frames that are not there": (lambda: altered("MR_small.dcm", NumberOfFrames=50), "header, with 50 frames"),
-        "compressed frames that are not there": (
-            lambda: film_of(90),
-            "has 90 frames by its header but holds 30",
-        ),
+        "compressed frames that are not there": (lambda: film_of(90), "has 90 frames by its header but holds 30"),
         "more frames than allowed": (
             lambda: altered("MR_small.dcm", NumberOfFrames=2**31 - 1),
             "more than the limit of 100",

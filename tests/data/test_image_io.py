@@ -13,8 +13,8 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from model.data.dicom import scale_to_uint8
 from model.data.image_io import ReadLimits, mask_files, read_image, read_labels, read_mask, read_mask_data
-from model.data.windowing import scale_to_uint8
 from model.errors import MedPLIBError
 
 RAMP = np.arange(6 * 8, dtype=np.uint8).reshape(6, 8) * 5

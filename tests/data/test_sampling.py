@@ -181,8 +181,7 @@ def test_grouping_puts_like_lengths_together_and_keeps_batches_shuffled() -> Non
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"batch_size": 0}, {"batch_size": 1, "rank": 2, "world_size": 2}, {"batch_size": 1, "weights": [1.0]}],
+    "options", [{"batch_size": 0}, {"batch_size": 1, "rank": 2, "world_size": 2}, {"batch_size": 1, "weights": [1.0]}]
 )
 def test_impossible_settings_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(MedPLIBError):

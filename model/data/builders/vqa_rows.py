@@ -39,7 +39,8 @@ _LETTERS = "ABCD"
 def question_record(
     question_id: object, image: object, question: object, answer: object, answer_type: object = "", **known: object
 ) -> dict[str, Any]:
-    """One question about one image. Where the source does not say, yes and no make a question closed.
+    """One question about one image. Where the source does not say, yes and no make a question closed. Raises
+    ValueError: nothing is asked.
 
     Args:
         question_id: becomes the record's id.
@@ -48,9 +49,6 @@ def question_record(
         answer: text or number; spaces, tabs and line ends around it go. None and NaN count as no answer.
         answer_type: ``open`` or ``closed`` in any spelling of case and spaces; anything else counts as not said.
         known: further keys; empty ones are left out, and ``modality`` is given its name in this project.
-
-    Raises:
-        ValueError: nothing is asked.
     """
     asked, answered = _text(question), _text(answer)
     if not asked:
@@ -61,10 +59,7 @@ def question_record(
     record: dict[str, Any] = {
         "id": str(question_id),
         "image": str(image).strip(),
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{asked}"},
-            {"from": "gpt", "value": answered},
-        ],
+        "conversations": [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answered}],
         "answer_type": answer_type,
         "task": "vqa",
     }
@@ -125,8 +120,7 @@ def vqa_rad_split(row: Row) -> str:
 def path_vqa(row: Row) -> dict[str, Any]:
     """A row of PathVQA's ``*_vqa.pkl`` (``sent``, ``label``) or of its ``*_qa.pkl`` (``question``, ``answer``).
 
-    The image is the bare id; of several answers the one with the highest score is taken.
-    """
+    The image is the bare id; of several answers the one with the highest score is taken."""
     if "img_id" not in row:
         return question_record("", row["image"], row["question"], row["answer"])
     label = row["label"]
@@ -140,11 +134,8 @@ def path_vqa(row: Row) -> dict[str, Any]:
 def imageclef(fields: Sequence[str]) -> dict[str, Any]:
     """A line ``image|question|answer`` of VQA-Med, or ``image|category|question|answer`` of its test of 2019.
 
-    Of several answers with ``#`` between them the first is taught; all stay under ``answers``.
-
-    Raises:
-        ValueError: another number of fields.
-    """
+    Of several answers with ``#`` between them the first is taught; all stay under ``answers``. Raises ValueError:
+    another number of fields."""
     if len(fields) not in (3, 4):
         raise ValueError(f"{len(fields)} fields between |, expected image|question|answer")
     kind = fields[1] if len(fields) == 4 else ""
@@ -155,11 +146,11 @@ def imageclef(fields: Sequence[str]) -> dict[str, Any]:
 
 def pmc_vqa(row: Row) -> dict[str, Any]:
     """A row of PMC-VQA, first version (``Answer`` a text, ``Answer_label`` a letter) or second (``Answer`` a letter).
-
-    Raises:
-        ValueError: the answer is no choice.
-    """
-    choices = {letter: _choice(row[f"Choice {letter}"], letter) for letter in _LETTERS}
+    Raises ValueError: the answer is no choice."""
+    choices = {  # `` A:Diffuse uptake `` → ``Diffuse uptake``
+        letter: re.sub(rf"^{letter}\s*[:.)]\s*", "", str(row[f"Choice {letter}"] or "").strip()).strip()
+        for letter in _LETTERS
+    }
     answer = _text(row.get("Answer_label")) or _text(row["Answer"])
     letter = re.match(r"([A-D])\s*(?:[:.)]|$)", answer.upper())
     named = [letter[1]] if letter else [key for key, text in choices.items() if text.casefold() == answer.casefold()]
@@ -167,11 +158,6 @@ def pmc_vqa(row: Row) -> dict[str, Any]:
         raise ValueError(f"the answer {answer!r:.80} is not one of the choices A to D")
     options = [text for text in choices.values() if text]
     return question_record("", row["Figure_path"], with_options(row["Question"], options), choices[named[0]], "closed")
-
-
-def _choice(text: object, letter: str) -> str:
-    """`` A:Diffuse uptake `` → ``Diffuse uptake``."""
-    return re.sub(rf"^{letter}\s*[:.)]\s*", "", str(text or "").strip()).strip()
 
 
 def omnimedvqa(row: Row) -> dict[str, Any]:

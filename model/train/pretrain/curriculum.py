@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from model.data.builders.phantom_questions import SPOKEN_NAMES
-from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES
+from model.data.phantom.questions import SPOKEN_NAMES
+from model.data.phantom.scenes import CLASS_NAMES, MODALITIES
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.modeling.region import region_means

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from model.data.builders.phantom_questions import Question
-from model.data.builders.phantom_scenes import CLASS_IDS
+from model.data.phantom.questions import Question
+from model.data.phantom.scenes import CLASS_IDS
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
 from model.modeling.decoder import MedPLIBDecoder
 from model.modeling.medplib import MedPLIBForCausalLM

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.builders.phantom import PhantomStream, render_workers
-from model.data.builders.phantom_questions import Question
-from model.data.builders.phantom_scenes import MODALITIES
+from model.data.phantom import PhantomStream, render_workers
+from model.data.phantom.questions import Question
+from model.data.phantom.scenes import MODALITIES
 
 SIDE = 256
 _PADDING = (123, 116, 104)  # SAM's mean colour, rounded: zero after its normalisation, and CLIP's padding within 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.data.builders.phantom_scenes import CLASS_NAMES
+from model.data.phantom.scenes import CLASS_NAMES
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.sam_med2d import SamMed2D
 from model.processing.images import SAM_MEAN, SAM_STD

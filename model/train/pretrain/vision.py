@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES
+from model.data.phantom.scenes import CLASS_NAMES, MODALITIES
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.vision_tower import VisionTower
 from model.processing.images import CLIP_MEAN, CLIP_STD
