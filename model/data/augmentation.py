@@ -154,27 +154,6 @@ class _Warp:
         return left > 0 and left >= _KEPT * self.factor**2 * int(np.count_nonzero(mask))
 
 
-def augment_image_and_masks(
-    image: np.ndarray,
-    masks: Sequence[np.ndarray],
-    rng: np.random.Generator,
-    config: AugmentationConfig,
-    *,
-    flip_allowed: bool,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """One training picture and its masks, changed at random; see ``augment_pictures``. Returns the changed image, and
-    the changed masks in their order and types.
-
-    Args:
-        image: uint8 [H, W, 3]; it and the masks are not changed in place.
-        masks: bool or uint8 [H, W] each; may be none.
-        rng: all randomness comes from it.
-        flip_allowed: False where sides matter (``tells_places``).
-    """
-    images, moved = augment_pictures([image], masks, rng, config, flip_allowed=flip_allowed)
-    return images[0], moved
-
-
 def augment_pictures(
     images: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
@@ -190,9 +169,10 @@ def augment_pictures(
     weaker, and left out after three tries.
 
     Args:
-        images: uint8 [H, W, 3] each.
-        masks: bool or uint8 [H, W] each.
-        rng, flip_allowed: as in ``augment_image_and_masks``. Without flips, rotations stay below 5° and shifts
+        images: uint8 [H, W, 3] each; neither they nor the masks are changed in place.
+        masks: bool or uint8 [H, W] each; may be none. They come back in their order and types.
+        rng: all randomness comes from it.
+        flip_allowed: False where sides matter (``tells_places``). Without flips, rotations stay below 5° and shifts
             below 2 %, so that places stay true.
         recolor_allowed: False where colors matter.
     """

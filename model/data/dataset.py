@@ -270,12 +270,7 @@ def usable_records(
 
 def load_sample(sample: Sample, read: Callable[[Path], ImageData] = read_image) -> LoadedSample:
     """Read the pixels of a validated record. Raises MedPLIBError: a file cannot be read, a mask or region is empty or
-    is not of its image's size.
-
-    Args:
-        sample: the record.
-        read: gives an image file's pixels; masks and regions are always read.
-    """
+    is not of its image's size."""
     images = [read(path) for path in sample.images]
     sizes = [image.size for image in images]
     regions = [

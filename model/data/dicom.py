@@ -175,12 +175,7 @@ class DicomFrames:
 
     def frame(self, index: int, window: Window | None = None) -> np.ndarray:
         """One frame as uint8 [H, W, 3]. Raises MedPLIBError: there is no such frame, it is damaged, or holds no finite
-        value.
-
-        Args:
-            index: from 0.
-            window: (centre, width) in place of the file's own, its look-up table or its range.
-        """
+        value."""
         if not 0 <= index < self.count:
             raise MedPLIBError(f"{self._name} has frames 0 to {self.count - 1}; there is no frame {index}")
         return followed(self._name, lambda: self._displayed(self._header(index), self._values(index), window))
@@ -352,14 +347,7 @@ class DicomFrames:
 
 def open_dicom(content: bytes, name: str, max_pixels: int, max_frames: int = 2000) -> DicomFrames:
     """Open a DICOM file of one or several frames. Raises MedPLIBError: no image, too large, fewer frames than the
-    header says, damaged, or a compression that cannot be decoded here.
-
-    Args:
-        content: the whole file.
-        name: what messages call the file.
-        max_pixels: of one frame; checked, as everything here, before pixels are decoded.
-        max_frames: of the file.
-    """
+    header says, damaged, or a compression that cannot be decoded here."""
 
     def opened() -> DicomFrames:
         parsed = _parse(content, name)

@@ -28,13 +28,7 @@ _NAME, _SIDES = "features", ("height", "width")
 class FeatureStore:
     """Outputs of one tower on disk, a file an image; safe for processes and threads that read and write at once.
 
-    An image is known by its path, size and time of change, so one that was changed is a new one.
-
-    Args:
-        folder: its name is a fingerprint of the tower's weights and the preprocessing.
-        shape: of one image's features.
-        dtype: of theirs.
-    """
+    An image is known by its path, size and time of change, so one that was changed is a new one."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.folder, self.shape, self.dtype = folder, shape, dtype

@@ -84,12 +84,7 @@ class Sample:
 
 def parse_record(raw: Mapping[str, Any], images_root: str | Path) -> Sample:
     """Turn one raw record into a ``Sample``; the same record gives the same sample however often it is read. Raises
-    MedPLIBError: anything is wrong with the record; all of it is in the one sentence.
-
-    Args:
-        raw: a record of the published layout; never changed.
-        images_root: folder that the paths inside the record are relative to.
-    """
+    MedPLIBError: anything is wrong with the record; all of it is in the one sentence."""
     sample, findings = inspect_record(raw, images_root)
     if sample is None:
         name = shown(record_id(raw), quoted=False) if isinstance(raw, Mapping) else ""

@@ -150,12 +150,7 @@ def read_label_nifti(path: Path, grid: Grid, names: Mapping[str, tuple[int, ...]
 
 def read_dicom_seg(path: Path, grid: Grid) -> Drawing:
     """The segments of a DICOM segmentation, binary, fractional (half and more) or a label map. Raises MedPLIBError:
-    damaged, or off the volume.
-
-    Args:
-        path: of the file.
-        grid: of the volume.
-    """
+    damaged, or off the volume."""
     from highdicom.seg import segread
 
     def segments() -> Drawing:

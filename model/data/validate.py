@@ -200,12 +200,7 @@ def inspect_all(
 
 @contextmanager
 def record_bar(what: str, *, shown: bool = True) -> Iterator[Progress]:
-    """Give the ``progress`` that ``check_file`` and ``MedPLIBDataset`` call; it goes when they are done.
-
-    Args:
-        what: stands before the bar.
-        shown: False draws nothing.
-    """
+    """Give the ``progress`` that ``check_file`` and ``MedPLIBDataset`` call; it goes when they are done."""
     with tqdm(unit="record", desc=what, leave=False, disable=None if shown else True) as bar:
 
         def show(done: int, total: int) -> None:

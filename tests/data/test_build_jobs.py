@@ -111,7 +111,7 @@ def test_a_finished_build_is_left_alone(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "told"), [("told", "13 is unlucky"), ("full", "disk of .* is full"), ("die", "worker process died")]
 )
-def test_a_failure_is_one_sentence_and_the_same_call_goes_on(
+def test_a_failure_is_one_sentence_and_a_rerun_goes_on(
     whole: Path, tmp_path: Path, how: str, told: str, workers: int
 ) -> None:
     if how == "die" and workers == 1:
@@ -228,9 +228,7 @@ def moved(out: Path, images: str, prints: dict[str, str], **execution: object) -
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_moved_source_goes_on_where_the_user_says_that_it_is_the_same(
-    tmp_path: Path, whole: Path, finished: bool
-) -> None:
+def test_a_moved_source_goes_on_with_same_source(tmp_path: Path, whole: Path, finished: bool) -> None:
     if finished:
         moved(tmp_path, "/disk1/images", {"names.csv": "a"})
     else:

@@ -379,7 +379,7 @@ def test_dry_run_writes_nothing_and_a_stop_is_resumed(tmp_path: Path) -> None:
         assert (out / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
-def test_sides_are_asked_only_where_clear(tmp_path: Path) -> None:
+def test_side_questions_need_a_clear_side(tmp_path: Path) -> None:
     for number in range(20):
         picture(tmp_path / "in/images" / f"{number}.png", number)
         left = (1, 20, 12)[number % 3]
@@ -436,7 +436,7 @@ def test_wrong_input_ends_in_a_sentence(
         ("left lung", "right lung", True),
     ],
 )
-def test_a_name_inside_another_is_told_from_it(present: str, absent: str, clear: bool) -> None:
+def test_a_name_inside_another_is_distinguished(present: str, absent: str, clear: bool) -> None:
     assert bool(unrelated([absent], [present])) is clear
 
 

@@ -119,7 +119,7 @@ def test_every_image_of_a_record_is_mended(tmp_path: Path, raw: tuple[Path, Path
     assert (kept["conversations"], kept["extra"]) == (talk, {"kept": [1]})
 
 
-def test_a_file_without_records_is_told(
+def test_a_file_without_records_exits_with_1(
     tmp_path: Path, raw: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = write_json(tmp_path / "empty.json", [])
@@ -178,7 +178,7 @@ def test_downloads_that_broke_off_are_left_out(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "quick" / NAME).read_text())) == 2
 
 
-def test_nothing_left_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_left_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, _ = llava_med(tmp_path / "raw")
     (tmp_path / "empty").mkdir()
     assert build("llava-med", "--source", source, "--images", tmp_path / "empty", "--out", tmp_path / "out") == 1

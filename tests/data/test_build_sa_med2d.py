@@ -350,7 +350,7 @@ def test_the_list_alone_is_enough_for_an_index(native: Path, built: Path, tmp_pa
     assert all(rows[path] == seen[path] for path in both)
 
 
-def test_wrong_sources_and_flags_are_told_in_a_sentence(
+def test_wrong_sources_and_flags_end_in_a_sentence(
     native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(*flags: str, source: Path = native) -> str:

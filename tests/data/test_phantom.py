@@ -167,7 +167,7 @@ def test_masks_are_the_visible_parts(scenes: dict[str, list[Scene]], modality: s
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_structures_can_be_told_from_their_surroundings(scenes: dict[str, list[Scene]], modality: str) -> None:
+def test_structures_differ_from_their_surroundings(scenes: dict[str, list[Scene]], modality: str) -> None:
     """Inside and just outside of a mask the picture differs: a mask that slipped off its structure would not."""
     contrast: dict[str, list[float]] = defaultdict(list)
     for scene in scenes[modality]:
@@ -341,7 +341,7 @@ def test_grounding_writes_the_name_before_the_marker(cases: list[Case]) -> None:
     assert kinds["grounding_pair"] > 100
 
 
-def test_every_kind_is_asked_in_several_ways(cases: list[Case]) -> None:
+def test_every_kind_has_several_wordings(cases: list[Case]) -> None:
     wordings: dict[str, set[str]] = {}
     names = "|".join(sorted(CLASS_NAMES[1:], key=len, reverse=True))
     for _, questions in cases[:400]:

@@ -87,7 +87,7 @@ def test_a_region_named_before_its_image_belongs_to_the_first(folder: Any) -> No
     assert parse_record(raw, folder.root).region_images == (0,)
 
 
-def test_a_missing_suffix_is_mended_and_told(folder: Any) -> None:
+def test_a_missing_suffix_is_mended_and_reported(folder: Any) -> None:
     raw = folder.grounding(image=folder.image.removesuffix(".png"))
     raw["conversations"][1]["value"] = f"<SEG><mask>{folder.mask.removesuffix('.png')}</mask>"
     sample, findings = inspect_record(raw, folder.root)

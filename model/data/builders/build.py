@@ -35,7 +35,7 @@ from model.data.builders.cases import (
     patient_of,
     without_suffix,
 )
-from model.data.builders.jobs import whole_file
+from model.data.builders.jobs import write_bytes
 from model.data.builders.published import path_from
 from model.data.builders.questions import SeenCase, SeenMask, blind_baseline, label_name, records_of
 from model.data.image_io import MaskData, read_image
@@ -258,7 +258,7 @@ def _see_chunk(cases: Sequence[Case], out: Path, partial: Path | None) -> list[A
         [_see(case, out, partial is not None) for case in cases], default=lambda problem: problem.__dict__
     )
     if partial is not None:
-        _write(partial, plain.encode())
+        write_bytes(partial, plain.encode())
     return json.loads(plain)
 
 
@@ -335,13 +335,13 @@ def build_dataset(
         report("nothing is written (--dry-run)")
         return dataset
     for file, made in records.items():
-        _write(out / file, json.dumps(made, ensure_ascii=False, indent=1).encode())
+        write_bytes(out / file, json.dumps(made, ensure_ascii=False, indent=1).encode())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("kind", "file", "message", "fix"))
     writer.writerows((one.kind, one.file, one.message, one.fix) for one in problems)
-    _write(out / PROBLEMS, text.getvalue().encode())
-    _write(out / DATASET, json.dumps(dataset, ensure_ascii=False, indent=1).encode())
+    write_bytes(out / PROBLEMS, text.getvalue().encode())
+    write_bytes(out / DATASET, json.dumps(dataset, ensure_ascii=False, indent=1).encode())
     shutil.rmtree(out / _PARTIAL, ignore_errors=True)
     report(f"wrote {len(records)} files of {sum(map(len, records.values()))} records to {out}, where their paths start")
     return dataset
@@ -477,7 +477,7 @@ def _prepare(out: Path, fingerprint: str, overwrite: bool) -> dict[str, Any] | N
         (out / DATASET).unlink(missing_ok=True)
         for folder in ("masks", "images", _PARTIAL, *done.get("splits", DEFAULT_SPLITS)):
             shutil.rmtree(out / folder, ignore_errors=True)
-    _write(mark, fingerprint.encode())
+    write_bytes(mark, fingerprint.encode())
     return None
 
 
@@ -488,9 +488,4 @@ def _relative(root: Path, text: str) -> str:
 def _write_png(path: Path, image: Image.Image) -> None:
     stream = io.BytesIO()
     image.save(stream, "PNG")
-    _write(path, stream.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as stream:
-        stream.write(content)
+    write_bytes(path, stream.getvalue())

@@ -489,14 +489,18 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     done, buffer = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 4])
     if not done:
         raise OSError(f"cannot encode {path}")
-    with whole_file(path) as stream:
-        stream.write(buffer.tobytes())
+    write_bytes(path, buffer.tobytes())
+
+
+def write_bytes(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Write a file whole or not at all; see ``whole_file``."""
+    with whole_file(path, sync=sync) as stream:
+        stream.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write indented UTF-8 JSON, whole or not at all."""
-    with whole_file(path, sync=True) as stream:
-        stream.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(), sync=True)
 
 
 def _read_json(path: Path) -> Any:

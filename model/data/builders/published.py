@@ -122,13 +122,6 @@ def write_vetted(
 ) -> Sample | None:
     """Write a record that trains, mended; list what was found, and every record that is left out.
 
-    Args:
-        part: of the build.
-        output: file that the record goes to.
-        record: in the project's layout.
-        vetting: of this piece.
-        where: ``record``, its number in the source, and the like, for the list of findings.
-
     Returns:
         What was written, None if nothing was.
     """

@@ -51,7 +51,7 @@ from model.data.builders.sa_med2d_index import (
     spoken_name,
 )
 from model.data.image_io import MERGED_GAP, read_mask
-from model.data.phantom.questions import refusal
+from model.data.phantom.questions import SPOKEN_NAMES, refusal
 from model.data.schema import MODALITIES
 from model.errors import MedPLIBError
 
@@ -74,16 +74,6 @@ RECORD_SCHEMA = arrow.schema(
     ]
 )
 SURVEY_FILE = "priorities.jsonl"
-_MODALITY_WORDS = {
-    "ct": "CT",
-    "mr": "MR",
-    "x_ray": "X-ray",
-    "pet": "PET",
-    "fundus": "fundus",
-    "dermoscopy": "dermoscopy",
-    "endoscopy": "endoscopy",
-    "ultrasound": "ultrasound",
-}
 _QUESTIONS = (
     "Segment the {name} in this {modality} image.",
     "Please give me a mask of the {name}.",
@@ -182,12 +172,7 @@ class RowContext:
 
 def build_sa_med2d(settings: SaMed2dSettings, execution: Execution) -> list[BuildReport]:
     """Make the index, records and merged masks. Returns reports of the index and of the records. Raises MedPLIBError:
-    the source is not SA-Med2D-20M, settings do not fit it, or a build cannot go on (see ``jobs``).
-
-    Args:
-        settings: what.
-        execution: how.
-    """
+    the source is not SA-Med2D-20M, settings do not fit it, or a build cannot go on (see ``jobs``)."""
     source = Source.open(settings.source)
     for listed in (settings.source / "images", settings.source / "masks"):
         if settings.out.resolve().is_relative_to(listed.resolve()):
@@ -234,7 +219,9 @@ def _build_records(settings: SaMed2dSettings, index: BuildReport, execution: Exe
     build = Build(settings.out, "sa-med2d", chosen, outputs, identity, "image")
 
     def prepare() -> tuple[list[Piece], RowContext]:
-        pieces, taken = row_pieces(index_file, settings.images_a_piece), None
+        with parquet.ParquetFile(index_file) as file:  # the file of a stretch is a row group
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        pieces, taken = stretches(sizes, settings.images_a_piece), None
         if quota is not None:
             drawn = {"quota": quota.to_json(), "seed": settings.seed}
             sampling = Build(build.folder, "sampling", drawn, (Output(SURVEY_FILE),), identity, "image")
@@ -250,13 +237,6 @@ def _build_records(settings: SaMed2dSettings, index: BuildReport, execution: Exe
         return pieces, RowContext(settings, index_file, taken, dict(classes))
 
     return run_build(build, prepare, write_records, execution)
-
-
-def row_pieces(index: Path, images_a_piece: int = IMAGES_A_PIECE) -> list[Piece]:
-    """The index in pieces; the file of a stretch is a row group."""
-    with parquet.ParquetFile(index) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    return stretches(sizes, images_a_piece)
 
 
 def read_rows(index: Path, rows: Stretch, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -300,7 +280,14 @@ def choose(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, in
 
     In every split and modality the quota is spread evenly over data sets, and a data set's part evenly over its
     classes, as far as they have so many targets."""
-    queues = _queues(survey_file, quota, plan)
+    queues: dict[Stratum, np.ndarray] = {}
+    for line in survey_file.read_bytes().splitlines() if survey_file.exists() else ():  # else nothing can be asked for
+        row = json.loads(line)
+        values = np.asarray(row.pop("priorities"), dtype=np.uint64)
+        stratum = Stratum(**row)
+        joined = np.concatenate([queues.get(stratum, values[:0]), values])
+        wanted = quota.of(stratum.modality, stratum.split, plan)
+        queues[stratum] = np.partition(joined, wanted - 1)[:wanted] if len(joined) > wanted else joined
     groups: dict[tuple[str, str], dict[str, list[Stratum]]] = defaultdict(lambda: defaultdict(list))
     for stratum in sorted(queues):
         groups[stratum.split, stratum.modality][stratum.dataset].append(stratum)
@@ -313,20 +300,6 @@ def choose(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, in
                 if number:
                     taken[stratum] = int(np.sort(queues[stratum])[number - 1])
     return taken
-
-
-def _queues(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, np.ndarray]:
-    queues: dict[Stratum, np.ndarray] = {}
-    if not survey_file.exists():  # nothing can be asked for
-        return queues
-    with survey_file.open("rb") as lines:
-        for row in map(json.loads, lines):
-            values = np.asarray(row.pop("priorities"), dtype=np.uint64)
-            stratum = Stratum(**row)
-            joined = np.concatenate([queues.get(stratum, values[:0]), values])
-            wanted = quota.of(stratum.modality, stratum.split, plan)
-            queues[stratum] = np.partition(joined, wanted - 1)[:wanted] if len(joined) > wanted else joined
-    return queues
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -399,7 +372,7 @@ def absent_names(present: Sequence[str | None], classes: Classes) -> list[str]:
 
 
 def _question(row: Mapping[str, Any], name: str, chance: int) -> str:
-    modality = _MODALITY_WORDS.get(row["modality"], row["modality"])
+    modality = SPOKEN_NAMES.get(row["modality"], row["modality"])
     return _QUESTIONS[chance % len(_QUESTIONS)].format(name=name, modality=modality)
 
 

@@ -240,7 +240,8 @@ class IndexContext:
 def index_pieces(names: Path, bytes_a_piece: int = BYTES_A_PIECE) -> list[Piece]:
     """Neighbouring buckets, joined until a piece is worth its files."""
     pieces: list[Piece] = []
-    held, size = [], 0
+    held: list[int] = []
+    size = 0
     for bucket in range(BUCKETS):
         files = [bucket_file(names / kind, bucket) for kind in KINDS]
         more = sum(file.stat().st_size for file in files if file.is_file())

@@ -39,15 +39,9 @@ _IMAGE_WORDS = frozenset(("image", "images", "imagestr", "imagests", "img", "img
 _MODALITY_WORDS = {
     **dict.fromkeys(("ct", "cta", "cbct", "ncct", "cect"), "ct"),
     **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t1n", "t2", "t2w", "t2f", "flair", "adc"), "mr"),
-    **{
-        "dwi": "mr",
-        "dce": "mr",
-        "pet": "pet",
-        "pt": "pet",
-        "suv": "pet",
-        "us": "ultrasound",
-        "ultrasound": "ultrasound",
-    },
+    **dict.fromkeys(("dwi", "dce"), "mr"),
+    **dict.fromkeys(("pet", "pt", "suv"), "pet"),
+    **dict.fromkeys(("us", "ultrasound"), "ultrasound"),
 }
 
 

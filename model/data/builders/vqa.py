@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import pickle
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from model.data.builders import vqa_rows
-from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, fingerprint, run_build
+from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, fingerprint, run_build, write_bytes
 from model.data.builders.published import Stretch, Vetting, drop, path_from, stretches, write_vetted
 from model.data.image_io import is_file
 from model.data.records import open_records
@@ -36,6 +37,7 @@ EXPECTED = {
 
 _SPLITS = {"train": "train", "val": "validation", "validate": "validation", "validation": "validation", "test": "test"}
 _TRIED = 5  # rows
+_IMAGE_ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\x00": ".tif", b"MM\x00*": ".tif", b"BM": ".bmp"}
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _PARQUET_BATCH = 64  # rows in memory, images among them
 _PICKLED = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "set"), ("builtins", "list")}
@@ -161,7 +163,11 @@ def written_image(image: Any, folder: Path) -> str:
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes) or not content:
         raise BadRow("it holds no image")
-    return vqa_rows.write_picture(content, folder)
+    ending = next((end for start, end in _IMAGE_ENDINGS.items() if content.startswith(start)), ".img")
+    name = hashlib.sha256(content).hexdigest()[:24] + ending  # so that the same image is written once
+    if not (folder / name).is_file():
+        write_bytes(folder / name, content)
+    return name
 
 
 # --- the files of each set ------------------------------------------------------------------------------------------

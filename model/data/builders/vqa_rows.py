@@ -5,14 +5,10 @@ For training and evaluation alike; which files a set consists of is in ``vqa.py`
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from model.data.builders.jobs import whole_file
 
 Row = Mapping[str, Any]
 
@@ -32,7 +28,6 @@ MODALITY_NAMES = {
 }
 """Names that public sets use → those of the project's file names (reference §8)."""
 
-_IMAGE_ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\x00": ".tif", b"MM\x00*": ".tif", b"BM": ".bmp"}
 _LETTERS = "ABCD"
 
 
@@ -178,13 +173,3 @@ def omnimedvqa(row: Row) -> dict[str, Any]:
 def image_question_answer(row: Row) -> dict[str, Any]:
     """A row with ``id``, ``image``, ``question`` and ``answer``, as copies on Hugging Face have it."""
     return question_record(row["id"], row["image"], row["question"], row["answer"], row.get("answer_type"))
-
-
-def write_picture(content: bytes, folder: Path) -> str:
-    """Write an encoded image under a name made of its content, so that the same image is written once; the name."""
-    ending = next((end for start, end in _IMAGE_ENDINGS.items() if content.startswith(start)), ".img")
-    name = hashlib.sha256(content).hexdigest()[:24] + ending
-    if not (folder / name).is_file():
-        with whole_file(folder / name) as stream:
-            stream.write(content)
-    return name
