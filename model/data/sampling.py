@@ -38,7 +38,7 @@ class ResumableSampler:
     batch of an epoch is filled up with the first records of its order (``padded`` of them).
 
     Args:
-        lengths: one length a record, see ``lengths.py``; only how many there are counts unless ``group_by_length``.
+        lengths: one length a record, see ``packing.py``; only how many there are counts unless ``group_by_length``.
         seed: of every shuffle.
         rank, world_size: which share of each global batch is ours.
         batch_size: records a batch on this rank.

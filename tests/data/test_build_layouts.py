@@ -259,11 +259,16 @@ def test_openai_messages_keep_their_turns(tmp_path: Path) -> None:
     assert {one["task"] for one in made} == {"region"} and problems(tmp_path / "out")
 
 
-def test_sa_med2d_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("published", [False, True], ids=["id to name", "name to id"])
+def test_sa_med2d_names(tmp_path: Path, published: bool) -> None:
     assert main(["data", "build", "phantom", "--out", str(tmp_path / "in"), "--num-images", "12"]) == 0
     for file in (tmp_path / "in").glob("*.json"):
         if "class_mapping" not in file.name:
             file.unlink()
+        elif published:  # as SA-Med2D-20M has it
+            listed = json.loads(file.read_text())
+            turned = {name: {called: int(number) for number, called in of.items()} for name, of in listed.items()}
+            file.write_text(json.dumps(turned))
     dataset = build(tmp_path / "in", tmp_path / "out")
     assert dataset["kind"] == "sa-med2d" and sum(count["images"] for count in dataset["counts"].values()) == 12
 
