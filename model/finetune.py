@@ -23,7 +23,7 @@ import yaml
 from model.checkpoint.directories import resolve
 from model.checkpoint.loading import read_processor
 from model.checkpoint.pretrained import open_checkpoint
-from model.data.builders.phantom import TASKS, build_phantoms
+from model.data.phantom import TASKS, build_phantoms
 from model.data.records import open_records
 from model.drawing.charts import curves
 from model.drawing.pages import Markup, element, joined, page

@@ -58,7 +58,7 @@ def main() -> int:
     save(model, processor, options.out)
     report = json.loads(options.report.read_text(encoding="utf-8"))
     weights = sum(path.stat().st_size for path in options.out.iterdir())
-    from model.data.builders.phantom_scenes import CLASS_NAMES
+    from model.data.phantom.scenes import CLASS_NAMES
 
     card = CARD.format(
         millions=sum(parameter.numel() for parameter in model.parameters()) / 1e6,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.data.builders.blind import blind_baseline, position_prior_dice
+from model.data.builders.questions import blind_baseline, position_prior_dice
 from model.data.image_io import read_mask
 from model.errors import MedPLIBError
 from model.inference.answer import Answer

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from model.data.builders.phantom_scenes import MODALITIES, Scene, render_scene
+from model.data.phantom.scenes import MODALITIES, Scene, render_scene
 from model.inference.overlay import PALETTE, draw_overlay
 from model.inference.predictor import Predictor
 from model.inference.regions import region_to_mask

@@ -16,7 +16,7 @@ from PIL import Image
 
 from model.checkpoint import load
 from model.cli import main
-from model.data.builders.phantom import TASKS, build_phantoms
+from model.data.phantom import TASKS, build_phantoms
 from model.errors import MedPLIBError
 from model.finetune import _open_data, _with_validation, verdicts_of
 from model.inference.predictor import Predictor

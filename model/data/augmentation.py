@@ -64,8 +64,7 @@ class AugmentationConfig:
     """How training pictures change at random; files on disk stay as they are.
 
     Each kind of change is a probability and a largest strength; an empty one takes the preset's. A picture is enlarged
-    and shifted at once, which crops it; what comes in from outside is black.
-    """
+    and shifted at once, which crops it; what comes in from outside is black."""
 
     preset: Literal["none", "light", "strong"] = "none"
     horizontal_flip: tuple[float, ...] = ()  # probability alone; never where the text names places
@@ -114,7 +113,8 @@ def tells_places(texts: Iterable[object]) -> bool:
     """Whether a conversation asks or answers with sides and places, so that a mirrored picture would make it wrong.
 
     Args:
-        texts: its turns, and what its record says of it (kind of question, name of the target); None is passed over.
+        texts: its turns, and what its record says of it (kind of question, name of the target); None is passed
+            over.
     """
     return any(isinstance(text, str) and _PLACES.search(text) for text in texts)
 
@@ -150,32 +150,8 @@ class _Warp:
         return (cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB) if color else moved).view(pixels.dtype)
 
     def keeps(self, mask: np.ndarray, moved: np.ndarray) -> bool:
-        """Whether enough of a mask is left inside the picture."""
         left = int(np.count_nonzero(moved))
         return left > 0 and left >= _KEPT * self.factor**2 * int(np.count_nonzero(mask))
-
-
-def augment_image_and_masks(
-    image: np.ndarray,
-    masks: Sequence[np.ndarray],
-    rng: np.random.Generator,
-    config: AugmentationConfig,
-    *,
-    flip_allowed: bool,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """One training picture and its masks, changed at random; see ``augment_pictures``.
-
-    Args:
-        image: uint8 [H, W, 3]; it and the masks are not changed in place.
-        masks: bool or uint8 [H, W] each; may be none.
-        rng: all randomness comes from it.
-        flip_allowed: False where sides matter (``tells_places``).
-
-    Returns:
-        The changed image, and the changed masks in their order and types.
-    """
-    images, moved = augment_pictures([image], masks, rng, config, flip_allowed=flip_allowed)
-    return images[0], moved
 
 
 def augment_pictures(
@@ -193,10 +169,11 @@ def augment_pictures(
     weaker, and left out after three tries.
 
     Args:
-        images: uint8 [H, W, 3] each.
-        masks: bool or uint8 [H, W] each.
-        rng, flip_allowed: as in ``augment_image_and_masks``. Without flips, rotations stay below 5° and shifts below
-            2 %, so that places stay true.
+        images: uint8 [H, W, 3] each; neither they nor the masks are changed in place.
+        masks: bool or uint8 [H, W] each; may be none. They come back in their order and types.
+        rng: all randomness comes from it.
+        flip_allowed: False where sides matter (``tells_places``). Without flips, rotations stay below 5° and shifts
+            below 2 %, so that places stay true.
         recolor_allowed: False where colors matter.
     """
     settings = config.settings()
@@ -250,7 +227,10 @@ def _repaint(
         curve = np.linspace(0, 1, 256) ** ((1 + abs(gamma)) ** np.sign(gamma))
         curve = (curve - 0.5) * (1 + contrast) + 0.5 + brightness
         image = cv2.LUT(image, np.rint(np.clip(curve, 0, 1) * 255).astype(np.uint8))
-    in_color = bool(hue or saturation or noise) and _is_color(image)
+    in_color = False
+    if hue or saturation or noise:
+        few = image[::8, ::8].astype(np.int16)
+        in_color = float((few.max(axis=2) - few.min(axis=2) > _COLOR_SPREAD).mean()) > _COLOR_SHARE
     if recolor and in_color and (hue or saturation):
         angle, factor = np.deg2rad(hue), max(0.0, 1 + saturation)
         turn = np.eye(3)
@@ -267,9 +247,3 @@ def _repaint(
         drawn = cv2.LUT(places, table)
         image = cv2.add(image, drawn if in_color else cv2.merge([drawn] * 3), dtype=cv2.CV_8U)
     return image
-
-
-def _is_color(image: np.ndarray) -> bool:
-    few = image[::8, ::8].astype(np.int16)
-    spread = few.max(axis=2) - few.min(axis=2)
-    return float((spread > _COLOR_SPREAD).mean()) > _COLOR_SHARE

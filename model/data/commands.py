@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from model.errors import MedPLIBError
 
 if TYPE_CHECKING:
-    from model.data.builders.jobs import BuildReport, Execution
+    from model.data.builders.jobs import Execution
 
 _VQA_SETS = ("vqa-rad", "slake", "pathvqa", "imageclef", "pmc-vqa", "omnimedvqa")
 
@@ -95,8 +95,7 @@ def run_build_source(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from model.data.builders.build import BuildSettings, build_dataset
-    from model.data.builders.cases import ReadOptions
-    from model.data.builders.splits import parse_splits
+    from model.data.builders.cases import ReadOptions, parse_splits
     from model.data.volumes import parse_window
 
     if options.out is None and not options.dry_run:
@@ -148,7 +147,7 @@ def _add_sets(builders: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--merge", action="store_true", help="also write the merged masks that are missing into DIR/masks_merged"
     )
-    _add_options(command, run_mecovqa)
+    _add_build_options(command, run_published)
 
     command = builders.add_parser("vqa", help="public question sets in the form their sources publish them in")
     command.add_argument("--set", required=True, choices=_VQA_SETS, dest="name", help="which one")
@@ -161,12 +160,12 @@ def _add_sets(builders: argparse._SubParsersAction) -> None:
         "inside the question files; give that of your other sets to train on all together",
     )
     command.add_argument("--language", choices=("en", "zh", "all"), default="en", help="of SLAKE's questions")
-    _add_options(command, run_vqa)
+    _add_build_options(command, run_published)
 
     command = builders.add_parser("llava-med", help="LLaVA-Med's alignment set, for stage I")
     _add_path(command, "--source", "llava_med_alignment_500k.json", metavar="FILE")
     _add_path(command, "--images", "folder of the downloaded images")
-    _add_options(command, run_llava_med)
+    _add_build_options(command, run_published)
 
 
 def _add_sa_med2d(builders: argparse._SubParsersAction) -> None:
@@ -174,7 +173,7 @@ def _add_sa_med2d(builders: argparse._SubParsersAction) -> None:
         "sa-med2d", help="SA-Med2D-20M: index, splits, merged masks and grounding records", allow_abbrev=False
     )
     _add_path(command, "--source", "where images/ and masks/ of SA-Med2D-20M are")
-    _add_build_options(command)
+    _add_build_options(command, run_sa_med2d, "do not look into images and masks")
     command.add_argument(
         "--splits",
         default="train=0.9,validation=0.05,test=0.05",
@@ -197,26 +196,19 @@ def _add_sa_med2d(builders: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--merge", choices=("asked", "all"), help="write masks_merged/ into the source, for what is asked or for all"
     )
-    command.add_argument("--no-pixels", action="store_true", help="do not look into images and masks")
     command.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the records")
-    command.set_defaults(run=run_sa_med2d)
 
 
 def _add_path(command: argparse.ArgumentParser, flag: str, text: str, metavar: str = "DIR") -> None:
     command.add_argument(flag, type=Path, required=True, metavar=metavar, help=text)
 
 
-def _add_options(command: argparse.ArgumentParser, run: object) -> None:
+def _add_build_options(command: argparse.ArgumentParser, run: object, pixels: str = "") -> None:
     command.add_argument(
         "--no-pixels",
         action="store_true",
-        help="only see whether files exist, instead of decoding each: faster, and broken files stay in",
+        help=pixels or "only see whether files exist, instead of decoding each: faster, and broken files stay in",
     )
-    _add_build_options(command)
-    command.set_defaults(run=run)
-
-
-def _add_build_options(command: argparse.ArgumentParser) -> None:
     _add_path(command, "--out", "where the results go")
     command.add_argument("--workers", type=int, metavar="N", help="processes; as many as processors when absent")
     command.add_argument("--overwrite", action="store_true", help="start anew, whatever DIR holds")
@@ -225,6 +217,7 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on although the source lies elsewhere or was copied: its data are what they were",
     )
+    command.set_defaults(run=run)
 
 
 def run_data_check(options: argparse.Namespace) -> int:
@@ -234,7 +227,7 @@ def run_data_check(options: argparse.Namespace) -> int:
     lengths = None
     if options.model is not None:
         from model.checkpoint.directories import resolve
-        from model.data.lengths import LengthCheck
+        from model.data.packing import LengthCheck
         from model.processing.processor import MedPLIBProcessor
 
         changes = {} if options.max_length is None else {"max_length": options.max_length}
@@ -251,7 +244,7 @@ def run_build_phantom(options: argparse.Namespace) -> int:
     """``medplib data build phantom``."""
     from tqdm import tqdm
 
-    from model.data.builders.phantom import build_phantoms
+    from model.data.phantom import build_phantoms
 
     if options.num_images < 1:
         raise MedPLIBError(f"--num-images is {options.num_images}; give at least 1")
@@ -263,51 +256,39 @@ def run_build_phantom(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_mecovqa(options: argparse.Namespace) -> int:
-    """``medplib data build mecovqa``."""
-    from model.data.builders.mecovqa import build_mecovqa
-
-    report = build_mecovqa(
-        options.source,
-        options.images,
-        options.out,
-        _execution(options),
-        check_pixels=not options.no_pixels,
-        merge=options.merge,
-    )
-    return _end(report, options.images)
-
-
-def run_vqa(options: argparse.Namespace) -> int:
-    """``medplib data build vqa``."""
+def run_published(options: argparse.Namespace) -> int:
+    """``medplib data build`` of ``mecovqa``, ``vqa`` and ``llava-med``: exit 1 if there is nothing to train on."""
+    from model.data.builders.published import build_llava_med, build_mecovqa
     from model.data.builders.vqa import build_vqa
 
-    report = build_vqa(
-        options.name,
-        options.source,
-        options.out,
-        _execution(options),
-        images_root=options.images_root,
-        language=options.language,
-        check_pixels=not options.no_pixels,
-    )
-    return _end(report, report.settings["images_root"])
-
-
-def run_llava_med(options: argparse.Namespace) -> int:
-    """``medplib data build llava-med``."""
-    from model.data.builders.llava_med import build_llava_med
-
-    report = build_llava_med(
-        options.source, options.images, options.out, _execution(options), check_pixels=not options.no_pixels
-    )
-    return _end(report, options.images)
+    execution, check = _execution(options), not options.no_pixels
+    if options.builder == "vqa":
+        more = {"images_root": options.images_root, "language": options.language, "check_pixels": check}
+        report = build_vqa(options.name, options.source, options.out, execution, **more)
+        root = report.settings["images_root"]
+    else:
+        root, sources = options.images, (options.source, options.images, options.out, execution)
+        if options.builder == "mecovqa":
+            report = build_mecovqa(*sources, check_pixels=check, merge=options.merge)
+        else:
+            report = build_llava_med(*sources, check_pixels=check)
+    sys.stdout.write(report.format() + "\n")
+    if any(not name.startswith("findings_") for name in report.files):
+        start = f"paths in the records start from {root}"
+        sys.stdout.write(f"{start}: give that as --images, or as a recipe's data.images\n")
+        return 0
+    why = "the source holds no record"
+    if report.findings:
+        why = f"no record is left to train on; {report.findings_file} says why; mend that and give the same command "
+        why += "with --overwrite"
+    sys.stderr.write(f"medplib: {why}\n")
+    return 1
 
 
 def run_sa_med2d(options: argparse.Namespace) -> int:
     """``medplib data build sa-med2d``."""
+    from model.data.builders.cases import SplitPlan, parse_splits
     from model.data.builders.sa_med2d import Quota, SaMed2dSettings, build_sa_med2d
-    from model.data.builders.splits import SplitPlan, parse_splits
 
     settings = SaMed2dSettings(
         source=options.source,
@@ -332,21 +313,3 @@ def _execution(options: argparse.Namespace) -> Execution:
     if workers < 1:
         raise MedPLIBError(f"--workers is {workers}; give at least 1")
     return Execution(workers, options.overwrite, same_source=options.same_source)
-
-
-def _end(report: BuildReport, images_root: Path | str) -> int:
-    """Print what was built and what to do with it; the exit code is 1 if there is nothing to train on."""
-    sys.stdout.write(report.format() + "\n")
-    if any(not name.startswith("findings_") for name in report.files):
-        sys.stdout.write(
-            f"paths in the records start from {images_root}: give that as --images, or as a recipe's data.images\n"
-        )
-        return 0
-    if report.findings:
-        sys.stderr.write(
-            f"medplib: no record is left to train on; {report.findings_file} says why; mend that and give the same "
-            "command with --overwrite\n"
-        )
-    else:
-        sys.stderr.write("medplib: the source holds no record\n")
-    return 1

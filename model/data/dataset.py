@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 from model.data.augmentation import AugmentationConfig, augment_pictures, tells_colors, tells_places
 from model.data.features import CachedFeatures
 from model.data.image_io import ImageData, read_image, read_mask
-from model.data.lengths import LengthCheck
-from model.data.packing import Packing, joined
+from model.data.packing import LengthCheck, Packing, joined
 from model.data.records import Records, open_records
 from model.data.schema import Sample, parse_record
 from model.data.validate import Problem, Progress, RecordFacts, inspect_all
@@ -54,20 +53,13 @@ class UnusableRecords(MedPLIBError):
 
 @dataclass(frozen=True)
 class LoadedSample:
-    """A sample with its pixels.
+    """A sample with its pixels."""
 
-    Attributes:
-        sample: the record it was read from.
-        images: uint8 [H, W, 3] each, in placeholder order.
-        regions: bool [H, W] each, of the size of its image.
-        masks: bool [H, W] each, of the size of the segmented image.
-        spacing_mm: (row, column) pixel distance of the segmented image, None where its file does not say.
-    """
-
-    sample: Sample
-    images: tuple[np.ndarray, ...]
-    regions: tuple[np.ndarray, ...]
-    masks: tuple[np.ndarray, ...]
+    sample: Sample  # the record it was read from
+    images: tuple[np.ndarray, ...]  # uint8 [H, W, 3] each, in placeholder order
+    regions: tuple[np.ndarray, ...]  # bool [H, W] each, of the size of its image
+    masks: tuple[np.ndarray, ...]  # bool [H, W] each, of the size of the segmented image
+    # (row, column) pixel distance of the segmented image, None where its file does not say
     spacing_mm: tuple[float, float] | None = None
 
     @property
@@ -79,14 +71,16 @@ class MedPLIBDataset(Dataset):
     """The usable records of one data file, encoded on access.
 
     Items are reproducible: the randomness of item ``i`` comes from (seed, epoch, record number, earlier draws of it in
-    the epoch) alone, not from workers or from what was read before.
+    the epoch) alone, not from workers or from what was read before. Raises MedPLIBError: the file is unreadable, has
+    unusable records (``refuse``), or has no usable one.
 
     Args:
         path: JSON list, JSON lines or Parquet file.
         images_root: folder the records' paths are relative to.
         processor: encodes a sample; anything with ``MedPLIBProcessor.encode``.
         training: passed to the processor (random sub-regions and the like).
-        on_bad_record: ``refuse`` raises if any record is unusable; ``skip`` leaves such records out and counts them.
+        on_bad_record: ``refuse`` raises if any record is unusable; ``skip`` leaves such records out and counts
+            them.
         seed: of the random parts of items.
         progress: called with (records checked, records in all) while opening.
         lengths: counts tokens while opening; records too long to be encoded are unusable then.
@@ -98,9 +92,6 @@ class MedPLIBDataset(Dataset):
         conversation: draws the samples that an item is put together from; None where each is its record alone.
         unreadable: bool [N], items whose files turned out unreadable since.
         shortened: bool [N], items whose answer was cut off at the processor's longest sequence.
-
-    Raises:
-        MedPLIBError: the file is unreadable, has unusable records (``refuse``), or has no usable one.
     """
 
     def __init__(
@@ -167,28 +158,21 @@ class MedPLIBDataset(Dataset):
         return sample if sample.id else replace(sample, id=str(number))
 
     def load(self, index: int) -> LoadedSample:
-        """Item ``index`` with its pixels, at the size of their files.
-
-        Raises:
-            MedPLIBError: names the record whose file is unreadable or whose mask is empty or not of its image's size.
-        """
+        """Item ``index`` with its pixels, at the size of their files. Raises MedPLIBError: names the record whose file
+        is unreadable or whose mask is empty or not of its image's size."""
         sample = self.sample(index)
         with self._naming(index, sample):
             return load_sample(sample)
 
     def use_features(self, features: CachedFeatures | None) -> None:
-        """Let features stand for the pixels of encoded items from now on.
-
-        Raises:
-            MedPLIBError: pictures are augmented, so that no features are theirs.
-        """
+        """Let features stand for the pixels of encoded items from now on. Raises MedPLIBError: pictures are augmented,
+        so that no features are theirs."""
         if features is not None and self.augmentation is not None:
             raise MedPLIBError(CACHE_AND_AUGMENTATION)
         self.features = features
 
     @contextmanager
     def _naming(self, index: int, sample: Sample) -> Iterator[None]:
-        """Add the record to errors raised inside."""
         try:
             yield
         except MedPLIBError as error:
@@ -229,7 +213,6 @@ class MedPLIBDataset(Dataset):
         return encoded
 
     def _encode(self, parts: list[Sample], rng: np.random.Generator) -> Any:
-        """One conversation of the turns of all parts, about their pictures."""
         sample, features = joined(parts), self.features
         loaded = load_sample(sample, read_image if features is None else features.read_image)
         if self.augmentation is not None:
@@ -255,15 +238,9 @@ def usable_records(
     progress: Progress | None = None,
     lengths: LengthCheck | None = None,
 ) -> tuple[Records, list[tuple[int, RecordFacts]], list[Problem]]:
-    """Open a data file and check its records, without decoding pixels.
-
-    Returns:
-        All records, the numbers and facts of the usable ones, and every problem.
-
-    Raises:
-        MedPLIBError: the file is unreadable, has unusable records (``refuse``: ``UnusableRecords``), or has no usable
-            one.
-    """
+    """Open a data file and check its records, without decoding pixels. Returns all records, the numbers and facts of
+    the usable ones, and every problem. Raises MedPLIBError: the file is unreadable, has unusable records (``refuse``:
+    ``UnusableRecords``), or has no usable one."""
     if on_bad_record not in ("refuse", "skip"):
         raise MedPLIBError(f"on_bad_record is {on_bad_record!r:.80}; expected refuse or skip")
     records, root = open_records(path), Path(images_root)
@@ -292,15 +269,8 @@ def usable_records(
 
 
 def load_sample(sample: Sample, read: Callable[[Path], ImageData] = read_image) -> LoadedSample:
-    """Read the pixels of a validated record.
-
-    Args:
-        sample: the record.
-        read: gives an image file's pixels; masks and regions are always read.
-
-    Raises:
-        MedPLIBError: a file cannot be read, a mask or region is empty or is not of its image's size.
-    """
+    """Read the pixels of a validated record. Raises MedPLIBError: a file cannot be read, a mask or region is empty or
+    is not of its image's size."""
     images = [read(path) for path in sample.images]
     sizes = [image.size for image in images]
     regions = [
@@ -350,8 +320,8 @@ class MixedDataset(Dataset):
 
     Args:
         datasets: their items follow each other in this order.
-        shares: relative share of draws of each data set; by default in proportion to their sizes. Shares act through
-            ``weights``, which the sampler takes.
+        shares: relative share of draws of each data set; by default in proportion to their sizes. Shares act
+            through ``weights``, which the sampler takes.
     """
 
     def __init__(self, datasets: Sequence[MedPLIBDataset], shares: Sequence[float] | None = None) -> None:

@@ -22,8 +22,81 @@ from typing import Any
 
 import numpy as np
 
-from model.data.windowing import apply_table, apply_window, scale_to_uint8
 from model.errors import MedPLIBError
+
+_TABLE_PAYS = 1 << 20  # pixels
+
+
+def scale_to_uint8(values: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
+    """Linear map of the actual smallest … largest value to 0 … 255; 8-bit values are kept, booleans become 0 and 255.
+    Raises MedPLIBError: the values are no real numbers, or none of them is finite.
+
+    Args:
+        values: array of any shape and real type; values that are not finite become the smallest one.
+        ignore: bool array of the same shape; these values do not count for the range.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind not in "iuf":
+        raise MedPLIBError(f"expected image values that are numbers, got {values.dtype}")
+    if values.dtype in (np.int16, np.uint16) and values.size > _TABLE_PAYS:
+        return _scale_by_table(values, ignore)
+    exact = values.astype(np.float64)
+    finite = np.isfinite(exact)
+    if values.size and not finite.any():
+        raise MedPLIBError("every pixel is NaN or infinite; give an image of finite values")
+    counted = finite if ignore is None else finite & ~ignore
+    if not counted.any():
+        return np.zeros(values.shape, dtype=np.uint8)
+    low, high = float(exact[counted].min()), float(exact[counted].max())
+    if high <= low:
+        return np.zeros(values.shape, dtype=np.uint8)
+    exact = np.where(finite, exact, low)
+    return (np.clip((exact - low) / (high - low), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def _scale_by_table(values: np.ndarray, ignore: np.ndarray | None) -> np.ndarray:
+    """The same for 16-bit values, whose few levels are scaled once: without the memory and time of exact pixels."""
+    counted = values if ignore is None else values[~ignore]
+    levels = np.arange(np.iinfo(values.dtype).min, np.iinfo(values.dtype).max + 1)
+    if not counted.size:
+        return np.zeros(values.shape, dtype=np.uint8)
+    outside = (levels < counted.min()) | (levels > counted.max())
+    shades = scale_to_uint8(np.clip(levels, counted.min(), counted.max()).astype(np.float64), ignore=outside)
+    scaled = np.empty(values.shape, dtype=np.uint8)
+    for target, row in zip(scaled, values, strict=True):
+        target[...] = shades[row.astype(np.intp) - levels[0]]
+    return scaled
+
+
+def apply_window(values: np.ndarray, window: tuple[float, float], function: str = "LINEAR_EXACT") -> np.ndarray:
+    """uint8 shades of values through a display window (DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3).
+
+    Args:
+        values: of any real type; NaN becomes black.
+        window: (centre, width) in the values' unit, width above 0.
+        function: ``LINEAR``, ``LINEAR_EXACT`` or ``SIGMOID``. The standard gives ``LINEAR`` widths from 1 (a step);
+            a smaller one, as files of small units have, is taken as ``LINEAR_EXACT``.
+    """
+    exact, (centre, width) = values.astype(np.float64), window
+    if function == "SIGMOID":
+        share = 1.0 / (1.0 + np.exp(np.clip(-4.0 * (exact - centre) / width, -700.0, 700.0)))
+    elif function == "LINEAR_EXACT" or width < 1.0:
+        share = (exact - centre) / width + 0.5
+    elif width == 1.0:
+        share = (exact > centre - 0.5).astype(np.float64)
+    else:
+        share = (exact - (centre - 0.5)) / (width - 1.0) + 0.5
+    return (np.clip(np.nan_to_num(share, nan=0.0), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def apply_table(values: np.ndarray, entries: np.ndarray, first: int) -> np.ndarray:
+    """Entries [N] of a look-up table for values, of which ``first`` and all below it have the first entry."""
+    index = np.clip(np.rint(np.nan_to_num(values.astype(np.float64))) - first, 0, len(entries) - 1)
+    return entries[index.astype(np.intp)]
+
 
 Window = tuple[float, float]
 """(centre, width) in modality units: Hounsfield units, Bq/ml …"""
@@ -76,10 +149,10 @@ class DicomFrames:
 
     Attributes:
         count: of frames.
-        window: (centre, width) that the slider of a viewer starts at: the first frame's own, or its range; None where
-            the file has colours, which have no window.
-        spacing_mm: (row, column) of pixel centres; None where the file holds no ``PixelSpacing`` (the detector spacing
-            of projection images is not one: it ignores magnification).
+        window: (centre, width) that the slider of a viewer starts at: the first frame's own, or its range; None
+            where the file has colours, which have no window.
+        spacing_mm: (row, column) of pixel centres; None where the file holds no ``PixelSpacing`` (the detector
+            spacing of projection images is not one: it ignores magnification).
         notes: what was mended or ignored in the header of a frame, naming the field, one sentence each.
     """
 
@@ -93,28 +166,23 @@ class DicomFrames:
         self.size: tuple[int, int] = (first.shape[0], first.shape[1])
         self.window: Window | None = None
         if not self._has_colours(first):
-            self.window = self._file_window(header)[0] or self._range(header, first)
+            self.window = self._file_window(header)[0]
+        if not self._has_colours(first) and self.window is None:  # its range, padding left out
+            values, padding = self._modality_values(header, first).astype(np.float64), _padding_of(header, first)
+            counted = values[np.isfinite(values) if padding is None else np.isfinite(values) & ~padding]
+            low, high = (float(counted.min()), float(counted.max())) if counted.size else (0.0, 1.0)
+            self.window = (low + high) / 2, high - low if high > low else 1.0
 
     def frame(self, index: int, window: Window | None = None) -> np.ndarray:
-        """One frame as uint8 [H, W, 3].
-
-        Args:
-            index: from 0.
-            window: (centre, width) in place of the file's own, its look-up table or its range.
-
-        Raises:
-            MedPLIBError: there is no such frame, it is damaged, or holds no finite value.
-        """
+        """One frame as uint8 [H, W, 3]. Raises MedPLIBError: there is no such frame, it is damaged, or holds no finite
+        value."""
         if not 0 <= index < self.count:
             raise MedPLIBError(f"{self._name} has frames 0 to {self.count - 1}; there is no frame {index}")
         return followed(self._name, lambda: self._displayed(self._header(index), self._values(index), window))
 
     def modality_values(self, index: int) -> np.ndarray:
-        """One frame's values in modality units, such as Hounsfield units, [H, W].
-
-        Raises:
-            MedPLIBError: it is damaged, or has colours, which have no such values.
-        """
+        """One frame's values in modality units, such as Hounsfield units, [H, W]. Raises MedPLIBError: it is damaged,
+        or has colours, which have no such values."""
         stored = followed(self._name, lambda: self._values(index))
         if self._has_colours(stored):
             raise MedPLIBError(f"{self._name} holds colours; the slices of a volume have one value for each pixel")
@@ -123,8 +191,7 @@ class DicomFrames:
     def reference(self, index: int = 0) -> Any:
         """What a segmentation of a frame needs to refer to it: a data set of ``IDENTIFIERS`` and ``PLACE`` alone.
 
-        Of a file with functional groups these are kept too, with positions and measures only.
-        """
+        Of a file with functional groups these are kept too, with positions and measures only."""
         from pydicom.dataset import Dataset
 
         kept = Dataset()
@@ -138,12 +205,9 @@ class DicomFrames:
         return kept
 
     def place(self, index: int) -> tuple[np.ndarray, np.ndarray, float] | None:
-        """Where a frame lies in the patient.
-
-        Returns:
-            position [3] of the first pixel, direction cosines [2, 3] along rows and along columns, and slice thickness
-            in mm (1 where unknown), in DICOM's axes (towards the left, the back, the head); None where it is unknown.
-        """
+        """Where a frame lies in the patient. Returns position [3] of the first pixel, direction cosines [2, 3] along
+        rows and along columns, and slice thickness in mm (1 where unknown), in DICOM's axes (towards the left, the
+        back, the head); None where it is unknown."""
         header = self._header(index)
         position, cosines = (
             np.array(_numbers(header, f"Image{what}Patient")[0]) for what in ("Position", "Orientation")
@@ -154,7 +218,6 @@ class DicomFrames:
         return position, cosines.reshape(2, 3), next(value for value in thickness if value > 0)
 
     def _values(self, index: int) -> np.ndarray:
-        """Stored values of a frame; the last ones are kept, as a window is changed in many small steps."""
         last = self._last
         if last is None or last[0] != index:
             values = _decode_frame(self._data, self._name, index)
@@ -185,8 +248,7 @@ class DicomFrames:
     def _displayed(self, header: Any, stored: np.ndarray, window: Window | None) -> np.ndarray:
         """uint8 [H, W, 3] of stored values [H, W] or colours [H, W, 3].
 
-        Modality values become shades by the given window, the file's VOI table or window, or their actual range.
-        """
+        Modality values become shades by the given window, the file's VOI table or window, or their actual range."""
         from pydicom.pixels import apply_color_lut
 
         photometric = _photometric(header)
@@ -222,14 +284,6 @@ class DicomFrames:
         intercept = self._number(header, "RescaleIntercept", 0.0)
         return stored if (slope, intercept) == (1.0, 0.0) else stored.astype(np.float64) * slope + intercept
 
-    def _range(self, header: Any, stored: np.ndarray) -> Window:
-        """(centre, width) from the smallest to the largest modality value, padding left out."""
-        values = self._modality_values(header, stored).astype(np.float64)
-        padding = _padding_of(header, stored)
-        counted = values[np.isfinite(values) if padding is None else np.isfinite(values) & ~padding]
-        low, high = (float(counted.min()), float(counted.max())) if counted.size else (0.0, 1.0)
-        return (low + high) / 2, high - low if high > low else 1.0
-
     def _file_window(self, header: Any) -> tuple[Window | None, str]:
         """The first usable window in modality units, None where there is none, and its VOI LUT function."""
         (centres, mended), (widths, mended_too) = (_numbers(header, f"Window{part}") for part in ("Center", "Width"))
@@ -256,7 +310,6 @@ class DicomFrames:
         return None
 
     def _number(self, header: Any, keyword: str, default: float, valid: Any = np.isfinite) -> float:
-        """The first number of an element, ``default`` where there is none."""
         numbers, mended = _numbers(header, keyword)
         usable = bool(numbers) and bool(np.isfinite(numbers[0]) and valid(numbers[0]))
         if numbers and (mended or not usable):
@@ -267,8 +320,7 @@ class DicomFrames:
         """Entries, first mapped value and bits of a look-up table; None where there is none that can be followed.
 
         PS3.3 C.11.1.1: a length of 0 means 65536, the first mapped value is signed where the values are, and entries of
-        8 bits lie in bytes or in words.
-        """
+        8 bits lie in bytes or in words."""
         sequence = header.get(keyword)
         if not sequence:
             return None
@@ -294,18 +346,8 @@ class DicomFrames:
 
 
 def open_dicom(content: bytes, name: str, max_pixels: int, max_frames: int = 2000) -> DicomFrames:
-    """Open a DICOM file of one or several frames.
-
-    Args:
-        content: the whole file.
-        name: what messages call the file.
-        max_pixels: of one frame; checked, as everything here, before pixels are decoded.
-        max_frames: of the file.
-
-    Raises:
-        MedPLIBError: no image, too large, fewer frames than the header says, damaged, or a compression that cannot be
-            decoded here.
-    """
+    """Open a DICOM file of one or several frames. Raises MedPLIBError: no image, too large, fewer frames than the
+    header says, damaged, or a compression that cannot be decoded here."""
 
     def opened() -> DicomFrames:
         parsed = _parse(content, name)
@@ -330,7 +372,6 @@ def followed(name: str, act: Any) -> Any:
 
 
 def _parse(content: bytes, name: str) -> Any:
-    """The file's data set; pixels are not decoded yet."""
     import pydicom
 
     _check_inflated(content, name)
@@ -509,11 +550,8 @@ def _encoded_size(frame: bytes) -> tuple[int, int] | None:
 
 
 def check_scans(content: bytes, name: str) -> None:
-    """A progressive JPEG goes over all its pixels once for each scan, and a scan may take a hundred bytes.
-
-    Raises:
-        MedPLIBError: it has more scans than any camera or program writes.
-    """
+    """A progressive JPEG goes over all its pixels once for each scan, and a scan may take a hundred bytes. Raises
+    MedPLIBError: it has more scans than any camera or program writes."""
     scans = content.count(b"\xff\xda")
     if scans > _MAX_SCANS:
         raise MedPLIBError(f"{name} is a JPEG of {scans:,} scans; save it anew with at most {_MAX_SCANS}")
@@ -524,7 +562,6 @@ def _photometric(data: Any) -> str:
 
 
 def _narrow(values: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 of unsigned values of ``bits`` bits."""
     if values.dtype == np.uint8:
         return np.ascontiguousarray(values)
     return (values.astype(np.float64) * (255.0 / (2**bits - 1)) + 0.5).clip(0, 255).astype(np.uint8)
@@ -561,8 +598,7 @@ def _words(item: Any, keyword: str) -> np.ndarray:
 def _numbers(data: Any, keyword: str) -> tuple[list[float], bool]:
     """Numbers of an element, NaN for what is none, and whether they had to be mended.
 
-    Brackets, quotes, decimal commas and lists with commas are understood, as some programs write them.
-    """
+    Brackets, quotes, decimal commas and lists with commas are understood, as some programs write them."""
     from pydicom.datadict import tag_for_keyword
 
     try:

@@ -28,13 +28,7 @@ _NAME, _SIDES = "features", ("height", "width")
 class FeatureStore:
     """Outputs of one tower on disk, a file an image; safe for processes and threads that read and write at once.
 
-    An image is known by its path, size and time of change, so one that was changed is a new one.
-
-    Args:
-        folder: its name is a fingerprint of the tower's weights and the preprocessing.
-        shape: of one image's features.
-        dtype: of theirs.
-    """
+    An image is known by its path, size and time of change, so one that was changed is a new one."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.folder, self.shape, self.dtype = folder, shape, dtype
@@ -52,11 +46,7 @@ class FeatureStore:
             return False
 
     def read(self, image: Path) -> torch.Tensor:
-        """An image's features.
-
-        Raises:
-            MedPLIBError: they are not there, or damaged.
-        """
+        """An image's features. Raises MedPLIBError: they are not there, or damaged."""
         return self._read(image, lambda content: content.get_tensor(_NAME))
 
     def read_size(self, image: Path) -> Size:
@@ -64,11 +54,8 @@ class FeatureStore:
         return self._read(image, lambda content: tuple(int(content.metadata()[side]) for side in _SIDES))
 
     def write(self, image: Path, features: torch.Tensor, size: Size) -> None:
-        """Keep an image's features, under another name until they are whole.
-
-        Raises:
-            MedPLIBError: the disk is full, or the folder cannot be written.
-        """
+        """Keep an image's features, under another name until they are whole. Raises MedPLIBError: the disk is full, or
+        the folder cannot be written."""
         file = self._file_of(image)
         partial = file.with_name(f".{file.stem}.{os.getpid()}.{threading.get_ident()}.partial")
         metadata = {side: str(pixels) for side, pixels in zip(_SIDES, size, strict=True)}
@@ -91,7 +78,6 @@ class FeatureStore:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read(self, image: Path, take: Callable[[Any], Any]) -> Any:
-        """What ``take`` finds in an image's opened file."""
         try:
             file = self._file_of(image)
         except OSError as error:
@@ -113,15 +99,10 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Features that stand for the pixels of samples.
+    """Features that stand for the pixels of samples."""
 
-    Attributes:
-        clip: of the CLIP tower.
-        sam: of SAM's image encoder; None where that learns, and so needs pixels.
-    """
-
-    clip: FeatureStore
-    sam: FeatureStore | None
+    clip: FeatureStore  # of the CLIP tower
+    sam: FeatureStore | None  # of SAM's image encoder; None where that learns, and so needs pixels
 
     @property
     def need_pixels(self) -> bool:

@@ -19,8 +19,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from model.data.dicom import check_scans, open_dicom
-from model.data.windowing import scale_to_uint8
+from model.data.dicom import check_scans, open_dicom, scale_to_uint8
 from model.errors import MedPLIBError
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
@@ -55,19 +54,13 @@ class ReadLimits:
 
 @dataclass(frozen=True)
 class ImageData:
-    """One decoded image.
+    """One decoded image."""
 
-    Attributes:
-        pixels: uint8 [H, W, 3], RGB.
-        spacing_mm: (row, column) distance of pixel centres in the patient, in mm; None where the file does not say.
-        kind: ``png``, ``jpeg``, ``tiff`` … the file's form, ``dicom``, ``pil`` or ``array``.
-        notes: what was mended or ignored in the file's header, one sentence each.
-    """
-
-    pixels: np.ndarray
+    pixels: np.ndarray  # uint8 [H, W, 3], RGB
+    # (row, column) distance of pixel centres in the patient, in mm; None where the file does not say
     spacing_mm: tuple[float, float] | None
-    kind: str
-    notes: tuple[str, ...] = ()
+    kind: str  # ``png``, ``jpeg``, ``tiff`` … the file's form, ``dicom``, ``pil`` or ``array``
+    notes: tuple[str, ...] = ()  # what was mended or ignored in the file's header, one sentence each
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,15 +70,11 @@ class ImageData:
 
 @dataclass(frozen=True)
 class MaskData:
-    """One decoded mask.
+    """One decoded mask."""
 
-    Attributes:
-        pixels: bool [H, W].
-        note: that and why values above half of the largest are foreground, to follow the file's name; empty where
-            every value but zero is.
-    """
-
-    pixels: np.ndarray
+    pixels: np.ndarray  # bool [H, W]
+    # that and why values above half of the largest are foreground, to follow the file's name; empty where every value
+    # but zero is
     note: str = ""
 
 
@@ -94,14 +83,13 @@ def read_image(source: ImageSource, limits: ReadLimits | None = None) -> ImageDa
 
     Images of more than 8 bits, signed and floating-point ones, which carry no window of their own, are scaled linearly
     from their smallest to their largest value; transparency is laid on black; the EXIF orientation is applied; of a
-    TIFF whose white is 0 the shades are inverted. DICOM: see ``dicom.py``.
+    TIFF whose white is 0 the shades are inverted. DICOM: see ``dicom.py``. Raises MedPLIBError: unreadable, truncated,
+    oversized, several frames or pages, a volume, or no image at all.
 
     Args:
-        source: path, encoded bytes, binary file object, PIL image, or array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+        source: path, encoded bytes, binary file object, PIL image, or array [H, W], [H, W, 1], [H, W, 3] or [H, W,
+            4].
         limits: size limits; the defaults of ``ReadLimits`` if None.
-
-    Raises:
-        MedPLIBError: unreadable, truncated, oversized, several frames or pages, a volume, or no image at all.
     """
     limits = limits or ReadLimits()
     if isinstance(source, np.ndarray):
@@ -136,11 +124,8 @@ def read_mask_data(source: ImageSource, limits: ReadLimits | None = None) -> Mas
     image, in the alpha channel where that has transparent pixels, in the indices of a palette, in an array.
 
     A path ``masks_merged/<image>--<class>_merged.png`` that does not exist is put together from the instance files
-    beside it, see ``mask_files``.
-
-    Raises:
-        MedPLIBError: as ``read_image``, and where instance files of one merged mask differ in size.
-    """
+    beside it, see ``mask_files``. Raises MedPLIBError: as ``read_image``, and where instance files of one merged mask
+    differ in size."""
     limits = limits or ReadLimits()
     if isinstance(source, str | Path):
         parts = [_read_one_mask(path, limits) for path in mask_files(source) or (Path(source),)]
@@ -152,14 +137,8 @@ def read_mask_data(source: ImageSource, limits: ReadLimits | None = None) -> Mas
 
 
 def read_labels(source: str | Path, limits: ReadLimits | None = None) -> np.ndarray:
-    """Decode a label map: the number that each pixel holds, of a picture with a palette the number in it.
-
-    Returns:
-        int64 [H, W].
-
-    Raises:
-        MedPLIBError: as ``read_mask``, for a JPEG, and where a pixel is a colour and no number.
-    """
+    """Decode a label map: the number that each pixel holds, of a picture with a palette the number in it. Returns int64
+    [H, W]. Raises MedPLIBError: as ``read_mask``, for a JPEG, and where a pixel is a colour and no number."""
     limits = limits or ReadLimits()
     name, content = _content(source, limits)
     opened = _open_plain(name, content, limits, "a label map")
@@ -178,11 +157,8 @@ def read_labels(source: str | Path, limits: ReadLimits | None = None) -> np.ndar
 
 
 def file_kind(name: str, content: bytes) -> Literal["dicom", "nifti", "picture"]:
-    """What a file is by its first bytes; its name's ending helps where those do not say.
-
-    Raises:
-        MedPLIBError: two formats at once.
-    """
+    """What a file is by its first bytes; its name's ending helps where those do not say. Raises MedPLIBError: two
+    formats at once."""
     other = content.startswith(_OTHER_BEGINNINGS)
     if content[128:132] == b"DICM":
         if other:
@@ -214,8 +190,7 @@ def mask_files(path: str | Path) -> tuple[Path, ...]:
     """Files that make the mask ``path``: itself, or the instances of a merged mask; empty where there is none.
 
     The published records point to ``masks_merged/<image>--<class>_merged.png``; the public data set holds only
-    ``masks/<image>--<class>_000.png``, ``_001.png`` …, whose union it is (reference §8).
-    """
+    ``masks/<image>--<class>_000.png``, ``_001.png`` …, whose union it is (reference §8)."""
     path = Path(path)
     if is_file(path):
         return (path,)
@@ -235,7 +210,6 @@ def mask_files(path: str | Path) -> tuple[Path, ...]:
 
 @lru_cache(maxsize=1024)
 def _warn(sentence: str) -> None:
-    """Log a sentence once: a file is read many times."""
     logger.warning("%s", sentence)
 
 
@@ -278,7 +252,6 @@ def _count_levels(values: np.ndarray) -> int:
 
 
 def _content(source: str | Path | bytes | BinaryIO, limits: ReadLimits) -> tuple[str, bytes]:
-    """A name for messages and the encoded bytes, at most ``limits.max_bytes`` of them."""
     if isinstance(source, str | Path):
         path, name = Path(source), str(source)
         try:
@@ -306,25 +279,16 @@ def _content(source: str | Path | bytes | BinaryIO, limits: ReadLimits) -> tuple
 
 @dataclass
 class _Opened:
-    """A plain image whose header is known.
+    """A plain image whose header is known."""
 
-    Attributes:
-        image: of PIL; None where PIL would misread the values.
-        kind: the format, lower case.
-        white_is_zero: values of a TIFF are the darker the larger they are.
-        bits: of a sample; PIL multiplies grey values of fewer than 8 up to 255.
-        lossy: the compression, if it is one that changes values.
-    """
-
-    image: Image.Image | None
-    kind: str
-    white_is_zero: bool = False
-    bits: int = 8
-    lossy: str = ""
+    image: Image.Image | None  # of PIL; None where PIL would misread the values
+    kind: str  # the format, lower case
+    white_is_zero: bool = False  # values of a TIFF are the darker the larger they are
+    bits: int = 8  # of a sample; PIL multiplies grey values of fewer than 8 up to 255
+    lossy: str = ""  # the compression, if it is one that changes values
 
     @property
     def scale(self) -> int:
-        """What PIL multiplies grey values by."""
         return 255 // (2**self.bits - 1) if self.image is not None and self.image.mode == "L" and self.bits < 8 else 1
 
     @property
@@ -339,7 +303,6 @@ def _open_plain(name: str, content: bytes, limits: ReadLimits, what: str) -> _Op
 
 
 def _open(name: str, content: bytes, limits: ReadLimits) -> _Opened:
-    """The image's header; pixels are decoded later."""
     if file_kind(name, content) == "nifti":
         raise MedPLIBError(
             f"{name} is a NIfTI volume; give one of its slices as PNG or TIFF, or open it on the web page"
@@ -390,11 +353,8 @@ _SEVERAL = "{name} holds several images in one file; save the page or frame to l
 
 
 def _tiff_tags(name: str, content: bytes) -> dict[int, Any]:
-    """Size and layout of a TIFF's first page; further pages may be smaller copies of it, as slide scanners add.
-
-    Raises:
-        MedPLIBError: several pages.
-    """
+    """Size and layout of a TIFF's first page; further pages may be smaller copies of it, as slide scanners add. Raises
+    MedPLIBError: several pages."""
     defaults = {256: 0, 257: 0, 258: (1,), 259: 1, 262: 1, 277: 1, 284: 1, 339: (1,)}
     stream = io.BytesIO(content)
     header = stream.read(16 if 43 in content[2:4] else 8)

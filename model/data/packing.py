@@ -1,15 +1,69 @@
-"""Packing: several records about the same images become the turns of one training conversation."""
+"""Tokens of records, counted without reading a pixel, and several records about one image as one conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
-from model.data.schema import Sample
-from model.processing.conversation import Turn
+from model.data.schema import Finding, Sample
+from model.errors import MedPLIBError
+from model.modeling.configuration import IMAGE_PLACEHOLDER
+from model.processing.conversation import Turn, get_template, render
+from model.processing.encoding import tokenize_conversation, truncate
+from model.processing.processor import MedPLIBProcessor
 from model.processing.special_tokens import IMAGE_START_TOKEN, IMAGE_TOKEN, REGION_MARKER
+from model.processing.tokens import TokenCounter
+
+
+class LengthCheck:
+    """Tokens of records, counted as ``MedPLIBProcessor.encode`` makes them, and those that it would refuse or cut.
+
+    Args:
+        tokenizer, template, max_length: of the processor that will encode them; without a tokenizer none is
+            counted.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | None, template: str, max_length: int | None) -> None:
+        self._tokenizer, self._template, self._max_length = tokenizer, template, max_length
+        self._count = TokenCounter(tokenizer) if tokenizer is not None else lambda _: 0
+
+    @classmethod
+    def of(cls, processor: MedPLIBProcessor) -> LengthCheck:
+        """The one that fits a processor."""
+        return cls(processor.tokenizer, processor.settings.template, processor.settings.max_length)
+
+    @property
+    def shared(self) -> int:
+        """Tokens at least that every record counts and a conversation of several has once: the template's opening."""
+        return max(self._count(get_template(self._template).system) - 1, 0)  # its last piece may join what follows
+
+    def __call__(self, sample: Sample) -> tuple[int, list[Finding]]:
+        """Tokens of a record that training sees, an image counting as one; and what keeps it from being encoded whole:
+        ``too_long`` (an error), ``answer_cut`` (a warning), ``region_not_asked`` (the template writes no questions)."""
+        if sample.regions and not get_template(self._template).chat:
+            message = f"it asks about regions, but the template {self._template} writes no questions"
+            return 0, [Finding("region_not_asked", message)]
+        tokens, longest = self._count(render(sample.turns, self._template)), self._max_length
+        if self._tokenizer is None or longest is None or tokens <= longest:
+            return tokens, []
+        try:
+            truncate(self._tokenizer, *tokenize_conversation(self._tokenizer, sample.turns, self._template), longest)
+        except MedPLIBError as error:
+            return tokens, [Finding("too_long", str(error))]
+        message = f"the conversation has {tokens} tokens; its last answer is cut off after the first {longest}"
+        return longest, [Finding("answer_cut", message, "warning")]
+
+
+def real_tokens(batch: Mapping[str, Any], visual_tokens: int) -> tuple[int, int]:
+    """Tokens of a collated batch in the decoder, images grown: real ones, and all of them with padding."""
+    real = batch["attention_mask"].bool()
+    images = ((batch["input_ids"] == IMAGE_PLACEHOLDER) & real).sum(dim=1)
+    lengths = real.sum(dim=1) + images * (visual_tokens - 1)  # long [B]
+    return int(lengths.sum()), int(lengths.max()) * len(lengths)
 
 
 class Packing:
@@ -53,7 +107,12 @@ class Packing:
             return chosen
         room = np.inf if self.max_length is None else self.max_length - int(self.tokens[index])
         asked = set(_questions(chosen[0]))
-        for other in self._others(index, rng):
+        first, last = (np.searchsorted(self._sorted, self.pictures[index], side) for side in ("left", "right"))
+        others = self._by_picture[first:last]
+        weights = np.ones(len(others)) if self.weights is None else self.weights[others]
+        others, weights = others[(weights > 0) & (others != index)], weights[(weights > 0) & (others != index)]
+        # Draws without putting back: the likelier ones mostly first, those of no weight never.
+        for other in others[np.argsort(rng.exponential(size=len(others)) / weights)]:
             more = int(self.tokens[other]) - self.shared
             if more > room:
                 continue
@@ -66,14 +125,6 @@ class Packing:
             if left < 1:
                 break
         return [chosen[place] for place in rng.permutation(len(chosen))]
-
-    def _others(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        """Other records of the same pictures, the likelier ones mostly first; those of no weight never."""
-        first, last = (np.searchsorted(self._sorted, self.pictures[index], side) for side in ("left", "right"))
-        others = self._by_picture[first:last]
-        weights = np.ones(len(others)) if self.weights is None else self.weights[others]
-        others, weights = others[(weights > 0) & (others != index)], weights[(weights > 0) & (others != index)]
-        return others[np.argsort(rng.exponential(size=len(others)) / weights)]  # draws without putting back
 
 
 def joined(parts: Sequence[Sample]) -> Sample:
@@ -103,7 +154,6 @@ def _joins(sample: Sample) -> bool:
 
 
 def _questions(sample: Sample) -> Iterator[tuple[str, ...]]:
-    """Every question of a record: its words and the regions that it shows."""
     seen = 0
     for turn in sample.turns[::2]:
         count = turn.text.count(REGION_MARKER)

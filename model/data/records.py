@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -47,13 +47,7 @@ class Records(Sequence[Record]):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self._record(i) for i in range(*index.indices(len(self)))]
         length = len(self)
@@ -69,13 +63,11 @@ class Records(Sequence[Record]):
 
 
 def open_records(path: str | Path) -> Records:
-    """Open a data file; its form is read from its first bytes, not from its name.
+    """Open a data file; its form is read from its first bytes, not from its name. Raises MedPLIBError: the file is
+    absent, empty, of another form, or its records cannot be separated.
 
     Args:
         path: a JSON list of records, JSON lines (one record a line) or Parquet; UTF-8, byte-order mark allowed.
-
-    Raises:
-        MedPLIBError: the file is absent, empty, of another form, or its records cannot be separated.
     """
     path = Path(path)
     try:
@@ -101,8 +93,6 @@ def open_records(path: str | Path) -> Records:
 
 
 class _JsonRecords(Records):
-    """Byte ranges of JSON records in one memory-mapped file."""
-
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._open()
@@ -225,8 +215,6 @@ class _JsonListRecords(_JsonRecords):
 
 
 class _JsonLinesRecords(_JsonRecords):
-    """One record a line; blank lines are not counted."""
-
     def _find_ranges(self) -> np.ndarray:
         start, ranges = self._start(), []
         while start < self._size:

@@ -38,14 +38,14 @@ class ResumableSampler:
     batch of an epoch is filled up with the first records of its order (``padded`` of them).
 
     Args:
-        lengths: one length a record, see ``lengths.py``; only how many there are counts unless ``group_by_length``.
+        lengths: one length a record, see ``packing.py``; only how many there are counts unless ``group_by_length``.
         seed: of every shuffle.
         rank, world_size: which share of each global batch is ours.
         batch_size: records a batch on this rank.
-        weights: relative chance of each record. An epoch then still has as many draws as there are records; each record
-            is drawn its expected number of times, rounded up or down, from the second time on as a ``Draw``.
-        group_by_length: put records of like length into the same global batch, so that little of it is padding and no
-            rank waits for another one's longer batch. Batches stay shuffled.
+        weights: relative chance of each record. An epoch then still has as many draws as there are records; each
+            record is drawn its expected number of times, rounded up or down, from the second time on as a ``Draw``.
+        group_by_length: put records of like length into the same global batch, so that little of it is padding and
+            no rank waits for another one's longer batch. Batches stay shuffled.
     """
 
     def __init__(
@@ -112,12 +112,9 @@ class ResumableSampler:
         return state | {"global_batch": self.global_batch} if self.group_by_length else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken; the world size may differ.
-
-        Raises:
-            MedPLIBError: the state is of another seed or another number of records, or, in the midst of an epoch that
-                is grouped by length, of another global batch.
-        """
+        """Go on where ``state_dict`` was taken; the world size may differ. Raises MedPLIBError: the state is of another
+        seed or another number of records, or, in the midst of an epoch that is grouped by length, of another global
+        batch."""
         expected = {"seed": self.seed, "records": len(self.lengths)}
         if state["consumed"] and self.group_by_length:
             expected["global_batch"] = self.global_batch
@@ -171,16 +168,12 @@ def _times_before(order: np.ndarray) -> np.ndarray:
 
 def balanced_weights(labels: Sequence[str | None], shares: Mapping[str, float] | None = None) -> np.ndarray:
     """Weights that give every label (task or modality, say) its share of the draws, however many records it has.
+    Returns float64 [N], summing to 1. Raises MedPLIBError: a share names a label that no record has, or no record is
+    left with a chance.
 
     Args:
         labels: one label a record; None counts as the label ``unknown``.
         shares: relative share of each label; equal shares if None. A label it does not name gets none.
-
-    Returns:
-        float64 [N], summing to 1.
-
-    Raises:
-        MedPLIBError: a share names a label that no record has, or no record is left with a chance.
     """
     names = [label or "unknown" for label in labels]
     sizes = Counter(names)

@@ -60,50 +60,31 @@ class Example:
 
 @dataclass(frozen=True)
 class Sample:
-    """One validated record.
+    """One validated record."""
 
-    Attributes:
-        id: the record's own id as text; empty where it has none.
-        images: image files, in the order of their ``<image>`` placeholders; empty for a text-only record.
-        turns: the conversation, user first, without paths.
-        regions: mask files of the ``<region></region>`` markers, in text order.
-        region_images: for each region, the index of its image: the last ``<image>`` before the marker, else the first.
-        masks: mask files of the ``<SEG>`` markers, in text order; a merged mask keeps its published name, which
-            ``read_mask`` resolves.
-        segment_image: index of the image that ``masks`` lie on (the last one); −1 without images.
-        answer_type: ``open``, ``closed`` or None.
-        task: what the record trains; inferred unless the record has a ``task`` key.
-        modality: the record's ``modality`` key, else from the last image's file name; None where neither says.
-        raw: the record as read, in the published layout.
-        examples: the solved examples of an in-context record; their images come first in ``images``.
-        repairs: sentences about what was mended on the way.
-    """
-
-    id: str
+    id: str  # the record's own id as text; empty where it has none
+    # image files, in the order of their ``<image>`` placeholders; empty for a text-only record
     images: tuple[Path, ...]
-    turns: tuple[Turn, ...]
-    regions: tuple[Path, ...]
+    turns: tuple[Turn, ...]  # the conversation, user first, without paths
+    regions: tuple[Path, ...]  # mask files of the ``<region></region>`` markers, in text order
+    # for each region, the index of its image: the last ``<image>`` before the marker, else the first
     region_images: tuple[int, ...]
+    # mask files of the ``<SEG>`` markers, in text order; a merged mask keeps its published name, which ``read_mask``
+    # resolves
     masks: tuple[Path, ...]
-    segment_image: int
-    answer_type: str | None
-    task: Task
-    modality: str | None
-    raw: Mapping[str, Any] = field(repr=False, compare=False)
+    segment_image: int  # index of the image that ``masks`` lie on (the last one); −1 without images
+    answer_type: str | None  # ``open``, ``closed`` or None
+    task: Task  # what the record trains; inferred unless the record has a ``task`` key
+    modality: str | None  # the record's ``modality`` key, else from the last image's file name; None where neither says
+    raw: Mapping[str, Any] = field(repr=False, compare=False)  # the record as read, in the published layout
+    # the solved examples of an in-context record; their images come first in ``images``
     examples: tuple[Example, ...] = ()
-    repairs: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()  # sentences about what was mended on the way
 
 
 def parse_record(raw: Mapping[str, Any], images_root: str | Path) -> Sample:
-    """Turn one raw record into a ``Sample``; the same record gives the same sample however often it is read.
-
-    Args:
-        raw: a record of the published layout; never changed.
-        images_root: folder that the paths inside the record are relative to.
-
-    Raises:
-        MedPLIBError: anything is wrong with the record; all of it is in the one sentence.
-    """
+    """Turn one raw record into a ``Sample``; the same record gives the same sample however often it is read. Raises
+    MedPLIBError: anything is wrong with the record; all of it is in the one sentence."""
     sample, findings = inspect_record(raw, images_root)
     if sample is None:
         name = shown(record_id(raw), quoted=False) if isinstance(raw, Mapping) else ""
@@ -113,11 +94,8 @@ def parse_record(raw: Mapping[str, Any], images_root: str | Path) -> Sample:
 
 
 def inspect_record(raw: Mapping[str, Any], images_root: str | Path) -> tuple[Sample | None, list[Finding]]:
-    """Everything wrong with one record, found without decoding pixels, and the sample if nothing is.
-
-    Returns:
-        The sample, or None where a finding of severity ``error`` exists; and all findings.
-    """
+    """Everything wrong with one record, found without decoding pixels, and the sample if nothing is. Returns the
+    sample, or None where a finding of severity ``error`` exists; and all findings."""
     if not isinstance(raw, Mapping):
         return None, [Finding("bad_field", f"the record is {type(raw).__name__}, expected an object")]
     return _Inspection(raw, Path(images_root)).run()
@@ -129,8 +107,7 @@ def canonical(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     OpenAI's ``messages`` and LLaVA-Med's ``conversatons`` become ``conversations``, ``role`` and ``content`` become
     ``from`` and ``value``, ``user`` and ``assistant`` become ``human`` and ``gpt``; of text and image parts one text is
     made, ``images`` or the parts' paths become ``image``; finite numbers become text; a leading system turn is left
-    out, as templates have their own. Whatever is malformed stays as it is.
-    """
+    out, as templates have their own. Whatever is malformed stays as it is."""
     key, turns = _said(raw)
     images: list[Any] = []
     made = [_canonical_turn(turn, images) for turn in turns]
@@ -147,7 +124,6 @@ def canonical(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _said(raw: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
-    """The key that holds a record's conversation, and its turns; none where it is no list."""
     key = next((key for key in CONVERSATION_KEYS if raw.get(key)), "")
     turns = raw.get(key)
     return key, turns if isinstance(turns, list | tuple) else ()
@@ -158,7 +134,6 @@ def _is_system(turn: Any) -> bool:
 
 
 def _canonical_turn(turn: Any, images: list[Any]) -> Any:
-    """One turn with ``from`` and ``value``; paths of its image parts are added to ``images``."""
     if not isinstance(turn, Mapping):
         return turn
     made = {name: value for name, value in turn.items() if name not in ("role", "content")}
@@ -217,9 +192,21 @@ class _Inspection:
     def run(self) -> tuple[Sample | None, list[Finding]]:
         examples, images = self._images()
         conversations = self.raw.get("conversations")
-        target = self._in_context_target() if examples else None
+        target = None
+        if examples:
+            numbers = [int(m[1]) for key in self.raw if (m := _NUMBERED_IMAGE.fullmatch(str(key)))]
+            last = f"mask{max(numbers)}" if numbers and "icl_examples" not in self.raw else "mask"
+            target = self.raw.get("target_mask" if "target_mask" in self.raw else last)
         if examples and not conversations:
-            conversations = _default_in_context_turns(len(examples))
+            before = "".join(
+                f"Example {number}: {IMAGE_TOKEN}\nThe blue overlay is the reference segmentation mask.\n"
+                for number in range(1, len(examples) + 1)
+            )
+            question = "Refer to the previous examples and segment the corresponding target in this image."
+            conversations = [
+                {"from": "human", "value": f"{before}Query: {IMAGE_TOKEN}\n{question}"},
+                {"from": "gpt", "value": SEG_TOKEN},
+            ]
         self._conversation(conversations, target)
         # In-context questions may show each example's mask as an image of its own.
         if self.turns and self.images_seen not in {len(images), len(images) + len(examples)}:
@@ -268,7 +255,6 @@ class _Inspection:
     # ---- images ----------------------------------------------------------------------------------------------------
 
     def _images(self) -> tuple[list[Example], list[Path]]:
-        """In-context examples (if any) and all images, the query last."""
         numbered = sorted((int(m[1]), key) for key in self.raw if (m := _NUMBERED_IMAGE.fullmatch(str(key))))
         if "icl_examples" in self.raw:
             listed, own = self.raw["icl_examples"], self.raw.get("image")
@@ -292,16 +278,7 @@ class _Inspection:
         names = own if isinstance(own, Sequence) and not isinstance(own, str) else [own]
         return examples, [*(one.image for one in examples), *(self._find(name, "image", "image") for name in names)]
 
-    def _in_context_target(self) -> Any:
-        if "target_mask" in self.raw:
-            return self.raw["target_mask"]
-        numbers = [int(m[1]) for key in self.raw if (m := _NUMBERED_IMAGE.fullmatch(str(key)))]
-        return (
-            self.raw.get(f"mask{max(numbers)}") if numbers and "icl_examples" not in self.raw else self.raw.get("mask")
-        )
-
     def _find(self, name: Any, kind: Literal["image", "mask", "region"], what: str) -> Path:
-        """The file that ``name`` means, in another spelling where only that exists: see ``_spellings``."""
         name = name.get("path") if isinstance(name, Mapping) and not name.get("bytes") else name
         if isinstance(name, Mapping | bytes) or (isinstance(name, str) and name.startswith("data:")):
             message = f"the {what} lies inside the file as encoded bytes; write it as a file and give its path"
@@ -429,18 +406,6 @@ def modality_of(file_name: str) -> str | None:
         return prefix
     other = _SA_MED2D_NAME.match(file_name)
     return other[1] if other else None
-
-
-def _default_in_context_turns(examples: int) -> list[dict[str, str]]:
-    shown = "".join(
-        f"Example {number}: {IMAGE_TOKEN}\nThe blue overlay is the reference segmentation mask.\n"
-        for number in range(1, examples + 1)
-    )
-    question = "Refer to the previous examples and segment the corresponding target in this image."
-    return [
-        {"from": "human", "value": f"{shown}Query: {IMAGE_TOKEN}\n{question}"},
-        {"from": "gpt", "value": SEG_TOKEN},
-    ]
 
 
 def with_seg_spelled(answer: str) -> str:

@@ -44,18 +44,13 @@ class Structure:
 
 @dataclass
 class Drawing:
-    """What one file of labels holds.
+    """What one file of labels holds."""
 
-    Attributes:
-        structures: name → place; empty ones are not in it.
-        names: of all that the file could show.
-        seen: bool along each axis: slices that the labels cover; None where that is all.
-        notes: (kind, sentence, fix) of what was taken another way than it is written.
-    """
-
-    structures: dict[str, Structure] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
+    structures: dict[str, Structure] = field(default_factory=dict)  # name → place; empty ones are not in it
+    names: tuple[str, ...] = ()  # of all that the file could show
+    # bool along each axis: slices that the labels cover; None where that is all
     seen: tuple[np.ndarray, ...] | None = None
+    # (kind, sentence, fix) of what was taken another way than it is written
     notes: list[tuple[str, str, str]] = field(default_factory=list)
 
     def add(self, name: str, inside: np.ndarray) -> None:
@@ -68,10 +63,7 @@ class Drawing:
 
 def place_labels(labels: np.ndarray, own: Grid, grid: Grid, drawing: Drawing) -> np.ndarray:
     """Labels in the order of ``grid.lps``; those of another lattice are resampled to the nearest voxel, which is noted.
-
-    Raises:
-        MedPLIBError: they do not overlap with the volume.
-    """
+    Raises MedPLIBError: they do not overlap with the volume."""
     covered = np.zeros(grid.lps.shape, dtype=bool)
     if (offset := grid.offset(own)) is not None:
         turned = own.to_lps(labels)
@@ -105,16 +97,14 @@ def place_labels(labels: np.ndarray, own: Grid, grid: Grid, drawing: Drawing) ->
 
 
 def read_label_nifti(path: Path, grid: Grid, names: Mapping[str, tuple[int, ...]], default: str = "") -> Drawing:
-    """The structures of a NIfTI file of labels.
+    """The structures of a NIfTI file of labels. Raises MedPLIBError: unreadable, several volumes, fractions of several
+    structures, or off the volume.
 
     Args:
         path: of the file.
         grid: of the volume.
         names: structure → its values.
         default: name of a file's only value, where ``names`` is empty.
-
-    Raises:
-        MedPLIBError: unreadable, several volumes, fractions of several structures, or off the volume.
     """
     source = read_nifti(path.read_bytes(), str(path), UNLIMITED, UNLIMITED)
     if source.volumes > 1:
@@ -159,15 +149,8 @@ def read_label_nifti(path: Path, grid: Grid, names: Mapping[str, tuple[int, ...]
 
 
 def read_dicom_seg(path: Path, grid: Grid) -> Drawing:
-    """The segments of a DICOM segmentation, binary, fractional (half and more) or a label map.
-
-    Args:
-        path: of the file.
-        grid: of the volume.
-
-    Raises:
-        MedPLIBError: damaged, or off the volume.
-    """
+    """The segments of a DICOM segmentation, binary, fractional (half and more) or a label map. Raises MedPLIBError:
+    damaged, or off the volume."""
     from highdicom.seg import segread
 
     def segments() -> Drawing:
@@ -188,14 +171,12 @@ def read_dicom_seg(path: Path, grid: Grid) -> Drawing:
 
 def read_rtstruct(path: Path, grid: Grid) -> Drawing:
     """The regions of an RTSTRUCT: closed contours of one slice are filled together by the even-odd rule, so a contour
-    inside of another one is a hole. A pixel is inside where its centre is.
+    inside of another one is a hole. A pixel is inside where its centre is. Raises MedPLIBError: damaged, or off the
+    volume.
 
     Args:
         path: of the file.
         grid: of the series, in its stored order: contours lie in its slices.
-
-    Raises:
-        MedPLIBError: damaged, or off the volume.
     """
     return followed(str(path), lambda: _regions(pydicom.dcmread(path, force=True), grid))
 

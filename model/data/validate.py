@@ -21,7 +21,7 @@ from model.data.schema import Finding, Sample, Severity, inspect_record, record_
 from model.errors import MedPLIBError, shown
 
 if TYPE_CHECKING:  # it imports torch, which few checks need
-    from model.data.lengths import LengthCheck
+    from model.data.packing import LengthCheck
 
 Progress = Callable[[int, int], None]
 
@@ -30,20 +30,13 @@ _CHUNK = 512  # records in flight: bounds memory whatever the file's length
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of one record.
+    """One problem of one record."""
 
-    Attributes:
-        record: number of the record in the file, from 0 (blank lines of JSON lines are not counted).
-        kind: stable word, ``missing_image`` say.
-        message: what is wrong, for people.
-        id: the record's own id, empty where it has none or cannot be parsed.
-        severity: ``error`` keeps the record out of training, ``repaired`` was mended on the way, ``warning`` is all.
-    """
-
-    record: int
-    kind: str
-    message: str
-    id: str = ""
+    record: int  # number of the record in the file, from 0 (blank lines of JSON lines are not counted)
+    kind: str  # stable word, ``missing_image`` say
+    message: str  # what is wrong, for people
+    id: str = ""  # the record's own id, empty where it has none or cannot be parsed
+    # ``error`` keeps the record out of training, ``repaired`` was mended on the way, ``warning`` is all
     severity: Severity = "error"
 
     def __str__(self) -> str:
@@ -113,7 +106,8 @@ def check_file(
 ) -> DataReport:
     """Check every record of a data file and report all problems at once.
 
-    The kinds of problem are listed in docs/data.md; keys that the format does not know are none.
+    The kinds of problem are listed in docs/data.md; keys that the format does not know are none. Raises MedPLIBError:
+    the file itself cannot be read as a list of records, or ``images_root`` is no folder.
 
     Args:
         path: JSON list, JSON lines or Parquet file.
@@ -122,9 +116,6 @@ def check_file(
         check_pixels: decode every image and mask once; without it only their existence is checked.
         workers: threads; by default as many as processors, at most 16.
         lengths: also counts tokens: ``too_long``, ``answer_cut`` (warning), ``region_not_asked``.
-
-    Raises:
-        MedPLIBError: the file itself cannot be read as a list of records, or ``images_root`` is no folder.
     """
     records, root = open_records(path), Path(images_root)
     if not root.is_dir():
@@ -160,8 +151,7 @@ def inspect_all(
 ) -> Iterator[tuple[int, RecordFacts | None, list[Problem]]]:
     """(number, facts or None where the record is unusable, problems) of all records, in order.
 
-    Without ``in_context``, records that carry solved examples are unusable: their reader shows the examples' masks.
-    """
+    Without ``in_context``, records that carry solved examples are unusable: their reader shows the examples' masks."""
 
     def one(number: int) -> tuple[int, RecordFacts | None, list[Problem]]:
         try:
@@ -181,8 +171,23 @@ def inspect_all(
         if sample is None or any(problem.severity == "error" for problem in problems):
             return number, None, problems
         labels = sample.task, sample.modality, sample.answer_type
-        mark, picture = _files_mark(sample, root), _picture_mark(sample)
-        return number, RecordFacts(name, *labels, mark, len(sample.images), tokens, picture), problems
+        mark, picture = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+        for path in (*sample.images, *sample.regions, *sample.masks):
+            try:  # sizes, not times: a data set that was copied is still the same
+                size = path.stat().st_size
+            except OSError:  # a merged mask that lies as instances
+                size = sum(part.stat().st_size for part in mask_files(path))
+            mark.update(f"{str(path)[len(str(root)) :]}\0{size}\0".encode(errors="surrogateescape"))
+        names = "\0".join(os.path.normpath(path.absolute()) for path in sample.images)
+        picture.update(names.encode(errors="surrogateescape"))
+        numbers = [int.from_bytes(digest.digest(), "little") for digest in (mark, picture)]
+        return (
+            number,
+            RecordFacts(
+                name, *labels, numbers[0], len(sample.images), tokens, (numbers[1] or 1) if sample.images else 0
+            ),
+            problems,
+        )
 
     count, threads = len(records), workers or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(max_workers=threads) as pool:
@@ -195,12 +200,7 @@ def inspect_all(
 
 @contextmanager
 def record_bar(what: str, *, shown: bool = True) -> Iterator[Progress]:
-    """Give the ``progress`` that ``check_file`` and ``MedPLIBDataset`` call; it goes when they are done.
-
-    Args:
-        what: stands before the bar.
-        shown: False draws nothing.
-    """
+    """Give the ``progress`` that ``check_file`` and ``MedPLIBDataset`` call; it goes when they are done."""
     with tqdm(unit="record", desc=what, leave=False, disable=None if shown else True) as bar:
 
         def show(done: int, total: int) -> None:
@@ -208,25 +208,6 @@ def record_bar(what: str, *, shown: bool = True) -> Iterator[Progress]:
             bar.update(done - bar.n)
 
         yield show
-
-
-def _files_mark(sample: Sample, root: Path) -> int:
-    """See ``RecordFacts``. Sizes, not times: a data set that was copied is still the same."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in (*sample.images, *sample.regions, *sample.masks):
-        try:
-            size = path.stat().st_size
-        except OSError:  # a merged mask that lies as instances
-            size = sum(part.stat().st_size for part in mask_files(path))
-        digest.update(f"{str(path)[len(str(root)) :]}\0{size}\0".encode(errors="surrogateescape"))
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _picture_mark(sample: Sample) -> int:
-    if not sample.images:
-        return 0
-    names = "\0".join(os.path.normpath(path.absolute()) for path in sample.images).encode(errors="surrogateescape")
-    return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), "little") or 1
 
 
 @dataclass(frozen=True)
@@ -280,16 +261,15 @@ class PixelCheck:
     def _remember(self, kind: str, path: Path) -> _Pixels:
         if (kind, path) not in self._known:  # two threads may decode the same file: harmless
             try:
-                self._known[kind, path] = self._decode_image(path) if kind == "image" else self._decode_mask(path)
+                self._known[kind, path] = self._decode(kind, path)
             except MedPLIBError as error:
                 self._known[kind, path] = _Pixels(None, fault=str(error))
         return self._known[kind, path]
 
-    def _decode_image(self, path: Path) -> _Pixels:
-        image = read_image(path, self._limits)
-        return _Pixels(image.size, warnings=tuple(("odd_header", note) for note in image.notes))
-
-    def _decode_mask(self, path: Path) -> _Pixels:
+    def _decode(self, kind: str, path: Path) -> _Pixels:
+        if kind == "image":
+            image = read_image(path, self._limits)
+            return _Pixels(image.size, warnings=tuple(("odd_header", note) for note in image.notes))
         data = read_mask_data(path, self._limits)
         mask, warnings = data.pixels, [("soft", data.note)] if data.note else []
         border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])

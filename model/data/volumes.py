@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from model.data.dicom import DicomFrames, Window, open_dicom
+from model.data.dicom import DicomFrames, Window, apply_window, open_dicom
 from model.data.image_io import ImageData, ReadLimits, file_kind, read_image
 from model.data.voxels import (
     MAX_VOLUME_BYTES,
@@ -33,7 +33,6 @@ from model.data.voxels import (
     read_series,
     series_in,
 )
-from model.data.windowing import apply_window
 from model.errors import MedPLIBError
 
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -41,12 +40,7 @@ Plane = Literal["axial", "coronal", "sagittal"]
 _PLANES: tuple[Plane, ...] = ("sagittal", "coronal", "axial")  # by the axis of a left-posterior-superior array
 _DOWN_AND_ACROSS = ((2, 1), (2, 0), (1, 0))  # the other axes, as a slice along each is shown
 _ANISOTROPIC = 1.5  # times coarser across slices than within: the plane that the scanner acquired
-CT_WINDOWS = {
-    "soft_tissue": (-160.0, 240.0),
-    "lung": (-1350.0, 150.0),
-    "bone": (-450.0, 1050.0),
-    "brain": (0.0, 80.0),
-}
+CT_WINDOWS = {"soft_tissue": (-160.0, 240.0), "lung": (-1350.0, 150.0), "bone": (-450.0, 1050.0), "brain": (0.0, 80.0)}
 """Name → (lower, upper) Hounsfield units."""
 
 
@@ -71,28 +65,19 @@ class Limits(Protocol):
 
 
 class Volume(ABC):
-    """One or several slices of one file.
+    """One or several slices of one file."""
 
-    Attributes:
-        kind: ``picture``, ``dicom`` or ``nifti``.
-        name: what messages call the file.
-        num_slices: at least 1.
-        size: (height, width) of a slice in pixels.
-        window: (centre, width) in the file's own values that a slider starts at; None where there is nothing to window.
-        spacing_mm: (row, column) distance of a slice's pixel centres; None where the file does not say.
-        planes: that slices can be taken along; empty where there is no choice.
-        plane: that they are taken along; None where the file does not know.
-        notes: what a viewer has to know of the file: volumes not shown, header fields mended or ignored.
-    """
-
-    kind: Literal["picture", "dicom", "nifti"]
-    name: str
-    num_slices: int = 1
-    size: tuple[int, int]
+    kind: Literal["picture", "dicom", "nifti"]  # ``picture``, ``dicom`` or ``nifti``
+    name: str  # what messages call the file
+    num_slices: int = 1  # at least 1
+    size: tuple[int, int]  # (height, width) of a slice in pixels
+    # (centre, width) in the file's own values that a slider starts at; None where there is nothing to window
     window: Window | None = None
+    # (row, column) distance of a slice's pixel centres; None where the file does not say
     spacing_mm: tuple[float, float] | None = None
-    planes: tuple[Plane, ...] = ()
-    plane: Plane | None = None
+    planes: tuple[Plane, ...] = ()  # that slices can be taken along; empty where there is no choice
+    plane: Plane | None = None  # that they are taken along; None where the file does not know
+    # what a viewer has to know of the file: volumes not shown, header fields mended or ignored
     notes: Sequence[str] = ()
 
     @abstractmethod
@@ -100,14 +85,12 @@ class Volume(ABC):
         """uint8 [H, W, 3] of a slice that exists."""
 
     def slice(self, index: int, window: Window | None = None) -> np.ndarray:
-        """One slice as uint8 [H, W, 3].
+        """One slice as uint8 [H, W, 3]. Raises MedPLIBError: there is no such slice, the window has no width, or the
+        slice is damaged.
 
         Args:
             index: from 0 to ``num_slices`` − 1.
             window: (centre, width) in place of the file's own; of no effect where ``self.window`` is None.
-
-        Raises:
-            MedPLIBError: there is no such slice, the window has no width, or the slice is damaged.
         """
         index = self.checked(index)
         if self.window is None or window is None:
@@ -129,22 +112,14 @@ class Volume(ABC):
         return encoded.getvalue()
 
     def along(self, plane: Plane) -> Volume:
-        """The same volume in slices of another plane.
-
-        Raises:
-            MedPLIBError: it cannot be cut that way.
-        """
+        """The same volume in slices of another plane. Raises MedPLIBError: it cannot be cut that way."""
         if plane == self.plane:
             return self
         choice = " or ".join(self.planes) or "none"
         raise MedPLIBError(f"{self.name} has no {plane} slices to choose; it can be cut {choice}")
 
     def checked(self, index: int) -> int:
-        """The index of a slice that exists, as an int.
-
-        Raises:
-            MedPLIBError: it does not.
-        """
+        """The index of a slice that exists, as an int. Raises MedPLIBError: it does not."""
         if not 0 <= index < self.num_slices:
             raise MedPLIBError(f"{self.name} has slices 1 to {self.num_slices}; there is no slice {int(index) + 1}")
         return int(index)
@@ -188,11 +163,8 @@ class Cut(NamedTuple):
 
 
 def cut(grid: Grid, plane: str = "acquired", limits: Limits | None = None) -> Cut:
-    """Slices of a grid along ``axial``, ``coronal`` or ``sagittal``, or along the plane it was acquired in.
-
-    Raises:
-        MedPLIBError: it has no such slices, or they do not keep the limits.
-    """
+    """Slices of a grid along ``axial``, ``coronal`` or ``sagittal``, or along the plane it was acquired in. Raises
+    MedPLIBError: it has no such slices, or they do not keep the limits."""
     shape, lengths, planes = grid.lps.shape, grid.lps.spacing, _planes(grid.lps.shape, limits)
     if not planes or (plane != "acquired" and plane not in planes):
         fitting = f"; at most {limits.max_frames:,} slices of {limits.max_pixels:,} pixels fit" if limits else ""
@@ -262,11 +234,7 @@ class VoxelVolume(Volume):
 
 
 def parse_window(words: Sequence[str]) -> tuple[float, float]:
-    """(lower, upper) of two numbers, or of a name of ``CT_WINDOWS``.
-
-    Raises:
-        MedPLIBError: neither.
-    """
+    """(lower, upper) of two numbers, or of a name of ``CT_WINDOWS``. Raises MedPLIBError: neither."""
     try:
         low, high = CT_WINDOWS[words[0]] if len(words) == 1 else map(float, words)
     except (KeyError, ValueError):
@@ -279,16 +247,14 @@ def parse_window(words: Sequence[str]) -> tuple[float, float]:
 
 
 def open_volume(data: bytes, name: str, limits: Limits) -> Volume:
-    """Open an upload: PNG, JPEG, TIFF, BMP, DICOM of one or several frames, NIfTI of two to four dimensions.
+    """Open an upload: PNG, JPEG, TIFF, BMP, DICOM of one or several frames, NIfTI of two to four dimensions. Raises
+    MedPLIBError: unreadable, damaged, two formats at once, too large, or none of these formats.
 
     Args:
         data: the file's bytes.
-        name: what somebody called the file; in messages, and its ending helps to recognise DICOM without a preamble.
-            Never opened.
+        name: what somebody called the file; in messages, and its ending helps to recognise DICOM without a
+            preamble. Never opened.
         limits: on bytes, pixels of a slice, and slices.
-
-    Raises:
-        MedPLIBError: unreadable, damaged, two formats at once, too large, or none of these formats.
     """
     if not isinstance(data, bytes | bytearray):
         raise TypeError(f"expected a file's bytes, got {type(data).__name__}")
@@ -317,14 +283,12 @@ def open_volume(data: bytes, name: str, limits: Limits) -> Volume:
 
 @lru_cache(maxsize=2)
 def open_path(path: Path, series: str = "") -> VoxelVolume:
-    """Open a NIfTI file or the DICOM series of a folder, of any size; the last two stay open.
+    """Open a NIfTI file or the DICOM series of a folder, of any size; the last two stay open. Raises MedPLIBError: it
+    cannot be read, is no volume, or the folder holds no or several series.
 
     Args:
         path: of the file or the folder.
         series: SeriesInstanceUID, where the folder has several.
-
-    Raises:
-        MedPLIBError: it cannot be read, is no volume, or the folder holds no or several series.
     """
     if path.is_dir():
         return VoxelVolume(read_series(series_in(path, series)), str(path))

@@ -88,27 +88,17 @@ class Grid:
 
 @dataclass(frozen=True)
 class Voxels:
-    """A volume as it is stored.
+    """A volume as it is stored."""
 
-    Attributes:
-        values: [X, Y, Z] in the file's own type and order.
-        scaling: (slope, intercept) that make real values of them.
-        affine: float64 [4, 4], from voxel indices to mm towards the right, the front and the head.
-        shape: of the file without its further volumes, 2 or 3 sides.
-        volumes: in the file.
-        range_shown: (smallest, largest) value that the file asks to be shown; None where it does not.
-        header: of nibabel, geometry only; None for a DICOM series.
-        modality: one of ``schema.MODALITIES`` where the file says it, else empty.
-    """
-
-    values: np.ndarray
-    scaling: tuple[float, float]
-    affine: np.ndarray
-    shape: tuple[int, ...]
-    volumes: int
+    values: np.ndarray  # [X, Y, Z] in the file's own type and order
+    scaling: tuple[float, float]  # (slope, intercept) that make real values of them
+    affine: np.ndarray  # float64 [4, 4], from voxel indices to mm towards the right, the front and the head
+    shape: tuple[int, ...]  # of the file without its further volumes, 2 or 3 sides
+    volumes: int  # in the file
+    # (smallest, largest) value that the file asks to be shown; None where it does not
     range_shown: tuple[float, float] | None
-    header: Any = None
-    modality: str = ""
+    header: Any = None  # of nibabel, geometry only; None for a DICOM series
+    modality: str = ""  # one of ``schema.MODALITIES`` where the file says it, else empty
 
     @cached_property
     def grid(self) -> Grid:
@@ -133,17 +123,14 @@ class Voxels:
 
 
 def read_nifti(content: bytes, name: str, max_voxels: int, max_bytes: int = MAX_VOLUME_BYTES) -> Voxels:
-    """Read the first volume of a ``.nii`` or ``.nii.gz`` file.
+    """Read the first volume of a ``.nii`` or ``.nii.gz`` file. Raises MedPLIBError: no NIfTI single file, values that
+    are no real numbers, too large, an orientation that cannot be followed, no finite value, damaged or cut short.
 
     Args:
         content: the whole file, compressed with gzip or not.
         name: what messages call the file.
         max_voxels: of the volume.
         max_bytes: of its values, decompressed, and what lies before them.
-
-    Raises:
-        MedPLIBError: no NIfTI single file, values that are no real numbers, too large, an orientation that cannot be
-            followed, no finite value, damaged or cut short.
     """
     try:
         with _opened(io.BytesIO(content)) as stream:
@@ -268,11 +255,7 @@ def _affine(header: Any, name: str) -> np.ndarray:
 
 
 def read_nifti_grid(path: Path) -> tuple[Grid, int]:
-    """Grid and number of volumes of a NIfTI file, from its header.
-
-    Raises:
-        MedPLIBError: as ``read_nifti``.
-    """
+    """Grid and number of volumes of a NIfTI file, from its header. Raises MedPLIBError: as ``read_nifti``."""
     try:
         with path.open("rb") as file, _opened(file) as stream:
             header = _read_header(stream, str(path))
@@ -299,17 +282,11 @@ def scan_dicom(files: Iterable[Path]) -> Iterator[tuple[Path, Any]]:
 
 @dataclass(frozen=True)
 class Series:
-    """The images of one DICOM series in one folder.
+    """The images of one DICOM series in one folder."""
 
-    Attributes:
-        folder: that they lie in.
-        uid: SeriesInstanceUID.
-        headers: (file, header) of each, as ``scan_dicom`` gives them.
-    """
-
-    folder: Path
-    uid: str
-    headers: tuple[tuple[Path, Any], ...]
+    folder: Path  # that they lie in
+    uid: str  # SeriesInstanceUID
+    headers: tuple[tuple[Path, Any], ...]  # (file, header) of each, as ``scan_dicom`` gives them
 
     @property
     def modality(self) -> str:
@@ -324,11 +301,8 @@ class Series:
 
     @cached_property
     def stack(self) -> tuple[list[Path], Grid]:
-        """Files from one end to the other, and the grid of their columns, rows and slices.
-
-        Raises:
-            MedPLIBError: the images make no volume: slices are missing, or several lie at one place.
-        """
+        """Files from one end to the other, and the grid of their columns, rows and slices. Raises MedPLIBError: the
+        images make no volume: slices are missing, or several lie at one place."""
         return followed(str(self.folder), self._stacked)
 
     def _stacked(self) -> tuple[list[Path], Grid]:
@@ -373,11 +347,7 @@ def find_series(files: Iterable[tuple[Path, Any]]) -> list[Series]:
 
 @lru_cache(maxsize=4)
 def series_in(folder: Path, uid: str = "") -> Series:
-    """The series of a folder; ``uid`` where there are several.
-
-    Raises:
-        MedPLIBError: there is none, or several.
-    """
+    """The series of a folder; ``uid`` where there are several. Raises MedPLIBError: there is none, or several."""
     found = [one for one in find_series(scan_dicom(sorted(folder.iterdir()))) if uid in ("", one.uid)]
     if len(found) != 1:
         raise MedPLIBError(f"{folder} holds {len(found)} DICOM series; give a folder of one series")
@@ -386,10 +356,7 @@ def series_in(folder: Path, uid: str = "") -> Series:
 
 def read_series(series: Series) -> Voxels:
     """The values of a series in modality units, [columns, rows, slices]: int16 where that holds them, else float32.
-
-    Raises:
-        MedPLIBError: the series makes no volume, or an image is damaged or has colours.
-    """
+    Raises MedPLIBError: the series makes no volume, or an image is damaged or has colours."""
     files, grid = series.stack
     values = []
     for path in files:

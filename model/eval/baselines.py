@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.builders.blind import blind_baseline, position_prior_dice
+from model.data.builders.questions import blind_baseline, position_prior_dice
 from model.data.image_io import read_mask
 from model.data.records import open_records
 from model.data.schema import canonical

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from model.data.dataset import MedPLIBDataset, MixedDataset
 from model.data.features import CachedFeatures, FeatureStore
 from model.data.image_io import read_image
-from model.data.lengths import LengthCheck
+from model.data.packing import LengthCheck
 from model.data.validate import record_bar
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM

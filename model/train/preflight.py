@@ -19,7 +19,7 @@ from torch import nn
 
 from model.checkpoint.directories import resolve
 from model.data.dataset import UnusableRecords, usable_records
-from model.data.lengths import LengthCheck
+from model.data.packing import LengthCheck
 from model.data.validate import RecordFacts, record_bar
 from model.errors import MedPLIBError
 from model.processing.conversation import TEMPLATES

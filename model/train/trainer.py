@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from model.checkpoint import export_published, save
-from model.data.lengths import LengthCheck, real_tokens
+from model.data.packing import LengthCheck, real_tokens
 from model.data.sampling import ResumableSampler
 from model.errors import MedPLIBError
 from model.modeling.medplib import MedPLIBForCausalLM

@@ -166,7 +166,7 @@ def unpacked(commit: str, folder: Path) -> Path:
 
 def mixed_records(folder: Path, images: int) -> list[str]:
     """Phantoms of both sizes below ``folder``; the recipe values that train on them."""
-    from model.data.builders.phantom import build_phantoms
+    from model.data.phantom import build_phantoms
 
     files, roots = [], []
     for size in SIZES:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from model.data.augmentation import AugmentationConfig, augment_image_and_masks, tells_colors, tells_places
+from model.data.augmentation import AugmentationConfig, augment_pictures, tells_colors, tells_places
 from model.data.dataset import MedPLIBDataset
 from model.data.sampling import Draw
 from model.errors import MedPLIBError
@@ -28,9 +28,12 @@ def picture(size: tuple[int, int] = (96, 120)) -> tuple[np.ndarray, list[np.ndar
 
 def changed(config: AugmentationConfig, seed: int, **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     image, masks = picture()
-    return augment_image_and_masks(
-        image, masks, np.random.default_rng(seed), config, **{"flip_allowed": True, **options}
-    )
+    return augment_one(image, masks, np.random.default_rng(seed), config, **{"flip_allowed": True, **options})
+
+
+def augment_one(image: np.ndarray, *arguments: Any, **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    (changed,), masks = augment_pictures([image], *arguments, **options)
+    return changed, masks
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
@@ -50,12 +53,12 @@ def test_masks_follow_the_picture() -> None:
     assert moved > 20
 
 
-def test_uint8_masks_keep_their_values_and_nothing_is_changed_in_place() -> None:
+def test_uint8_masks_keep_values_and_inputs_stay() -> None:
     image, masks = picture()
     copies = image.copy(), masks[0].copy()
     numbers = masks[0].astype(np.uint8) * 255
     strong = AugmentationConfig(preset="strong")
-    _, (found,) = augment_image_and_masks(image, [numbers], np.random.default_rng(1), strong, flip_allowed=True)
+    _, (found,) = augment_one(image, [numbers], np.random.default_rng(1), strong, flip_allowed=True)
     assert found.dtype == np.uint8 and set(np.unique(found)) == {0, 255}
     assert np.array_equal(image, copies[0]) and np.array_equal(masks[0], copies[1])
 
@@ -90,7 +93,7 @@ def test_targets_at_the_edge_are_not_cut_off() -> None:
     far = AugmentationConfig(translation=(1, 0.6))
     unmoved = 0
     for seed in range(60):
-        _, (found,) = augment_image_and_masks(image, [mask], np.random.default_rng(seed), far, flip_allowed=True)
+        _, (found,) = augment_one(image, [mask], np.random.default_rng(seed), far, flip_allowed=True)
         assert found.sum() >= mask.sum() / 2
         unmoved += np.array_equal(found, mask)
     assert 0 < unmoved < 40
@@ -99,9 +102,9 @@ def test_targets_at_the_edge_are_not_cut_off() -> None:
 def test_colors_change_in_color_pictures_alone() -> None:
     colors = AugmentationConfig(hue=(1, 30), saturation=(1, 0.5))
     grey = np.repeat(np.random.default_rng(0).integers(0, 256, (40, 40, 1), np.uint8), 3, axis=2)
-    same, _ = augment_image_and_masks(grey, [], np.random.default_rng(0), colors, flip_allowed=True)
+    same, _ = augment_one(grey, [], np.random.default_rng(0), colors, flip_allowed=True)
     assert np.array_equal(same, grey)
-    noisy, _ = augment_image_and_masks(
+    noisy, _ = augment_one(
         grey, [], np.random.default_rng(0), AugmentationConfig(noise=(1, 9), blur=(1, 2)), flip_allowed=True
     )
     assert not np.array_equal(noisy, grey) and (noisy == noisy[..., :1]).all()
@@ -144,7 +147,7 @@ def test_texts_without_places(text: str) -> None:
     assert not tells_colors([text])
 
 
-def test_colors_are_told() -> None:
+def test_texts_about_colors_are_recognized() -> None:
     assert tells_colors(["What color is it?"]) and tells_colors(["Which colour?"]) and tells_colors(["H&E staining"])
 
 

@@ -22,8 +22,7 @@ from pycocotools import mask as coco
 
 from model.cli import main
 from model.data.builders.build import BuildSettings, build_dataset, recognize
-from model.data.builders.cases import ReadOptions
-from model.data.builders.names import patient_of
+from model.data.builders.cases import ReadOptions, patient_of
 from model.data.builders.questions import unrelated
 from model.data.image_io import read_mask
 from model.data.validate import check_file
@@ -260,11 +259,16 @@ def test_openai_messages_keep_their_turns(tmp_path: Path) -> None:
     assert {one["task"] for one in made} == {"region"} and problems(tmp_path / "out")
 
 
-def test_sa_med2d_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("published", [False, True], ids=["id to name", "name to id"])
+def test_sa_med2d_names(tmp_path: Path, published: bool) -> None:
     assert main(["data", "build", "phantom", "--out", str(tmp_path / "in"), "--num-images", "12"]) == 0
     for file in (tmp_path / "in").glob("*.json"):
         if "class_mapping" not in file.name:
             file.unlink()
+        elif published:  # as SA-Med2D-20M has it
+            listed = json.loads(file.read_text())
+            turned = {name: {called: int(number) for number, called in of.items()} for name, of in listed.items()}
+            file.write_text(json.dumps(turned))
     dataset = build(tmp_path / "in", tmp_path / "out")
     assert dataset["kind"] == "sa-med2d" and sum(count["images"] for count in dataset["counts"].values()) == 12
 
@@ -380,7 +384,7 @@ def test_dry_run_writes_nothing_and_a_stop_is_resumed(tmp_path: Path) -> None:
         assert (out / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
-def test_sides_are_asked_only_where_clear(tmp_path: Path) -> None:
+def test_side_questions_need_a_clear_side(tmp_path: Path) -> None:
     for number in range(20):
         picture(tmp_path / "in/images" / f"{number}.png", number)
         left = (1, 20, 12)[number % 3]
@@ -437,7 +441,7 @@ def test_wrong_input_ends_in_a_sentence(
         ("left lung", "right lung", True),
     ],
 )
-def test_a_name_inside_another_is_told_from_it(present: str, absent: str, clear: bool) -> None:
+def test_a_name_inside_another_is_distinguished(present: str, absent: str, clear: bool) -> None:
     assert bool(unrelated([absent], [present])) is clear
 
 

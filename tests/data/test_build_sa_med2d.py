@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,18 +15,18 @@ import pytest
 from PIL import Image
 
 from model.cli import main
+from model.data.builders.cases import SplitPlan
 from model.data.builders.jobs import Execution
 from model.data.builders.sa_med2d import Quota, SaMed2dSettings, absent_names, build_sa_med2d
 from model.data.builders.sa_med2d_index import (
     BUCKETS,
     Source,
+    bucket_file,
     list_names,
-    names_of,
     parse_image_name,
     parse_mask_name,
     spoken_name,
 )
-from model.data.builders.splits import SplitPlan
 from model.data.dataset import usable_records
 from model.data.image_io import read_mask
 from model.data.records import open_records
@@ -287,66 +281,18 @@ def test_two_workers_give_the_same_bytes(native: Path, built: Path, tmp_path: Pa
     same_files(built, tmp_path, ("index.parquet", *RECORDS, "findings_sa-med2d.jsonl"))
 
 
+def test_records_as_parquet_are_the_same(native: Path, built: Path, tmp_path: Path) -> None:
+    build_sa_med2d(settings(native, tmp_path, form="parquet"), Execution())
+    for name in RECORDS:
+        rows = list(open_records((tmp_path / name).with_suffix(".parquet")))
+        assert rows == list(open_records(built / name))
+
+
 def test_a_second_run_does_nothing(native: Path, built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file() and path.name != "lock"}
     reports = build_sa_med2d(settings(native, built), Execution())
     assert [report.did_nothing for report in reports] == [True, True]
     assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-@pytest.mark.slow
-def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    make_native(source, 16).finish()
-    out, straight = tmp_path / "out", tmp_path / "straight"
-    process = subprocess.Popen([sys.executable, "-c", KILLABLE, str(source), str(out)], cwd=ROOT)
-    deadline = time.monotonic() + 300
-    while len(list((out / ".build/sa-med2d/parts").glob("of_*/part_?????.json"))) < 3:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "train.parquet").exists()
-    build_killable(source, straight, 1)
-    build_killable(source, out, 2)
-    same_files(straight, out, ("index.parquet", "train.parquet", "validation.parquet", "test.parquet"))
-    assert check_file(out / "train.parquet", source).ok
-
-
-def build_killable(source: Path, out: Path, workers: int) -> None:
-    """In many small pieces, so that there is a middle to be killed in."""
-    quota = Quota.parse("200")
-    few = SaMed2dSettings(source, out, quota=quota, merge="asked", form="parquet", images_a_piece=4)
-    build_sa_med2d(few, Execution(workers))
-
-
-KILLABLE = """
-import sys
-from pathlib import Path
-sys.path.insert(0, "tests/data")
-from test_build_sa_med2d import build_killable
-build_killable(Path(sys.argv[1]), Path(sys.argv[2]), 2)
-"""
-
-
-def test_one_run_at_a_time_reads_the_names(native: Path, tmp_path: Path) -> None:
-    own = settings(native, tmp_path)
-    lock = tmp_path / ".build/sa-med2d-index/lock"
-    lock.parent.mkdir(parents=True)
-    with lock.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(MedPLIBError, match="another run builds sa-med2d-index in"):
-            build_sa_med2d(own, Execution())
-    build_sa_med2d(own, Execution())
-
-
-def test_a_disk_that_is_full_of_names_is_told(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("model.data.builders.sa_med2d.list_names", full)
-    with pytest.raises(MedPLIBError, match="is full; what is done is kept"):
-        build_sa_med2d(settings(native, tmp_path), Execution())
 
 
 def test_results_do_not_go_among_the_files_that_are_listed(native: Path, tmp_path: Path) -> None:
@@ -363,9 +309,9 @@ def test_names_that_a_killed_process_left_are_cleared_away(native: Path, tmp_pat
     (left / "000.txt").write_text("half")
     list_names(Source.open(native), tmp_path, lambda _: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "list", "masks"]
-    assert sum(len(names_of(tmp_path, "images", bucket)) for bucket in range(BUCKETS)) == len(
-        [*(native / "images").iterdir()]
-    )
+    assert sum(
+        len(bucket_file(tmp_path / "images", bucket).read_bytes().splitlines()) for bucket in range(BUCKETS)
+    ) == len([*(native / "images").iterdir()])
 
 
 def test_quotas_are_spread_over_data_sets_and_classes(native: Path, tmp_path: Path) -> None:
@@ -404,7 +350,7 @@ def test_the_list_alone_is_enough_for_an_index(native: Path, built: Path, tmp_pa
     assert all(rows[path] == seen[path] for path in both)
 
 
-def test_wrong_sources_and_flags_are_told_in_a_sentence(
+def test_wrong_sources_and_flags_end_in_a_sentence(
     native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(*flags: str, source: Path = native) -> str:

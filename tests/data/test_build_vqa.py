@@ -49,7 +49,7 @@ def test_vqa_rad_in_two_files_is_known_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("language", "train", "test"), [("en", 2, 1), ("zh", 1, 1), ("all", 3, 2)])
-def test_slake_is_asked_in_the_language_wanted(tmp_path: Path, language: str, train: int, test: int) -> None:
+def test_slake_in_the_language_wanted(tmp_path: Path, language: str, train: int, test: int) -> None:
     source = native.slake(tmp_path / "raw")
     made = built("slake", source, tmp_path / "out", "--language", language)
     assert (len(made["train"]), len(made["test"])) == (train, test)
@@ -117,7 +117,7 @@ def test_pmc_vqa_shows_its_choices(tmp_path: Path) -> None:
     assert [row["kind"] for row in findings(tmp_path / "out", "vqa")] == ["bad_row", "bad_row"]
 
 
-def test_omnimedvqa_is_asked_as_evaluation_asks_it(tmp_path: Path) -> None:
+def test_omnimedvqa_questions_are_those_of_evaluation(tmp_path: Path) -> None:
     source = native.omnimedvqa(tmp_path / "raw")
     made = built("omnimedvqa", source, tmp_path / "out")
     assert set(made) == {"open_access"}  # of the other half no image is there

@@ -105,7 +105,7 @@ def test_bad_records_are_refused_with_their_numbers(folder: Any) -> None:
         assert part in str(caught.value)
 
 
-def test_bad_records_are_skipped_and_counted_when_asked(folder: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_records_are_skipped_and_counted_on_demand(folder: Any, caplog: pytest.LogCaptureFixture) -> None:
     records = [folder.vqa(image="images/none.png"), folder.vqa(id="a"), folder.vqa(id="b", image=folder.image[:-4])]
     with caplog.at_level(logging.WARNING):
         dataset = open_dataset(folder, records, on_bad_record="skip")

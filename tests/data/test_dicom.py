@@ -20,7 +20,7 @@ from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
 from model.data.dicom import IDENTIFIERS, PLACE, DicomFrames, first_line, open_dicom
-from model.data.image_io import read_image
+from model.data.image_io import ReadLimits, read_image, read_mask
 from model.errors import MedPLIBError
 
 
@@ -77,9 +77,7 @@ def slices(count: int = 3, side: int = 8) -> FileDataset:
     for number in range(count):
         own = Dataset()
         own.PlanePositionSequence = [element(ImagePositionPatient=[10, 20, 3 * number])]
-        own.PixelValueTransformationSequence = [
-            element(RescaleSlope=1 + number, RescaleIntercept=0, RescaleType="US"),
-        ]
+        own.PixelValueTransformationSequence = [element(RescaleSlope=1 + number, RescaleIntercept=0, RescaleType="US")]
         own.FrameVOILUTSequence = [element(WindowCenter=30, WindowWidth=40 + number)]
         own.FrameContentSequence = [element(FrameComments="seen by Dr Secret")]
         data.PerFrameFunctionalGroupsSequence.append(own)
@@ -126,7 +124,7 @@ def test_monochrome1_is_inverted_with_any_window() -> None:
         assert np.array_equal(inverse.frame(0, window), 255 - plain.frame(0, window))
 
 
-def test_frames_have_the_window_rescaling_and_place_of_their_functional_groups() -> None:
+def test_frames_use_their_functional_groups() -> None:
     opened = frames(written(slices()))
     assert (opened.window, opened.spacing_mm) == ((30.0, 40.0), (0.5, 0.25))
     stored = np.arange(64).reshape(8, 8)
@@ -296,7 +294,7 @@ def test_look_up_tables_with_odd_descriptors(keyword: str, descriptor: Any, data
     assert any(keyword in note for note in image.notes) == (noted is not False)
 
 
-def test_the_first_value_of_a_table_is_signed_where_the_values_are() -> None:
+def test_first_value_of_a_table_is_signed_as_the_values() -> None:
     values = np.tile(np.arange(-128, 128, dtype="<i2"), (2, 1))
     for first in (-128, 65408):
         vr = "SS" if first < 0 else "US"
@@ -409,10 +407,7 @@ def refused() -> dict[str, tuple[Callable[[], bytes], str]]:
     small = shipped("MR_small.dcm")
     return {
         "frames that are not there": (lambda: altered("MR_small.dcm", NumberOfFrames=50), "header, with 50 frames"),
-        "compressed frames that are not there": (
-            lambda: film_of(90),
-            "has 90 frames by its header but holds 30",
-        ),
+        "compressed frames that are not there": (lambda: film_of(90), "has 90 frames by its header but holds 30"),
         "more frames than allowed": (
             lambda: altered("MR_small.dcm", NumberOfFrames=2**31 - 1),
             "more than the limit of 100",
@@ -480,3 +475,67 @@ def test_no_cut_makes_anything_but_a_sentence() -> None:
                 opened.place(index)
         except MedPLIBError as error:
             assert "\n" not in str(error)
+
+
+HOUNSFIELD = np.array([[0, 924, 1024], [1064, 1104, 3000]], dtype=np.int16)
+
+
+def test_dicom_window_comes_from_the_file() -> None:
+    window = {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": [40, 500], "WindowWidth": [401, 2000]}
+    pixels = read_image(grey(HOUNSFIELD, **window)).pixels[:, :, 0]
+    values = HOUNSFIELD.astype(float) - 1024
+    expected = np.clip((values - 39.5) / 400 + 0.5, 0, 1) * 255
+    assert np.abs(pixels - expected).max() <= 0.5
+    inverted = read_image(grey(HOUNSFIELD, **window, PhotometricInterpretation="MONOCHROME1")).pixels[:, :, 0]
+    assert np.array_equal(inverted, 255 - pixels)
+    exact = read_image(grey(HOUNSFIELD, **window, VOILUTFunction="LINEAR_EXACT")).pixels[:, :, 0]
+    assert np.abs(exact - np.clip((values - 40) / 401 + 0.5, 0, 1) * 255).max() <= 0.5
+    sigmoid = read_image(grey(HOUNSFIELD, **window, VOILUTFunction="SIGMOID")).pixels[:, :, 0]
+    assert np.abs(sigmoid - 255 / (1 + np.exp(-4 * (values - 40) / 401))).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "spacing"),
+    [
+        ("CT_small.dcm", (128, 128), (0.661468, 0.661468)),
+        ("MR_small_bigendian.dcm", (64, 64), (0.3125, 0.3125)),
+        ("MR_small_RLE.dcm", (64, 64), (0.3125, 0.3125)),
+        ("SC_rgb_rle_16bit.dcm", (100, 100), (1.0, 1.0)),
+        ("SC_ybr_full_422_uncompressed.dcm", (100, 100), (1.0, 1.0)),
+        ("examples_palette.dcm", (350, 800), None),
+    ],
+)
+def test_real_dicom_files(name: str, size: tuple[int, int], spacing: tuple[float, float] | None) -> None:
+    data = read_image(shipped(name))
+    assert (data.size, data.spacing_mm) == (size, spacing)
+    assert data.pixels.max() > 200
+    assert data.pixels.std() > 10
+
+
+def test_the_same_dicom_in_other_encodings_shows_the_same() -> None:
+    one, other = (read_image(shipped(f"MR_small{form}.dcm")).pixels for form in ("", "_RLE"))
+    assert np.array_equal(one, other)
+    eight, sixteen = (read_image(shipped(f"SC_rgb_rle{form}.dcm")).pixels for form in ("", "_16bit"))
+    assert np.abs(eight.astype(int) - sixteen).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("examples_ybr_color.dcm", "holds 30 frames"),
+        ("rtplan.dcm", "holds no DICOM image (modality RTPLAN)"),
+        ("MR_truncated.dcm", "cut short"),
+        ("JPEG-lossy.dcm", "compressed as JPEG Extended"),
+    ],
+)
+def test_dicom_files_that_are_no_single_picture_are_refused(name: str, expected: str) -> None:
+    with pytest.raises(MedPLIBError) as caught:
+        read_image(shipped(name))
+    assert expected in str(caught.value)
+
+
+def test_dicom_limits_and_masks() -> None:
+    with pytest.raises(MedPLIBError, match="more than the limit"):
+        read_image(shipped("CT_small.dcm"), ReadLimits(max_pixels=1000))
+    with pytest.raises(MedPLIBError, match="a mask is a PNG"):
+        read_mask(shipped("CT_small.dcm"))

@@ -125,7 +125,7 @@ def test_a_bomb_is_not_decompressed() -> None:
 
 
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
-def test_written_labels_have_the_geometry_of_the_source_to_the_bit(kind: Any) -> None:
+def test_written_labels_have_the_geometry_of_the_source(kind: Any) -> None:
     source = kind(RNG.random((5, 4, 3)).astype(np.float32), OBLIQUE)
     source.set_sform(OBLIQUE, code=2)
     source.set_qform(OBLIQUE, code=1)
@@ -148,7 +148,7 @@ def test_written_labels_have_the_geometry_of_the_source_to_the_bit(kind: Any) ->
     assert b"MedPLIB" in written
 
 
-def test_labels_longer_than_nifti_1_can_tell_are_written_as_nifti_2() -> None:
+def test_labels_too_long_for_nifti_1_become_nifti_2() -> None:
     for length, kind in ((32_767, nibabel.Nifti1Image), (32_768, nibabel.Nifti2Image)):
         labels = np.ones((length, 2, 1), dtype=np.uint8)
         back = kind.from_bytes(gzip.decompress(write_nifti(labels, np.diag([0.5, 2.0, 1.0, 1.0]))))
@@ -156,7 +156,7 @@ def test_labels_longer_than_nifti_1_can_tell_are_written_as_nifti_2() -> None:
         assert back.header.get_zooms() == (0.5, 2.0, 1.0)
 
 
-def test_damage_anywhere_in_a_header_ends_in_a_volume_or_a_sentence() -> None:
+def test_header_damage_ends_in_a_volume_or_a_sentence() -> None:
     plain = image(np.arange(60, dtype=np.int16).reshape(5, 4, 3)).to_bytes()
     rng = np.random.default_rng(1)
     for _ in range(300):

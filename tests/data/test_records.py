@@ -57,7 +57,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_reads_alike_in_any_order_after_pickling_and_from_threads(tmp_path: Path, form: str) -> None:
+def test_every_form_reads_alike_pickled_and_in_threads(tmp_path: Path, form: str) -> None:
     records = open_records(write(tmp_path / "data", form))
     assert len(records) == 7
     assert [records[index] for index in (6, 0, 3, -1)] == [RECORDS[index] for index in (6, 0, 3, 6)]
@@ -104,9 +104,7 @@ def test_memory_holds_offsets_not_records(tmp_path: Path) -> None:
         ("PAR1 nonsense", "not a readable Parquet file"),
     ],
 )
-def test_a_file_whose_records_cannot_be_told_apart_is_refused_with_the_place(
-    tmp_path: Path, text: str, expected: str
-) -> None:
+def test_inseparable_records_are_refused_with_the_place(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "data.json"
     path.write_text(text)
     with pytest.raises(MedPLIBError) as caught:
@@ -135,7 +133,7 @@ def test_a_broken_record_leaves_the_others_readable(tmp_path: Path, text: str, e
     assert expected in str(caught.value)
 
 
-def test_bytes_that_are_not_utf8_are_told_with_their_place(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": "\xe9t\xe9"}\n')
     with pytest.raises(MedPLIBError, match="record 1, line 2, column 8: not UTF-8"):
@@ -161,7 +159,7 @@ def test_a_file_that_changed_is_noticed_by_a_worker(tmp_path: Path) -> None:
         pickle.loads(state)
 
 
-def test_values_that_are_no_objects_do_not_hide_the_other_records(tmp_path: Path) -> None:
+def test_values_that_are_no_objects_hide_no_other_record(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     long = ["é" * 7000, 7]  # beyond the first piece that is looked at
     values = [{"a": 1}, ["a list", {"é": "]"}], "text", 7, None, {"b": 2}, long, {"c": 3}]

@@ -38,7 +38,7 @@ def test_every_record_is_seen_and_only_padding_is_seen_twice(world_size: int, ba
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_the_same_global_batch_means_the_same_steps_on_any_number_of_ranks(group: bool) -> None:
+def test_same_global_batch_gives_same_steps_on_any_ranks(group: bool) -> None:
     one, two, eight = (steps(ranks(size, 8 // size, group_by_length=group)) for size in (1, 2, 8))
     assert one == two == eight
 
@@ -116,7 +116,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         sampler.load_state_dict({**sampler.state_dict(), "records": 11})
 
 
-def test_a_grouped_order_of_other_batches_is_refused_in_the_midst_of_an_epoch() -> None:
+def test_grouped_order_of_other_batches_is_refused_mid_epoch() -> None:
     begun = ranks(2, 4, group_by_length=True)[0]
     fresh = begun.state_dict()
     begun.advance()
@@ -167,7 +167,7 @@ def test_balanced_weights_even_out_labels() -> None:
         balanced_weights(labels, {"region": 1})
 
 
-def test_grouping_puts_like_lengths_together_and_keeps_batches_shuffled() -> None:
+def test_grouping_joins_like_lengths_and_shuffles_batches() -> None:
     lengths = np.random.default_rng(0).integers(10, 1000, 4096)
     spread = {}
     for group in (False, True):
@@ -181,8 +181,7 @@ def test_grouping_puts_like_lengths_together_and_keeps_batches_shuffled() -> Non
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"batch_size": 0}, {"batch_size": 1, "rank": 2, "world_size": 2}, {"batch_size": 1, "weights": [1.0]}],
+    "options", [{"batch_size": 0}, {"batch_size": 1, "rank": 2, "world_size": 2}, {"batch_size": 1, "weights": [1.0]}]
 )
 def test_impossible_settings_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(MedPLIBError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from model.data.builders.vetting import mended
+from model.data.builders.published import Vetting
 from model.data.schema import Sample, inspect_record, modality_of, parse_record
 from model.errors import MedPLIBError
 from model.eval.questions import references_of
@@ -87,7 +87,7 @@ def test_a_region_named_before_its_image_belongs_to_the_first(folder: Any) -> No
     assert parse_record(raw, folder.root).region_images == (0,)
 
 
-def test_a_missing_suffix_is_mended_and_told(folder: Any) -> None:
+def test_a_missing_suffix_is_mended_and_reported(folder: Any) -> None:
     raw = folder.grounding(image=folder.image.removesuffix(".png"))
     raw["conversations"][1]["value"] = f"<SEG><mask>{folder.mask.removesuffix('.png')}</mask>"
     sample, findings = inspect_record(raw, folder.root)
@@ -293,7 +293,7 @@ def test_layouts_of_other_programs_are_read(folder: Any, raw: dict[str, Any], na
     assert raw == before
     asked = list(references_of(raw, 0))
     assert [(reference.prompt, reference.gt) for reference in asked] == [("Which?", "A CT.")]
-    written = mended(raw, sample, folder.root)
+    written = Vetting(folder.root, check_pixels=False).mended(raw, sample)
     assert texts(parse_record(written, folder.root)) == WORDED and "messages" not in written
     json.dumps(written)
 
@@ -322,7 +322,7 @@ def test_paths_spelled_otherwise_are_found_and_mended(folder: Any, spell: Any) -
     assert len(findings) == 4 and sorted(set(kinds_)) == ["path_spelling", "seg_spelling"]
     assert sample is not None and sample.images == (folder.root / image,)
     assert sample.masks == sample.regions == (folder.root / region,)
-    written = mended(raw, sample, folder.root)
+    written = Vetting(folder.root, check_pixels=False).mended(raw, sample)
     again, left = inspect_record(written, folder.root)
     assert left == [] and again is not None and again.turns == sample.turns and written["image"] == image
 

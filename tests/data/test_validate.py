@@ -97,7 +97,7 @@ def test_all_problems_come_at_once_with_record_numbers(folder: Any) -> None:
     assert not {"unreadable_image", "size_mismatch", "empty_mask"} & {problem.kind for problem in schema_only.problems}
 
 
-def test_a_repaired_record_fails_the_check_and_a_repeated_id_does_not(folder: Any) -> None:
+def test_a_repaired_record_fails_the_check_a_repeated_id_not(folder: Any) -> None:
     repeated = check_file(folder.write_records([folder.vqa(), folder.vqa()]), folder.root)
     assert [(problem.record, problem.kind, problem.severity) for problem in repeated.problems] == [
         (1, "duplicate_id", "warning")

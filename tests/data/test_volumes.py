@@ -180,7 +180,7 @@ def test_spacing_and_plane_follow_the_voxels() -> None:
     assert (first.notes, first.along("sagittal").notes, tuple(volume.notes)) == (("volume 1 of 2",),) * 2 + ((),)
 
 
-def test_the_first_window_of_a_volume_is_the_file_s_or_leaves_out_the_rarest_values() -> None:
+def test_first_window_of_a_volume_is_the_file_s_or_percentiles() -> None:
     values = np.random.default_rng(0).normal(40, 10, (20, 20, 20))
     values[0, 0, 0], values[1, 1, 1] = 30_000, np.nan
     image = nibabel.Nifti1Image(values, np.eye(4))
@@ -233,7 +233,7 @@ def refused() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("case", refused())
-def test_what_cannot_be_shown_is_told_in_one_sentence(case: str) -> None:
+def test_unreadable_uploads_end_in_one_sentence(case: str) -> None:
     data, reason = refused()[case]
     with pytest.raises(MedPLIBError, match=reason) as raised:
         opened(data, "../../etc/x\n<b>.png")

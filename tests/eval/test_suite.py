@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from model.cli import main
-from model.data.builders.blind import blind_baseline
+from model.data.builders.questions import blind_baseline
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval import suite_run

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.checkpoint import save
-from model.data.builders.phantom import build_phantoms
+from model.data.phantom import build_phantoms
 from model.modeling.medplib import MedPLIBForCausalLM
 from model.processing.processor import MedPLIBProcessor, ProcessorSettings
 from model.processing.special_tokens import SEG_TOKEN

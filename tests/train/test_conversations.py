@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.data.dataset import MedPLIBDataset, MixedDataset
-from model.data.lengths import LengthCheck
+from model.data.packing import LengthCheck
 from model.modeling.configuration import IGNORE_INDEX
 from model.processing.conversation import Turn
 from model.train import recipe_from

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from model.checkpoint import load
-from model.data.builders.phantom_scenes import CLASS_IDS
+from model.data.phantom.scenes import CLASS_IDS
 from model.errors import MedPLIBError
 from model.inference.engine import Engine, Request
 from model.inference.generation import GenerationSettings

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,12 +21,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from model.data.builders.cases import Case, Layout, Problem, ReadOptions, Source
-from model.data.builders.jobs import whole_file
-from model.data.builders.names import file_key, named_patient, patient_of, without_suffix
-from model.data.builders.questions import SeenCase, SeenMask, blind_of, label_name, records_of
-from model.data.builders.splits import SplitPlan, draw, exact_sizes
-from model.data.builders.vetting import path_from
+from model.data.builders.cases import (
+    Case,
+    Problem,
+    ReadOptions,
+    Recognize,
+    Source,
+    SplitPlan,
+    draw,
+    exact_sizes,
+    file_key,
+    named_patient,
+    patient_of,
+    without_suffix,
+)
+from model.data.builders.jobs import write_bytes
+from model.data.builders.published import path_from
+from model.data.builders.questions import SeenCase, SeenMask, blind_baseline, label_name, records_of
 from model.data.image_io import MaskData, read_image
 from model.errors import MedPLIBError, shown
 
@@ -44,68 +56,56 @@ _HELD_OUT = ("test", "validation", "train")  # what is in an earlier one is in n
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a build is asked for, beside its source.
+    """What a build is asked for, beside its source."""
 
-    Attributes:
-        options: how the source is read.
-        kind: a layout's name; empty to recognize it.
-        splits: split → share of the patients; None takes the source's splits, else ``DEFAULT_SPLITS``.
-        seed: of splits, wordings and choices.
-        ask_modality: ask for the modality even if all images have the same.
-    """
-
-    options: ReadOptions = field(default_factory=ReadOptions)
-    kind: str = ""
+    options: ReadOptions = field(default_factory=ReadOptions)  # how the source is read
+    kind: str = ""  # a layout's name; empty to recognize it
+    # split → share of the patients; None takes the source's splits, else ``DEFAULT_SPLITS``
     splits: Mapping[str, float] | None = None
-    seed: int = 0
-    ask_modality: bool = False
+    seed: int = 0  # of splits, wordings and choices
+    ask_modality: bool = False  # ask for the modality even if all images have the same
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All cases of a source with their splits, before a pixel is read.
+    """All cases of a source with their splits, before a pixel is read."""
 
-    Attributes:
-        source: the recognized source, whose problems include those of splitting.
-        cases: in the source's order, each with its patient.
-        split_of: key of a case → its split.
-    """
-
-    source: Source
-    cases: tuple[Case, ...]
-    split_of: Mapping[str, str]
+    source: Source  # the recognized source, whose problems include those of splitting
+    cases: tuple[Case, ...]  # in the source's order, each with its patient
+    split_of: Mapping[str, str]  # key of a case → its split
 
 
-def layouts() -> list[Layout]:
-    """Readers of layouts, in the order in which they are asked."""
+def layouts() -> list[tuple[str, Recognize]]:
+    """Kinds of layouts and their readers, in the order in which they are asked."""
     from model.data.builders import image_layouts, table_layouts, volume_layouts
 
     return [
-        *image_layouts.NAMED,
-        *table_layouts.NAMED,
-        *volume_layouts.LAYOUTS,
-        *table_layouts.TABLES,
-        *image_layouts.FOLDERS,
+        ("sa-med2d", image_layouts.recognize_sa_med2d),
+        ("conversations", table_layouts.recognize_conversations),
+        ("coco", table_layouts.recognize_coco),
+        ("nnunet", partial(volume_layouts.recognize_dataset_json, "nnunet")),
+        ("msd", partial(volume_layouts.recognize_dataset_json, "msd")),
+        ("volume_table", volume_layouts.recognize_volume_table),
+        ("volumes", volume_layouts.recognize_volumes),
+        ("table", table_layouts.recognize_table),
+        ("masks", image_layouts.recognize_masks),
+        ("classes", image_layouts.recognize_classes),
     ]
 
 
 def recognize(root: Path, options: ReadOptions | None = None, kind: str = "") -> Source:
-    """What lies at ``root``.
-
-    Raises:
-        MedPLIBError: nothing is there, no layout fits, or not the one given as ``kind``.
-    """
+    """What lies at ``root``. Raises MedPLIBError: nothing is there, or no layout fits, or not the ``kind`` given."""
     options = options or ReadOptions()
     readers = layouts()
-    kinds = sorted({reader.kind for reader in readers})
+    kinds = sorted(name for name, _ in readers)
     if kind and kind not in kinds:
         raise MedPLIBError(f"--kind {shown(kind)} is no layout; give one of {', '.join(kinds)}")
     if not root.exists():
         raise MedPLIBError(f"{root} does not exist; give a folder or a file of your data")
     if (root / DATASET).is_file() and FORMAT in (root / DATASET).read_text(encoding="utf-8", errors="replace")[:4096]:
         raise MedPLIBError(f"{root} is a built folder already; give it to medplib finetune or medplib eval as it is")
-    for reader in readers:
-        if kind in ("", reader.kind) and (source := reader.recognize(root, options)) is not None:
+    for name, reader in readers:
+        if kind in ("", name) and (source := reader(root, options)) is not None:
             return source
     raise MedPLIBError(
         f"{root} is not recognized as {kind or 'any of ' + ', '.join(kinds)}; give the folder that holds images with "
@@ -114,11 +114,8 @@ def recognize(root: Path, options: ReadOptions | None = None, kind: str = "") ->
 
 
 def list_cases(root: Path, settings: BuildSettings) -> Listing:
-    """Recognize a source, list its cases and give each a split.
-
-    Raises:
-        MedPLIBError: it is not recognized, has no case, or a pattern or share cannot be used.
-    """
+    """Recognize a source, list its cases and give each a split. Raises MedPLIBError: it is not recognized, has no case,
+    or a pattern or share cannot be used."""
     source = recognize(root, settings.options, settings.kind)
     try:
         pattern = re.compile(settings.options.patient_pattern) if settings.options.patient_pattern else None
@@ -205,7 +202,6 @@ def _split(
 
 
 def _see(case: Case, out: Path, write: bool) -> tuple[SeenCase | None, list[Problem]]:
-    """Read one case; masks, and pictures without a file of their own, are written below ``out``."""
     problems: list[Problem] = []
     try:
         image = read_image(case.image) if isinstance(case.image, Path) else case.image()
@@ -262,7 +258,7 @@ def _see_chunk(cases: Sequence[Case], out: Path, partial: Path | None) -> list[A
         [_see(case, out, partial is not None) for case in cases], default=lambda problem: problem.__dict__
     )
     if partial is not None:
-        _write(partial, plain.encode())
+        write_bytes(partial, plain.encode())
     return json.loads(plain)
 
 
@@ -293,7 +289,8 @@ def build_dataset(
     report: Callable[[str], object] = lambda line: None,
     progress: Callable[[int], object] = lambda cases: None,
 ) -> dict[str, Any]:
-    """Build ``out`` from the source ``root``; what a stopped build left is used again.
+    """Build ``out`` from the source ``root``; what a stopped build left is used again. Returns the content of
+    ``out/dataset.json``. Raises MedPLIBError: the source cannot be used, or ``out`` holds something else.
 
     Args:
         root: a folder or file of any layout.
@@ -304,12 +301,6 @@ def build_dataset(
         overwrite: replace a build of other settings or another source.
         report: takes lines on what is recognized, split, left out and written.
         progress: takes the number of cases that were just read.
-
-    Returns:
-        The content of ``out/dataset.json``.
-
-    Raises:
-        MedPLIBError: the source cannot be used, or ``out`` holds something else.
     """
     settings = settings or BuildSettings()
     if out is None:
@@ -344,9 +335,13 @@ def build_dataset(
         report("nothing is written (--dry-run)")
         return dataset
     for file, made in records.items():
-        _write(out / file, json.dumps(made, ensure_ascii=False, indent=1).encode())
-    _write(out / PROBLEMS, _problems_csv(problems).encode())
-    _write(out / DATASET, json.dumps(dataset, ensure_ascii=False, indent=1).encode())
+        write_bytes(out / file, json.dumps(made, ensure_ascii=False, indent=1).encode())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("kind", "file", "message", "fix"))
+    writer.writerows((one.kind, one.file, one.message, one.fix) for one in problems)
+    write_bytes(out / PROBLEMS, text.getvalue().encode())
+    write_bytes(out / DATASET, json.dumps(dataset, ensure_ascii=False, indent=1).encode())
     shutil.rmtree(out / _PARTIAL, ignore_errors=True)
     report(f"wrote {len(records)} files of {sum(map(len, records.values()))} records to {out}, where their paths start")
     return dataset
@@ -355,7 +350,6 @@ def build_dataset(
 def _described(
     root: Path, listing: Listing, pairs: Mapping[str, Sequence[tuple[Case, SeenCase]]], settings: BuildSettings
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """What ``dataset.json`` says, and the records of each file."""
     name = root.resolve().stem if root.is_file() else root.resolve().name
     names: dict[str | None, set[str]] = defaultdict(set)
     values: dict[str, set[str]] = defaultdict(set)
@@ -391,7 +385,8 @@ def _described(
             "targets": sum(len(seen.masks) for _, seen in pairs[split]),
             "records": {task: len(made[task]) for task in TASKS},
         }
-        blind[split] = blind_of(by_split.get("train", ()), records)
+        guessed = blind_baseline(by_split.get("train") or records, records)
+        blind[split] = {kind: round(share, 3) for kind, share in guessed.items()}
     dataset = {
         "format": FORMAT,
         "name": name,
@@ -413,7 +408,6 @@ def _described(
 
 
 def _table(dataset: Mapping[str, Any], problems: Sequence[Problem]) -> Iterator[str]:
-    """What is said of a build: splits, targets, blind answers, problems."""
     yield f"{'split':<12}{'cases':>8}{'images':>8}{'targets':>9}{'vqa':>8}{'grounding':>11}{'region':>8}  blind"
     for split, count in dataset["counts"].items():
         row = f"{split:<12}{count['cases']:>8}{count['images']:>8}{count['targets']:>9}"
@@ -441,7 +435,6 @@ def _plain_settings(settings: BuildSettings) -> dict[str, Any]:
 
 
 def _fingerprint(root: Path, listing: Listing, settings: BuildSettings) -> str:
-    """A digest of what the build is asked for and of the source's files by size and time of change."""
     digest = blake2b(json.dumps([str(root.resolve()), _plain_settings(settings)]).encode(), digest_size=16)
     if settings.options.names:
         digest.update(settings.options.names.read_bytes())
@@ -465,11 +458,8 @@ def _fingerprint(root: Path, listing: Listing, settings: BuildSettings) -> str:
 
 
 def _prepare(out: Path, fingerprint: str, overwrite: bool) -> dict[str, Any] | None:
-    """Make ``out`` ready; what it holds if this very build is finished there.
-
-    Raises:
-        MedPLIBError: it holds another build and ``overwrite`` is not given, or anything else.
-    """
+    """Make ``out`` ready; what it holds if this very build is finished there. Raises MedPLIBError: it holds another
+    build and ``overwrite`` is not given, or anything else."""
     mark, done = out / _PARTIAL / "fingerprint", {}
     if (out / DATASET).is_file():
         with suppress(ValueError):
@@ -487,30 +477,15 @@ def _prepare(out: Path, fingerprint: str, overwrite: bool) -> dict[str, Any] | N
         (out / DATASET).unlink(missing_ok=True)
         for folder in ("masks", "images", _PARTIAL, *done.get("splits", DEFAULT_SPLITS)):
             shutil.rmtree(out / folder, ignore_errors=True)
-    _write(mark, fingerprint.encode())
+    write_bytes(mark, fingerprint.encode())
     return None
 
 
-def _problems_csv(problems: Sequence[Problem]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("kind", "file", "message", "fix"))
-    writer.writerows((one.kind, one.file, one.message, one.fix) for one in problems)
-    return text.getvalue()
-
-
 def _relative(root: Path, text: str) -> str:
-    """A text whose ``<mask>`` and ``<region>`` paths are as records below ``root`` hold them."""
     return _PATH.sub(lambda match: f"<{match[1]}>{path_from(root, Path(match[2]))}</{match[1]}>", text)
 
 
 def _write_png(path: Path, image: Image.Image) -> None:
     stream = io.BytesIO()
     image.save(stream, "PNG")
-    _write(path, stream.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with whole_file(path) as stream:
-        stream.write(content)
+    write_bytes(path, stream.getvalue())

@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.builders.cases import Case, Layout, Problem, ReadOptions, Source, Target
-from model.data.builders.names import (
+from model.data.builders.cases import (
     SPLIT_WORDS,
+    Case,
     Names,
+    Problem,
+    ReadOptions,
+    Source,
+    Target,
     composed,
     file_key,
     image_files,
@@ -26,7 +30,7 @@ from model.data.builders.names import (
     split_in,
     without_suffix,
 )
-from model.data.builders.sa_med2d_index import parse_image_name, parse_mask_name, spoken_name
+from model.data.builders.sa_med2d_index import parse_image_name, parse_mask_name, read_class_names, spoken_name
 from model.data.builders.vqa_rows import modality_name
 from model.data.image_io import MAX_MASK_LEVELS, MaskData, read_image, read_labels, read_mask_data
 from model.data.schema import MODALITIES, modality_of
@@ -49,11 +53,8 @@ _MOST_CLASSES = 30
 
 
 def modality_stated(options: ReadOptions, stated: str, path: str) -> str | None:
-    """A modality that the user, the source or the file's name says; None where none of ours is said.
-
-    Raises:
-        MedPLIBError: the user's is unknown.
-    """
+    """A modality that the user, the source or the file's name says; None where none of ours is said. Raises
+    MedPLIBError: the user's is unknown."""
     if options.modality and modality_name(options.modality) not in MODALITIES:
         raise MedPLIBError(f"--modality {shown(options.modality)} is unknown; give one of {', '.join(MODALITIES)}")
     found = modality_name(options.modality or stated)
@@ -68,11 +69,8 @@ class LegendReader:
         self.names: Names | None = read_names(options.names) if options.names else _legend_in(root)
 
     def targets(self, masks: Sequence[Any], name: str) -> Iterator[Target]:
-        """The targets of an image's masks that are called ``name`` (empty where nothing says).
-
-        Raises:
-            MedPLIBError: nothing says what they show.
-        """
+        """The targets of an image's masks that are called ``name`` (empty where nothing says). Raises MedPLIBError:
+        nothing says what they show."""
         files = tuple(masks)
         if not name and self.names is not None and self.names.kind in ("value", "color"):
             values: dict[str, list[str]] = {}
@@ -91,14 +89,8 @@ class LegendReader:
         yield Target(name, partial(read_union, files), str(files[0]))
 
     def look(self, masks: Sequence[Path]) -> str:
-        """Find out by some masks without a name of their own what they are, and a legend if they need one.
-
-        Returns:
-            ``masks``, ``label maps`` or ``color maps``.
-
-        Raises:
-            MedPLIBError: colors have no names.
-        """
+        """Find out by some masks without a name of their own what they are, and a legend if they need one. Returns
+        ``masks``, ``label maps`` or ``color maps``. Raises MedPLIBError: colors have no names."""
         if not masks or self.names is not None:
             kind = self.names.kind if self.names is not None else ""
             return {"value": "label maps", "color": "color maps"}.get(kind, "masks")
@@ -181,11 +173,8 @@ def _content(file: Any) -> Any:
 
 
 def read_union(files: Sequence[Any]) -> MaskData:
-    """Foreground of any of ``files``, which are of one size.
-
-    Raises:
-        MedPLIBError: one is unreadable, or they differ in size.
-    """
+    """Foreground of any of ``files``, which are of one size. Raises MedPLIBError: one is unreadable, or they differ in
+    size."""
     parts = [read_mask_data(_content(file)) for file in files]
     if any(part.pixels.shape != parts[0].pixels.shape for part in parts):
         raise MedPLIBError(f"the masks of one structure differ in size ({', '.join(map(str, files))})")
@@ -203,11 +192,8 @@ def _map(file: Any, color: bool) -> NDArray[Any]:
 
 
 def read_values(files: Sequence[Any], keys: Sequence[str], color: bool, known: Sequence[str] = ()) -> MaskData:
-    """Pixels of label maps that hold one of the values, or "r g b" colors, ``keys``; notes those not ``known``.
-
-    Raises:
-        MedPLIBError: a map is unreadable, or no label map.
-    """
+    """Pixels of label maps that hold one of the values, or "r g b" colors, ``keys``; notes those not ``known``. Raises
+    MedPLIBError: a map is unreadable, or no label map."""
     maps = [_map(file, color) for file in files]
     nameless = set()
     if known:
@@ -233,42 +219,33 @@ def _text(value: int, color: bool) -> str:
 
 @dataclass
 class _Files:
-    """The pictures below a folder: images by path without suffix, and masks as (image key, class, file)."""
-
     images: dict[str, str] = field(default_factory=dict)
     masks: list[tuple[str, str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-class MaskLayout:
+def recognize_masks(root: Path, options: ReadOptions) -> Source | None:
     """Images with masks: ``a_mask.png`` beside ``a.png``, ``masks/a.png``, ``liver/a.png`` beside ``images/a.png``."""
-
-    kind = "masks"
-
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """A folder in which masks are found by their names."""
-        if not root.is_dir():
-            return None
-        root = _single_folder(root)
-        found = sort_files(root, options)
-        if not found.masks:
-            return None
-        problems = list(found.problems)
-        reader = LegendReader(options, problems, root)
-        nameless = [root / file for _, name, file in found.masks if not name]
-        what = reader.look(nameless)
-        classes = _class_folders(found.images)
-        names = sorted({name for _, name, _ in found.masks if name})
-        if nameless and what == "masks" and not options.target:
-            next(reader.targets(nameless[:1], ""))  # raises
-        legend = (
-            list(dict.fromkeys(reader.names.names.values())) if nameless and what != "masks" and reader.names else []
-        )
-        named = ", ".join([*names, *legend, *([options.target] if nameless and what == "masks" else [])])
-        said = f"{len(found.images)} images and {len(found.masks)} {what} of {named}"
-        said += f"; classes by folder: {', '.join(sorted(set(classes.values())))}" if classes else ""
-        cases = partial(_masked_cases, root, options, found, reader, classes, len(problems))
-        return Source(self.kind, said, cases, problems, _terms(root))
+    if not root.is_dir():
+        return None
+    root = _single_folder(root)
+    found = sort_files(root, options)
+    if not found.masks:
+        return None
+    problems = list(found.problems)
+    reader = LegendReader(options, problems, root)
+    nameless = [root / file for _, name, file in found.masks if not name]
+    what = reader.look(nameless)
+    classes = _class_folders(found.images)
+    names = sorted({name for _, name, _ in found.masks if name})
+    if nameless and what == "masks" and not options.target:
+        next(reader.targets(nameless[:1], ""))  # raises
+    legend = list(dict.fromkeys(reader.names.names.values())) if nameless and what != "masks" and reader.names else []
+    named = ", ".join([*names, *legend, *([options.target] if nameless and what == "masks" else [])])
+    said = f"{len(found.images)} images and {len(found.masks)} {what} of {named}"
+    said += f"; classes by folder: {', '.join(sorted(set(classes.values())))}" if classes else ""
+    cases = partial(_masked_cases, root, options, found, reader, classes, len(problems))
+    return Source("masks", said, cases, problems, _terms(root))
 
 
 def sort_files(root: Path, options: ReadOptions) -> _Files:
@@ -332,7 +309,6 @@ def sort_files(root: Path, options: ReadOptions) -> _Files:
 
 
 def _called(table: Names | None, root: Path, relative: str, tokens: Sequence[str]) -> str:
-    """What a mask shows: by the table of names, else by the end of its name or its folder; empty where none says."""
     if table is not None and table.kind == "file":
         key = table.of_file(root, relative)
         return table.names[key] if key else ""
@@ -376,7 +352,6 @@ def _case(root: Path, relative: str, options: ReadOptions, targets: tuple[Target
 
 
 def _single_folder(root: Path) -> Path:
-    """The folder below ``root`` that holds more than one folder, as archives have one around their content."""
     while len(inside := [path for path in root.iterdir() if path.name[0] != "."]) == 1 and inside[0].is_dir():
         if _is_image_folder(inside[0].name) or inside[0].name.casefold() in SPLIT_WORDS:
             break
@@ -385,7 +360,6 @@ def _single_folder(root: Path) -> Path:
 
 
 def _image_of(parents: Sequence[str], stem: str, bare: dict[str, list[str]]) -> str | None:
-    """The image named ``stem``: the only one, or the only one whose folders are most like the mask's."""
     listed = bare.get(stem, [])
     if len(listed) < 2:
         return listed[0] if listed else None
@@ -431,105 +405,94 @@ def _class_folders(images: dict[str, str]) -> dict[str, str]:
     )
 
 
-class ClassLayout:
-    """A folder of images for each class, without masks."""
+def recognize_classes(root: Path, options: ReadOptions) -> Source | None:
+    """A folder of images for each class, two at least, without masks."""
+    problems: list[Problem] = []
+    root = _single_folder(root) if root.is_dir() else root
+    images = {without_suffix(file): file for file in image_files(root, problems)} if root.is_dir() else {}
+    classes = _class_folders(images)
+    if not classes:
+        return None
+    table = read_names(options.names) if options.names else None
+    for folder in sorted({(root / file).parent.parent for file in images.values()}):
+        for empty in sorted(folder.iterdir()):
+            if empty.is_dir() and not any(image_files(empty, [])):
+                fix = "add images, or remove the folder"
+                problems.append(Problem("empty_class", str(empty), "the folder of this class has no image", fix))
+    if table is not None:
+        named = {name: table.of_class(name) or table.of_class(name.replace(" ", "_")) for name in classes.values()}
+        classes = {image: table.names[key] if (key := named[name]) else name for image, name in classes.items()}
+    counts = Counter(classes.values())
+    said = f"folders per class: {', '.join(f'{name} {count}' for name, count in sorted(counts.items()))} images"
 
-    kind = "classes"
+    def cases() -> Iterator[Case]:
+        for key, relative in images.items():
+            yield _case(root, relative, options, (), classes[key])
 
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """At least two folders with images."""
-        problems: list[Problem] = []
-        root = _single_folder(root) if root.is_dir() else root
-        images = {without_suffix(file): file for file in image_files(root, problems)} if root.is_dir() else {}
-        classes = _class_folders(images)
-        if not classes:
-            return None
-        table = read_names(options.names) if options.names else None
-        for folder in sorted({(root / file).parent.parent for file in images.values()}):
-            for empty in sorted(folder.iterdir()):
-                if empty.is_dir() and not any(image_files(empty, [])):
-                    fix = "add images, or remove the folder"
-                    problems.append(Problem("empty_class", str(empty), "the folder of this class has no image", fix))
-        if table is not None:
-            named = {name: table.of_class(name) or table.of_class(name.replace(" ", "_")) for name in classes.values()}
-            classes = {image: table.names[key] if (key := named[name]) else name for image, name in classes.items()}
-        counts = Counter(classes.values())
-        said = f"folders per class: {', '.join(f'{name} {count}' for name, count in sorted(counts.items()))} images"
-        cases = partial(_classed_cases, root, options, images, classes)
-        return Source(self.kind, said, cases, problems, _terms(root))
-
-
-def _classed_cases(root: Path, options: ReadOptions, images: dict[str, str], classes: dict[str, str]) -> Iterator[Case]:
-    for key, relative in images.items():
-        yield _case(root, relative, options, (), classes[key])
+    return Source("classes", said, cases, problems, _terms(root))
 
 
 # ---- SA-Med2D ------------------------------------------------------------------------------------------------------
 
 
-class SaMed2dLayout:
+def recognize_sa_med2d(root: Path, options: ReadOptions) -> Source | None:
     """``images/ct_00--SET--CASE--SLICE.png`` with ``masks/STEM--CLASS_INSTANCE.png``."""
+    folders = [root / "images", root / "masks"]
+    if not all(folder.is_dir() for folder in folders):
+        return None
+    problems: list[Problem] = []
+    names = [Path(file).name for file in image_files(root / "images", problems)]
+    if not names or any(parse_image_name(name) is None for name in names[:20]):
+        return None
+    tables = sorted(root.glob("*class_mapping_id.json"))
+    classes = read_class_names(tables[0]) if tables else {}
+    masks: dict[str, dict[tuple[str, int], list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for relative in image_files(root / "masks", problems):
+        mask = parse_mask_name(Path(relative).name)
+        if mask is not None:
+            masks[mask.image_stem][mask.class_text, mask.class_id].append(root / "masks" / relative)
+    said = f"SA-Med2D names: {len(names)} images, {sum(map(len, masks.values()))} structures in them"
+    return Source(
+        "sa-med2d",
+        said,
+        lambda: _sa_med2d_cases(root, options, names, masks, classes, problems),
+        problems,
+        _terms(root),
+    )
 
-    kind = "sa-med2d"
 
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """Folders ``images`` and ``masks`` whose names are of that form."""
-        folders = [root / "images", root / "masks"]
-        if not all(folder.is_dir() for folder in folders):
-            return None
-        problems: list[Problem] = []
-        names = [Path(file).name for file in image_files(root / "images", problems)]
-        if not names or any(parse_image_name(name) is None for name in names[:20]):
-            return None
-        tables = sorted(root.glob("*class_mapping_id.json"))
-        classes = json.loads(tables[0].read_text(encoding="utf-8")) if tables else {}
-        masks: dict[str, dict[tuple[str, int], list[Path]]] = defaultdict(lambda: defaultdict(list))
-        for relative in image_files(root / "masks", problems):
-            mask = parse_mask_name(Path(relative).name)
-            if mask is not None:
-                masks[mask.image_stem][mask.class_text, mask.class_id].append(root / "masks" / relative)
-        said = f"SA-Med2D names: {len(names)} images, {sum(map(len, masks.values()))} structures in them"
-        return Source(
-            self.kind, said, lambda: self._cases(root, options, names, masks, classes, problems), problems, _terms(root)
+def _sa_med2d_cases(
+    root: Path, options: ReadOptions, names: list[str], masks: Any, classes: Any, problems: list[Problem]
+) -> Iterator[Case]:
+    problems.clear()
+    for name in names:
+        image = parse_image_name(name)
+        if image is None:
+            fix = "rename it to MODALITY_NN--SET--CASE--SLICE.png"
+            problems.append(Problem("odd_name", str(root / "images" / name), "its name is of another form", fix))
+            continue
+        known = classes.get(image.dataset, {})
+        targets = []
+        for (_, number), files in sorted(masks.get(Path(name).stem, {}).items()):
+            called = spoken_name(known[number]) if number in known else None
+            if called is None:
+                fix = "add it to SAMed2D_v1_class_mapping_id.json"
+                problems.append(Problem("mask_without_name", str(files[0]), f"class {number} has no name", fix))
+            else:
+                targets.append(Target(called, partial(read_union, tuple(sorted(files))), str(files[0])))
+        yield Case(
+            key=file_key(Path(name).stem),
+            image=root / "images" / name,
+            targets=tuple(targets),
+            patient=f"{image.dataset} {image.case}",
+            modality=modality_stated(options, image.modality, name),
+            origin=str(root / "images" / name),
         )
-
-    def _cases(
-        self, root: Path, options: ReadOptions, names: list[str], masks: Any, classes: Any, problems: list[Problem]
-    ) -> Iterator[Case]:
-        problems.clear()
-        for name in names:
-            image = parse_image_name(name)
-            if image is None:
-                fix = "rename it to MODALITY_NN--SET--CASE--SLICE.png"
-                problems.append(Problem("odd_name", str(root / "images" / name), "its name is of another form", fix))
-                continue
-            known = {int(number): called for number, called in classes.get(image.dataset, {}).items()}
-            targets = []
-            for (_, number), files in sorted(masks.get(Path(name).stem, {}).items()):
-                called = spoken_name(known[number]) if number in known else None
-                if called is None:
-                    fix = "add it to SAMed2D_v1_class_mapping_id.json"
-                    problems.append(Problem("mask_without_name", str(files[0]), f"class {number} has no name", fix))
-                else:
-                    targets.append(Target(called, partial(read_union, tuple(sorted(files))), str(files[0])))
-            yield Case(
-                key=file_key(Path(name).stem),
-                image=root / "images" / name,
-                targets=tuple(targets),
-                patient=f"{image.dataset} {image.case}",
-                modality=modality_stated(options, image.modality, name),
-                origin=str(root / "images" / name),
-            )
 
 
 def _terms(root: Path) -> str:
-    """The first line of a licence file that lies in the source."""
     for file in sorted(root.glob("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")):
         if file.is_file():
             lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             return next((line.strip()[:200] for line in lines if line.strip()), "")
     return ""
-
-
-NAMED: list[Layout] = [SaMed2dLayout()]
-FOLDERS: list[Layout] = [MaskLayout(), ClassLayout()]

@@ -28,10 +28,10 @@ import signal
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
@@ -40,6 +40,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from model.errors import MedPLIBError, shown
@@ -67,38 +68,23 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Execution:
-    """How a build is done; nothing here changes its files.
+    """How a build is done; nothing here changes its files."""
 
-    Attributes:
-        workers: processes; 1 works in this one.
-        overwrite: start anew, whatever is there.
-        same_source: the user says that a source that looks changed is what it was.
-    """
-
-    workers: int = 1
-    overwrite: bool = False
-    same_source: bool = False
+    workers: int = 1  # processes; 1 works in this one
+    overwrite: bool = False  # start anew, whatever is there
+    same_source: bool = False  # the user says that a source that looks changed is what it was
 
 
 @dataclass(frozen=True)
 class Build:
-    """What is built.
+    """What is built."""
 
-    Attributes:
-        out: folder of the results; made if absent.
-        name: of the builder; several may share one folder.
-        settings: everything that changes the files, as JSON values; an absolute path is the place of a source.
-        outputs: the files; the function writes to them by name.
-        source: changes when the source does, say ``fingerprint(files)``.
-        unit: of the pieces' sizes.
-    """
-
-    out: Path
-    name: str
-    settings: Mapping[str, Any]
-    outputs: tuple[Output, ...]
-    source: Mapping[str, Any] = field(default_factory=dict)
-    unit: str = "record"
+    out: Path  # folder of the results; made if absent
+    name: str  # of the builder; several may share one folder
+    settings: Mapping[str, Any]  # all that changes the files, as JSON; an absolute path is the place of a source
+    outputs: tuple[Output, ...]  # the files; the function writes to them by name
+    source: Mapping[str, Any] = field(default_factory=dict)  # changes when the source does, say ``fingerprint(files)``
+    unit: str = "record"  # of the pieces' sizes
 
     @property
     def all_outputs(self) -> tuple[Output, ...]:
@@ -170,6 +156,7 @@ class Part:
     def __init__(self, outputs: Sequence[Output]) -> None:
         self.lines: dict[str, list[bytes]] = {output.name: [] for output in outputs}
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.found: dict[str, list[str]] = defaultdict(list)
         self._findings = outputs[-1].name
 
     def write(self, output: str, record: Mapping[str, Any]) -> None:
@@ -187,6 +174,7 @@ class Part:
     def find(self, kind: str, message: str, **about: Any) -> None:
         """List something that was wrong, dropped or mended; ``kind`` is a stable word, ``about`` says where."""
         self.write(self._findings, {"kind": kind, "message": message, **about})
+        self.found[kind].append(message)
 
 
 Work = Callable[[Any, Any, Part], None]
@@ -212,18 +200,30 @@ def run_build(
     if execution.workers < 1:
         raise MedPLIBError(f"--workers is {execution.workers}; give at least 1")
     try:
-        with _lock(build):
+        build.folder.parent.mkdir(parents=True, exist_ok=True)
+        with build.folder.with_name("lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process dies
+            except BlockingIOError:
+                raise MedPLIBError(
+                    f"another run builds {build.name} in {build.out} at this moment; wait for its end or name another "
+                    "--out"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                    raise  # else a file system without locks: parts are whole or absent all the same
             finished = None if execution.overwrite else finished_report(build, same_source=execution.same_source)
             if finished is not None:
                 return finished
             _claim(build, execution)
             pieces, context = prepare()
-            _write_json(build.state, build.identity)
-            parts = build.folder / f"of_{len(pieces)}"  # so that parts of other pieces are not taken for these
-            _do_missing(build, parts, pieces, partial(_do, build, parts, work, context), execution)
-            report = _join(build, parts, len(pieces), start)
-            _write_json(build.out / f"report_{build.name}.json", asdict(report))
-            _write_json(build.state, {**build.identity, "report": asdict(report)})
+            write_json(build.state, build.identity)
+            folder = build.folder / f"of_{len(pieces)}"  # so that parts of other pieces are not taken for these
+            parts = [folder / f"part_{number:05d}" for number in range(len(pieces))]
+            _do_missing(build, parts, pieces, partial(_do, build.all_outputs, work, context), execution)
+            report = _join(build, parts, start)
+            write_json(build.out / f"report_{build.name}.json", asdict(report))
+            write_json(build.state, {**build.identity, "report": asdict(report)})
             shutil.rmtree(build.folder, ignore_errors=True)
             return report
     except KeyboardInterrupt:
@@ -240,23 +240,6 @@ def run_build(
         ) from error
 
 
-@contextmanager
-def _lock(build: Build) -> Iterator[None]:
-    """Keep others out of the build; the kernel drops the lock of a process that dies."""
-    build.folder.parent.mkdir(parents=True, exist_ok=True)
-    with build.folder.with_name("lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MedPLIBError(
-                f"another run builds {build.name} in {build.out} at this moment; wait for its end or name another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-                raise  # else a file system without locks: parts are whole or absent all the same
-        yield
-
-
 def finished_report(build: Build, *, same_source: bool = False) -> BuildReport | None:
     """The report of the same build; None where it did not end, or one of its files is gone or changed."""
     state = _read_json(build.state)
@@ -268,7 +251,7 @@ def finished_report(build: Build, *, same_source: bool = False) -> BuildReport |
         if not (file := build.out / name).is_file() or file.stat().st_size != facts["bytes"]:
             return None
     if state != (moved := {**state, **build.identity}):  # is said once
-        _write_json(build.state, moved)
+        write_json(build.state, moved)
     return report
 
 
@@ -311,10 +294,10 @@ def _difference(begun: Mapping[str, Any], build: Build, same_source: bool) -> st
 
 
 def _do_missing(
-    build: Build, parts: Path, pieces: Sequence[Piece], do: Callable[[int, Any], None], execution: Execution
+    build: Build, parts: Sequence[Path], pieces: Sequence[Piece], do: Callable[[Path, Any], None], execution: Execution
 ) -> None:
-    missing = [number for number in range(len(pieces)) if _read_json(_part(parts, number, "json")) is None]
-    total, left = (sum(pieces[number].size for number in numbers) for numbers in (range(len(pieces)), missing))
+    missing = [(part, piece) for part, piece in zip(parts, pieces, strict=True) if not part.exists()]
+    total, left = sum(piece.size for piece in pieces), sum(piece.size for _, piece in missing)
     workers = min(execution.workers, len(missing))
     with tqdm(
         total=total,
@@ -325,14 +308,14 @@ def _do_missing(
         disable=None if missing else True,  # None: where there is no terminal
     ) as bar:
         if workers <= 1:
-            for number in missing:
-                do(number, pieces[number].what)
-                bar.update(pieces[number].size)
+            for part, piece in missing:
+                do(part, piece.what)
+                bar.update(piece.size)
             return
         # Fresh processes: forked from one whose libraries run threads, they can inherit a held lock and hang.
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
         try:
-            futures = {pool.submit(do, number, pieces[number].what): pieces[number].size for number in missing}
+            futures = {pool.submit(do, part, piece.what): piece.size for part, piece in missing}
             for future in as_completed(futures):
                 future.result()
                 bar.update(futures[future])
@@ -345,18 +328,20 @@ def _do_missing(
             pool.shutdown(cancel_futures=True)
 
 
-def _part(parts: Path, number: int, output: str) -> Path:
-    return parts / f"part_{number:05d}.{output.replace('/', '+')}"
-
-
-def _do(build: Build, parts: Path, work: Work, context: Any, number: int, what: Any) -> None:
-    """One piece: its lines of each output, then, when all of them are on the disk, counts and seconds."""
-    start, part = time.perf_counter(), Part(build.all_outputs)
+def _do(outputs: Sequence[Output], work: Work, context: Any, file: Path, what: Any) -> None:
+    """One piece: a line with its counts and how many lines of each output follow, then these lines."""
+    start, part = time.perf_counter(), Part(outputs)
     work(what, context, part)
-    for output, lines in part.lines.items():
-        with whole_file(_part(parts, number, output), sync=True) as stream:
+    head = {
+        "lines": {output: len(lines) for output, lines in part.lines.items()},
+        "counts": part.counts,
+        "found": {kind: [len(messages), messages[:_EXAMPLES]] for kind, messages in part.found.items()},
+        "seconds": time.perf_counter() - start,
+    }
+    with whole_file(file, sync=True) as stream:
+        stream.write(json.dumps(head).encode() + b"\n")
+        for lines in part.lines.values():
             stream.writelines(lines)
-    _write_json(_part(parts, number, "json"), {"counts": part.counts, "seconds": time.perf_counter() - start})
 
 
 def _follow_parent() -> None:
@@ -372,22 +357,32 @@ def _follow_parent() -> None:
     threading.Thread(target=end_with_it, daemon=True).start()
 
 
-def _join(build: Build, parts: Path, pieces: int, start: float) -> BuildReport:
-    """Make the files of all parts, and count what is in them."""
-    files = {output.name: made for output in build.all_outputs if (made := _join_one(build, parts, pieces, output))}
+def _join(build: Build, parts: Sequence[Path], start: float) -> BuildReport:
+    """Make the files of all parts in the order of the pieces, streaming; a file without any record is not made."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    seconds = 0.0
-    for number in range(pieces):
-        tally = _read_json(_part(parts, number, "json"))
-        seconds += tally["seconds"]
-        for group, labels in tally["counts"].items():
-            counts[group].update(labels)
     found: dict[str, dict[str, Any]] = defaultdict(lambda: {"count": 0, "examples": []})
-    for line in _lines(parts, range(pieces), build.all_outputs[-1].name):
-        finding = json.loads(line)
-        facts = found[finding["kind"]]
-        facts["count"] += 1
-        facts["examples"] += [finding["message"]] if facts["count"] <= _EXAMPLES else []
+    records: Counter[str] = Counter()
+    seconds = 0.0
+    with ExitStack() as stack:
+        joined = {output.name: stack.enter_context(_joined(build.out, output)) for output in build.all_outputs}
+        for part in parts:
+            with part.open("rb") as stream:
+                head = json.loads(stream.readline())
+                for name, number in head["lines"].items():
+                    joined[name](islice(stream, number))
+            records.update(head["lines"])
+            seconds += head["seconds"]
+            for group, labels in head["counts"].items():
+                counts[group].update(labels)
+            for kind, (number, examples) in head["found"].items():
+                facts = found[kind]
+                facts["count"] += number
+                facts["examples"] = [*facts["examples"], *examples][:_EXAMPLES]
+    files = {
+        name: {"records": records[name], "bytes": (build.out / name).stat().st_size}
+        for name in joined
+        if (build.out / name).exists()
+    }
     return BuildReport(
         build.name,
         str(build.out),
@@ -396,18 +391,18 @@ def _join(build: Build, parts: Path, pieces: int, start: float) -> BuildReport:
         dict(sorted(found.items())),
         build.unit,
         files,
-        pieces,
+        len(parts),
         time.perf_counter() - start,
         seconds,
     )
 
 
-def _join_one(build: Build, parts: Path, pieces: int, output: Output) -> dict[str, int] | None:
-    """Records and bytes of a file made of its parts in the order of the pieces, streaming; None without any record.
+@contextmanager
+def _joined(out: Path, output: Output) -> Iterator[Callable[[Iterator[bytes]], None]]:
+    """Give a function that appends lines to an output.
 
-    An empty JSON file could not be read, so none is left there; an empty Parquet file has its columns.
-    """
-    target, records = build.out / output.name, 0
+    An empty JSON file could not be read, so none is left there; an empty Parquet file has its columns."""
+    target = out / output.name
     for left in target.parent.glob(f".{target.name}.*.tmp"):  # of a run that was killed while it joined
         left.unlink(missing_ok=True)
     with whole_file(target, sync=True) as stream:
@@ -418,45 +413,37 @@ def _join_one(build: Build, parts: Path, pieces: int, output: Output) -> dict[st
             parsing = pyarrow.json.ParseOptions(explicit_schema=output.schema, unexpected_field_behavior="error")
             waiting = output.schema.empty_table()
             with pyarrow.parquet.ParquetWriter(stream, output.schema, compression="zstd") as writer:
-                for number in range(pieces):
-                    lines = _lines(parts, [number], output.name)
+
+                def add_rows(lines: Iterator[bytes]) -> None:
+                    nonlocal waiting
                     while text := b"".join(islice(lines, _ROWS)):
                         reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text))
-                        waiting = pyarrow.concat_tables(
-                            [waiting, pyarrow.json.read_json(BytesIO(text), reading, parsing)]
-                        )
+                        more = pyarrow.json.read_json(BytesIO(text), reading, parsing)
+                        waiting = pyarrow.concat_tables([waiting, more])
                         while waiting.num_rows >= output.row_group:
                             writer.write_table(waiting[: output.row_group], row_group_size=output.row_group)
                             waiting = waiting[output.row_group :]
-                            records += output.row_group
+
+                yield add_rows
                 if waiting.num_rows:
                     writer.write_table(waiting, row_group_size=output.row_group)
-                    records += waiting.num_rows
+        elif output.name.endswith(".json"):
+
+            def add_entries(lines: Iterator[bytes]) -> None:
+                for line in lines:
+                    stream.write((b",\n" if stream.tell() else b"[\n") + line[:-1])
+
+            yield add_entries
+            stream.write(b"\n]\n" if stream.tell() else b"")
         else:
-            as_list = output.name.endswith(".json")
-            for line in _lines(parts, range(pieces), output.name):
-                stream.write((b",\n" if records else b"[\n") + line[:-1] if as_list else line)
-                records += 1
-            stream.write(b"\n]\n" if as_list and records else b"")
-    return {"records": records, "bytes": target.stat().st_size} if target.exists() else None
-
-
-def _lines(parts: Path, pieces: Iterable[int], output: str) -> Iterator[bytes]:
-    for number in pieces:
-        if (part := _part(parts, number, output)).exists():
-            with part.open("rb") as stream:
-                yield from stream
+            yield stream.writelines
 
 
 def fingerprint(files: Sequence[Path]) -> dict[str, str]:
     """Sizes and contents of source files by their path below the folder they share; of a folder, its time of change.
 
     A copy of files is the same source, and an edit that keeps the size is noticed. Folders of images are too large to
-    be read for that; whether a copy of one is the same only its user knows (``--same-source``).
-
-    Raises:
-        MedPLIBError: one of them cannot be read.
-    """
+    be read for that; whether a copy of one is the same only its user knows (``--same-source``)."""
     shared = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
     prints = {}
     for file in files:
@@ -478,10 +465,7 @@ def fingerprint(files: Sequence[Path]) -> dict[str, str]:
 @contextmanager
 def whole_file(path: Path, *, sync: bool = False, empty: bool = False) -> Iterator[IO[bytes]]:
     """Write a file that has its name when all of it is there; none is left if that fails or, unless ``empty``, nothing
-    is written.
-
-    ``sync``: wait until it is on the disk before it gets its name, so that a crash of the machine cannot cut it short.
-    """
+    is written. ``sync``: wait until it is on the disk, so that a crash of the machine cannot cut it short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
@@ -498,9 +482,25 @@ def whole_file(path: Path, *, sync: bool = False, empty: bool = False) -> Iterat
         temporary.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    with whole_file(path, sync=True) as stream:
-        stream.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 pixels [H, W] or [H, W, 3] in the order blue, green, red as PNG, whole or not at all."""
+    import cv2
+
+    done, buffer = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 4])
+    if not done:
+        raise OSError(f"cannot encode {path}")
+    write_bytes(path, buffer.tobytes())
+
+
+def write_bytes(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Write a file whole or not at all; see ``whole_file``."""
+    with whole_file(path, sync=sync) as stream:
+        stream.write(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented UTF-8 JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(), sync=True)
 
 
 def _read_json(path: Path) -> Any:

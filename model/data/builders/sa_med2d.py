@@ -12,16 +12,29 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
+from PIL import Image
 from tqdm import tqdm
 
-from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, Piece, finished_report, run_build
-from model.data.builders.phantom_questions import refusal
+from model.data.builders.cases import ZERO_SHOT, SplitPlan, draw, fraction, spread
+from model.data.builders.jobs import (
+    Build,
+    BuildReport,
+    Execution,
+    Output,
+    Part,
+    Piece,
+    finished_report,
+    run_build,
+    write_png,
+)
+from model.data.builders.published import Stretch, stretches
 from model.data.builders.sa_med2d_index import (
     BYTES_A_PIECE,
     CLASS_COUNTS,
@@ -34,11 +47,11 @@ from model.data.builders.sa_med2d_index import (
     index_buckets,
     index_pieces,
     list_names,
+    read_class_names,
     spoken_name,
 )
-from model.data.builders.sa_med2d_masks import MaskFault, check_reach, image_size, merge_or_check
-from model.data.builders.splits import ZERO_SHOT, SplitPlan, draw, fraction, spread
-from model.data.builders.vetting import Stretch, stretches
+from model.data.image_io import MERGED_GAP, read_mask
+from model.data.phantom.questions import SPOKEN_NAMES, refusal
 from model.data.schema import MODALITIES
 from model.errors import MedPLIBError
 
@@ -48,6 +61,8 @@ Classes = Mapping[int, str]
 """Class id → name, of one data set and modality."""
 
 IMAGES_A_PIECE = 2048
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _TURN = arrow.struct([("from", arrow.string()), ("value", arrow.string())])
 _TEXTS = ("answer_type", "task", "kind", "modality", "dataset", "about")
 RECORD_SCHEMA = arrow.schema(
@@ -59,16 +74,6 @@ RECORD_SCHEMA = arrow.schema(
     ]
 )
 SURVEY_FILE = "priorities.jsonl"
-_MODALITY_WORDS = {
-    "ct": "CT",
-    "mr": "MR",
-    "x_ray": "X-ray",
-    "pet": "PET",
-    "fundus": "fundus",
-    "dermoscopy": "dermoscopy",
-    "endoscopy": "endoscopy",
-    "ultrasound": "ultrasound",
-}
 _QUESTIONS = (
     "Segment the {name} in this {modality} image.",
     "Please give me a mask of the {name}.",
@@ -98,23 +103,15 @@ class Stratum(NamedTuple):
 
 @dataclass(frozen=True)
 class Quota:
-    """How many targets of a modality are wanted, over all splits.
+    """How many targets of a modality are wanted, over all splits."""
 
-    Attributes:
-        every: of each modality that ``named`` does not name; 0 leaves them out.
-        named: modality → number.
-    """
-
-    every: int = 0
-    named: Mapping[str, int] = field(default_factory=dict)
+    every: int = 0  # of each modality that ``named`` does not name; 0 leaves them out
+    named: Mapping[str, int] = field(default_factory=dict)  # modality → number
 
     @classmethod
     def parse(cls, text: str) -> Quota:
-        """``2000``, ``ct=5000,mr=2000`` or both, ``2000,ct=5000``.
-
-        Raises:
-            MedPLIBError: it is not of that form or names no modality.
-        """
+        """``2000``, ``ct=5000,mr=2000`` or both, ``2000,ct=5000``. Raises MedPLIBError: it is not of that form or names
+        no modality."""
         every, named = 0, {}
         for entry in text.split(","):
             name, sign, number = (word.strip() for word in entry.rpartition("="))
@@ -143,27 +140,18 @@ class SaMed2dSettings:
     """What is to be built.
 
     Attributes:
-        source: the unpacked data set.
-        out: folder of index, records and reports.
-        plan: the splits.
-        quota: targets of each modality; all if None.
-        absent_share: of questions for absent targets among all, 0 … 0.5.
-        seed: of the choice of targets, absent targets and wordings.
-        merge: which merged masks are written below ``source``: none, those asked for, all.
-        check: decode the masks asked for and leave out what training could not use.
-        form: of the record files.
         bytes_a_piece, images_a_piece: how finely the work is cut up.
     """
 
-    source: Path
-    out: Path
-    plan: SplitPlan = field(default_factory=SplitPlan)
-    quota: Quota | None = None
-    absent_share: float = 0.1
-    seed: int = 0
-    merge: Merge = ""
-    check: bool = True
-    form: Form = "jsonl"
+    source: Path  # the unpacked data set
+    out: Path  # folder of index, records and reports
+    plan: SplitPlan = field(default_factory=SplitPlan)  # the splits
+    quota: Quota | None = None  # targets of each modality; all if None
+    absent_share: float = 0.1  # of questions for absent targets among all, 0 … 0.5
+    seed: int = 0  # of the choice of targets, absent targets and wordings
+    merge: Merge = ""  # which merged masks are written below ``source``: none, those asked for, all
+    check: bool = True  # decode the masks asked for and leave out what training could not use
+    form: Form = "jsonl"  # of the record files
     bytes_a_piece: int = BYTES_A_PIECE
     images_a_piece: int = IMAGES_A_PIECE
 
@@ -174,39 +162,22 @@ class SaMed2dSettings:
 
 @dataclass(frozen=True)
 class RowContext:
-    """What every piece of the index's rows needs.
+    """What every piece of the index's rows needs."""
 
-    Attributes:
-        settings: what is built.
-        index: Parquet file of the images.
-        taken: largest priority taken of each stratum; every target if None.
-        classes: (modality, data set) → its classes.
-    """
-
-    settings: SaMed2dSettings
-    index: Path
-    taken: Mapping[Stratum, int] | None = None
-    classes: Mapping[tuple[str, str], Classes] = field(default_factory=dict)
+    settings: SaMed2dSettings  # what is built
+    index: Path  # Parquet file of the images
+    taken: Mapping[Stratum, int] | None = None  # largest priority taken of each stratum; every target if None
+    classes: Mapping[tuple[str, str], Classes] = field(default_factory=dict)  # (modality, data set) → its classes
 
 
 def build_sa_med2d(settings: SaMed2dSettings, execution: Execution) -> list[BuildReport]:
-    """Make the index, records and merged masks.
-
-    Args:
-        settings: what.
-        execution: how.
-
-    Returns:
-        Reports of the index and of the records.
-
-    Raises:
-        MedPLIBError: the source is not SA-Med2D-20M, settings do not fit it, or a build cannot go on (see ``jobs``).
-    """
+    """Make the index, records and merged masks. Returns reports of the index and of the records. Raises MedPLIBError:
+    the source is not SA-Med2D-20M, settings do not fit it, or a build cannot go on (see ``jobs``)."""
     source = Source.open(settings.source)
     for listed in (settings.source / "images", settings.source / "masks"):
         if settings.out.resolve().is_relative_to(listed.resolve()):
             raise MedPLIBError(f"--out {settings.out} lies in {listed}, whose files are listed; name another folder")
-    classes = source.class_names()
+    classes = read_class_names(source.root / CLASS_FILE)
     for name in sorted(settings.plan.hold_out - classes.keys()):
         near = difflib.get_close_matches(name, list(classes), 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(classes)[:20])} …"
@@ -248,7 +219,9 @@ def _build_records(settings: SaMed2dSettings, index: BuildReport, execution: Exe
     build = Build(settings.out, "sa-med2d", chosen, outputs, identity, "image")
 
     def prepare() -> tuple[list[Piece], RowContext]:
-        pieces, taken = row_pieces(index_file, settings.images_a_piece), None
+        with parquet.ParquetFile(index_file) as file:  # the file of a stretch is a row group
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        pieces, taken = stretches(sizes, settings.images_a_piece), None
         if quota is not None:
             drawn = {"quota": quota.to_json(), "seed": settings.seed}
             sampling = Build(build.folder, "sampling", drawn, (Output(SURVEY_FILE),), identity, "image")
@@ -264,13 +237,6 @@ def _build_records(settings: SaMed2dSettings, index: BuildReport, execution: Exe
         return pieces, RowContext(settings, index_file, taken, dict(classes))
 
     return run_build(build, prepare, write_records, execution)
-
-
-def row_pieces(index: Path, images_a_piece: int = IMAGES_A_PIECE) -> list[Piece]:
-    """The index in pieces; the file of a stretch is a row group."""
-    with parquet.ParquetFile(index) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    return stretches(sizes, images_a_piece)
 
 
 def read_rows(index: Path, rows: Stretch, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -313,9 +279,15 @@ def choose(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, in
     """The largest priority that is taken, of each stratum that anything is taken of.
 
     In every split and modality the quota is spread evenly over data sets, and a data set's part evenly over its
-    classes, as far as they have so many targets.
-    """
-    queues = _queues(survey_file, quota, plan)
+    classes, as far as they have so many targets."""
+    queues: dict[Stratum, np.ndarray] = {}
+    for line in survey_file.read_bytes().splitlines() if survey_file.exists() else ():  # else nothing can be asked for
+        row = json.loads(line)
+        values = np.asarray(row.pop("priorities"), dtype=np.uint64)
+        stratum = Stratum(**row)
+        joined = np.concatenate([queues.get(stratum, values[:0]), values])
+        wanted = quota.of(stratum.modality, stratum.split, plan)
+        queues[stratum] = np.partition(joined, wanted - 1)[:wanted] if len(joined) > wanted else joined
     groups: dict[tuple[str, str], dict[str, list[Stratum]]] = defaultdict(lambda: defaultdict(list))
     for stratum in sorted(queues):
         groups[stratum.split, stratum.modality][stratum.dataset].append(stratum)
@@ -330,76 +302,32 @@ def choose(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, in
     return taken
 
 
-def _queues(survey_file: Path, quota: Quota, plan: SplitPlan) -> dict[Stratum, np.ndarray]:
-    """Smallest priorities of each stratum over all pieces, uint64."""
-    queues: dict[Stratum, np.ndarray] = {}
-    if not survey_file.exists():  # nothing can be asked for
-        return queues
-    with survey_file.open("rb") as lines:
-        for row in map(json.loads, lines):
-            values = np.asarray(row.pop("priorities"), dtype=np.uint64)
-            stratum = Stratum(**row)
-            joined = np.concatenate([queues.get(stratum, values[:0]), values])
-            wanted = quota.of(stratum.modality, stratum.split, plan)
-            queues[stratum] = np.partition(joined, wanted - 1)[:wanted] if len(joined) > wanted else joined
-    return queues
-
-
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
 def write_records(rows: Stretch, context: RowContext, part: Part) -> None:
     """Records of some images, and their merged masks."""
+    settings = context.settings
     for row in read_rows(context.index, rows):
         asked = [
             merged
             for stratum, merged in targets(row)
             if context.taken is None or _priority(row, merged, context) <= context.taken.get(stratum, -1)
         ]
-        wanted = row["merged"] if context.settings.merge == "all" else asked
-        unusable = _look_after_masks(row, wanted, context, part) if wanted else set()
-        for merged in asked:
-            if merged["class_id"] not in unusable:
-                _ask(row, merged, context, part)
-
-
-def _ask(row: Mapping[str, Any], merged: Mapping[str, Any], context: RowContext, part: Part) -> None:
-    records = [target_record(row, merged, context.settings.seed)]
-    if context.settings.absent_share:
+        wanted = row["merged"] if settings.merge == "all" else asked
+        unusable = _unusable(row, wanted, settings, part) if wanted else set()
         classes = context.classes.get((row["modality"], row["dataset"]), {})
-        absent = absent_record(row, merged, classes, context.settings.absent_share, context.settings.seed)
-        records += [absent] if absent else []
-    for record in records:
-        part.write(f"{row['split']}.{context.settings.form}", record)
-        part.count("records by split", row["split"])
-        part.count("records by kind", record["kind"])
-        part.count(f"{row['split']} by modality", row["modality"])
-        part.count(f"{row['split']} by data set", row["dataset"])
-        part.count("classes asked for", record["about"])
-
-
-def _look_after_masks(
-    row: Mapping[str, Any], wanted: list[dict[str, Any]], context: RowContext, part: Part
-) -> set[int]:
-    """Merge and check as the build asks; the classes whose mask cannot be used."""
-    instances: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for mask in row["masks"]:
-        instances[mask["class_id"]].append(mask)
-    unusable: set[int] = set()
-    size: tuple[int, int] | None = None
-    for merged in wanted:
-        class_id, target = merged["class_id"], context.settings.source / merged["file"]
-        try:
-            if context.settings.check or context.settings.merge:
-                size = size or image_size(context.settings.source / row["path"])
-                files = [context.settings.source / mask["file"] for mask in instances[class_id]]
-                merge_or_check(target, files, size, bool(context.settings.merge), part)
-            if not context.settings.merge:
-                check_reach(target, [mask["instance"] for mask in instances[class_id]])
-        except MaskFault as fault:
-            unusable.add(class_id)
-            part.find(fault.kind, str(fault), image=row["path"], mask=merged["file"])
-    return unusable
+        for merged in asked:
+            if merged["class_id"] in unusable:
+                continue
+            absent = absent_record(row, merged, classes, settings.absent_share, settings.seed)
+            for record in (target_record(row, merged, settings.seed), *([absent] if absent else [])):
+                part.write(f"{row['split']}.{settings.form}", record)
+                part.count("records by split", row["split"])
+                part.count("records by kind", record["kind"])
+                part.count(f"{row['split']} by modality", row["modality"])
+                part.count(f"{row['split']} by data set", row["dataset"])
+                part.count("classes asked for", record["about"])
 
 
 def target_record(row: Mapping[str, Any], merged: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -416,8 +344,7 @@ def absent_record(
 ) -> dict[str, Any] | None:
     """A question for a class that the image does not hold, beside the question for ``merged``; None mostly.
 
-    ``classes`` are all of its data set in its modality, ``share`` is that of such questions among all, 0 … 0.5.
-    """
+    ``classes`` are all of its data set in its modality, ``share`` is that of such questions among all, 0 … 0.5."""
     about = f"{merged['class_id']:04d}"
     if fraction(seed, "absent", row["path"], about) >= share / (1 - share):
         return None
@@ -433,9 +360,8 @@ def absent_record(
 def absent_names(present: Sequence[str | None], classes: Classes) -> list[str]:
     """Classes that are surely not in an image with the classes ``present``, as questions call them.
 
-    A name that contains a present one, or is contained in one, may mean the same thing or a part of it: with a
-    "left lung" there is a "lung" too.
-    """
+    A name that contains a present one, or is contained in one, may mean the same thing or a part of it: with a "left
+    lung" there is a "lung" too."""
     words = [frozenset(name.removeprefix("union_").split("_")) for name in present if name]
     names = []
     for class_name in classes.values():
@@ -446,7 +372,7 @@ def absent_names(present: Sequence[str | None], classes: Classes) -> list[str]:
 
 
 def _question(row: Mapping[str, Any], name: str, chance: int) -> str:
-    modality = _MODALITY_WORDS.get(row["modality"], row["modality"])
+    modality = SPOKEN_NAMES.get(row["modality"], row["modality"])
     return _QUESTIONS[chance % len(_QUESTIONS)].format(name=name, modality=modality)
 
 
@@ -463,3 +389,87 @@ def _record(row: Mapping[str, Any], suffix: str, question: str, answer: str, kin
         "dataset": row["dataset"],
         "about": about,
     }
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+class MaskFault(Exception):
+    """Why a target cannot be used: a stable word, and a sentence."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def _unusable(row: Mapping[str, Any], wanted: list[dict[str, Any]], settings: SaMed2dSettings, part: Part) -> set[int]:
+    """Merge and check masks as the build asks; the classes whose mask cannot be used."""
+    instances: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for mask in row["masks"]:
+        instances[mask["class_id"]].append(mask)
+    unusable: set[int] = set()
+    size: tuple[int, int] | None = None
+    for merged in wanted:
+        own, target = instances[merged["class_id"]], settings.source / merged["file"]
+        try:
+            if settings.check or settings.merge:
+                size = size or _image_size(settings.source / row["path"])
+                if _is_whole_png(target):
+                    _usable_mask([target], size)
+                    part.count("merged masks", "there already")
+                else:
+                    joined = _usable_mask([settings.source / mask["file"] for mask in own], size)
+                    if settings.merge:
+                        write_png(target, joined.astype(np.uint8) * 255)
+                        part.count("merged masks", "written")
+            # A reader that finds no merged file looks for instances by number, and gives up after a gap.
+            gaps = pairwise([-1, *(mask["instance"] for mask in own)])
+            if not settings.merge and any(b - a > MERGED_GAP for a, b in gaps) and not target.exists():
+                raise MaskFault(
+                    "gap_in_instances",
+                    f"{target.name}: the numbers of its {len(own)} instances leave gaps too wide for a reader; merge "
+                    "them with --merge asked",
+                )
+        except MaskFault as fault:
+            unusable.add(merged["class_id"])
+            part.find(fault.kind, str(fault), image=row["path"], mask=merged["file"])
+    return unusable
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """(height, width) by the file's header."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MaskFault("unreadable_image", f"the image {path} cannot be read ({error})") from error
+    return height, width
+
+
+def _usable_mask(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
+    """The union of instance masks, bool [H, W], at least one pixel set."""
+    joined = np.zeros(size, dtype=bool)
+    for file in files:
+        try:
+            mask = read_mask(file)
+        except MedPLIBError as error:
+            raise MaskFault("unreadable_mask" if file.exists() else "missing_mask", str(error)) from error
+        if mask.shape != size:
+            ours, theirs = (f"{height} × {width}" for height, width in (mask.shape, size))
+            raise MaskFault("size_mismatch", f"the mask {file} is {ours} (h × w), its image {theirs}")
+        joined |= mask
+    if not joined.any():
+        several = " in any instance" * (len(files) > 1)
+        raise MaskFault("empty_mask", f"the mask {files[0]} has no foreground pixel{several}")
+    return joined
+
+
+def _is_whole_png(path: Path) -> bool:
+    """Whether a file begins and ends as a PNG does: one that was cut short does not."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(len(_PNG_START))
+            stream.seek(-len(_PNG_END), 2)
+            return head == _PNG_START and stream.read() == _PNG_END
+    except OSError:
+        return False

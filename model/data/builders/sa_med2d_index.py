@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,8 +22,8 @@ from zlib import crc32
 
 import pyarrow as arrow
 
+from model.data.builders.cases import SplitPlan
 from model.data.builders.jobs import Output, Part, Piece, fingerprint
-from model.data.builders.splits import SplitPlan
 from model.data.schema import modality_of
 from model.errors import MedPLIBError
 
@@ -55,9 +55,6 @@ SCHEMA = arrow.schema(
 """Columns of the index. Paths start from the data set's folder; ``tag`` is the file name's first part (``mr_t1``),
 ``merged`` has one entry a class, ``class_name`` is null where the class list does not know the class."""
 INDEX_OUTPUT = Output(INDEX_FILE, SCHEMA, 16_384)
-
-ClassNames = Mapping[str, Mapping[int, str]]
-"""Data set → class id → name."""
 
 
 class ImageName(NamedTuple):
@@ -104,35 +101,40 @@ def parse_mask_name(name: str) -> MaskName | None:
 def spoken_name(class_name: str) -> str | None:
     """A class as a question calls it; None for one that only its data set's makers understand, and for unions.
 
-    A ``union_…`` class joins others that are there too, under a name that is no anatomical term.
-    """
+    A ``union_…`` class joins others that are there too, under a name that is no anatomical term."""
     words = class_name.replace("_", " ").strip()
     if class_name.startswith("union_") or _UNNAMED.fullmatch(words):
         return None
     return words
 
 
+def read_class_names(path: Path) -> dict[str, dict[int, str]]:
+    """Data set → class id → name. The published file maps names to ids; one that maps ids to names is understood too.
+    Raises MedPLIBError: the file is something else."""
+    try:
+        names: dict[str, dict[int, str]] = {}
+        for dataset, classes in json.loads(path.read_text(encoding="utf-8")).items():
+            by_id = bool(classes) and all(str(key).isdecimal() for key in classes)
+            pairs = classes.items() if by_id else ((number, name) for name, number in classes.items())
+            names[dataset] = {int(number): str(name) for number, name in pairs}
+        return names
+    except (ValueError, AttributeError, TypeError) as error:
+        raise MedPLIBError(
+            f"{path} is not the class list ({error}); expected {{data set: {{class name: id}}}}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Source:
-    """The unpacked data set.
-
-    Attributes:
-        root: folder of ``images/``, ``masks/`` and the two JSON files.
-        has_folders: images and masks are there as files.
-        has_list: ``SAMed2D_v1.json`` is there.
-    """
+    """The unpacked data set: folder of ``images/``, ``masks/`` and the two JSON files."""
 
     root: Path
-    has_folders: bool
-    has_list: bool
+    has_folders: bool  # images and masks are there as files
+    has_list: bool  # ``SAMed2D_v1.json`` is there
 
     @classmethod
     def open(cls, root: Path) -> Source:
-        """Look at what is there.
-
-        Raises:
-            MedPLIBError: it is not the data set's folder, or the class names are missing.
-        """
+        """Look at what is there. Raises MedPLIBError: it is not the data set's folder, or class names are missing."""
         if not root.is_dir():
             raise MedPLIBError(f"--source {root} is not a folder; name the one that SA-Med2D-20M was unpacked into")
         folders = [(root / name).is_dir() for name in ("images", "masks")]
@@ -155,27 +157,6 @@ class Source:
         names += [LIST_FILE, CLASS_FILE] if self.has_list else [CLASS_FILE]
         return fingerprint([self.root / name for name in names])
 
-    def class_names(self) -> ClassNames:
-        """Names of all classes.
-
-        The published file maps names to ids; one that maps ids to names is understood too.
-
-        Raises:
-            MedPLIBError: the file is something else.
-        """
-        path = self.root / CLASS_FILE
-        try:
-            names: dict[str, dict[int, str]] = {}
-            for dataset, classes in json.loads(path.read_text(encoding="utf-8")).items():
-                by_id = bool(classes) and all(str(key).isdecimal() for key in classes)
-                pairs = classes.items() if by_id else ((number, name) for name, number in classes.items())
-                names[dataset] = {int(number): str(name) for number, name in pairs}
-            return names
-        except (ValueError, AttributeError, TypeError) as error:
-            raise MedPLIBError(
-                f"{path} is not the class list ({error}); expected {{data set: {{class name: id}}}}"
-            ) from error
-
 
 # --- names in buckets ------------------------------------------------------------------------------------------------
 
@@ -183,63 +164,47 @@ class Source:
 def list_names(source: Source, folder: Path, progress: Callable[[int], object]) -> None:
     """Fill the buckets below ``folder``; kinds of names that are there already are not read again.
 
-    Args:
-        source: the data set.
-        folder: made if absent.
-        progress: called with the number of names read since the last call.
-
-    Raises:
-        MedPLIBError: ``SAMed2D_v1.json`` is damaged.
-    """
-    kinds = [*(("images", "masks") if source.has_folders else ()), *(("list",) if source.has_list else ())]
-    for kind in kinds:
-        target = folder / kind
+    Data set and case choose the bucket, so that an image and its masks share one; ``progress`` is called with the
+    number of names read since the last call. Raises MedPLIBError: ``SAMed2D_v1.json`` is damaged."""
+    for kind in [*(("images", "masks") if source.has_folders else ()), *(("list",) if source.has_list else ())]:
+        target, temporary = folder / kind, folder / f".{kind}.tmp"
         if target.is_dir():
             continue
-        temporary = folder / f".{kind}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
         temporary.mkdir(parents=True)
         lines = _listed(source.root / LIST_FILE) if kind == "list" else _entries(source.root / kind)
-        _fill(temporary, lines, progress)
+        with ExitStack() as stack:
+            files = [stack.enter_context(bucket_file(temporary, at).open("wb", _BUFFER)) for at in range(BUCKETS)]
+            count = 0
+            for count, line in enumerate(lines, start=1):
+                parts = line.split(b"--", 3)
+                key = b"--".join(parts[1:3]) if len(parts) == 4 else line  # a name without them goes anywhere
+                files[crc32(key) % BUCKETS].write(line + b"\n")
+                if count % _BAR_EVERY == 0:
+                    progress(_BAR_EVERY)
+            progress(count % _BAR_EVERY)
         temporary.rename(target)
 
 
-def names_of(folder: Path, kind: str, bucket: int) -> list[bytes]:
-    """Lines of one bucket; none where that kind of name was not listed.
-
-    For ``list`` a line is an image and its masks, tabs between them.
-    """
-    path = _file(folder / kind, bucket)
-    return path.read_bytes().splitlines() if path.is_file() else []
-
-
-def _file(folder: Path, bucket: int) -> Path:
+def bucket_file(folder: Path, bucket: int) -> Path:
+    """One bucket of a kind of names; a line of ``list`` is an image and its masks, tabs between them."""
     return folder / f"{bucket:03d}.txt"
-
-
-def _fill(folder: Path, lines: Iterator[bytes], progress: Callable[[int], object]) -> None:
-    with ExitStack() as stack:
-        files = [stack.enter_context(_file(folder, number).open("wb", _BUFFER)) for number in range(BUCKETS)]
-        count = 0
-        for count, line in enumerate(lines, start=1):
-            parts = line.split(b"--", 3)
-            # Data set and case, the same for an image and its masks; a name without them goes anywhere.
-            key = b"--".join(parts[1:3]) if len(parts) == 4 else line
-            files[crc32(key) % BUCKETS].write(line + b"\n")
-            if count % _BAR_EVERY == 0:
-                progress(_BAR_EVERY)
-        progress(count % _BAR_EVERY)
 
 
 def _entries(folder: Path) -> Iterator[bytes]:
     """File names of a folder as they come, without asking the file system about each."""
     with os.scandir(os.fsencode(folder)) as entries:
         for entry in entries:
-            yield entry.name if b"\n" not in entry.name else entry.name.replace(b"\n", b"\\n")
+            yield entry.name.replace(b"\n", b"\\n")
 
 
 def _listed(path: Path) -> Iterator[bytes]:
     """Entries of ``SAMed2D_v1.json``, an object of 1.6 GB, one after the other; folder names are left out."""
+
+    def base_name(text: bytes) -> bytes:
+        plain = text if b"\\" not in text else json.loads(b'"' + text + b'"').encode()
+        return plain.rpartition(b"/")[2]
+
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         opening = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{\s*(\})?").match(content)
         if opening is None:
@@ -252,17 +217,11 @@ def _listed(path: Path) -> Iterator[bytes]:
                     f"{path} is damaged or cut short at byte {position:,}, where {content[position : position + 40]!r} "
                     "stands; expected an image and the list of its masks"
                 )
-            names = [entry[1], *_STRING.findall(entry[2])]
-            yield b"\t".join(_base_name(name) for name in names)
+            yield b"\t".join(base_name(name) for name in (entry[1], *_STRING.findall(entry[2])))
             position, ended = entry.end(), entry[3] == b"}"
             if position - released > _RELEASE:
                 released = position // mmap.PAGESIZE * mmap.PAGESIZE
                 content.madvise(mmap.MADV_DONTNEED, 0, released)
-
-
-def _base_name(text: bytes) -> bytes:
-    plain = text if b"\\" not in text else json.loads(b'"' + text + b'"').encode()
-    return plain.rpartition(b"/")[2]
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -270,18 +229,11 @@ def _base_name(text: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class IndexContext:
-    """What every piece of the index needs.
-
-    Attributes:
-        names: folder of the buckets.
-        source: what was listed.
-        classes: names of the classes.
-        plan: the splits.
-    """
+    """What every piece of the index needs: folder of the buckets, source, names of the classes, splits."""
 
     names: Path
     source: Source
-    classes: ClassNames
+    classes: Mapping[str, Mapping[int, str]]
     plan: SplitPlan
 
 
@@ -291,7 +243,7 @@ def index_pieces(names: Path, bytes_a_piece: int = BYTES_A_PIECE) -> list[Piece]
     held: list[int] = []
     size = 0
     for bucket in range(BUCKETS):
-        files = [_file(names / kind, bucket) for kind in KINDS]
+        files = [bucket_file(names / kind, bucket) for kind in KINDS]
         more = sum(file.stat().st_size for file in files if file.is_file())
         if held and size + more > bytes_a_piece:
             pieces.append(Piece(tuple(held), size))
@@ -302,9 +254,28 @@ def index_pieces(names: Path, bytes_a_piece: int = BYTES_A_PIECE) -> list[Piece]
 
 
 def index_buckets(buckets: Sequence[int], context: IndexContext, part: Part) -> None:
-    """Rows of the images in some buckets; whatever does not fit is reported."""
+    """Rows of the images in some buckets, as the folders (or else the published list) have them; whatever does not fit
+    is reported."""
+    source = context.source
     for bucket in buckets:
-        images, masks = _found(bucket, context, part)
+        lines: dict[str, list[str]] = {}
+        for kind in KINDS:
+            file = bucket_file(context.names / kind, bucket)
+            text = file.read_bytes() if file.is_file() else b""
+            lines[kind] = [line.decode("utf-8", "backslashreplace") for line in text.splitlines()]
+        listed = [line.split("\t") for line in lines["list"]]
+        listed_names = {"images": [one[0] for one in listed], "masks": [name for one in listed for name in one[1:]]}
+        here = lines if source.has_folders else listed_names
+        images = {name: image for name in here["images"] if (image := _parsed(name, "images", parse_image_name, part))}
+        masks: dict[str, list[MaskName]] = defaultdict(list)
+        mask_names = set()
+        for name in here["masks"]:
+            if mask := _parsed(name, "masks", parse_mask_name, part):
+                masks[mask.image_stem].append(mask)
+                mask_names.add(name)
+        if source.has_folders and source.has_list:
+            for folder, names in (("images", set(images)), ("masks", mask_names)):
+                _compare(folder, names, set(listed_names[folder]), part)
         rows = [_row(name, image, masks.pop(name[:-4], []), context) for name, image in sorted(images.items())]
         for stem, orphans in sorted(masks.items()):
             for mask in sorted(orphans):
@@ -315,41 +286,13 @@ def index_buckets(buckets: Sequence[int], context: IndexContext, part: Part) -> 
             part.write(INDEX_FILE, row)
 
 
-def _found(bucket: int, context: IndexContext, part: Part) -> tuple[dict[str, ImageName], dict[str, list[MaskName]]]:
-    """Images by file name and masks by image stem, as the folders (or else the published list) have them."""
-    listed = [line.split(b"\t") for line in names_of(context.names, "list", bucket)]
-    listed_images, listed_masks = [line[0] for line in listed], [name for line in listed for name in line[1:]]
-    if context.source.has_folders:
-        image_names, mask_names = (names_of(context.names, kind, bucket) for kind in ("images", "masks"))
-    else:
-        image_names, mask_names = listed_images, listed_masks
-    images = dict(_parsed(image_names, "images", parse_image_name, part))
-    masks: dict[str, list[MaskName]] = defaultdict(list)
-    mask_files = set()
-    for name, mask in _parsed(mask_names, "masks", parse_mask_name, part):
-        masks[mask.image_stem].append(mask)
-        mask_files.add(name)
-    if context.source.has_folders and context.source.has_list:
-        _compare("images", set(images), {_text(name) for name in listed_images}, part)
-        _compare("masks", mask_files, {_text(name) for name in listed_masks}, part)
-    return images, masks
-
-
-def _parsed(names: Iterable[bytes], folder: str, parse: Any, part: Part) -> Iterator[tuple[str, Any]]:
-    """Names with what they say; the ones that say nothing are reported."""
-    for raw in names:
-        name = _text(raw)
-        parsed = parse(name)
-        if parsed is None:
-            wanted = "<modality>_<nn>--<data set>--<case>--<slice>"
-            wanted += ".png" if folder == "images" else "--<class id>_<instance>.png"
-            part.find("odd_name", f"{folder}/{name} is not named {wanted}; it is left out", file=f"{folder}/{name}")
-            continue
-        yield name, parsed
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
+def _parsed(name: str, folder: str, parse: Callable[[str], Any], part: Part) -> Any:
+    parsed = parse(name)
+    if parsed is None:
+        wanted = "<modality>_<nn>--<data set>--<case>--<slice>"
+        wanted += ".png" if folder == "images" else "--<class id>_<instance>.png"
+        part.find("odd_name", f"{folder}/{name} is not named {wanted}; it is left out", file=f"{folder}/{name}")
+    return parsed
 
 
 def _compare(folder: str, here: set[str], listed: set[str], part: Part) -> None:
@@ -367,7 +310,6 @@ def _compare(folder: str, here: set[str], listed: set[str], part: Part) -> None:
 
 
 def _row(name: str, image: ImageName, masks: list[MaskName], context: IndexContext) -> dict[str, Any]:
-    """One image; masks sorted by class and instance."""
     masks.sort(key=lambda mask: (mask.class_id, mask.instance))
     classes = context.classes.get(image.dataset, {})
 

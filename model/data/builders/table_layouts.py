@@ -17,9 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from model.data.builders.cases import Case, Layout, Problem, ReadOptions, Source, Target
+from model.data.builders.cases import (
+    SPLIT_WORDS,
+    Case,
+    Problem,
+    ReadOptions,
+    Source,
+    Target,
+    file_key,
+    image_files,
+    patient_of,
+    split_in,
+    without_suffix,
+)
 from model.data.builders.image_layouts import LegendReader, modality_stated, sort_files, words
-from model.data.builders.names import SPLIT_WORDS, file_key, image_files, patient_of, split_in, without_suffix
 from model.data.image_io import ImageData, is_file, read_image
 from model.data.records import open_records
 from model.data.schema import CONVERSATION_KEYS, canonical, inspect_record
@@ -71,11 +82,7 @@ class Picture:
     column: str
 
     def content(self) -> bytes:
-        """The encoded bytes.
-
-        Raises:
-            MedPLIBError: the cell is empty.
-        """
+        """The encoded bytes. Raises MedPLIBError: the cell is empty."""
         group, first = self.row, 0
         for number, rows in enumerate(_group_rows(self.file)):
             if self.row < first + rows:
@@ -111,24 +118,19 @@ def _picture_image(picture: Picture) -> ImageData:
     return read_image(picture.content())
 
 
-class TableLayout:
-    """Rows with an image each: its masks, classes, questions, patient and split in columns of usual names."""
-
-    kind = "table"
-
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """A table file, or a folder with one whose first images are found."""
-        for file in _tables(root):
-            rows = read_rows(file) if file != options.names else []
-            table = _Table(root if root.is_dir() else file.parent, file, rows, options) if rows else None
-            if table is not None and table.usable():
-                files = [other for other in _tables(root) if other.suffix == file.suffix and other != file]
-                for other in files if file.name not in ("meta.csv", "metadata.csv") else []:
-                    more = read_rows(other)
-                    if more and set(more[0]) == set(rows[0]):
-                        table.add(other, more)
-                return table.source()
-        return None
+def recognize_table(root: Path, options: ReadOptions) -> Source | None:
+    """Rows with an image each: masks, classes, questions, patient and split in columns of usual names."""
+    for file in _tables(root):
+        rows = read_rows(file) if file != options.names else []
+        table = _Table(root if root.is_dir() else file.parent, file, rows, options) if rows else None
+        if table is not None and table.usable():
+            files = [other for other in _tables(root) if other.suffix == file.suffix and other != file]
+            for other in files if file.name not in ("meta.csv", "metadata.csv") else []:
+                more = read_rows(other)
+                if more and set(more[0]) == set(rows[0]):
+                    table.add(other, more)
+            return table.source()
+    return None
 
 
 class _Table:
@@ -148,12 +150,10 @@ class _Table:
         self._index: dict[str, list[Path]] | None = None
 
     def add(self, file: Path, rows: Sequence[Row]) -> None:
-        """The rows of another file of the same columns."""
         self.files.append(file)
         self.rows += [(file, row) for row in rows]
 
     def usable(self) -> bool:
-        """Whether there is a column of images of which most are found."""
         looked = self.rows[:: max(1, len(self.rows) // _LOOKED_AT)]
         if "image" not in self.columns or not (set(self.columns) - {"image"} or len(self.rows[0][1]) > 1):
             return False
@@ -161,7 +161,6 @@ class _Table:
         return found * 2 > len(looked)
 
     def find(self, cell: Any) -> Path | Picture | None:
-        """The file, or cell of a Parquet file, that a cell means."""
         if isinstance(cell, Picture):
             return cell
         text = str(cell or "").strip().replace("\\", "/")
@@ -182,13 +181,11 @@ class _Table:
         return found[0] if len(found) == 1 else None
 
     def cell(self, row: Row, role: str) -> str:
-        """The text of a column of some role, empty where there is none."""
         value = row.get(self.columns.get(role, ""))
         text = "" if value is None or value != value else str(value)  # NaN is not itself
         return text if role == "answer" else " ".join(text.split())
 
     def source(self) -> Source:
-        """What the table is, in a sentence, and its cases."""
         self.labels, unused = self._labels()
         images = len({str(row.get(self.columns["image"])) for _, row in self.rows})
         named = [f"{role} in {name!r}" for role, name in self.columns.items()]
@@ -198,10 +195,9 @@ class _Table:
         if unused:
             said += f"; not used: {', '.join(repr(label) for label in unused)}"
         terms = sorted({self.cell(row, "terms") for _, row in self.rows} - {""}) if "terms" in self.columns else []
-        return Source(TableLayout.kind, said, self.cases, self.problems, "; ".join(terms))
+        return Source("table", said, self.cases, self.problems, "; ".join(terms))
 
     def _labels(self) -> tuple[dict[str, set[str]], list[str]]:
-        """Columns that class images, with the values that are common enough; and the others."""
         by_image: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
         image = self.columns["image"]
         others = [name for name in self.rows[0][1] if name and name not in self.columns.values()]
@@ -223,7 +219,6 @@ class _Table:
         return labels, [name for name in others if name not in labels]
 
     def cases(self) -> Iterator[Case]:
-        """One case an image; rows of the same image are put together."""
         self.problems.clear()
         reader = LegendReader(self.options, self.problems)
         grouped: dict[Path | Picture, list[tuple[Path, int, Row]]] = defaultdict(list)
@@ -270,7 +265,6 @@ class _Table:
             )
 
     def _masks_beside(self) -> dict[Path | Picture, dict[str, list[Any]]]:
-        """Image → its masks by their names, for a table that names none."""
         found: dict[Path | Picture, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
         if "mask" not in self.columns and "question" not in self.columns and self.root in self.folders:
             sorted_files = sort_files(self.root, self.options)
@@ -342,8 +336,7 @@ def read_rows(file: Path) -> list[Row]:
     """Rows of a CSV, TSV, JSON, JSON lines or Parquet file; none where it is no table of rows.
 
     Pictures in a Parquet file are left there: their cells are ``Picture``. Numbers of a Hugging Face ``ClassLabel``
-    become its names.
-    """
+    become its names."""
     if file.suffix in (".csv", ".tsv"):
         try:
             text = file.read_text(encoding="utf-8-sig")
@@ -383,7 +376,6 @@ def _parquet_rows(file: Path) -> list[Row]:
 
 
 def _tables(root: Path) -> list[Path]:
-    """Files that may be tables: ``meta.csv`` and its like first, those of deeper folders last."""
     if root.is_file():
         return [root] if root.suffix.lower() in _TABLES else []
     found = [path for depth in ("*", "*/*") for path in sorted(root.glob(depth)) if path.suffix.lower() in _TABLES]
@@ -412,28 +404,23 @@ def _spacing(text: str) -> tuple[float, float] | None:
 # ---- conversations -------------------------------------------------------------------------------------------------
 
 
-class ConversationLayout:
+def recognize_conversations(root: Path, options: ReadOptions) -> Source | None:
     """Records with ``messages`` (OpenAI) or ``conversations`` (the published format), of one image each."""
-
-    kind = "conversations"
-
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """A JSON, JSON lines or Parquet file of such records, or a folder with some."""
-        files = []
-        for file in _tables(root):
-            if file.suffix.lower() in (".json", ".jsonl", ".parquet"):
-                try:
-                    records = open_records(file)
-                    if len(records) and set(CONVERSATION_KEYS) & set(records[0]):
-                        files.append(file)
-                except MedPLIBError:
-                    continue
-        if not files:
-            return None
-        problems: list[Problem] = []
-        base = root if root.is_dir() else root.parent
-        said = f"conversations in {', '.join(file.relative_to(base).as_posix() for file in files)}"
-        return Source(self.kind, said, lambda: _conversations(base, files, options, problems), problems)
+    files = []
+    for file in _tables(root):
+        if file.suffix.lower() in (".json", ".jsonl", ".parquet"):
+            try:
+                records = open_records(file)
+                if len(records) and set(CONVERSATION_KEYS) & set(records[0]):
+                    files.append(file)
+            except MedPLIBError:
+                continue
+    if not files:
+        return None
+    problems: list[Problem] = []
+    base = root if root.is_dir() else root.parent
+    said = f"conversations in {', '.join(file.relative_to(base).as_posix() for file in files)}"
+    return Source("conversations", said, lambda: _conversations(base, files, options, problems), problems)
 
 
 def _conversations(base: Path, files: list[Path], options: ReadOptions, problems: list[Problem]) -> Iterator[Case]:
@@ -486,37 +473,30 @@ def _text_of(raw: Row, key: str) -> str:
 # ---- COCO ----------------------------------------------------------------------------------------------------------
 
 
-class CocoLayout:
-    """COCO: JSON files with ``images``, ``annotations`` and ``categories``."""
-
-    kind = "coco"
-
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """Such a file, or a folder with some in it or in folders of it."""
-        files = [root] if root.is_file() else [path for depth in ("*", "*/*") for path in sorted(root.glob(depth))]
-        found: dict[Path, Any] = {}
-        for file in files:
-            if file.suffix.lower() == ".json" and file.is_file() and _begins_as_coco(file):
-                try:
-                    content = json.loads(file.read_text(encoding="utf-8-sig"))
-                except ValueError as error:
-                    raise MedPLIBError(f"{file} is no valid JSON ({error}); save it anew") from error
-                if {"images", "annotations", "categories"} <= set(content):
-                    found[file] = content
-        if not found:
-            return None
-        names = {str(one.get("name")) for content in found.values() for one in content["categories"]}
-        images, marks = (sum(len(one[key]) for one in found.values()) for key in ("images", "annotations"))
-        said = f"COCO ({', '.join(file.name for file in found)}): {images} images, {marks} annotations of "
-        said += ", ".join(sorted(names))
-        problems: list[Problem] = []
-        base = root if root.is_dir() else root.parent
-        return Source(self.kind, said, lambda: _coco_cases(base, found, options, problems), problems)
-
-
-def _begins_as_coco(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
+def recognize_coco(root: Path, options: ReadOptions) -> Source | None:
+    """COCO: JSON files with ``images``, ``annotations`` and ``categories``, in the folder or in folders of it."""
+    files = [root] if root.is_file() else [path for depth in ("*", "*/*") for path in sorted(root.glob(depth))]
+    found: dict[Path, Any] = {}
+    for file in files:
+        if file.suffix.lower() == ".json" and file.is_file():
+            with file.open("rb") as stream:
+                if not stream.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
+                    continue
+            try:
+                content = json.loads(file.read_text(encoding="utf-8-sig"))
+            except ValueError as error:
+                raise MedPLIBError(f"{file} is no valid JSON ({error}); save it anew") from error
+            if {"images", "annotations", "categories"} <= set(content):
+                found[file] = content
+    if not found:
+        return None
+    names = {str(one.get("name")) for content in found.values() for one in content["categories"]}
+    images, marks = (sum(len(one[key]) for one in found.values()) for key in ("images", "annotations"))
+    said = f"COCO ({', '.join(file.name for file in found)}): {images} images, {marks} annotations of "
+    said += ", ".join(sorted(names))
+    problems: list[Problem] = []
+    base = root if root.is_dir() else root.parent
+    return Source("coco", said, lambda: _coco_cases(base, found, options, problems), problems)
 
 
 def _coco_cases(base: Path, found: Mapping[Path, Any], options: ReadOptions, problems: list[Problem]) -> Iterator[Case]:
@@ -571,11 +551,8 @@ def _coco_cases(base: Path, found: Mapping[Path, Any], options: ReadOptions, pro
 
 
 def read_outlines(shapes: Sequence[Any], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Union of COCO outlines, bool [H, W]: polygons, or run lengths, compressed or not.
-
-    Raises:
-        MedPLIBError: one is malformed.
-    """
+    """Union of COCO outlines, bool [H, W]: polygons, or run lengths, compressed or not. Raises MedPLIBError: one is
+    malformed."""
     mask = np.zeros(size, dtype=bool)
     for shape in shapes:
         if isinstance(shape, Mapping):
@@ -591,7 +568,3 @@ def read_outlines(shapes: Sequence[Any], size: tuple[int, int]) -> NDArray[np.bo
             codes = coco.frPyObjects([one.tolist() for one in polygons], *size)
         mask |= coco.decode(codes).any(axis=2)
     return mask
-
-
-NAMED: list[Layout] = [ConversationLayout(), CocoLayout()]
-TABLES: list[Layout] = [TableLayout()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,9 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from model.data.builders.cases import Case, Layout, Problem, ReadOptions, Source, Target
+from model.data.builders.cases import (
+    IMAGE_SUFFIXES,
+    SPLIT_WORDS,
+    Case,
+    Problem,
+    ReadOptions,
+    Source,
+    Target,
+    file_key,
+    read_names,
+)
 from model.data.builders.image_layouts import modality_stated
-from model.data.builders.names import IMAGE_SUFFIXES, SPLIT_WORDS, file_key, read_names
 from model.data.builders.table_layouts import read_rows
 from model.data.image_io import ImageData, read_labels
 from model.data.structures import Drawing, read_dicom_seg, read_label_nifti, read_rtstruct, tidy_name
@@ -30,15 +39,9 @@ _IMAGE_WORDS = frozenset(("image", "images", "imagestr", "imagests", "img", "img
 _MODALITY_WORDS = {
     **dict.fromkeys(("ct", "cta", "cbct", "ncct", "cect"), "ct"),
     **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t1n", "t2", "t2w", "t2f", "flair", "adc"), "mr"),
-    **{
-        "dwi": "mr",
-        "dce": "mr",
-        "pet": "pet",
-        "pt": "pet",
-        "suv": "pet",
-        "us": "ultrasound",
-        "ultrasound": "ultrasound",
-    },
+    **dict.fromkeys(("dwi", "dce"), "mr"),
+    **dict.fromkeys(("pet", "pt", "suv"), "pet"),
+    **dict.fromkeys(("us", "ultrasound"), "ultrasound"),
 }
 
 
@@ -150,7 +153,6 @@ class Listing:
         return Source(kind, self._summary(), partial(self._cases, problems), problems)
 
     def _renamed(self, names: tuple[str, ...]) -> dict[str, str]:
-        """What structures are called: by the user's table, or by his only name."""
         if self.options.target and len(names) == 1:
             return {names[0]: self.options.target}
         table = self.table if self.table and self.table.kind == "class" else None
@@ -252,145 +254,126 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
 
 
-@dataclass
-class DatasetJson:
+def recognize_dataset_json(kind: str, root: Path, options: ReadOptions) -> Source | None:
     """``dataset.json`` beside ``imagesTr`` and ``labelsTr``: of nnU-Net, channels in files of their own, or of MSD."""
-
-    kind: str
-
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """The source at ``root``, or None."""
-        if not (root / "dataset.json").is_file() or not (images := _files(root / "imagesTr")):
-            return None
-        if any(re.search(r"_\d{4}$", _bare(path)) for path in images) != (self.kind == "nnunet"):
-            return None
-        try:
-            info = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
-            channels = [str(value) for value in (info.get("channel_names") or info.get("modality") or {}).values()]
-            names = _json_labels(info["labels"])
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise MedPLIBError(f"{root / 'dataset.json'} cannot be followed ({error!r}); mend it") from error
-        title = "nnU-Net" if self.kind == "nnunet" else "Medical Segmentation Decathlon"
-        listing = Listing(title, root, options, tuple(names))
-        for images_in, labels_in, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
-            if (root / images_in).is_dir() and not (root / labels_in).is_dir():
-                listing.problem("no_labels", root / images_in, f"there is no {labels_in}", "add it")
-                continue
-            files: dict[str, list[Path]] = {}
-            for path in _files(root / images_in):
-                files.setdefault(re.sub(r"_\d{4}$", "", _bare(path)), []).append(path)
-            drawn_on = {_bare(path): path for path in _files(root / labels_in)}
-            for case in sorted(files.keys() | drawn_on.keys()):
-                if case not in files or case not in drawn_on:
-                    lacking, where = ("image", drawn_on[case]) if case not in files else ("labels", files[case][0])
-                    listing.problem(f"no_{lacking}", where, f"there is no file of {lacking}", "add it")
-                    continue
-                if len(files[case]) > 1:
-                    said = f"only the first of its {len(files[case])} channels ({', '.join(channels)}) is used"
-                    listing.problem("channels", files[case][0], said, "number another channel 0000")
-                labels = (Labels(drawn_on[case], names=tuple(names.items())),)
-                modality, many = modality_of(*channels[:1], case), len(channels) > 1
-                listing.add(files[case][0], labels, modality, patient=case, split=split, channels=many)
-        return listing.source(self.kind)
-
-
-def _json_labels(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """name → values of either form: value → name (version 1, MSD), name → value or several (version 2)."""
-    if all(str(key).isdecimal() for key in labels):
-        labels = {str(name): int(value) for value, name in labels.items()}
-    groups = {name: tuple(map(int, value if isinstance(value, list) else [value])) for name, value in labels.items()}
-    return {tidy_name(name): group for name, group in groups.items() if group != (0,) and name != "ignore"}
-
-
-class VolumeTable:
-    """A CSV with a row for each volume and file of labels: image, mask, target, modality, patient, split."""
-
-    kind = "volume_table"
-
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """The source at ``root``, or None."""
-        for file in [root] if root.is_file() else sorted(root.glob("*.csv")):
-            rows = read_rows(file) if file.suffix == ".csv" else []
-            first = file.parent / (rows[0].get("image") or "") if rows else file.parent
-            if first != file.parent and rows[0].get("mask") and (first.name.endswith(_NIFTI) or first.is_dir()):
-                return self._listed(file, rows, options)
+    if not (root / "dataset.json").is_file() or not (images := _files(root / "imagesTr")):
         return None
+    if any(re.search(r"_\d{4}$", _bare(path)) for path in images) != (kind == "nnunet"):
+        return None
+    try:
+        info = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+        channels = [str(value) for value in (info.get("channel_names") or info.get("modality") or {}).values()]
+        labels = info["labels"]
+        if all(str(key).isdecimal() for key in labels):  # version 1 and MSD: value → name; 2: name → value or several
+            labels = {str(name): int(value) for value, name in labels.items()}
+        groups = {name: tuple(map(int, of if isinstance(of, list) else [of])) for name, of in labels.items()}
+        names = {tidy_name(name): group for name, group in groups.items() if group != (0,) and name != "ignore"}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise MedPLIBError(f"{root / 'dataset.json'} cannot be followed ({error!r}); mend it") from error
+    title = "nnU-Net" if kind == "nnunet" else "Medical Segmentation Decathlon"
+    listing = Listing(title, root, options, tuple(names))
+    for images_in, labels_in, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
+        if (root / images_in).is_dir() and not (root / labels_in).is_dir():
+            listing.problem("no_labels", root / images_in, f"there is no {labels_in}", "add it")
+            continue
+        files: dict[str, list[Path]] = {}
+        for path in _files(root / images_in):
+            files.setdefault(re.sub(r"_\d{4}$", "", _bare(path)), []).append(path)
+        drawn_on = {_bare(path): path for path in _files(root / labels_in)}
+        for case in sorted(files.keys() | drawn_on.keys()):
+            if case not in files or case not in drawn_on:
+                lacking, where = ("image", drawn_on[case]) if case not in files else ("labels", files[case][0])
+                listing.problem(f"no_{lacking}", where, f"there is no file of {lacking}", "add it")
+                continue
+            if len(files[case]) > 1:
+                said = f"only the first of its {len(files[case])} channels ({', '.join(channels)}) is used"
+                listing.problem("channels", files[case][0], said, "number another channel 0000")
+            labels = (Labels(drawn_on[case], names=tuple(names.items())),)
+            modality, many = modality_of(*channels[:1], case), len(channels) > 1
+            listing.add(files[case][0], labels, modality, patient=case, split=split, channels=many)
+    return listing.source(kind)
 
-    def _listed(self, file: Path, rows: Any, options: ReadOptions) -> Source:
-        listing, grouped = Listing(f"table {file.name}", file.parent, options), dict[Path, list[Any]]()
-        names: dict[str, None] = {}
-        for row in rows:
-            grouped.setdefault(file.parent / row["image"], []).append(row)
-        for image, of_image in grouped.items():
-            labels = []
-            for row in of_image:
-                pairs = re.findall(r"(\d+)\s*=\s*([^;]+)", row.get("target") or "")
-                one = listing.labels(file.parent / row["mask"], "" if pairs else row.get("target") or "")
-                if pairs:
-                    one = replace(one, names=tuple((name.strip(), (int(value),)) for value, name in pairs))
-                names |= dict.fromkeys([name for name, _ in one.names] or [one.default])
-                labels.append(one)
-            for missing in [path for path in (image, *(one.path for one in labels)) if not path.exists()]:
-                listing.problem("missing", missing, f"{file.name} names it, but it is not there", "add it")
-            if image.exists():
-                first, there = of_image[0], tuple(one for one in labels if one.path.exists())
-                split = SPLIT_WORDS.get((first.get("split") or "").casefold())
-                modality = modality_of(first.get("modality") or "", _bare(image))
-                listing.add(image, there, modality, patient=first.get("patient") or _bare(image), split=split)
-        listing.names = tuple(name for name in names if name)
-        return listing.source(self.kind)
+
+def recognize_volume_table(root: Path, options: ReadOptions) -> Source | None:
+    """A CSV with a row for each volume and file of labels: image, mask, target, modality, patient, split."""
+    for file in [root] if root.is_file() else sorted(root.glob("*.csv")):
+        rows = read_rows(file) if file.suffix == ".csv" else []
+        first = file.parent / (rows[0].get("image") or "") if rows else file.parent
+        if first != file.parent and rows[0].get("mask") and (first.name.endswith(_NIFTI) or first.is_dir()):
+            return _listed(file, rows, options)
+    return None
 
 
-class VolumeFolder:
+def _listed(file: Path, rows: Any, options: ReadOptions) -> Source:
+    listing, grouped = Listing(f"table {file.name}", file.parent, options), dict[Path, list[Any]]()
+    names: dict[str, None] = {}
+    for row in rows:
+        grouped.setdefault(file.parent / row["image"], []).append(row)
+    for image, of_image in grouped.items():
+        labels = []
+        for row in of_image:
+            pairs = re.findall(r"(\d+)\s*=\s*([^;]+)", row.get("target") or "")
+            one = listing.labels(file.parent / row["mask"], "" if pairs else row.get("target") or "")
+            if pairs:
+                one = replace(one, names=tuple((name.strip(), (int(value),)) for value, name in pairs))
+            names |= dict.fromkeys([name for name, _ in one.names] or [one.default])
+            labels.append(one)
+        for missing in [path for path in (image, *(one.path for one in labels)) if not path.exists()]:
+            listing.problem("missing", missing, f"{file.name} names it, but it is not there", "add it")
+        if image.exists():
+            first, there = of_image[0], tuple(one for one in labels if one.path.exists())
+            split = SPLIT_WORDS.get((first.get("split") or "").casefold())
+            modality = modality_of(first.get("modality") or "", _bare(image))
+            listing.add(image, there, modality, patient=first.get("patient") or _bare(image), split=split)
+    listing.names = tuple(name for name in names if name)
+    return listing.source("volume_table")
+
+
+def recognize_volumes(root: Path, options: ReadOptions) -> Source | None:
     """NIfTI volumes and DICOM series with labels as NIfTI, DICOM-SEG or RTSTRUCT, paired by their names or UIDs."""
-
-    kind = "volumes"
-
-    def recognize(self, root: Path, options: ReadOptions) -> Source | None:
-        """The source at ``root``, or None."""
-        if not root.is_dir():
-            return None
-        files = [path for path in sorted(root.rglob("*")) if "/." not in f"/{path.relative_to(root)}"]
-        files = [path for path in files if path.is_file()]
-        nifti = [path for path in files if path.name.lower().endswith(_NIFTI)]
-        dicom = list(scan_dicom(path for path in files if path.suffix.lower() in (".dcm", ".dicom", ".ima", "")
-                                or path.suffix[1:].isdecimal()))  # fmt: skip
-        drawings = [(path, header) for path, header in dicom if str(header.get("Modality")) in ("SEG", "RTSTRUCT")]
-        series = [one for one in find_series(dicom) if "ImagePositionPatient" in one.headers[0][1]]
-        others = IMAGE_SUFFIXES - {".dcm", ".dicom"} | {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
-        if not nifti and (not series or not (drawings or all(path.suffix.lower() not in others for path in files))):
-            return None
-        labels = [path for path in nifti if _is_label(path.relative_to(root))] or (nifti if series else [])
-        images: list[tuple[Path, Series | None]] = [(path, None) for path in nifti if path not in labels]
-        images += [(one.folder, one) for one in series]
-        listing = Listing("folder", root, options)
-        of_image: list[list[Labels]] = [[] for _ in images]
-        words = [_tokens(image, root) for image, _ in images]
-        for path in labels:
-            matches, name = _matches(_tokens(path, root), words)
-            if not matches:
-                below = [at for at, (image, _) in enumerate(images) if path.parent in (image, *image.parents)]
-                matches = below if len(below) == 1 else []
-            if not matches:
-                fix = "name the labels as the image, with _seg or in a folder labels"
-                listing.problem("no_image", path, "no image, or more than one, has its name", fix)
-            for at in matches:
-                of_image[at].append(listing.labels(path, name))
-        for path, header in drawings:
-            ids = [(one.uid, one.headers[0][1].get("FrameOfReferenceUID")) if one else ("", "") for _, one in images]
-            places = [place for place, (uid, _) in enumerate(ids) if uid in _referenced(header)]
-            frame = str(header.get("FrameOfReferenceUID") or "unknown")
-            places = places or [place for place, (_, of_series) in enumerate(ids) if of_series == frame]
-            if len(places) == 1:
-                of_image[places[0]].append(Labels(path, str(header.Modality)))
-            else:
-                listing.problem("no_image", path, "its series is not there", "add the series that it was drawn on")
-        for at, (image, one) in enumerate(images):
-            case = "_".join(word for word in words[at] if word not in _MODALITY_WORDS) or root.name
-            told_by = one.modality if one else modality_of(_bare(image))
-            patient, uid = (one.patient or case, one.uid) if one else (case, "")
-            listing.add(image, tuple(of_image[at]), told_by, patient=patient, series=uid)
-        return listing.source(self.kind)
+    if not root.is_dir():
+        return None
+    files = [path for path in sorted(root.rglob("*")) if "/." not in f"/{path.relative_to(root)}"]
+    files = [path for path in files if path.is_file()]
+    nifti = [path for path in files if path.name.lower().endswith(_NIFTI)]
+    dicom = list(scan_dicom(path for path in files if path.suffix.lower() in (".dcm", ".dicom", ".ima", "")
+                            or path.suffix[1:].isdecimal()))  # fmt: skip
+    drawings = [(path, header) for path, header in dicom if str(header.get("Modality")) in ("SEG", "RTSTRUCT")]
+    series = [one for one in find_series(dicom) if "ImagePositionPatient" in one.headers[0][1]]
+    others = IMAGE_SUFFIXES - {".dcm", ".dicom"} | {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
+    if not nifti and (not series or not (drawings or all(path.suffix.lower() not in others for path in files))):
+        return None
+    labels = [path for path in nifti if _is_label(path.relative_to(root))] or (nifti if series else [])
+    images: list[tuple[Path, Series | None]] = [(path, None) for path in nifti if path not in labels]
+    images += [(one.folder, one) for one in series]
+    listing = Listing("folder", root, options)
+    of_image: list[list[Labels]] = [[] for _ in images]
+    words = [_tokens(image, root) for image, _ in images]
+    for path in labels:
+        matches, name = _matches(_tokens(path, root), words)
+        if not matches:
+            below = [at for at, (image, _) in enumerate(images) if path.parent in (image, *image.parents)]
+            matches = below if len(below) == 1 else []
+        if not matches:
+            fix = "name the labels as the image, with _seg or in a folder labels"
+            listing.problem("no_image", path, "no image, or more than one, has its name", fix)
+        for at in matches:
+            of_image[at].append(listing.labels(path, name))
+    for path, header in drawings:
+        ids = [(one.uid, one.headers[0][1].get("FrameOfReferenceUID")) if one else ("", "") for _, one in images]
+        places = [place for place, (uid, _) in enumerate(ids) if uid in _referenced(header)]
+        frame = str(header.get("FrameOfReferenceUID") or "unknown")
+        places = places or [place for place, (_, of_series) in enumerate(ids) if of_series == frame]
+        if len(places) == 1:
+            of_image[places[0]].append(Labels(path, str(header.Modality)))
+        else:
+            listing.problem("no_image", path, "its series is not there", "add the series that it was drawn on")
+    for at, (image, one) in enumerate(images):
+        case = "_".join(word for word in words[at] if word not in _MODALITY_WORDS) or root.name
+        told_by = one.modality if one else modality_of(_bare(image))
+        patient, uid = (one.patient or case, one.uid) if one else (case, "")
+        listing.add(image, tuple(of_image[at]), told_by, patient=patient, series=uid)
+    return listing.source("volumes")
 
 
 def _is_label(path: Path) -> bool:
@@ -410,8 +393,7 @@ def _tokens(path: Path, root: Path) -> list[str]:
 def _matches(label: list[str], images: list[list[str]]) -> tuple[list[int], str]:
     """Images whose words are all in the label's path, those with the most of them, and the words left over as a name.
 
-    Where there are none, the words for modalities of images do not count: one file of labels then serves several.
-    """
+    Where there are none, the words for modalities of images do not count: one file of labels then serves several."""
     for ignored in (frozenset[str](), _MODALITY_WORDS.keys()):
         kept = [[word for word in words if word not in ignored] for words in images]
         fitting = [at for at, words in enumerate(kept) if not set(words) - set(label)]
@@ -429,6 +411,3 @@ def _referenced(header: Any) -> set[str]:
         for study in frame.get("RTReferencedStudySequence") or ():
             found += study.get("RTReferencedSeriesSequence") or ()
     return {str(item.SeriesInstanceUID) for item in found}
-
-
-LAYOUTS: list[Layout] = [DatasetJson("nnunet"), DatasetJson("msd"), VolumeTable(), VolumeFolder()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import pickle
 import re
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from model.data.builders import vqa_rows
-from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, fingerprint, run_build
-from model.data.builders.vetting import Stretch, Vetting, drop, path_from, stretches, write_vetted
+from model.data.builders.jobs import Build, BuildReport, Execution, Output, Part, fingerprint, run_build, write_bytes
+from model.data.builders.published import Stretch, Vetting, drop, path_from, stretches, write_vetted
 from model.data.image_io import is_file
 from model.data.records import open_records
 from model.errors import MedPLIBError
@@ -36,6 +37,7 @@ EXPECTED = {
 
 _SPLITS = {"train": "train", "val": "validation", "validate": "validation", "validation": "validation", "test": "test"}
 _TRIED = 5  # rows
+_IMAGE_ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\x00": ".tif", b"MM\x00*": ".tif", b"BM": ".bmp"}
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _PARQUET_BATCH = 64  # rows in memory, images among them
 _PICKLED = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "set"), ("builtins", "list")}
@@ -58,30 +60,19 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """One file of questions.
+    """One file of questions."""
 
-    Attributes:
-        file: where it is.
-        split: of its records; empty where each row says it.
-        rows: its content.
-        convert: one row → a record whose image is a path below ``images``, or a bare name that ``found`` knows.
-        images: folder of its images; None where they are inside the file.
-        found: bare image name → path, for sets that leave out suffixes or spread images over folders.
-    """
-
-    file: Path
-    split: str
-    rows: Rows
+    file: Path  # where it is
+    split: str  # of its records; empty where each row says it
+    rows: Rows  # its content
+    # one row → a record whose image is a path below ``images``, or a bare name that ``found`` knows
     convert: Callable[[Any], dict[str, Any]]
-    images: Path | None
+    images: Path | None  # folder of its images; None where they are inside the file
+    # bare image name → path, for sets that leave out suffixes or spread images over folders
     found: dict[str, Path] = field(default_factory=dict)
 
     def record_of(self, row: Any) -> tuple[str, dict[str, Any]]:
-        """Split and record of one row.
-
-        Raises:
-            BadRow: it is not of the form of its set.
-        """
+        """Split and record of one row. Raises BadRow: it is not of the form of its set."""
         if isinstance(row, MedPLIBError):
             raise BadRow(str(row)) from row
         try:
@@ -112,20 +103,18 @@ def build_vqa(
     language: Language = "en",
     check_pixels: bool = True,
 ) -> BuildReport:
-    """Write one file for each split of a public set.
+    """Write one file for each split of a public set. Raises MedPLIBError: the source does not look like the set, or a
+    folder cannot be used.
 
     Args:
         name: of the set, a key of ``EXPECTED``.
         source: its unpacked folder.
         out: folder of the results; images that are inside Parquet files go to its ``images/``.
         execution: processes, whether to start anew.
-        images_root: folder that the paths in the records start from; the source when None, or ``out`` where images are
-            extracted to it.
+        images_root: folder that the paths in the records start from; the source when None, or ``out`` where images
+            are extracted to it.
         language: of SLAKE's questions.
         check_pixels: decode every image; else only see whether it exists.
-
-    Raises:
-        MedPLIBError: the source does not look like the set, or a folder cannot be used.
     """
     files = question_files(name, source)
     if images_root is not None and not images_root.is_dir():
@@ -147,7 +136,6 @@ def build_vqa(
 
 
 def _convert(piece: Stretch, context: _Context, part: Part) -> None:
-    """The rows of one stretch."""
     one = context.files[piece.file]
     vetting = Vetting(context.root, check_pixels=context.check_pixels)
     wanted = context.language if context.name == "slake" else "all"
@@ -170,26 +158,24 @@ def _convert(piece: Stretch, context: _Context, part: Part) -> None:
 
 
 def written_image(image: Any, folder: Path) -> str:
-    """The name of a file, written into ``folder``, for an encoded image that was inside a row.
-
-    Raises:
-        BadRow: there is no image.
-    """
+    """The name of a file, written into ``folder``, for an encoded image that was inside a row. Raises BadRow: there is
+    no image."""
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes) or not content:
         raise BadRow("it holds no image")
-    return vqa_rows.write_picture(content, folder)
+    ending = next((end for start, end in _IMAGE_ENDINGS.items() if content.startswith(start)), ".img")
+    name = hashlib.sha256(content).hexdigest()[:24] + ending  # so that the same image is written once
+    if not (folder / name).is_file():
+        write_bytes(folder / name, content)
+    return name
 
 
 # --- the files of each set ------------------------------------------------------------------------------------------
 
 
 def question_files(name: str, source: Path) -> list[QuestionFile]:
-    """The question files of a set below ``source``, or below the one folder inside that holds them.
-
-    Raises:
-        MedPLIBError: there is none, or none of a file's first rows is of the set; it says what was expected.
-    """
+    """The question files of a set below ``source``, or below the one folder inside that holds them. Raises
+    MedPLIBError: there is none, or none of a file's first rows is of the set; it says what was expected."""
     if name not in EXPECTED:
         raise MedPLIBError(f"there is no question set {name!r}; known: {', '.join(EXPECTED)}")
     if not source.is_dir():
@@ -203,8 +189,7 @@ def question_files(name: str, source: Path) -> list[QuestionFile]:
 def _tried(name: str, one: QuestionFile) -> QuestionFile:
     """The file, after a look at its first rows: one bad row is only one bad row, but where all are, it is another set.
 
-    An archive unpacked into a folder of its own name leaves ``images/images/``, which is found here.
-    """
+    An archive unpacked into a folder of its own name leaves ``images/images/``, which is found here."""
     images, faults = [], []
     for row in one.rows.between(0, _TRIED):
         try:
@@ -282,13 +267,11 @@ def _imageclef(folder: Path) -> Iterator[QuestionFile]:
 
 
 def _answered(questions: ListedRows, answers: ListedRows) -> ListedRows:
-    """Questions and answers of two files, joined by their image; a question without an answer is left short."""
     known = {row[0]: row[1:] for row in answers.between(0, len(answers))}
     return ListedRows([[*row, *known.get(row[0], [])] for row in questions.between(0, len(questions))])
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """Image files below ``folder`` by their name without suffix; the first in alphabetical order of paths."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _IMAGE_SUFFIXES and path.name[0] != ".":
@@ -340,7 +323,6 @@ _FINDERS: dict[str, Callable[[Path], Iterator[QuestionFile]]] = {
 
 
 def _child(folder: Path, *names: str) -> Path | None:
-    """What lies in ``folder`` under one of ``names``, whatever its capitals; spaces count as underscores."""
     wanted = {name: place for place, name in enumerate(names)}
     found = {path.name.lower().replace(" ", "_"): path for path in sorted(folder.iterdir())}
     best = min((name for name in found if name in wanted), key=wanted.__getitem__, default=None)
@@ -377,11 +359,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def pickled_rows(file: Path) -> ListedRows:
-    """A pickled list of mappings, read without running anything that is in it.
-
-    Raises:
-        MedPLIBError: it is anything else, or larger than 1 GiB.
-    """
+    """A pickled list of mappings, read without running anything that is in it. Raises MedPLIBError: it is anything
+    else, or larger than 1 GiB."""
     if file.stat().st_size > _PICKLE_BYTES:
         raise MedPLIBError(f"{file} is larger than 1 GiB; the question files of a set are far smaller")
     try:

@@ -5,14 +5,10 @@ For training and evaluation alike; which files a set consists of is in ``vqa.py`
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from model.data.builders.jobs import whole_file
 
 Row = Mapping[str, Any]
 
@@ -32,14 +28,14 @@ MODALITY_NAMES = {
 }
 """Names that public sets use → those of the project's file names (reference §8)."""
 
-_IMAGE_ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\x00": ".tif", b"MM\x00*": ".tif", b"BM": ".bmp"}
 _LETTERS = "ABCD"
 
 
 def question_record(
     question_id: object, image: object, question: object, answer: object, answer_type: object = "", **known: object
 ) -> dict[str, Any]:
-    """One question about one image. Where the source does not say, yes and no make a question closed.
+    """One question about one image. Where the source does not say, yes and no make a question closed. Raises
+    ValueError: nothing is asked.
 
     Args:
         question_id: becomes the record's id.
@@ -48,9 +44,6 @@ def question_record(
         answer: text or number; spaces, tabs and line ends around it go. None and NaN count as no answer.
         answer_type: ``open`` or ``closed`` in any spelling of case and spaces; anything else counts as not said.
         known: further keys; empty ones are left out, and ``modality`` is given its name in this project.
-
-    Raises:
-        ValueError: nothing is asked.
     """
     asked, answered = _text(question), _text(answer)
     if not asked:
@@ -61,10 +54,7 @@ def question_record(
     record: dict[str, Any] = {
         "id": str(question_id),
         "image": str(image).strip(),
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{asked}"},
-            {"from": "gpt", "value": answered},
-        ],
+        "conversations": [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answered}],
         "answer_type": answer_type,
         "task": "vqa",
     }
@@ -125,8 +115,7 @@ def vqa_rad_split(row: Row) -> str:
 def path_vqa(row: Row) -> dict[str, Any]:
     """A row of PathVQA's ``*_vqa.pkl`` (``sent``, ``label``) or of its ``*_qa.pkl`` (``question``, ``answer``).
 
-    The image is the bare id; of several answers the one with the highest score is taken.
-    """
+    The image is the bare id; of several answers the one with the highest score is taken."""
     if "img_id" not in row:
         return question_record("", row["image"], row["question"], row["answer"])
     label = row["label"]
@@ -140,11 +129,8 @@ def path_vqa(row: Row) -> dict[str, Any]:
 def imageclef(fields: Sequence[str]) -> dict[str, Any]:
     """A line ``image|question|answer`` of VQA-Med, or ``image|category|question|answer`` of its test of 2019.
 
-    Of several answers with ``#`` between them the first is taught; all stay under ``answers``.
-
-    Raises:
-        ValueError: another number of fields.
-    """
+    Of several answers with ``#`` between them the first is taught; all stay under ``answers``. Raises ValueError:
+    another number of fields."""
     if len(fields) not in (3, 4):
         raise ValueError(f"{len(fields)} fields between |, expected image|question|answer")
     kind = fields[1] if len(fields) == 4 else ""
@@ -155,11 +141,11 @@ def imageclef(fields: Sequence[str]) -> dict[str, Any]:
 
 def pmc_vqa(row: Row) -> dict[str, Any]:
     """A row of PMC-VQA, first version (``Answer`` a text, ``Answer_label`` a letter) or second (``Answer`` a letter).
-
-    Raises:
-        ValueError: the answer is no choice.
-    """
-    choices = {letter: _choice(row[f"Choice {letter}"], letter) for letter in _LETTERS}
+    Raises ValueError: the answer is no choice."""
+    choices = {  # `` A:Diffuse uptake `` → ``Diffuse uptake``
+        letter: re.sub(rf"^{letter}\s*[:.)]\s*", "", str(row[f"Choice {letter}"] or "").strip()).strip()
+        for letter in _LETTERS
+    }
     answer = _text(row.get("Answer_label")) or _text(row["Answer"])
     letter = re.match(r"([A-D])\s*(?:[:.)]|$)", answer.upper())
     named = [letter[1]] if letter else [key for key, text in choices.items() if text.casefold() == answer.casefold()]
@@ -167,11 +153,6 @@ def pmc_vqa(row: Row) -> dict[str, Any]:
         raise ValueError(f"the answer {answer!r:.80} is not one of the choices A to D")
     options = [text for text in choices.values() if text]
     return question_record("", row["Figure_path"], with_options(row["Question"], options), choices[named[0]], "closed")
-
-
-def _choice(text: object, letter: str) -> str:
-    """`` A:Diffuse uptake `` → ``Diffuse uptake``."""
-    return re.sub(rf"^{letter}\s*[:.)]\s*", "", str(text or "").strip()).strip()
 
 
 def omnimedvqa(row: Row) -> dict[str, Any]:
@@ -192,13 +173,3 @@ def omnimedvqa(row: Row) -> dict[str, Any]:
 def image_question_answer(row: Row) -> dict[str, Any]:
     """A row with ``id``, ``image``, ``question`` and ``answer``, as copies on Hugging Face have it."""
     return question_record(row["id"], row["image"], row["question"], row["answer"], row.get("answer_type"))
-
-
-def write_picture(content: bytes, folder: Path) -> str:
-    """Write an encoded image under a name made of its content, so that the same image is written once; the name."""
-    ending = next((end for start, end in _IMAGE_ENDINGS.items() if content.startswith(start)), ".img")
-    name = hashlib.sha256(content).hexdigest()[:24] + ending
-    if not (folder / name).is_file():
-        with whole_file(folder / name) as stream:
-            stream.write(content)
-    return name

@@ -27,8 +27,8 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from model.data.builders.phantom_questions import SPOKEN_NAMES, Question
-from model.data.builders.phantom_scenes import CLASS_IDS, CLASS_NAMES, MODALITIES
+from model.data.phantom.questions import SPOKEN_NAMES, Question
+from model.data.phantom.scenes import CLASS_IDS, CLASS_NAMES, MODALITIES
 from model.errors import MedPLIBError
 from model.modeling.configuration import IGNORE_INDEX, IMAGE_PLACEHOLDER, REGION_PLACEHOLDER
 from model.modeling.decoder import MedPLIBDecoder

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.data.builders.phantom import PhantomStream, render_workers
-from model.data.builders.phantom_questions import Question
-from model.data.builders.phantom_scenes import MODALITIES
 from model.data.image_io import read_image, read_mask
+from model.data.phantom import PhantomStream, render_workers
+from model.data.phantom.questions import Question
+from model.data.phantom.scenes import MODALITIES
 from model.errors import MedPLIBError
 from model.processing.images import SAM_MEAN, centre_offset, resized_size
 

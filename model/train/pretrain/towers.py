@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.data.augmentation import AugmentationConfig, augment_image_and_masks, tells_places
-from model.data.builders.phantom_scenes import CLASS_NAMES, MODALITIES
+from model.data.augmentation import AugmentationConfig, augment_pictures, tells_places
+from model.data.phantom.scenes import CLASS_NAMES, MODALITIES
 from model.modeling.configuration import MedPLIBConfig
 from model.modeling.sam_med2d import SamMed2D
 from model.modeling.vision_tower import VisionTower
@@ -315,8 +315,8 @@ class PoolSampler:
             targets = [target for target in self.pool.targets[place] if lacks or target[0] >= 0]
             chosen = [targets[i] for i in self.rng.permutation(len(targets))[:2]]
             shown = [row for row, _ in chosen if row >= 0]
-            image, moved = augment_image_and_masks(
-                self.pool.images[place],
+            (image,), moved = augment_pictures(
+                [self.pool.images[place]],
                 [self.pool.mask(row) for row in shown],
                 self.rng,
                 self.config,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from model.data.builders.jobs import whole_file
-from model.data.builders.phantom_questions import Question, ask_all
-from model.data.builders.phantom_scenes import CLASS_IDS, CLASS_NAMES, MODALITIES, Scene, render_scene
+from model.data.builders.jobs import write_json, write_png
+from model.data.phantom.questions import Question, ask_all
+from model.data.phantom.scenes import CLASS_IDS, CLASS_NAMES, MODALITIES, Scene, render_scene
 from model.errors import MedPLIBError
 
 TASKS = ("vqa", "region", "grounding")
@@ -129,11 +128,11 @@ def _build_case(job: tuple[Path, int, int, int]) -> _Case:
     stem = f"{scene.modality}_00--Phantom--seed{seed}case{index:06d}--0000"
     image = f"images/{stem}.png"
     grey = bool((scene.image == scene.image[..., :1]).all())
-    _write_png(out / image, scene.image[..., 0] if grey else scene.image[..., ::-1])
+    write_png(out / image, scene.image[..., 0] if grey else scene.image[..., ::-1])
     paths = {}
     for structure in scene.structures:
         paths[structure.name] = f"masks/{stem}--{CLASS_IDS[structure.name]:04d}_000.png"
-        _write_png(out / paths[structure.name], structure.mask.astype(np.uint8) * 255)
+        write_png(out / paths[structure.name], structure.mask.astype(np.uint8) * 255)
     records: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
     for question in questions:
         number = len(records[question.task])
@@ -150,10 +149,7 @@ def record_of(
     return {
         "id": name,
         "image": image,
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{asked}"},
-            {"from": "gpt", "value": answered},
-        ],
+        "conversations": [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answered}],
         "answer_type": question.answer_type,
         "task": question.task,
         "kind": question.kind,
@@ -167,17 +163,3 @@ def _shape(rng: np.random.Generator, size: int) -> tuple[int, int]:
         return size, size
     height, width = (round(size * side) for side in rng.uniform(*_ODD_SIDES, 2))
     return height, width
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    done, buffer = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 4])
-    if not done:
-        raise OSError(f"cannot encode {path}")
-    with whole_file(path) as stream:
-        stream.write(buffer.tobytes())
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write indented UTF-8 JSON, whole or not at all."""
-    with whole_file(path) as stream:
-        stream.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from model.data.builders.phantom_scenes import LESIONS, PLANS, Scene, Structure
+from model.data.phantom.scenes import LESIONS, PLANS, Scene, Structure
 
 AnswerType = Literal["open", "closed"]
 PathOf = Callable[[str], str]

@@ -14,10 +14,17 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from model.data.builders.phantom_canvas import Canvas
-from model.data.builders.phantom_functional import draw_pet, draw_ultrasound
-from model.data.builders.phantom_optical import draw_dermoscopy, draw_endoscopy, draw_fundus
-from model.data.builders.phantom_radiology import draw_ct, draw_mr, draw_x_ray
+from model.data.phantom.canvas import Canvas
+from model.data.phantom.painters import (
+    draw_ct,
+    draw_dermoscopy,
+    draw_endoscopy,
+    draw_fundus,
+    draw_mr,
+    draw_pet,
+    draw_ultrasound,
+    draw_x_ray,
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,7 @@ PLANS: Mapping[str, ModalityPlan] = MappingProxyType({plan.key: plan for plan in
 
 MODALITIES: tuple[str, ...] = tuple(PLANS)
 
-CLASS_NAMES: tuple[str, ...] = (
-    "background",
-    *dict.fromkeys(name for plan in _PLANS for name in plan.structures),
-)
+CLASS_NAMES: tuple[str, ...] = ("background", *dict.fromkeys(name for plan in _PLANS for name in plan.structures))
 """Class id → name; id 0 is background. A name shared by several modalities has one id."""
 
 CLASS_IDS: Mapping[str, int] = MappingProxyType({name: index for index, name in enumerate(CLASS_NAMES)})
