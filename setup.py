@@ -36,9 +36,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["model", "model.*"]),
     package_data={
-        "model.drawing": ["assets/*"],
-        "model.eval": ["*.sh", "templates/*"],
-        "model.eval.lmms": ["tasks/*"],
+        "model.eval": ["*.sh", "templates/*", "lmms_tasks/*"],
         "model.serve.web": ["assets/*"],
     },
     install_requires=requirements("requirements.txt"),

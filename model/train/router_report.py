@@ -22,7 +22,6 @@ from model.checkpoint import load
 from model.checkpoint.directories import resolve
 from model.data.dataset import MedPLIBDataset, MixedDataset
 from model.data.schema import TASKS
-from model.drawing.pages import percent
 from model.errors import MedPLIBError
 from model.modeling.projector import MoEProjector
 from model.modeling.router_tally import RouterSummary, RouterTally
@@ -238,7 +237,7 @@ def _of_layers(examined: Examination) -> list[str]:
                 name = "<SEG>" if kind == "seg" else kind
                 sentences.append(f"Expert {expert} takes {amount} of the {name} positions in {span}.")
     if not sentences:
-        sentences = [f"No kind of position is left to one expert: none has {percent(_MOST_OF)} of one in any layer."]
+        sentences = [f"No kind of position is left to one expert: none has {100 * _MOST_OF:.0f} % of one in any layer."]
     of_task, of_kind = (_mean(specialisation(of(examined))) for of in (by_task, by_kind))
     scale = "(0: all alike, 1: each its own expert)"
     if math.isfinite(of_task) and math.isfinite(of_kind):
@@ -263,7 +262,7 @@ def _of_projector(examined: Examination) -> str:
         return "Every image token goes to all experts of the projector, so that their shares mean nothing."
     expert, of_task = int(takers.argmax()), float(specialisation(projector_by_task(examined))[0])
     more = f"; the specialisation there is {of_task:.2f} by task" if math.isfinite(of_task) else ""
-    return f"In the projector expert {expert} takes {percent(takers[expert])} of the image tokens, the most{more}."
+    return f"In the projector expert {expert} takes {100 * takers[expert]:.0f} % of the image tokens, the most{more}."
 
 
 def _mean(values: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model.data.records import open_records
-from model.eval.lmms import phantoms
+from model.eval import lmms
 from model.eval.questions import Question, questions_of
 from model.inference.answer import Answer
 from model.inference.engine import Engine, Request
@@ -27,7 +27,7 @@ def of_task(questions: list[Question], task: str) -> list[Question]:
 
 def as_document(question: Question) -> dict[str, Any]:
     """A question as the row of a harness's task."""
-    return phantoms.document_of(question, SAMPLE / "held_out.json")
+    return lmms.document_of(question, SAMPLE / "held_out.json")
 
 
 def request_of(question: Question) -> Request:

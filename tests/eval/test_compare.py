@@ -15,9 +15,18 @@ from PIL import Image
 
 from model.cli import main
 from model.errors import MedPLIBError
-from model.eval.compare import EXAMPLES, SetComparison, compare_runs, open_run
+from model.eval.compare import (
+    CHANGES_FILE,
+    EXAMPLES,
+    HTML_FILE,
+    JSON_FILE,
+    SetComparison,
+    compare_runs,
+    open_run,
+    verdict_text,
+    write_comparison,
+)
 from model.eval.predictions import Prediction, PredictionWriter
-from model.eval.report_compare import CHANGES_FILE, HTML_FILE, JSON_FILE, verdict_text, write_comparison
 from model.processing.masks import encode_rle
 from tests.eval.drawn import EVIL, Outline, painted, row, rows
 

@@ -17,12 +17,11 @@ from model.cli import main
 from model.errors import MedPLIBError
 from model.eval.baselines import mask_baselines
 from model.eval.metrics.scores import score_predictions
-from model.eval.own_data import data_name, own_run_folder, own_suite
 from model.eval.predictions import Prediction, PredictionWriter
-from model.eval.processes import Journal
 from model.eval.questions import questions_of
 from model.eval.results import detail_tables, measure
-from model.eval.suite import CURVE, is_suite
+from model.eval.shards import Journal, fingerprint
+from model.eval.suite import CURVE, data_name, is_suite, own_run_folder, own_suite
 from tests.conftest import ROOT
 from tests.eval.drawn import SIDE, painted, row, square
 
@@ -102,8 +101,6 @@ def test_a_stopped_run_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
     fresh = own_run_folder(NANO, data_name(tmp_path / "mine.json"))
     assert fresh.parent == Path("runs/eval/medplib-nano")
     assert fresh.name.startswith("mine-20")
-    from model.eval.asking import fingerprint
-
     earlier = fresh.with_name("mine-2020-01-01")
     Journal({"model": {"digest": fingerprint(NANO)}}).write(earlier / "predictions" / "mine.jsonl")
     assert own_run_folder(NANO, "mine") == earlier

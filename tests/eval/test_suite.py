@@ -18,12 +18,12 @@ from model.data.builders.blind import blind_baseline
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval import suite_run
-from model.eval.asking import fingerprint, open_engine, run_folder
+from model.eval.inference import open_engine
 from model.eval.metrics.definitions import metrics_for
 from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.predictions import read_predictions
-from model.eval.processes import Journal, Place
+from model.eval.shards import Journal, Rank, fingerprint, run_folder
 from model.eval.suite import DataSet, Suite, available_suites, load_suite, write_questions
 from model.eval.suite_run import SuiteOptions, SuiteOutcome, run_suite
 from model.inference.engine import Engine
@@ -276,7 +276,7 @@ def run(suite_file: Path, opened: list[InferenceOptions], tmp_path: Path) -> Run
     def start(**changes: Any) -> SuiteOutcome:
         suite = load_suite(suite_file, environment={})
         options = SuiteOptions(NANO, suite, str(suite_file), tmp_path / "out", device="cpu")
-        return run_suite(replace(options, **changes), Place(), suite_run.open_engine)
+        return run_suite(replace(options, **changes), Rank(), suite_run.open_engine)
 
     return start
 
@@ -370,7 +370,7 @@ def test_a_set_that_the_checkpoint_cannot_be_asked_is_told_before_answers(tmp_pa
     item = DataSet(**{**SET, "records": (SAMPLE / "held_out.json",), "images": SAMPLE})
     options = SuiteOptions(tmp_path / "nowhere", Suite("s", (item,)), "s", tmp_path / "out", device="cpu")
     with pytest.raises(MedPLIBError, match="nowhere"):
-        run_suite(options, Place())
+        run_suite(options, Rank())
     assert not (tmp_path / "out").exists()
 
 

@@ -14,14 +14,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.drawing.charts import calibration, calibration_error, histogram
-from model.drawing.pages import LONGEST_TEXT, element, interval, number, quoted
-from model.eval.pictures import MOST_BYTES, MOST_PICTURES, Pictures, data_uri, outlined
+from model.eval.pages import LONGEST_TEXT, calibration, element, histogram, interval, number, quoted
 from model.eval.predictions import Prediction, PredictionWriter
-from model.eval.report import HTML_FILE, JSON_FILE, MOST_MEGABYTES, SCORES_FILE, write_csv, write_report
+from model.eval.report import (
+    HTML_FILE,
+    JSON_FILE,
+    MOST_BYTES,
+    MOST_MEGABYTES,
+    MOST_PICTURES,
+    SCORES_FILE,
+    Pictures,
+    data_uri,
+    write_csv,
+    write_report,
+)
 from model.eval.results import ROW_COLUMNS, FailureCounter, RowScore, SetResult, SuiteResult, measure
 from model.eval.suite import DataSet, Known
-from model.inference.overlay import PALETTE
+from model.visualize import PALETTE, outlined
 from tests.eval.drawn import SIDE, Outline, painted, row, rows
 
 
@@ -119,7 +128,7 @@ def test_what_is_not_there_is_a_dash_and_not_a_nought(tmp_path: Path):
 
 
 def test_failures_are_counted_by_kind(made: tuple[str, SetResult, Path]):
-    found = {item.kind.name: (item.count, item.asked) for item in made[1].failures}
+    found = {item.name: (item.count, item.asked) for item in made[1].failures}
     assert found == {
         "errors": (1, 22),
         "wrong_closed": (2, 6),
@@ -250,10 +259,13 @@ def test_outlines_lie_where_the_masks_are():
 
 
 def test_calibration_error_is_the_mean_gap():
-    assert calibration_error([0.25, 0.25, 0.95, 0.95], [0.5, 0.0, 0.75, 0.75]) == pytest.approx(0.1)
-    assert calibration_error([0.8] * 4, [0.8] * 4) == pytest.approx(0)
-    assert np.isnan(calibration_error([], []))
-    assert calibration([0.25, 0.95], [0.5, 0.75]).count("<circle") == 2
+    def error(predicted: list[float], actual: list[float]) -> float:
+        return calibration(np.array(predicted), np.array(actual))[1]
+
+    assert error([0.25, 0.25, 0.95, 0.95], [0.5, 0.0, 0.75, 0.75]) == pytest.approx(0.1)
+    assert error([0.8] * 4, [0.8] * 4) == pytest.approx(0)
+    assert np.isnan(error([], []))
+    assert calibration(np.array([0.25, 0.95]), np.array([0.5, 0.75]))[0].count("<circle") == 2
 
 
 def test_histogram_has_a_bar_for_each_step_that_occurs():
@@ -268,7 +280,7 @@ def test_failures_keep_a_fair_and_repeatable_draw():
         counter = FailureCounter(examples=4)
         for place in range(1000):
             counter.add(place, row(place, gt="Yes", text="No", answer_type="closed"), RowScore(right=False))
-        (found,) = [item for item in counter.found() if item.kind.name == "wrong_closed"]
+        (found,) = [item for item in counter.found() if item.name == "wrong_closed"]
         assert (found.count, found.asked) == (1000, 1000)
         return [place for place, _, _ in found.examples]
 

@@ -15,8 +15,8 @@ import pytest
 
 from model.eval import vqa_infer
 from model.eval.options import InferenceOptions
-from model.eval.processes import Place
 from model.eval.run import Outcome, run_inference
+from model.eval.shards import Rank
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
@@ -34,7 +34,7 @@ def flags(answers: Path, data: Path) -> list[str]:
 
 
 def here(answers: Path, data: Path) -> Outcome:
-    return run_inference(InferenceOptions(NANO, data, SAMPLE, answers, device="cpu"), Place())
+    return run_inference(InferenceOptions(NANO, data, SAMPLE, answers, device="cpu"), Rank())
 
 
 def without_timing(path: Path) -> list[dict[str, Any]]:
