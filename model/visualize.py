@@ -193,7 +193,8 @@ def write_comparison(folder: Path, number: int, pixels: np.ndarray, prediction: 
     path = folder / f"{number:06d}_{prediction.key[1]}_{Path(prediction.image_path).stem}.png"
     predicted = decoded_masks(mask.get("rle") for mask in prediction.masks)
     reference = decoded_masks(prediction.gt_masks or ())
-    side = max(PICTURE_SIDE, *pixels.shape[:2])
-    panes = [outlined(pixels, *masks, side=side) for masks in (([], []), ([], reference), (predicted, []))]
+    side, none = max(PICTURE_SIDE, *pixels.shape[:2]), list[np.ndarray]()
+    pairs = ((none, none), (none, reference), (predicted, none))
+    panes = [outlined(pixels, ours, theirs, side=side) for ours, theirs in pairs]
     Image.fromarray(np.concatenate(panes, axis=1)).save(path)
     return path

@@ -100,8 +100,9 @@ class FailureCounter:
     """Counts failures as rows pass, and keeps a fair draw of examples of each kind, the same in every run."""
 
     def __init__(self, examples: int = EXAMPLES, seed: int = 0) -> None:
-        lines = (map(str.strip, line.split("|")) for line in _KINDS.strip().splitlines())
-        self._found, self._most, self._chance = [Failures(*line) for line in lines], examples, random.Random(seed)
+        lines = ([cell.strip() for cell in line.split("|")] for line in _KINDS.strip().splitlines())
+        self._found = [Failures(name, title, meaning) for name, title, meaning in lines]
+        self._most, self._chance = examples, random.Random(seed)
 
     def add(self, index: int, row: Prediction, score: RowScore) -> None:
         """Look at one answer; ``index`` is its place in the file."""
@@ -377,13 +378,14 @@ def _mask_table(part: SetResult, by: str) -> Table:
     names = [titles[name] for name in shown]
     columns = [by.capitalize(), "n", *names[:1], *(baseline.name for baseline in part.baselines), *names[1:]]
     settings = part.scores.settings
-    how = "; ".join(f"{baseline.name}: {baseline.how}" for baseline in part.baselines)
     note = (
         f"Masks cut at {part.item.thresholds[0]:g}; a target without a mask counts 0. Refused: present targets without "
-        f"a mask. NSD within {settings.tolerance_mm:g} mm, {settings.tolerance_px:g} px without a known spacing. {how}"
+        f"a mask. NSD within {settings.tolerance_mm:g} mm, {settings.tolerance_px:g} px without a known spacing."
     )
+    if how := "; ".join(f"{baseline.name}: {baseline.how}" for baseline in part.baselines):
+        note += f" {how}."
     title = "Masks by target" if by == "structure" else f"Masks by {by}"
-    return Table(title, f"{note}." if by == "structure" else "", columns, rows if shown else [])
+    return Table(title, note if by == "structure" else "", columns, rows if shown else [])
 
 
 def _patients(part: SetResult) -> Table:

@@ -46,7 +46,6 @@ class Outcome:
     errors: int  # of these, questions that could not be answered
     first_error: str | None  # the sentence of the first one; None where there is none
     seconds: float  # that answering took, over all sittings and, of several processes, of the slowest
-    complete: bool = True  # the file holds the whole run
     was_finished: bool = False  # nothing was left to do
 
 
@@ -222,8 +221,7 @@ def _answer_shard(
                 answer_questions(engine, options, checkpoint_name(options.model), questions(), report)
         seconds = round(journal.seconds + time.monotonic() - begun, 3)
         replace(journal, state="finished", rows=writer.rows, errors=len(errors), seconds=seconds).write(path)
-    first_error = errors[0] if errors else None
-    return Outcome(path, writer.rows, len(errors), first_error, seconds, complete=rank.world_size == 1)
+    return Outcome(path, writer.rows, len(errors), errors[0] if errors else None, seconds)
 
 
 def _check_rows(

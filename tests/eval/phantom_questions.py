@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from model.data.records import open_records
@@ -12,6 +14,7 @@ from model.inference.engine import Engine, Request
 from tests.conftest import ROOT
 
 NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
+RECORDS: list[dict[str, Any]] = json.loads((SAMPLE / "held_out.json").read_text())
 
 
 def held_out_questions() -> list[Question]:
@@ -39,3 +42,11 @@ def answers_to(engine: Engine, asked: list[Question]) -> list[Answer]:
     """What the engine says, whoever asks it."""
     found = dict(engine.answer_all(request_of(question) for question in asked))
     return [answer for _, answer in sorted(found.items()) if isinstance(answer, Answer)]
+
+
+def without_timing(path: Path) -> list[dict[str, Any]]:
+    """The rows of a predictions file, which differ in nothing else between runs."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["timing"]
+    return rows

@@ -44,27 +44,17 @@ from model.inference.engine import Engine
 from model.modeling.configuration import IGNORE_INDEX
 from model.processing.conversation import Turn
 from model.processing.special_tokens import EOS_TOKEN, IMAGE_TOKEN
-from tests.eval.phantom_questions import NANO, answers_to, as_document, held_out_questions, of_task, request_of
+from tests.eval.phantom_questions import NANO, answers_to, as_document, of_task, request_of
 from tests.tiny import tiny_checkpoint
 
 INSTALLED = find_spec("lmms_eval") is not None
 needs_harness = pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed")
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.from_pretrained(NANO)
-
-
-@pytest.fixture(scope="module")
-def questions() -> list[Question]:
-    return held_out_questions()
-
-
 # --- without the harness --------------------------------------------------------------------------------------------
 
 
-def test_without_the_harness_use_is_refused_in_a_sentence(
+def test_use_without_the_right_harness_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(lmms, "find_spec", lambda name: None)
@@ -73,9 +63,6 @@ def test_without_the_harness_use_is_refused_in_a_sentence(
             use()
     assert lmms.main(["--tasks", "medplib_phantoms"]) == 2
     assert capsys.readouterr().err.startswith("error: lmms-eval is not installed")
-
-
-def test_another_series_of_the_harness_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lmms, "find_spec", lambda name: object())
     for found, fits in (("0.7", True), ("0.7.3", True), ("0.6.1", False), ("0.70", False), ("1.0", False)):
         monkeypatch.setattr(lmms, "version", lambda name, found=found: found)
@@ -97,20 +84,9 @@ def test_command_puts_model_and_tasks_in(tmp_path: Path) -> None:
 
 
 def test_model_arguments_are_all_used() -> None:
-    read = read_model_arguments(
-        {
-            "pretrained": "runs/7",
-            "device": "cpu",
-            "dtype": "bfloat16",
-            "slots": 3,
-            "batch_size": 1,
-            "max_batch_size": None,
-            "max_length": 500,
-            "threshold": 0.1,
-            "seed": 7,
-            "max_new_tokens": 9,
-        }
-    )
+    given = {"pretrained": "runs/7", "device": "cpu", "dtype": "bfloat16", "slots": 3, "batch_size": 1, "seed": 7}
+    given |= {"max_batch_size": None, "max_length": 500, "threshold": 0.1, "max_new_tokens": 9}
+    read = read_model_arguments(given)
     assert read.loading == {"device": "cpu", "dtype": torch.bfloat16}
     assert (read.engine.slots, read.engine.max_length) == (3, 500)
     assert (read.pretrained, read.threshold, read.seed, read.max_new_tokens) == ("runs/7", 0.1, 7, 9)
@@ -455,6 +431,9 @@ def test_adapter_answers_as_the_engine_does(medplib: Any, engine: Engine, questi
     asked = questions[::12]
     requests = ask(medplib, [as_document(question) for question in asked], until=[])
     requests.insert(1, Asked(requests[0].args, {"__padding_only__": True}))
+    assert (medplib.device.type, medplib.batch_size) == ("cpu", 8)
+    with pytest.raises(MedPLIBError, match="apply_chat_template"):
+        _ = medplib.chat_template
     results = medplib.generate_until(requests)
     assert results.pop(1).text == ""
     alone = answers_to(engine, asked)
@@ -528,13 +507,6 @@ def test_choices_get_losses_and_targets_log_probabilities(
 def ask_broken(lm: Any, row: dict[str, Any]) -> list[Asked]:
     (request,) = ask(lm, [{**row, "image": "gone.png"}])
     return [Asked((request.args[0], " Yes", *request.args[2:]))]
-
-
-def test_adapter_tells_the_harness_what_it_asks(medplib: Any) -> None:
-    assert medplib.device.type == "cpu"
-    assert medplib.batch_size == 8
-    with pytest.raises(MedPLIBError, match="apply_chat_template"):
-        _ = medplib.chat_template
 
 
 # --- the harness itself ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,13 @@ from model.cli import main
 from model.errors import MedPLIBError
 from model.eval.baselines import mask_baselines
 from model.eval.metrics.scores import score_predictions
-from model.eval.predictions import Prediction, PredictionWriter
+from model.eval.predictions import Prediction
 from model.eval.questions import questions_of
 from model.eval.results import detail_tables, measure
 from model.eval.shards import Journal, fingerprint
 from model.eval.suite import CURVE, data_name, is_suite, own_run_folder, own_suite
-from tests.conftest import ROOT
-from tests.eval.drawn import SIDE, painted, row, square
-
-NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
-RECORDS: list[dict[str, Any]] = json.loads((SAMPLE / "held_out.json").read_text())
+from tests.eval.drawn import SIDE, painted, row, save, square
+from tests.eval.phantom_questions import NANO, RECORDS, SAMPLE
 
 
 def built(folder: Path, splits: dict[str, list[dict[str, Any]]], root: Path = SAMPLE) -> Path:
@@ -43,13 +39,6 @@ def built(folder: Path, splits: dict[str, list[dict[str, Any]]], root: Path = SA
 def of_task(task: str, number: int) -> list[dict[str, Any]]:
     found = [record for record in RECORDS if record["task"] == task]
     return [{**record, "patient": f"p{index // 2}"} for index, record in enumerate(found[:number])]
-
-
-def save(path: Path, rows: Sequence[Prediction]) -> Path:
-    with PredictionWriter(path, "overwrite") as writer:
-        for one in rows:
-            writer.write(one)
-    return path
 
 
 def refusal(data: Path, **values: Any) -> str:

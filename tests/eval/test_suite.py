@@ -18,7 +18,6 @@ from model.data.builders.blind import blind_baseline
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval import suite_run
-from model.eval.inference import open_engine
 from model.eval.metrics.definitions import metrics_for
 from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
@@ -27,14 +26,10 @@ from model.eval.shards import Journal, Rank, fingerprint, run_folder
 from model.eval.suite import DataSet, Suite, available_suites, load_suite, write_questions
 from model.eval.suite_run import SuiteOptions, SuiteOutcome, run_suite
 from model.inference.engine import Engine
-from tests.conftest import ROOT
+from tests.eval.phantom_questions import NANO, RECORDS, SAMPLE
 
-NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
-RECORDS: list[dict[str, Any]] = json.loads((SAMPLE / "held_out.json").read_text())
 TASKS = ("vqa", "region", "grounding")
 ASKED = [record for task in TASKS for record in [r for r in RECORDS if r["task"] == task][:4]]
-
-torch.set_num_threads(1)
 
 SET: dict[str, Any] = {
     "name": "first",
@@ -69,6 +64,7 @@ def refusal(path: Path | str, **environment: str) -> str:
 
 @pytest.mark.parametrize("name", available_suites())
 def test_suites_of_the_project_say_everything(name: str):
+    assert available_suites() == ["mecovqa", "omnimedvqa", "phantoms", "vqa_sets", "zero_shot_grounding"]
     suite = load_suite(name, environment={})
     assert suite.title
     for item in suite.sets:
@@ -76,10 +72,6 @@ def test_suites_of_the_project_say_everything(name: str):
             assert getattr(item, told).strip()
         assert {*item.headlines} <= {metric.name for metric in metrics_for(item.thresholds, item.surface)}
         assert all(0 < known.value < 1 for known in item.known)
-
-
-def test_the_project_has_its_suites():
-    assert available_suites() == ["mecovqa", "omnimedvqa", "phantoms", "vqa_sets", "zero_shot_grounding"]
 
 
 @pytest.mark.parametrize("name", [name for name in available_suites() if name != "phantoms"])
@@ -177,23 +169,17 @@ def asked_of(folder: Path, layout: str, name: str, content: Any) -> list[dict[st
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_slake_is_asked_in_english(tmp_path: Path):
+def test_layouts_of_public_sets_become_records(tmp_path: Path):
     row = {"qid": 7, "img_name": "xmlab1/source.jpg", "question": "Is it CT?", "answer": "Yes", "q_lang": "en"}
     row |= {"answer_type": "CLOSED", "content_type": "Modality", "modality": "MRI"}
-    (record,) = asked_of(tmp_path, "slake", "test.json", [row, {**row, "q_lang": "zh", "qid": 8}])
+    (record,) = asked_of(tmp_path, "slake", "test.json", [row, {**row, "q_lang": "zh", "qid": 8}])  # English alone
     assert record["conversations"][0]["value"] == "<image>\nIs it CT?"
     assert (record["id"], record["image"], record["answer_type"]) == ("slake-7", "xmlab1/source.jpg", "closed")
     assert (record["kind"], record["modality"]) == ("Modality", "mr")
-
-
-def test_vqa_rad_is_asked_its_test_half(tmp_path: Path):
     row = {"qid": 1, "image_name": "synpic1.jpg", "question": "Where?", "answer": 3, "answer_type": "OPEN "}
     row |= {"phrase_type": "test_freeform", "question_type": "POS"}
-    (record,) = asked_of(tmp_path, "vqa_rad", "public.json", [row, {**row, "phrase_type": "freeform"}])
+    (record,) = asked_of(tmp_path, "vqa_rad", "public.json", [row, {**row, "phrase_type": "freeform"}])  # the test half
     assert (record["conversations"][1]["value"], record["answer_type"], record["kind"]) == ("3", "open", "POS")
-
-
-def test_omnimedvqa_shows_its_options(tmp_path: Path):
     row = {"question_id": "A_1", "question": "Which?", "gt_answer": "CT", "image_path": "Images/a.png"}
     row |= {"option_A": "CT", "option_B": "MR", "modality_type": "X-Ray", "dataset": "A", "question_type": "Modality"}
     (record,) = asked_of(tmp_path, "omnimedvqa", "A.json", [row])
@@ -235,13 +221,6 @@ def test_records_of_several_files_keep_apart(tmp_path: Path):
 
 
 # --- a whole run ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    folder = SAMPLE
-    options = InferenceOptions(model=NANO, data=folder / "held_out.json", images=folder, answers=folder / "no.jsonl")
-    return open_engine(options, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -311,13 +290,10 @@ def test_blind_baselines_are_those_of_the_builder(run: Run, tmp_path: Path):
     assert result.sets[0].blind["", "", "closed_accuracy"] == pytest.approx(sum(closed) / len(closed))
     assert 0 <= result.sets[0].blind["", "", "mDice@0.5"] < 0.8
     assert not result.sets[1].blind
-
-
-def test_blind_baselines_are_of_the_questions_that_were_asked(run: Run):
-    result = run(limit=2).result
-    assert result is not None
-    assert {by for by, _, _ in result.sets[0].blind} == {"", "kind", "task"}
-    assert {kind for by, kind, _ in result.sets[0].blind if by == "kind"} == {record["kind"] for record in ASKED[:2]}
+    limited = run(limit=2, overwrite=True).result  # the baselines are of the questions that were asked
+    assert limited is not None
+    assert {by for by, _, _ in limited.sets[0].blind} == {"", "kind", "task"}
+    assert {kind for by, kind, _ in limited.sets[0].blind if by == "kind"} == {record["kind"] for record in ASKED[:2]}
 
 
 def test_a_set_may_be_asked_as_published(run: Run, opened: list[InferenceOptions], tmp_path: Path):
