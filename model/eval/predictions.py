@@ -28,7 +28,7 @@ Key = tuple[str, int]
 Existing = Literal["refuse", "resume", "overwrite"]
 
 FINISHES = ("end", "length", "stop", "error")
-"""Why an answer ended: it said so, reached its longest length, met a stop string, or could not be given."""
+"""Why an answer ended: by its end token, reached its longest length, met a stop string, or could not be given."""
 
 _LARGEST_SPACING = 1e6  # mm between pixels
 

@@ -77,7 +77,7 @@ unrelated_open | Open answers without a right word | No word of the reference is
 refused        | Present targets without a mask    | The image holds what was asked for and the answer has no mask.
 far_off        | Masks that lie elsewhere          | There is a mask, and its Dice with the reference is below 0.1.
 false_masks    | False masks                       | The image does not hold the target, and there is a mask.
-empty          | Empty answers                     | The model said nothing.
+empty          | Empty answers                     | The answer has no text.
 cut_off        | Answers that did not end          | The longest length was reached before the answer's end.
 """
 _JUDGES: dict[str, tuple[Judge, Judge]] = {

@@ -50,9 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="refuse a checkpoint without a region adapter; --no-… asks region questions without showing the region, "
         "as the published VQA loop does; regions are shown where neither is given",
     )
-    add(
-        "--sam_img_size", dest="sam_size", type=int, metavar="PIXELS", help="refuse a checkpoint with another SAM input"
-    )
+    add("--sam_img_size", dest="sam_size", type=int, metavar="PIXELS", help="refuse another SAM input")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="as stored when absent, fp32 on a CPU")
     add = parser.add_argument_group("questions").add_argument
     add("--val_data_path", dest="data", type=Path, required=True, metavar="FILE", help="JSON, JSONL or Parquet")
@@ -65,15 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="questions of a conversation that are asked, earlier ones shown with their reference answers (all)",
     )
     add("--num-chunks", "--num_chunks", type=int, default=1, metavar="N", help="cut the records into N")
-    add(
-        "--chunk-idx",
-        "--chunk_idx",
-        dest="chunk_index",
-        type=int,
-        default=0,
-        metavar="I",
-        help="and ask part I, from 0",
-    )
+    add("--chunk-idx", "--chunk_idx", dest="chunk_index", type=int, default=0, metavar="I", help="ask part I, from 0")
     add("--limit", type=int, metavar="N", help="only the first N records")
     add = parser.add_argument_group("what is written and reported").add_argument
     add(
@@ -82,15 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
         dest="answers",
         type=Path,
         metavar="FILE",
-        help="where the rows go (runs/infer/CHECKPOINT/DATA.jsonl)",
+        help="default: runs/infer/CHECKPOINT/DATA.jsonl",
     )
     add("--eval_vqa", dest="answer_scores", action="store_true", help="print the published table of answer scores too")
-    add(
-        "--eval_seg",
-        dest="segmentation_scores",
-        action="store_true",
-        help="print mIoU and mDice too, overall and per modality",
-    )
+    add("--eval_seg", dest="segmentation_scores", action="store_true", help="print mIoU and mDice too")
     add(
         "--thresholds",
         type=float,
@@ -113,9 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start anew where the answers file is there")
     add = parser.add_argument_group("how answers are drawn").add_argument
     add("--conv_type", dest="template", metavar="NAME", help="conversation template; v1 is the published evaluation's")
-    add(
-        "--model_max_length", dest="max_length", type=int, metavar="TOKENS", help="of prompt, image and answer together"
-    )
+    add("--model_max_length", dest="max_length", type=int, metavar="TOKENS", help="of prompt, image and answer")
     add("--max_new_tokens", type=int, default=1024, metavar="TOKENS", help="of an answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--top_p", type=float, metavar="P", help="nucleus, with a temperature above 0 (1)")

@@ -349,7 +349,7 @@ def test_too_long_an_answer_is_refused(engine: Engine) -> None:
         score_continuations(engine, Visuals(None), "Hello?", ["yes " * 3000])
 
 
-def test_experts_that_drop_tokens_read_an_answer_as_they_would_speak_it(tmp_path: Path) -> None:
+def test_experts_that_drop_tokens_score_token_by_token(tmp_path: Path) -> None:
     """What is read together fills the experts; an answer is spoken token by token, alone, and so it is scored."""
     moe = {"layers": (0, 1), "num_experts": (2, 2), "drop_in_evaluation": True, "eval_capacity_factor": 0.5}
     engine = Engine.from_pretrained(tiny_checkpoint(tmp_path, experts=0, moe={**moe, "min_capacity": 1}))

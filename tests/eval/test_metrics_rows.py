@@ -143,7 +143,7 @@ def test_a_damaged_encoding_never_reaches_the_library(rle: object) -> None:
         checked_rle(rle)  # type: ignore[arg-type]
 
 
-def test_cut_and_changed_encodings_are_refused_or_fill_their_size() -> None:
+def test_damaged_encodings_are_refused_or_fill_their_size() -> None:
     rng = np.random.default_rng(1)
     counts = encode_rle(random_mask(rng, (40, 50)))["counts"].encode()
     for _ in range(300):

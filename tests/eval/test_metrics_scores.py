@@ -99,7 +99,7 @@ def test_bleu_is_of_references_that_are_long_enough() -> None:
     assert not [name for name in score_predictions(closed).overall if name.startswith("BLEU")]
 
 
-def test_a_row_without_an_answer_is_wrong_even_where_nothing_was_wanted() -> None:
+def test_a_row_without_an_answer_is_wrong() -> None:
     rows = [failed(asked(0, "", "")), failed(asked(1, "yes", "Yes", "closed")), asked(2, "liver", "liver")]
     found = score_predictions(rows)
     assert values(found)["open_exact_match"] == 0.5
@@ -135,7 +135,7 @@ def test_macro_and_micro() -> None:
     assert counts(found)["mDice"] == counts(found)["gIoU"] == 2
 
 
-def test_masks_are_paired_in_order_and_once_more_as_they_fit_best() -> None:
+def test_masks_are_paired_in_order_and_by_best_matching() -> None:
     left, right = rle(0, 1), rle(8, 9)
     swapped = score_predictions([grounded(0, [left, right], [right, left])])
     assert values(swapped)["mIoU"] == values(swapped)["micro_IoU"] == 0
@@ -201,7 +201,7 @@ def test_refused_targets_and_errors() -> None:
     assert values(found)["error_rate"] == 0.5
 
 
-def test_grounding_without_reference_masks_is_counted_and_not_scored() -> None:
+def test_grounding_without_reference_masks_is_not_scored() -> None:
     found = score_predictions([grounded(0, None, [rle(1)]), grounded(1, [rle(1)], [rle(1)])])
     assert found.to_dict()["grounding_rows_without_reference_masks"] == 1
     assert counts(found)["mDice"] == counts(found)["gIoU"] == 1
@@ -220,7 +220,7 @@ def test_each_threshold_is_a_column_of_its_own() -> None:
     assert {at: masks.miou for at, masks in found.published_masks.items()} == {0.1: 0.25, 0.5: 0.5}
 
 
-def test_masks_that_cannot_be_scored_are_refused_with_their_question() -> None:
+def test_masks_that_cannot_be_scored_are_refused() -> None:
     row = grounded(7, [rle(0, 1)], [rle(0)], masks_at={"0.1": [rle(0)]})
     with pytest.raises(MedPLIBError, match=r"question 7: .* at threshold 0.5 \(given: 0.1\)"):
         score_predictions([row], thresholds=(0.1, 0.5))
@@ -304,7 +304,7 @@ def coins(seed: int, right: list[bool], images: list[int]) -> Scores:
     return score_predictions(rows, seed=seed)
 
 
-def test_intervals_have_the_width_of_the_binomial_and_are_repeatable() -> None:
+def test_intervals_have_the_width_of_the_binomial() -> None:
     rng = np.random.default_rng(0)
     right = (rng.random(400) < 0.3).tolist()
     measure = coins(0, right, list(range(400))).overall["closed_accuracy"]
@@ -351,7 +351,7 @@ def test_one_image_has_no_interval() -> None:
     assert compare(found, found).overall["gIoU"].p_value == 1
 
 
-def test_a_question_given_twice_is_refused_but_numbers_may_repeat() -> None:
+def test_a_question_given_twice_is_refused() -> None:
     row = asked(3, "yes", "yes")
     assert (score_predictions([]).overall, score_predictions([]).to_dict()["rows"]) == ({}, 0)
     with pytest.raises(MedPLIBError, match=r"2 predictions are of .* already: 3 \(row 2\), 3 \(row 3\); give each"):
@@ -361,7 +361,7 @@ def test_a_question_given_twice_is_refused_but_numbers_may_repeat() -> None:
     assert score_predictions([row, replace(row, metadata={"turn": 1})]).keys[1] == ("3", 1, 0)
 
 
-def test_published_modality_is_the_records_own_before_the_file_names() -> None:
+def test_published_modality_is_the_records_own() -> None:
     rows = [
         replace(grounded(number, [rle(0)], [rle(0)]), image_path=name, metadata={"task": "grounding", **known})
         for number, (name, known) in enumerate(
@@ -441,7 +441,7 @@ def test_groups_of_a_comparison_and_its_table() -> None:
     assert told["by"]["kind"]["b"]["closed_accuracy"]["difference"] == 1
 
 
-def test_runs_with_other_thresholds_are_compared_where_they_agree() -> None:
+def test_runs_are_compared_at_shared_thresholds() -> None:
     row = grounded(0, [rle(0, 1)], [rle(0)], masks_at={"0.1": [rle(0)], "0.5": [rle(0)]})
     rows = [row, replace(row, question_id=1, image_path="other.png")]
     both, one = (score_predictions(rows, thresholds=at) for at in ((0.1, 0.5), (0.5,)))

@@ -170,7 +170,7 @@ def test_blob_of_other_patients_and_prior_of_the_training_masks(tmp_path: Path):
     assert prior.dice[("modality", "mr")] == 0  # it was not trained on
 
 
-def test_tables_tell_false_masks_by_reason_and_questions_with_their_floor(tmp_path: Path):
+def test_tables_of_false_masks_by_reason_and_of_questions(tmp_path: Path):
     Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(tmp_path / "x.png")
     absent = [painted(n, 30 if n < 2 else None, absent=True) for n in range(4)]
     absent = [of_patient(one, f"p{n}", **({"absent_kind": "modality"} if n else {})) for n, one in enumerate(absent)]

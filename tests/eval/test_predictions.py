@@ -42,7 +42,7 @@ def write(path: Path, predictions: list[Prediction], **options: object) -> None:
             writer.write(item)
 
 
-def test_published_rows_are_read_and_written_with_their_keys_first():
+def test_published_rows_keep_their_keys_first():
     read = Prediction.from_row(PUBLISHED)
     assert (read.masks, read.gt_masks, read.finish, read.error, read.key) == ([], None, "end", None, ("3", 0))
     assert list(read.to_row())[:9] == list(PUBLISHED)

@@ -332,7 +332,7 @@ def _answer(line: bytes) -> tuple[Any, ...]:
     return row["question_id"], row["text"], json.dumps(row["masks_at"])
 
 
-def test_answers_of_other_settings_are_refused_and_overwritten_when_asked(run: Run, tmp_path: Path):
+def test_answers_of_other_settings_are_refused_or_overwritten(run: Run, tmp_path: Path):
     run(limit=2)
     assert len(list(read_predictions(tmp_path / "out" / "predictions" / "first.jsonl"))) == 2
     with pytest.raises(MedPLIBError, match="limit was 2, now None"):
@@ -342,7 +342,7 @@ def test_answers_of_other_settings_are_refused_and_overwritten_when_asked(run: R
     assert [part.questions for part in result.sets] == [len(ASKED), 3]
 
 
-def test_a_set_that_the_checkpoint_cannot_be_asked_is_told_before_answers(tmp_path: Path):
+def test_a_missing_checkpoint_is_refused_before_any_answer(tmp_path: Path):
     item = DataSet(**{**SET, "records": (SAMPLE / "held_out.json",), "images": SAMPLE})
     options = SuiteOptions(tmp_path / "nowhere", Suite("s", (item,)), "s", tmp_path / "out", device="cpu")
     with pytest.raises(MedPLIBError, match="nowhere"):
@@ -376,7 +376,7 @@ def test_the_command_runs_a_suite(
     assert "is not a directory here" in capsys.readouterr().err
 
 
-def test_results_are_named_after_their_run_and_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_results_of_two_checkpoints_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/a", "runs/b", "elsewhere/a"):
         Path(name, "merged").mkdir(parents=True)

@@ -412,9 +412,7 @@ def test_options_that_do_not_fit_the_checkpoint_are_refused(
     assert not (tmp_path / "answers.jsonl").exists()
 
 
-def test_parts_that_a_native_checkpoint_holds_are_noted_and_a_run_folder_is_taken(
-    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_parts_of_a_native_checkpoint_are_noted(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "merged").symlink_to(NANO)
     parts = {"vision_tower": Path("openai/clip-vit-large-patch14-336"), "sam": Path("absent.pth")}

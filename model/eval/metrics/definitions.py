@@ -143,10 +143,10 @@ def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 def _bleu(order: int) -> Metric:
     def compute(sums: Sums) -> np.ndarray:
-        said, wanted = sums(f"said_{order}"), sums(f"wanted_{order}")
+        given, wanted = sums(f"given_{order}"), sums(f"wanted_{order}")
         with np.errstate(divide="ignore", invalid="ignore"):
             precisions = [_divide(sums(f"match_{order}_{n}"), sums(f"ngram_{order}_{n}")) for n in BLEU_ORDERS[:order]]
-            value = np.exp(np.mean(np.log(precisions), axis=0) + np.minimum(0.0, 1 - wanted / said))
+            value = np.exp(np.mean(np.log(precisions), axis=0) + np.minimum(0.0, 1 - wanted / given))
         return np.where(sums(f"bleu_{order}") > 0, np.nan_to_num(value), np.nan)
 
     orders = "order 1" if order == 1 else f"orders 1 to {order}, of references with {order} words or more"

@@ -74,12 +74,12 @@ def published_words(text: str) -> list[str]:
 
 def overlap_f1(answer: Sequence[str], reference: Sequence[str]) -> tuple[float, float, float]:
     """The published F1, precision and recall: a shared word counts as often as the *answer* has it."""
-    said, wanted = Counter(answer), Counter(reference)
-    right = sum(count for word, count in said.items() if word in wanted)
+    given, wanted = Counter(answer), Counter(reference)
+    right = sum(count for word, count in given.items() if word in wanted)
     if not right:
         return 0.0, 0.0, 0.0
     precision = right / len(answer)
-    recall = right / (right + sum(count for word, count in wanted.items() if word not in said))
+    recall = right / (right + sum(count for word, count in wanted.items() if word not in given))
     return 2 * precision * recall / (precision + recall), precision, recall
 
 
@@ -104,10 +104,10 @@ def sentence_bleus(answer: Sequence[str], reference: Sequence[str]) -> list[floa
 
 def published_row(answer: str, reference: str) -> dict[str, float]:
     """All published scores of one answer, in 0..1."""
-    said, wanted = published_words(answer), published_words(reference)
+    given, wanted = published_words(answer), published_words(reference)
     # “exact match”: distinct words of the reference found in the answer, over the answer's words
-    exact = len(set(wanted) & set(said)) / len(said) if said else 0.0
-    values = (exact, *overlap_f1(said, wanted), *sentence_bleus(said, wanted))
+    exact = len(set(wanted) & set(given)) / len(given) if given else 0.0
+    values = (exact, *overlap_f1(given, wanted), *sentence_bleus(given, wanted))
     return dict(zip(_TITLES, values, strict=True))
 
 
@@ -139,12 +139,12 @@ class PublishedText:
             self.closed_hits += published_words(prediction.text) == published_words(prediction.gt)
             return
         self.open += 1
-        said = " ".join(published_words(prediction.text))
-        self.empty += not said
+        given = " ".join(published_words(prediction.text))
+        self.empty += not given
         for name, value in published_row(prediction.text, prediction.gt).items():
             self.sums[name] += value
         if self.choose_candidates:
-            self.answers[said, prediction.gt] += 1
+            self.answers[given, prediction.gt] += 1
 
     def table(self, *, bar: bool = False) -> dict[str, float]:
         """The published table, in percent; with a progress bar where candidates are compared."""
@@ -161,10 +161,12 @@ class PublishedText:
             return WITHOUT_CANDIDATES
         candidates = list(self.references)
         normalised = [" ".join(published_words(text)) for text in candidates]
-        texts = dict.fromkeys(said for said, _ in self.answers)
+        texts = dict.fromkeys(given for given, _ in self.answers)
         shown = tqdm(texts, unit="answer", desc="open accuracy", leave=False, disable=None if bar else True)
-        chosen = {said: candidates[most_similar(said, normalised)] for said in shown}
-        return sum(count for (said, reference), count in self.answers.items() if chosen[said] == reference) / self.open
+        chosen = {given: candidates[most_similar(given, normalised)] for given in shown}
+        return (
+            sum(count for (given, reference), count in self.answers.items() if chosen[given] == reference) / self.open
+        )
 
 
 def most_similar(text: str, candidates: Sequence[str]) -> int:

@@ -89,17 +89,17 @@ def score_row(prediction: Prediction, settings: RowSettings) -> tuple[Row, dict[
 
 def _open_row(prediction: Prediction) -> Row:
     wanted = words(prediction.gt)
-    said = [] if prediction.failed else words(prediction.text)
+    given = [] if prediction.failed else words(prediction.text)
     row: Row = {"open": 1}
     if not prediction.failed:
         _, recall, f1 = token_overlap(prediction.text, prediction.gt)
         exact = exact_match(prediction.text, prediction.gt)
-        row |= {"exact": exact, "recall": recall, "f1": f1, "rouge_l": rouge_l(said, wanted)}
-    matches = ngram_matches(said, wanted)
+        row |= {"exact": exact, "recall": recall, "f1": f1, "rouge_l": rouge_l(given, wanted)}
+    matches = ngram_matches(given, wanted)
     for order in BLEU_ORDERS[: len(wanted)]:  # a shorter reference has no such n-gram to match
-        row |= {f"bleu_{order}": 1, f"said_{order}": len(said), f"wanted_{order}": len(wanted)}
+        row |= {f"bleu_{order}": 1, f"given_{order}": len(given), f"wanted_{order}": len(wanted)}
         for n in BLEU_ORDERS[:order]:
-            row |= {f"match_{order}_{n}": matches[n - 1], f"ngram_{order}_{n}": max(0, len(said) - n + 1)}
+            row |= {f"match_{order}_{n}": matches[n - 1], f"ngram_{order}_{n}": max(0, len(given) - n + 1)}
     return row
 
 
@@ -118,12 +118,12 @@ def token_overlap(answer: str, reference: str) -> tuple[float, float, float]:
 
     Two texts without words score 1 if they are the same characters; a text with words against one without scores 0.
     """
-    said, wanted = ([w for w in found if w not in _ARTICLES] or found for found in (words(answer), words(reference)))
-    if not said or not wanted:
-        same = float(not said and not wanted and answer.split() == reference.split())
+    given, wanted = ([w for w in found if w not in _ARTICLES] or found for found in (words(answer), words(reference)))
+    if not given or not wanted:
+        same = float(not given and not wanted and answer.split() == reference.split())
         return same, same, same
-    shared = (Counter(said) & Counter(wanted)).total()
-    return shared / len(said), shared / len(wanted), 2 * shared / (len(said) + len(wanted))
+    shared = (Counter(given) & Counter(wanted)).total()
+    return shared / len(given), shared / len(wanted), 2 * shared / (len(given) + len(wanted))
 
 
 def ngram_matches(answer: Sequence[str], reference: Sequence[str]) -> tuple[int, ...]:
