@@ -239,6 +239,22 @@ def test_a_process_that_is_gone_is_not_waited_for(run: Any, tmp_path: Path):
         run(asked, Rank(0, 2, 0, 2))
 
 
+def test_a_launch_that_contradicts_itself_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for name in ("MASTER_ADDR", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for rank, size, expected in (("2", "2", "ranks are counted from 0"), ("x", "2", "must be whole numbers")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(MedPLIBError, match=expected):
+            Rank.from_environment()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(MedPLIBError, match="MASTER_ADDR and MASTER_PORT are not set"):
+        Rank.from_environment()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert Rank.from_environment(local_rank=1) == Rank(1, 2, 1, 2)
+
+
 def test_chunks_are_neighbours(run: Any, tmp_path: Path):
     assert [len(chunk(10, 4, index)) for index in range(4)] == [3, 3, 3, 1]
     assert [len(chunk(5, 4, index)) for index in range(4)] == [2, 2, 1, 0]
