@@ -248,8 +248,8 @@ def _generation(options: argparse.Namespace) -> Any:
 
 def run_ask(options: argparse.Namespace) -> int:
     """``medplib ask``."""
-    from model.inference.overlay import mask_line, write_pictures
     from model.inference.predictor import Predictor
+    from model.visualize import mask_line, write_pictures
 
     settings = _generation(options)
     region = options.region or (options.box and ("box", options.box)) or (options.point and ("point", options.point))

@@ -25,19 +25,22 @@ from model.checkpoint.loading import read_processor
 from model.checkpoint.pretrained import open_checkpoint
 from model.data.phantom import TASKS, build_phantoms
 from model.data.records import open_records
-from model.drawing.charts import curves
-from model.drawing.pages import Markup, element, joined, page
 from model.errors import MedPLIBError
-from model.eval import report_sections as sections
-from model.eval.asking import fingerprint
-from model.eval.compare import SetComparison, compare_runs, open_run
-from model.eval.own_data import DATASET_FILE, build_source, find_dataset, is_record_file, own_suite
-from model.eval.pictures import Pictures
-from model.eval.processes import read_journal
-from model.eval.report import write_text
-from model.eval.report_compare import comparison_section
+from model.eval import report as sections
+from model.eval.compare import SetComparison, compare_runs, comparison_section, open_run
+from model.eval.pages import Markup, curves, element, joined, page
+from model.eval.report import Pictures, write_text
 from model.eval.results import SuiteResult
-from model.eval.suite import DataSet, Suite
+from model.eval.shards import fingerprint, read_journal
+from model.eval.suite import (
+    DATASET_FILE,
+    DataSet,
+    Suite,
+    build_source,
+    find_dataset,
+    is_record_file,
+    own_suite,
+)
 from model.eval.suite_run import PREDICTIONS, SuiteOptions, run_suite
 from model.serve.checks import free_memory
 from model.settings import apply_override, modernized, read_mapping
@@ -418,7 +421,7 @@ def _run_suite(model: Path, sets: Sequence[DataSet], out: Path, limit: int | Non
     """Ask and score; goes on where it was stopped, and begins anew where another model answered before."""
     digest = fingerprint(model)
     journals = [read_journal(out / PREDICTIONS / f"{item.name}.jsonl") for item in sets]
-    other = any(dict(j.settings.get("model", {})).get("digest") != digest for j in journals if j is not None)
+    other = any(not journal.of_model(digest) for journal in journals if journal is not None)
     suite = Suite(out.name, tuple(sets), title=f"{out.name.capitalize()} fine-tuning")
     result = run_suite(SuiteOptions(model, suite, suite.name, out, limit=limit, overwrite=other)).result
     assert result is not None  # this is the only process

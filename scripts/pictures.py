@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from model.data.phantom.scenes import MODALITIES, Scene, render_scene
-from model.inference.overlay import PALETTE, draw_overlay
 from model.inference.predictor import Predictor
 from model.inference.regions import region_to_mask
+from model.visualize import PALETTE, draw_overlay
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, GAP, TITLE, LINE, COLUMNS = 256, 12, 26, 18, 4

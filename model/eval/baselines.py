@@ -21,7 +21,7 @@ from model.data.image_io import read_mask
 from model.data.records import open_records
 from model.data.schema import canonical
 from model.errors import MedPLIBError
-from model.eval.metrics.definitions import mark
+from model.eval.metrics.rows import mark
 from model.eval.metrics.scores import Scores
 from model.eval.predictions import Prediction, read_predictions
 from model.eval.questions import questions_of
@@ -122,8 +122,8 @@ def mask_baselines(answers: Path, train: Sequence[Path], images: Path) -> list[M
 
     Args:
         answers: predictions whose reference masks are compared.
-        train: record files with the masks that are learned from; empty: areas are those of the other patients.
-        images: folder that the paths of ``train`` start from.
+        train: record files with the masks that are learned from, their paths starting from ``images``; empty: areas
+            are those of the other patients.
     """
     learned = _train_masks(train, images)
     shown: dict[Target, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))  # areas by patient

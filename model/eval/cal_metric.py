@@ -3,7 +3,7 @@
     python model/eval/cal_metric.py --pred=FILE.jsonl [--candidate_set FILE.json]
 
 The published numbers are kept for comparison with published results; several are not what their names say
-(``model/eval/metrics/published_text.py``). Judge a model by the standard ones.
+(``model/eval/metrics/published.py``). Judge a model by the standard ones.
 """
 
 from __future__ import annotations
@@ -92,7 +92,15 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Read the predictions once, print both kinds of scores and write them where asked."""
     if options.candidate_set:
-        _check_candidates(Path(options.candidate_set))
+        path = Path(options.candidate_set)
+        try:
+            json.loads(path.read_bytes())
+        except OSError as error:
+            raise MedPLIBError(f"cannot read the candidate set {path}: {error.strerror}; give a JSON file") from error
+        except ValueError as error:
+            raise MedPLIBError(
+                f"the candidate set {path} is not JSON ({error}); give a data file of records"
+            ) from error
     published = PublishedText(choose_candidates=bool(options.candidate_set))
     rows: Iterable[Prediction] = read_with_bar(options.pred)
     if options.references:
@@ -144,13 +152,7 @@ def print_published(options: argparse.Namespace, text: PublishedText) -> dict[st
         print(f"{text.open + text.closed}\ncandidate_set {len(text.references)}")
     print("length of candidate_words is 0\n" * text.empty, end="")
     print(f"open_cnt {text.open}\nclosed_cnt {text.closed}")
-    with tqdm(unit="answer", desc="open accuracy", leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        table = text.table(show)
+    table = text.table(bar=True)
     if options.candidate_set and text.open:
         hits = float(round(text.open * table["open accuracy"] / 100))
         print(f"{hits} {text.open} {text.open}")
@@ -170,9 +172,9 @@ def print_standard(scores: Scores) -> None:
         if dimension != "patient" and len(scores.by(dimension)) > 1:
             print(f"\nBy {dimension}\n{scores.table(dimension)}")
     errors, unscored = int(scores.total("error")), int(scores.total("unscored"))
-    print(f"\n{len(scores.keys)} rows", end="")
-    print(f", {errors} of them without an answer, which counts as wrong" if errors else "", end="")
-    print(f"; {unscored} grounding rows have no reference masks and are not scored" if unscored else "", end="\n")
+    note = f", {errors} of them without an answer, which counts as wrong" if errors else ""
+    note += f"; {unscored} grounding rows have no reference masks and are not scored" if unscored else ""
+    print(f"\n{len(scores.keys)} rows{note}")
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
@@ -180,15 +182,6 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json_text(result), encoding="utf-8", errors="replace")
-
-
-def _check_candidates(path: Path) -> None:
-    try:
-        json.loads(path.read_bytes())
-    except OSError as error:
-        raise MedPLIBError(f"cannot read the candidate set {path}: {error.strerror}; give a JSON file") from error
-    except ValueError as error:
-        raise MedPLIBError(f"the candidate set {path} is not JSON ({error}); give a data file of records") from error
 
 
 def _thresholds(text: str) -> list[float]:

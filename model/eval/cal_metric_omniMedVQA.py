@@ -13,7 +13,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 if not __package__:  # run as a file: Python puts this folder on its path, not the project
@@ -25,36 +25,6 @@ from model.eval.metrics.published import published_words
 from model.eval.metrics.rows import is_closed
 from model.eval.metrics.scores import score_predictions
 from model.eval.predictions import Prediction, named
-
-
-@dataclass
-class PublishedAccuracy:
-    """Closed questions answered with exactly the reference's words, by modality."""
-
-    open: int = 0
-    closed: int = 0
-    hits: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
-
-    def watch(self, rows: Iterable[Prediction]) -> Iterator[Prediction]:
-        """Hand the rows on, taking each in."""
-        for row in rows:
-            if is_closed(row):
-                self.closed += 1
-                self.hits[row.metadata["modality"]].append(published_words(row.text) == published_words(row.gt))
-            else:
-                self.open += 1
-            yield row
-
-    def by_modality(self) -> dict[str, float]:
-        """Percent, rounded to two places, in order of appearance."""
-        return {name: round(100 * sum(hits) / len(hits), 2) for name, hits in self.hits.items()}
-
-    def mean(self) -> float:
-        """Mean of the modalities' accuracies, as the paper takes its overall scores (reference §11).
-
-        The recorded run does not separate it from the accuracy of all questions: its modalities are equally large.
-        """
-        return sum(sum(hits) / len(hits) for hits in self.hits.values()) / len(self.hits) if self.hits else 0.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,15 +44,27 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Read the predictions once, print both kinds of scores and write them where asked."""
     modalities = read_modalities(options.root)
-    published = PublishedAccuracy()
-    rows = with_modality(read_with_bar(options.pred), modalities)
-    scores = score_predictions(published.watch(rows), samples=options.samples, seed=options.seed)
+    hits: dict[str, list[bool]] = defaultdict(list)  # closed questions answered with exactly the reference's words
+    number = {"open": 0, "closed": 0}
+
+    def watched() -> Iterator[Prediction]:
+        for row in with_modality(read_with_bar(options.pred), modalities):
+            number["closed" if is_closed(row) else "open"] += 1
+            if is_closed(row):
+                hits[row.metadata["modality"]].append(published_words(row.text) == published_words(row.gt))
+            yield row
+
+    scores = score_predictions(watched(), samples=options.samples, seed=options.seed)
+    by_modality = {name: round(100 * sum(found) / len(found), 2) for name, found in hits.items()}
+    # the paper's overall score (reference §11); the recorded run does not separate it from the accuracy of all
+    # questions, since its modalities are equally large
+    mean = sum(sum(found) / len(found) for found in hits.values()) / len(hits) if hits else 0.0
     print(f"pred file {options.pred}\ncandidate_set None")
-    print(f"open_cnt {published.open}\nclosed_cnt {published.closed}")
-    print(f"{published.by_modality()}\nmean acc {published.mean()}\nNone\n")
+    print(f"open_cnt {number['open']}\nclosed_cnt {number['closed']}")
+    print(f"{by_modality}\nmean acc {mean}\nNone\n")
     print_standard(scores)
-    published_values = {"modality": published.by_modality(), "mean acc": published.mean()}
-    write_json(options.json, {"predictions": options.pred, "published": published_values, "standard": scores.to_dict()})
+    published = {"modality": by_modality, "mean acc": mean}
+    write_json(options.json, {"predictions": options.pred, "published": published, "standard": scores.to_dict()})
 
 
 def read_modalities(root: Path) -> dict[str, str]:
@@ -114,7 +96,9 @@ def with_modality(rows: Iterable[Prediction], modalities: dict[str, str]) -> Ite
     """
     unknown: list[str] = []
     for row in rows:
-        modality = _find(row.image_path, modalities)
+        parts = PurePosixPath(row.image_path).parts
+        endings = ("/".join(parts[start:]) for start in range(len(parts)))
+        modality = next((modalities[ending] for ending in endings if ending in modalities), None)
         if modality is None:
             unknown.append(row.image_path or f"none for question {row.question_id}")
         else:
@@ -123,12 +107,6 @@ def with_modality(rows: Iterable[Prediction], modalities: dict[str, str]) -> Ite
         raise MedPLIBError(
             f"no question file names the image of {len(unknown)} predictions ({named(unknown)}); check --root"
         )
-
-
-def _find(path: str, modalities: dict[str, str]) -> str | None:
-    parts = PurePosixPath(path).parts
-    endings = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((modalities[ending] for ending in endings if ending in modalities), None)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,9 @@ def add_eval_command(commands: argparse._SubParsersAction) -> None:
 def run_eval(options: argparse.Namespace) -> int:
     """``medplib eval``: exit 3 when questions could not be asked."""
     from model.checkpoint.directories import resolve
-    from model.eval.asking import run_folder
     from model.eval.options import FAILED_QUESTIONS
-    from model.eval.own_data import data_name, own_run_folder, own_suite
-    from model.eval.processes import Place
-    from model.eval.suite import is_suite, load_suite
+    from model.eval.shards import Rank, run_folder
+    from model.eval.suite import data_name, is_suite, load_suite, own_run_folder, own_suite
     from model.eval.suite_run import SuiteOptions, run_suite, summary_text
 
     environment = dict(os.environ)
@@ -55,8 +53,8 @@ def run_eval(options: argparse.Namespace) -> int:
         if not options.data.is_dir():
             raise MedPLIBError(f"--data {options.data} is not a directory here; give the folder of the data")
         environment["MEDPLIB_DATA"] = str(options.data)
-    place, own = Place.from_environment(), Path(options.suite)
-    if place.is_first:  # progress lines go where a log is kept
+    rank, own = Rank.from_environment(), Path(options.suite)
+    if not rank.rank:  # progress lines go where a log is kept
         logging.getLogger("model.eval").setLevel(logging.INFO)
     model = resolve(options.model)
     if is_suite(options.suite):
@@ -65,7 +63,7 @@ def run_eval(options: argparse.Namespace) -> int:
     else:
         out = options.out or own_run_folder(model, data_name(own), overwrite=options.overwrite)
         cache = out.parent / f"{data_name(own)}-built"
-        alone = place.world_size == 1
+        alone = rank.world_size == 1
         suite = own_suite(own, split=options.split, images=options.data, cache=cache, may_build=alone)
     chosen = SuiteOptions(
         model=model,
@@ -81,7 +79,7 @@ def run_eval(options: argparse.Namespace) -> int:
         limit=options.limit,
         overwrite=options.overwrite,
     )
-    outcome = run_suite(chosen, place)
+    outcome = run_suite(chosen, rank)
     if outcome.result is None:
         return 0
     sys.stdout.write(f"{summary_text(outcome.result)}\n\n")
@@ -97,18 +95,13 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def _command(options: argparse.Namespace, out: Path) -> str:
     """The command line that repeats a run into the same folder."""
-    data = options.data or os.environ.get("MEDPLIB_DATA")
-    split = options.split if options.split != "test" else None
-    given = {
-        "out": out,
-        "data": data,
-        "split": split,
-        **{name: getattr(options, name) for name in ("precision", "limit", "sam")},
-    }
-    given |= {"device": options.device if options.device != "auto" else None, "vision-tower": options.vision_tower}
-    given |= {"batch-size": options.batch_size if options.batch_size != BATCH_SIZE else None}
+    defaults = {"split": "test", "device": "auto", "batch_size": BATCH_SIZE}
+    given = {"out": out, "data": options.data or os.environ.get("MEDPLIB_DATA")}
+    names = ("split", "precision", "limit", "sam", "device", "vision_tower", "batch_size")
+    given |= {name: getattr(options, name) for name in names if getattr(options, name) != defaults.get(name)}
     words = ["medplib", "eval", str(options.model), options.suite]
-    words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    for name, value in given.items():
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join([*words, *(("--only", *options.only) if options.only else ())])
 
 
@@ -124,8 +117,7 @@ def add_compare_command(commands: argparse._SubParsersAction) -> None:
 
 def run_compare(options: argparse.Namespace) -> int:
     """``medplib compare``."""
-    from model.eval.compare import compare_runs, open_run
-    from model.eval.report_compare import as_json_text, verdict_text, write_comparison
+    from model.eval.compare import as_json_text, compare_runs, open_run, verdict_text, write_comparison
 
     first, second = open_run(options.first), open_run(options.second)
     found = compare_runs(first, second)

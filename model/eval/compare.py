@@ -1,4 +1,4 @@
-"""Two runs over the same questions: what differs, whether by more than chance, and which answers changed.
+"""Compare two runs over the same questions: differences and their significance, changed answers, and the report.
 
 A run is a prediction file of ``vqa_infer`` or the folder of ``medplib eval``; differences are the second run less the
 first.
@@ -7,30 +7,37 @@ first.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from model.data.records import open_records
 from model.errors import MedPLIBError
-from model.eval.metrics.comparing import Comparison
+from model.eval import report
+from model.eval.metrics.comparing import Comparison, Difference
 from model.eval.metrics.comparing import compare as compare_scores
 from model.eval.metrics.rows import masks_by_threshold
-from model.eval.metrics.scores import RowKey, Scores, score_predictions
-from model.eval.pictures import regions_of
-from model.eval.predictions import Key, Prediction, read_predictions
-from model.eval.processes import journal_path, read_journal
-from model.eval.report import JSON_FILE
-from model.eval.results import RowScores
+from model.eval.metrics.scores import UNNAMED, RowKey, Scores, score_predictions
+from model.eval.pages import Markup, count, page
+from model.eval.predictions import Key, Prediction, json_text, read_predictions
+from model.eval.questions import regions_of
+from model.eval.results import plain_cell, row_scores
+from model.eval.shards import read_journal
 
+HTML_FILE, JSON_FILE, CHANGES_FILE = "compare.html", "compare.json", "changes.csv"
 FEWEST = 0.1
 """By how much the Dice of an answer must differ to count as changed; right and wrong answers always do."""
 SCORED = {"right": 0.0, "exact": 0.0, "dice": FEWEST, "clean": 0.0}
-"""What an answer is scored by (columns of ``RowScores``), and by how much more it must differ to count as changed."""
+"""What an answer is scored by (see ``row_scores``), and by how much more it must differ to count as changed."""
+WHAT_TITLES = {"right": "closed", "exact": "open", "dice": "with masks", "clean": "about absent targets"}
 EXAMPLES = 3
 """Changed answers shown of each kind of score, of the better and of the worse each."""
+
+assert 2 * 2 * EXAMPLES * len(SCORED) <= report.MOST_PICTURES
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Change:
     """An answer that scored differently."""
 
     place: int  # of the question in the first run's file
-    what: str  # what was scored, a column of ``RowScores``
+    what: str  # what was scored, a name of ``row_scores``
     first: float  # its score in the first run, 0 to 1, larger is better
     second: float  # its score in the second run
 
@@ -79,7 +86,6 @@ class SetComparison:
     second: RunSet  # the second run's
     found: Comparison  # differences of all metrics
     changes: list[Change]  # answers that scored differently, in the order of the first file
-    questions: int  # how many both answered
     # the first and second answers to shown questions, by place.
     examples: dict[int, tuple[Prediction, Prediction]] = field(default_factory=dict)
     # mask files of the regions that shown questions point at.
@@ -91,6 +97,11 @@ class SetComparison:
         if self.first.title or self.second.title:
             return self.first.title or self.second.title
         return self.first.name if self.first.name == self.second.name else "Answers"
+
+    @property
+    def questions(self) -> int:
+        """How many both answered."""
+        return len(self.found.first.keys)
 
     @property
     def images(self) -> Path | None:
@@ -111,6 +122,20 @@ class SetComparison:
         named = [name for name in (*self.first.headlines, *self.second.headlines) if name in known]
         return list(dict.fromkeys(named)) or [name for name, shown in known.items() if shown]
 
+    def summary(self) -> str:
+        """How many answers changed, in a sentence."""
+        parts = []
+        for changes in (self.better(), self.worse()):
+            counts = Counter(change.what for change in changes)
+            kinds = [f"{count(counts[what])} {title}" for what, title in WHAT_TITLES.items() if counts[what]]
+            parts.append((count(len(changes)) if changes else "none", f" ({', '.join(kinds)})" if kinds else ""))
+        if not self.changes:
+            return f"None of the {count(self.questions)} answers scored differently."
+        (better, of_better), (worse, of_worse) = parts
+        same = count(self.questions - len({change.place for change in self.changes}))
+        changed = f"{better} scored better{of_better}, {worse} worse{of_worse}"
+        return f"Of {count(self.questions)} answers {changed}, and {same} as before."
+
 
 def open_run(path: Path) -> Run:
     """A prediction file, or the folder of a suite's run.
@@ -120,21 +145,44 @@ def open_run(path: Path) -> Run:
     """
     if path.is_file():
         first = next(read_predictions(path), None)
-        return Run(path, first.model_id if first else "", {path.stem: _file_set(path)})
+        return Run(path, first.model_id if first else "", {path.stem: _run_set(path, {})})
     files = sorted(file for file in (path / "predictions").glob("*.jsonl") if ".part-" not in file.name)
     if not files:
         raise MedPLIBError(f"{path} is no run; give a prediction file or a folder that medplib eval has written")
-    report, reported = path / JSON_FILE, {}
+    written, reported = path / report.JSON_FILE, {}
     try:
-        if report.is_file():  # a finished run; it says more of each set than the predictions
-            reported = {str(entry["name"]): entry for entry in json.loads(report.read_text(encoding="utf-8"))["sets"]}
+        if written.is_file():  # a finished run; it says more of each set than the predictions
+            reported = {str(entry["name"]): entry for entry in json.loads(written.read_text(encoding="utf-8"))["sets"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MedPLIBError(
-            f"{report} is no report of medplib eval ({error}); remove it or run the suite again"
+            f"{written} is no report of medplib eval ({error}); remove it or run the suite again"
         ) from error
-    sets = {file.stem: _file_set(file, reported.get(file.stem, {})) for file in files}
+    sets = {file.stem: _run_set(file, reported.get(file.stem, {})) for file in files}
     first = next(read_predictions(files[0]), None)
     return Run(path, first.model_id if first else path.name, sets)
+
+
+def _run_set(path: Path, reported: Mapping[str, Any]) -> RunSet:
+    """What the file, the journal beside it and the report of its suite say."""
+    thresholds: tuple[float, ...] = ()
+    row = next((row for row in read_predictions(path) if row.masks_at), None)
+    try:
+        thresholds = tuple(masks_by_threshold(row)) if row is not None else ()
+    except MedPLIBError as error:
+        raise MedPLIBError(f"{path}, question {row and row.question_id}: {error}") from error
+    journal = read_journal(path)
+    images = reported.get("images") or (journal.settings.get("images") if journal else None)
+    questions = path.parent.parent / "questions" / path.name  # as medplib eval lays them out
+    return RunSet(
+        name=path.stem,
+        answers=path,
+        thresholds=tuple(reported.get("thresholds", thresholds)),
+        surface=bool(reported.get("surface", False)),
+        headlines=tuple(reported.get("headlines", ())),
+        images=Path(str(images)) if images else None,
+        questions=questions if questions.is_file() else None,
+        title=str(reported.get("title", "")),
+    )
 
 
 def compare_runs(first: Run, second: Run, *, samples: int = 1000, permutations: int = 2000) -> list[SetComparison]:
@@ -167,7 +215,7 @@ def _compare(left: RunSet, right: RunSet, samples: int, permutations: int) -> Se
         for run in (left, right)
     ]
     found = compare_scores(scores[0], scores[1], permutations=permutations)
-    result = SetComparison(left, right, found, list(_changes(*scores)), len(scores[0].keys))
+    result = SetComparison(left, right, found, list(_changes(*scores)))
     shown = {change.place for change in (*_shown(result.better(), scores[0]), *_shown(result.worse(), scores[0]))}
     keys = {scores[0].keys[place]: place for place in shown}
     answers = [_answers(run.answers, keys) for run in (left, right)]
@@ -181,13 +229,13 @@ def _compare(left: RunSet, right: RunSet, samples: int, permutations: int) -> Se
 
 def _changes(first: Scores, second: Scores) -> Iterator[Change]:
     """Answers that scored differently, question by question."""
-    rows = (RowScores(first), RowScores(second))
+    before, after = row_scores(first), row_scores(second)
     places = {key: place for place, key in enumerate(second.keys)}
     for place, key in enumerate(first.keys):
         for what, least in SCORED.items():
-            before, after = rows[0].column(what)[place], rows[1].column(what)[places[key]]
-            if abs(after - before) > least:  # never where one is not a number
-                yield Change(place, what, float(before), float(after))
+            old, new = before[what][place], after[what][places[key]]
+            if abs(new - old) > least:  # never where one is not a number
+                yield Change(place, what, float(old), float(new))
 
 
 def _shown(changes: Sequence[Change], scores: Scores) -> list[Change]:
@@ -216,30 +264,113 @@ def _answers(path: Path, keys: Mapping[RowKey, int]) -> dict[int, Prediction]:
     return found
 
 
-# --- where runs lie -------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------------------------
 
 
-def _file_set(path: Path, reported: Mapping[str, Any] | None = None) -> RunSet:
-    """What the file, the journal beside it and the report of its suite say."""
-    reported = reported or {}
-    thresholds: tuple[float, ...] = ()
-    for row in read_predictions(path):
-        if row.masks_at:
-            try:
-                thresholds = tuple(masks_by_threshold(row))
-            except MedPLIBError as error:
-                raise MedPLIBError(f"{path}, question {row.question_id}: {error}") from error
-            break
-    journal = read_journal(path) if journal_path(path).is_file() else None
-    images = reported.get("images") or (journal.settings.get("images") if journal else None)
-    questions = path.parent.parent / "questions" / path.name  # as medplib eval lays them out
-    return RunSet(
-        name=path.stem,
-        answers=path,
-        thresholds=tuple(reported.get("thresholds", thresholds)),
-        surface=bool(reported.get("surface", False)),
-        headlines=tuple(reported.get("headlines", ())),
-        images=Path(str(images)) if images else None,
-        questions=questions if questions.is_file() else None,
-        title=str(reported.get("title", "")),
+def verdict_text(found: Sequence[SetComparison]) -> str:
+    """The headline differences and the number of changed answers, as text for a terminal."""
+    parts = []
+    for part in found:
+        title = [part.title] if len(found) > 1 else []
+        parts.append("\n".join([*title, part.found.table(only=part.headlines()), "", part.summary()]))
+    return "\n\n".join(parts)
+
+
+def write_comparison(first: Run, second: Run, found: Sequence[SetComparison], folder: Path) -> list[Path]:
+    """Write ``compare.html``, ``compare.json`` and ``changes.csv``, each whole or not at all; returns them in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [run.model or run.path.stem for run in (first, second)]
+    if names[0] == names[1]:
+        names = [str(run.path) for run in (first, second)]
+    title = f"{names[0]} and {names[1]}"
+    facts = {
+        "First": f"{names[0]}, {first.path}",
+        "Second": f"{names[1]}, {second.path}",
+        "Date": f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC".lstrip("0"),
+        "Version": report.version(),
+    }
+    files = {"FEWEST": FEWEST, "JSON_FILE": JSON_FILE, "CHANGES_FILE": CHANGES_FILE}
+    sections = [comparison_section(part, f"set-{index}", len(found)) for index, part in enumerate(found)]
+    body = report.render("compare.html", title=title, facts=facts, found=found, sections_of_sets=sections, **files)
+    lines: list[list[object]] = []
+    for part in found:
+        for change in part.changes:
+            question, turn, _ = part.found.first.keys[change.place]
+            values = (f"{value:.4f}" for value in (change.first, change.second, change.gain))
+            lines.append([part.first.name, plain_cell(question), turn, change.what, *values])
+    head = ["set", "question_id", "turn", "scored", "first", "second", "gain"]
+    return [
+        report.write_text(folder / HTML_FILE, page(title, body)),
+        report.write_text(folder / JSON_FILE, as_json_text(first, second, found)),
+        report.write_csv(folder / CHANGES_FILE, head, lines),
+    ]
+
+
+def comparison_section(part: SetComparison, anchor: str, sets: int) -> Markup:
+    """Differences and changed answers of one data set, of so many on the page."""
+    metrics, found = {metric.name: metric for metric in part.found.metrics}, part.found.overall
+    shown = [metrics[name] for name in part.headlines() if name in found]
+    # without rates of mishaps that happened in neither run
+    headlines = [m for m in shown if m.higher_is_better or found[m.name].first or found[m.name].second]
+    groups = {name: group for name, group in part.found.by("modality").items() if name != UNNAMED}
+    modalities = []
+    for metric in headlines:
+        lines = [(name, group[metric.name]) for name, group in groups.items() if metric.name in group]
+        if len(lines) > 1:
+            lines.sort(key=lambda line: -line[1].difference)
+            modalities.append((metric, lines, _reach(d for _, d in lines)))
+    most = report.MOST_PICTURES // (2 * sets) if part.images is not None else 0
+    folders = [run.images or part.images or Path() for run in (part.first, part.second)]
+    return report.render(
+        "compare_set.html",
+        part=part,
+        anchor=anchor,
+        headlines=headlines,
+        others=[metric for name, metric in metrics.items() if name in found and metric not in headlines],
+        modalities=modalities,
+        known=len(groups),
+        pictures=[report.Pictures(folder, part.regions, most) for folder in folders],
+        shown_of=lambda changes: [change for change in changes if change.place in part.examples],
+        reach_of=lambda metrics: _reach(found[metric.name] for metric in metrics if not metric.unit),
     )
+
+
+def _reach(found: Iterable[Difference]) -> float:
+    ends = [abs(end) for d in found for end in (d.difference, d.low, d.high) if not math.isnan(end)]
+    return max([*ends, 0.01])
+
+
+def as_json_text(first: Run, second: Run, found: Sequence[SetComparison]) -> str:
+    """All differences and changed answers; what is not defined is null."""
+    sets = [
+        {
+            "first": _run_json(part.first),
+            "second": _run_json(part.second),
+            "questions": part.questions,
+            "better": len(part.better()),
+            "worse": len(part.worse()),
+            "differences": part.found.to_dict(),
+            "changes": _change_rows(part),
+        }
+        for part in found
+    ]
+    runs = {name: {"path": str(run.path), "model": run.model} for name, run in (("first", first), ("second", second))}
+    return json_text({"format": 1, **runs, "sets": sets})
+
+
+def _run_json(run: RunSet) -> dict[str, Any]:
+    return {"set": run.name, "answers": str(run.answers), "thresholds": list(run.thresholds)}
+
+
+def _change_rows(part: SetComparison) -> list[dict[str, Any]]:
+    keys = part.found.first.keys
+    return [
+        {
+            "question_id": keys[change.place][0],
+            "turn": keys[change.place][1],
+            "scored": change.what,
+            "first": round(change.first, 6),
+            "second": round(change.second, 6),
+        }
+        for change in part.changes
+    ]

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import fileinput
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import MedPLIBError, escape_unprintable
 from model.eval.options import FAILED_QUESTIONS
-from model.eval.processes import Journal, join_journals, journal_path, read_journal
-from model.eval.run import answer_scores, segmentation_scores, write_lines
+from model.eval.run import answer_scores, merge_journals, segmentation_scores, write_lines
+from model.eval.shards import Journal, journal_path, read_journal
 
 
 def join_chunks(answers: Path, chunks: Sequence[Path], *, overwrite: bool = False) -> Journal:
-    """Join finished chunks of one run, in their order, and remove them.
-
-    Args:
-        answers: written whole or not at all.
-        chunks: answers files with their journals beside them, all of one run.
-        overwrite: replace a file that is there.
-
-    Returns:
-        The journal of the whole.
+    """Join finished chunks of one run, in their order, and remove them; the answers are written whole or not at all.
 
     Raises:
         MedPLIBError: a chunk is absent, unfinished or of another run, or the answers file is there already.
     """
     if answers.exists() and not overwrite:
         raise MedPLIBError(f"{answers} is there already; name another file, or start anew with --overwrite")
-    journals = []
+    journals: list[Journal] = []
     for chunk in chunks:
         journal = read_journal(chunk)
         if journal is None or not journal.finished or not chunk.is_file():
@@ -38,20 +31,14 @@ def join_chunks(answers: Path, chunks: Sequence[Path], *, overwrite: bool = Fals
     whole = {**journals[0].settings, "chunk": {"index": 0, "of": 1}}
     for index, (journal, chunk) in enumerate(zip(journals, chunks, strict=True)):
         journal.refuse_unless_same({**whole, "chunk": {"index": index, "of": len(chunks)}}, chunk)
-
-    def lines() -> Iterator[bytes]:
-        for chunk in chunks:
-            with chunk.open("rb") as stream:
-                yield from stream
-
     rows = sum(journal.rows for journal in journals)
     journal_path(answers).unlink(missing_ok=True)
-    answers.parent.mkdir(parents=True, exist_ok=True)
-    written = write_lines(answers, lines())
+    with fileinput.FileInput(chunks, mode="rb") as lines:
+        written = write_lines(answers, lines)
     if written != rows:
         answers.unlink()
         raise MedPLIBError(f"the chunks hold {written} answers, their journals say {rows}; ask them anew")
-    return join_journals(answers, chunks, journals, whole)
+    return merge_journals(answers, chunks, journals, whole)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         journal = join_chunks(options.answers, options.chunks, overwrite=options.overwrite)
-        scores = list(answer_scores(options.answers)) if options.eval_vqa else []
+        scores = [answer_scores(options.answers)] if options.eval_vqa else []
         if options.eval_seg:
             scores += segmentation_scores(options.answers, journal.settings["thresholds"])
     except MedPLIBError as error:

@@ -69,28 +69,6 @@ class InferenceOptions:
     overwrite: bool = False  # start anew where the answers file is there already
 
     def __post_init__(self) -> None:
-        self._check_places()
-        self._check_numbers()
-        for threshold in self.thresholds:
-            if not 0 < threshold < 1:
-                raise MedPLIBError(f"the mask threshold is {threshold}; give numbers between 0 and 1")
-        if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
-            raise MedPLIBError(
-                f"a mask threshold is given twice ({', '.join(f'{at:g}' for at in self.thresholds)}); give each once"
-            )
-        if self.no_mask_below is not None and not 0 <= self.no_mask_below <= 1:
-            raise MedPLIBError(f"no_mask_below is {self.no_mask_below}; give a probability from 0 to 1")
-        if self.top_p < 1 and self.temperature == 0:
-            raise MedPLIBError(f"top_p is {self.top_p}, but greedy answers are not drawn; give a temperature above 0")
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise MedPLIBError(f"the precision is {self.precision!r:.80}; it may be {' or '.join(PRECISIONS)}")
-        if not 0 <= self.chunk_index < self.num_chunks:
-            raise MedPLIBError(
-                f"the chunk is number {self.chunk_index} of {self.num_chunks}; they are counted from 0 to "
-                f"{self.num_chunks - 1}"
-            )
-
-    def _check_places(self) -> None:
         if not self.data.is_file():
             found = "is a folder" if self.data.is_dir() else "does not exist"
             raise MedPLIBError(f"the data file {self.data} {found}; give a JSON, JSONL or Parquet file")
@@ -101,8 +79,6 @@ class InferenceOptions:
             raise MedPLIBError(f"{self.answers} is a directory; name the file that the answers go to")
         if self.answers.resolve() == self.data.resolve():
             raise MedPLIBError(f"{self.answers} is the data file; name another file for the answers")
-
-    def _check_numbers(self) -> None:
         least = {"max_new_tokens": 1, "max_length": 1, "batch_size": 1, "workers": 0, "num_chunks": 1, "limit": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
@@ -112,5 +88,22 @@ class InferenceOptions:
             raise MedPLIBError(f"the temperature is {self.temperature}; give 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise MedPLIBError(f"top_p is {self.top_p}; give a number above 0 and up to 1")
+        if self.top_p < 1 and self.temperature == 0:
+            raise MedPLIBError(f"top_p is {self.top_p}, but greedy answers are not drawn; give a temperature above 0")
         if not 0 <= self.seed < 2**63:
             raise MedPLIBError(f"the seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
+        for threshold in self.thresholds:
+            if not 0 < threshold < 1:
+                raise MedPLIBError(f"the mask threshold is {threshold}; give numbers between 0 and 1")
+        written = [f"{threshold:g}" for threshold in self.thresholds]
+        if len(set(written)) < len(written):
+            raise MedPLIBError(f"a mask threshold is given twice ({', '.join(written)}); give each once")
+        if self.no_mask_below is not None and not 0 <= self.no_mask_below <= 1:
+            raise MedPLIBError(f"no_mask_below is {self.no_mask_below}; give a probability from 0 to 1")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise MedPLIBError(f"the precision is {self.precision!r:.80}; it may be {' or '.join(PRECISIONS)}")
+        if not 0 <= self.chunk_index < self.num_chunks:
+            raise MedPLIBError(
+                f"the chunk is number {self.chunk_index} of {self.num_chunks}; they are counted from 0 to "
+                f"{self.num_chunks - 1}"
+            )

@@ -11,12 +11,11 @@ import fcntl
 import json
 import logging
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import TracebackType, UnionType
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.data.schema import is_number
@@ -29,10 +28,9 @@ Key = tuple[str, int]
 Existing = Literal["refuse", "resume", "overwrite"]
 
 FINISHES = ("end", "length", "stop", "error")
-"""Why an answer ended: it said so, reached its longest length, met a stop string, or could not be given."""
+"""Why an answer ended: by its end token, reached its longest length, met a stop string, or could not be given."""
 
 _LARGEST_SPACING = 1e6  # mm between pixels
-_TAIL = 1 << 16  # bytes read at a time when looking for the last whole line
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,17 @@ class Prediction:
             raise MedPLIBError(f"the prediction has no {', '.join(absent)}; expected the rows of vqa_infer")
         for name, value in values.items():
             if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
-                raise MedPLIBError(f"{name} is {value!r:.60}, expected {_kind_names(_KINDS[name])}")
+                expected = " or ".join(_KIND_NAMES[kind] for kind in _KINDS[name] if kind in _KIND_NAMES)
+                raise MedPLIBError(f"{name} is {value!r:.60}, expected {expected}")
         if values.get("finish", "end") not in FINISHES:
             raise MedPLIBError(f"finish is {values['finish']!r:.60}; expected one of {', '.join(FINISHES)}")
         turn = values.get("metadata", {}).get("turn", 0)
         if not isinstance(turn, int) or turn < 0:
             raise MedPLIBError(f"the turn is {turn!r:.60}, expected a whole number from 0")
-        values["spacing_mm"] = _spacing(values.get("spacing_mm"))
+        if (spacing := values.get("spacing_mm")) is not None:
+            if len(spacing) != 2 or not all(is_number(side) and 0 < side < _LARGEST_SPACING for side in spacing):
+                raise MedPLIBError(f"spacing_mm is {spacing!r:.60}, expected [row, column] in mm")
+            values["spacing_mm"] = (float(spacing[0]), float(spacing[1]))
         layers = values.get("router") or []
         if any(isinstance(layer, list) and None in layer for layer in layers):
             values["router"] = None  # shares that were not finite
@@ -113,6 +115,7 @@ class Prediction:
 
 _OPTIONAL = ("masks_at", "router")
 _REQUIRED = ("question_id", "gt", "text")
+_KIND_NAMES = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
 
 
 def _json_kinds(hint: Any) -> tuple[type, ...]:
@@ -169,7 +172,6 @@ class PredictionWriter:
 
     def __init__(self, path: str | Path, existing: Existing = "refuse") -> None:
         self.path = Path(path)
-        self.rows = 0
         if existing == "refuse" and self.path.exists():
             raise MedPLIBError(f"{self.path} is there already; resume it, overwrite it or name another file")
         try:
@@ -178,9 +180,13 @@ class PredictionWriter:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
             if existing == "overwrite":
                 self._stream.truncate(0)
-            cut_torn_line(self.path)
             self._stream.seek(0)
-            self.rows = sum(1 for line in self._stream if line.strip())
+            self.rows, size = 0, 0
+            for line in self._stream:
+                if line.endswith(b"\n"):
+                    size += len(line)
+                    self.rows += bool(line.strip())
+            self._stream.truncate(size)  # a killed process leaves a torn last line
         except BlockingIOError as error:
             self._stream.close()
             raise MedPLIBError(f"another process is writing {self.path}; wait for it, or name another file") from error
@@ -194,17 +200,11 @@ class PredictionWriter:
         self._stream.flush()
         self.rows += 1
 
-    def close(self) -> None:
-        """Close the file; nothing is written any more."""
-        self._stream.close()
-
     def __enter__(self) -> PredictionWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
 
 
 def encode_row(row: Mapping[str, Any]) -> bytes:
@@ -238,22 +238,6 @@ def _finite(value: Any, name: str, names: list[str]) -> Any:
     return value
 
 
-def cut_torn_line(path: str | Path) -> int:
-    """Cut off what stands behind the last newline of a file, as a killed process leaves it; returns the bytes cut."""
-    with Path(path).open("rb+") as stream:
-        size = position = stream.seek(0, os.SEEK_END)
-        while position > 0:
-            start = max(0, position - _TAIL)
-            stream.seek(start)
-            newline = stream.read(position - start).rfind(b"\n")
-            if newline >= 0:
-                position = start + newline + 1
-                break
-            position = start
-        stream.truncate(position)
-    return size - position
-
-
 def match_references(
     predictions: Iterable[Prediction], records: Iterable[Mapping[str, Any]], turns: Turns = "all"
 ) -> Iterator[tuple[Prediction, Reference]]:
@@ -261,11 +245,6 @@ def match_references(
 
     Pairs come before the end is known, so what is computed from them counts only once the iterator ends without an
     error.
-
-    Args:
-        predictions: of one run.
-        records: raw records, such as ``open_records`` gives.
-        turns: which questions of a conversation were asked.
 
     Raises:
         MedPLIBError: a question has no prediction or two, a prediction has no question, or they disagree about the
@@ -299,11 +278,8 @@ def match_references(
             "give the file that the predictions were made from, and all of its predictions"
         )
     if moved:
-        logger.warning(
-            "%d predictions stand in another order than the data file, the first is %s; they are matched by id",
-            len(moved),
-            moved[0],
-        )
+        order = "%d predictions stand in another order than the data file, the first is %s; they are matched by id"
+        logger.warning(order, len(moved), moved[0])
 
 
 def named(found: Sequence[str], most: int = 5) -> str:
@@ -315,14 +291,6 @@ def _key_text(key: Key) -> str:
     return f"{key[0]} turn {key[1]}" if key[1] else key[0]
 
 
-def _spacing(value: Any) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    if len(value) != 2 or not all(is_number(side) and 0 < side < _LARGEST_SPACING for side in value):
-        raise MedPLIBError(f"spacing_mm is {value!r:.60}, expected [row, column] in mm")
-    return float(value[0]), float(value[1])
-
-
 def _mask_object(value: Any, name: str) -> dict[str, Any]:
     """A predicted mask with its ``rle``, a reference one as run lengths alone; either form is read for both."""
     if not isinstance(value, dict) or not ("rle" in value or "counts" in value):
@@ -331,8 +299,3 @@ def _mask_object(value: Any, name: str) -> dict[str, Any]:
     if name == "masks":
         return value if "rle" in value else {"rle": value}
     return value.get("rle", value)
-
-
-def _kind_names(kinds: tuple[type, ...]) -> str:
-    names = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
-    return " or ".join(names[kind] for kind in kinds if kind in names)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.data.image_io import read_mask
-from model.data.schema import TASKS, Sample, canonical, inspect_record, is_number, modality_of, with_seg_spelled
+from model.data.schema import TASKS, canonical, inspect_record, is_number, modality_of, with_seg_spelled
 from model.errors import MedPLIBError
 from model.processing.masks import encode_rle
 from model.processing.special_tokens import IMAGE_TOKEN, REGION_MARKER, SEG_TOKEN
@@ -48,7 +48,6 @@ def questions_of(
         answer_type: label of its questions; what the record says where None.
         turns: which questions of a conversation are asked.
     """
-    references = list(references_of(record, number, turns))
     sample, findings = inspect_record(record, images_root)
     error = "; ".join(finding.message for finding in findings if finding.severity == "error") or None
     if sample is not None and sample.examples:
@@ -56,59 +55,49 @@ def questions_of(
     elif sample is not None:
         images = len(sample.images)
         error = None if images == 1 else f"the record has {images} images; questions are asked about one"
-    return [_question(record, sample, reference, number, answer_type, error) for reference in references]
-
-
-def _question(
-    record: Mapping[str, Any],
-    sample: Sample | None,
-    reference: Reference,
-    number: int,
-    answer_type: str | None,
-    error: str | None,
-) -> Question:
-    image_path = _image_path(record)
-    metadata = _metadata(record, image_path, reference)
-    own, task = record.get("answer_type"), metadata.get("task")
-    label = answer_type or (own.lower() if isinstance(own, str) and own else "")
-    label = label or (task if task in ("region", "grounding") else "open")
-    if sample is None or error:
-        return Question(number, reference, image_path, label, metadata, error=error or "the record cannot be read")
-    texts = [turn.text for turn in sample.turns]
-    place = 2 * reference.turn
-    begin, end = (_count(texts[1:stop:2], SEG_TOKEN) for stop in (place, place + 2))
-    says_masks = end > begin or metadata.get("task") == "grounding"
-    return Question(
-        number,
-        reference,
-        image_path,
-        label,
-        metadata,
-        image=sample.images[0],
-        history=tuple((asked_text(texts[at]), answer_text(texts[at + 1])) for at in range(0, place, 2)),
-        regions=sample.regions[: _count(texts[: place + 1 : 2], REGION_MARKER)],
-        masks=sample.masks[begin:end] if says_masks else None,
-        spacing_mm=_spacing(record),
-    )
+    image_path = canonical(record).get("image", "") if isinstance(record, Mapping) else ""
+    if isinstance(image_path, Sequence) and not isinstance(image_path, str):
+        image_path = image_path[-1] if image_path else ""
+    image_path = image_path if isinstance(image_path, str) else ""
+    questions = []
+    for reference in references_of(record, number, turns):
+        metadata = _metadata(record, image_path, reference)
+        own, task = record.get("answer_type"), metadata.get("task")
+        label = answer_type or (own.lower() if isinstance(own, str) and own else "")
+        label = label or (task if task in ("region", "grounding") else "open")
+        if sample is None or error:
+            reason = error or "the record cannot be read"
+            questions.append(Question(number, reference, image_path, label, metadata, error=reason))
+            continue
+        texts = [turn.text for turn in sample.turns]
+        place = 2 * reference.turn
+        begin, end = (_count(texts[1:stop:2], SEG_TOKEN) for stop in (place, place + 2))
+        question = Question(
+            number,
+            reference,
+            image_path,
+            label,
+            metadata,
+            image=sample.images[0],
+            history=tuple((asked_text(texts[at]), answer_text(texts[at + 1])) for at in range(0, place, 2)),
+            regions=sample.regions[: _count(texts[: place + 1 : 2], REGION_MARKER)],
+            masks=sample.masks[begin:end] if end > begin or task == "grounding" else None,
+            spacing_mm=_spacing(record),
+        )
+        questions.append(question)
+    return questions
 
 
 def _count(texts: Sequence[str], marker: str) -> int:
     return sum(text.count(marker) for text in texts)
 
 
-def _image_path(record: Mapping[str, Any]) -> str:
-    """The path as the record writes it; the last of several."""
-    name = canonical(record).get("image", "") if isinstance(record, Mapping) else ""
-    if isinstance(name, Sequence) and not isinstance(name, str):
-        name = name[-1] if name else ""
-    return name if isinstance(name, str) else ""
-
-
 def _metadata(record: Mapping[str, Any], image_path: str, reference: Reference) -> dict[str, Any]:
     stem = Path(image_path).name
     parts = stem.split(_SPLITTER)
+    task = "grounding" if SEG_TOKEN in reference.gt else "region" if REGION_MARKER in reference.prompt else "vqa"
     known = {
-        "task": _task(record, reference),
+        "task": record["task"] if record.get("task") in TASKS else task,
         "kind": record.get("kind"),
         "modality": record.get("modality") or (modality_of(stem) if stem else None),
         "structure": record.get("structure") or record.get("about"),
@@ -128,21 +117,8 @@ def _spacing(record: Mapping[str, Any]) -> tuple[float, float] | None:
     return (float(found[0]), float(found[1])) if all(is_number(side) and side > 0 for side in found) else None
 
 
-def _task(record: Mapping[str, Any], reference: Reference) -> str:
-    """What the record says it is; else what this question and its answer show."""
-    if record.get("task") in TASKS:
-        return str(record["task"])
-    if SEG_TOKEN in reference.gt:
-        return "grounding"
-    return "region" if REGION_MARKER in reference.prompt else "vqa"
-
-
 def reference_masks(question: Question, size: tuple[int, int]) -> list[dict[str, Any]] | None:
-    """Run lengths of a question's reference masks; an empty mask file stays an empty mask.
-
-    Args:
-        question: whose files are read.
-        size: (height, width) of its image.
+    """Run lengths of a question's reference masks on an image of this (height, width); an empty file stays empty.
 
     Raises:
         MedPLIBError: a file cannot be read or is not of the image's size.
@@ -191,15 +167,13 @@ class Reference:
 
 
 def references_of(record: Mapping[str, Any], number: int, turns: Turns = "all") -> Iterator[Reference]:
-    """The questions of one raw record in their order; one with empty texts where the record holds none.
-
-    Args:
-        record: of the published layout (reference §8).
-        number: of the record in its file, from 0.
-        turns: ``all`` questions of a conversation, or the ``first`` alone.
-    """
+    """The questions of one raw record in their order; one with empty texts where it holds none or is malformed."""
     question_id = question_id_of(record, number)
-    conversation = _conversation(record)
+    found = canonical(record).get("conversations") if isinstance(record, Mapping) else None
+    conversation: list[str] = []
+    if isinstance(found, list | tuple) and all(isinstance(entry, Mapping) for entry in found):
+        texts = [entry.get("value") if isinstance(entry.get("value"), str) else "" for entry in found]
+        conversation = [with_seg_spelled(text) if place % 2 else text for place, text in enumerate(texts)]
     count = max(1, (len(conversation) + 1) // 2) if turns == "all" else 1
     for turn in range(count):
         question, answer = ([*conversation[2 * turn : 2 * turn + 2], "", ""])[:2]
@@ -225,10 +199,22 @@ def answer_text(answer: str) -> str:
     return _MASK_PATH.sub("", answer)
 
 
-def _conversation(record: Mapping[str, Any]) -> list[str]:
-    """Texts of the turns, questions at even places; empty where the record is malformed."""
-    found = canonical(record).get("conversations") if isinstance(record, Mapping) else None
-    if not isinstance(found, list | tuple) or not all(isinstance(entry, Mapping) for entry in found):
-        return []
-    texts = [entry.get("value") if isinstance(entry.get("value"), str) else "" for entry in found]
-    return [with_seg_spelled(text) if place % 2 else text for place, text in enumerate(texts)]
+def regions_of(
+    records: Sequence[Mapping[str, Any]], images: Path, keys: set[tuple[str, int]]
+) -> dict[tuple[str, int], tuple[Path, ...]]:
+    """Mask files of the regions that the questions of ``keys`` point at; records are gone through once."""
+    wanted = {question for question, _ in keys}
+    found: dict[tuple[str, int], tuple[Path, ...]] = {}
+    for number, record in enumerate(records):
+        name = str(question_id_of(record, number))
+        if name not in wanted:
+            continue
+        sample, _ = inspect_record(record, images)
+        if sample is None or not sample.regions:
+            continue
+        regions = iter(sample.regions)
+        for turn, asked in enumerate(sample.turns[::2]):
+            here = tuple(path for _, path in zip(range(asked.text.count("<region>")), regions, strict=False))
+            if (name, turn) in keys and here:
+                found[(name, turn)] = here
+    return found

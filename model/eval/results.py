@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -15,18 +15,17 @@ import numpy as np
 from model.data.records import open_records
 from model.data.schema import is_number
 from model.eval.baselines import BlindScores, MaskBaseline, blind_scores, mask_baselines
-from model.eval.metrics.definitions import Metric, mark
-from model.eval.metrics.scores import UNNAMED, Measure, Measures, Scores, score_predictions
-from model.eval.pictures import regions_of
+from model.eval.metrics.definitions import Metric
+from model.eval.metrics.rows import mark
+from model.eval.metrics.scores import UNNAMED, Measure, Scores, score_predictions
 from model.eval.predictions import Key, Prediction, read_predictions
+from model.eval.questions import regions_of
 from model.eval.suite import CURVE, DataSet
 
 PICTURED = 4
 """Answers in each row of pictures."""
 EXAMPLES = 4
 """Kept of each kind of failure."""
-FAR_OFF = 0.1
-"""A mask whose Dice is below this lies elsewhere."""
 
 TASK_TITLES = {
     "vqa": "Questions about the image",
@@ -54,31 +53,23 @@ class RowScore:
     predicted_iou: float | None = None  # mean of the scores that the model gave its masks
 
 
-Judge = Callable[[Prediction, RowScore], bool]
-
-
-@dataclass(frozen=True)
-class FailureKind:
-    """One way to fail: of which answered questions it is a failure, and of which of these it happened."""
-
-    name: str
-    title: str
-    meaning: str
-    concerns: Judge
-    happened: Judge
+Shown = tuple[int, Prediction, RowScore]
+"""An answer that is shown: its place in the file, itself and what it scored."""
 
 
 @dataclass
 class Failures:
     """Answers of one kind of failure."""
 
-    kind: FailureKind  # what went wrong
+    name: str
+    title: str
+    meaning: str
     asked: int = 0  # questions that could have failed so
     count: int = 0  # questions that did
-    # some of those, drawn evenly from all, in the order of the file.
-    examples: list[tuple[int, Prediction, RowScore]] = field(default_factory=list)
+    examples: list[Shown] = field(default_factory=list)  # drawn evenly from all, in the order of the file
 
 
+Judge = Callable[[Prediction, RowScore], bool]
 _KINDS = """
 errors         | Questions that could not be asked | The image or the record could not be used.
 wrong_closed   | Wrong closed answers              | The answer is not the reference, case and punctuation aside.
@@ -86,7 +77,7 @@ unrelated_open | Open answers without a right word | No word of the reference is
 refused        | Present targets without a mask    | The image holds what was asked for and the answer has no mask.
 far_off        | Masks that lie elsewhere          | There is a mask, and its Dice with the reference is below 0.1.
 false_masks    | False masks                       | The image does not hold the target, and there is a mask.
-empty          | Empty answers                     | The model said nothing.
+empty          | Empty answers                     | The answer has no text.
 cut_off        | Answers that did not end          | The longest length was reached before the answer's end.
 """
 _JUDGES: dict[str, tuple[Judge, Judge]] = {
@@ -96,50 +87,43 @@ _JUDGES: dict[str, tuple[Judge, Judge]] = {
     "refused": (lambda row, _: bool(row.gt_masks), lambda row, _: not row.masks),
     "far_off": (
         lambda row, score: bool(row.gt_masks and row.masks) and score.dice is not None,
-        lambda _, score: score.dice is not None and score.dice < FAR_OFF,
+        lambda _, score: score.dice is not None and score.dice < 0.1,
     ),
     "false_masks": (lambda row, _: row.gt_masks == [], lambda row, _: bool(row.masks)),
     "empty": (lambda row, _: True, lambda row, _: not row.text.strip()),
     "cut_off": (lambda row, _: True, lambda row, _: row.finish == "length"),
 }
 """Which answered questions a kind of failure concerns, and of which of these it happened; errors concern all."""
-KINDS = [
-    FailureKind(name, title, meaning, *_JUDGES[name])
-    for name, title, meaning in (map(str.strip, line.split("|")) for line in _KINDS.strip().splitlines())
-]
 
 
 class FailureCounter:
     """Counts failures as rows pass, and keeps a fair draw of examples of each kind, the same in every run."""
 
     def __init__(self, examples: int = EXAMPLES, seed: int = 0) -> None:
-        self._found = [Failures(kind) for kind in KINDS]
-        self._most = examples
-        self._chance = random.Random(seed)
+        lines = ([cell.strip() for cell in line.split("|")] for line in _KINDS.strip().splitlines())
+        self._found = [Failures(name, title, meaning) for name, title, meaning in lines]
+        self._most, self._chance = examples, random.Random(seed)
 
     def add(self, index: int, row: Prediction, score: RowScore) -> None:
         """Look at one answer; ``index`` is its place in the file."""
-        for failures in self._found:
-            if (row.failed and failures.kind.name != "errors") or not failures.kind.concerns(row, score):
+        for kind in self._found:
+            concerns, happened = _JUDGES[kind.name]
+            if (row.failed and kind.name != "errors") or not concerns(row, score):
                 continue
-            failures.asked += 1
-            if not failures.kind.happened(row, score):
+            kind.asked += 1
+            if not happened(row, score):
                 continue
-            failures.count += 1
-            if len(failures.examples) < self._most:
-                failures.examples.append((index, row, score))
-            elif (place := self._chance.randrange(failures.count)) < self._most:
-                failures.examples[place] = (index, row, score)
+            kind.count += 1
+            if len(kind.examples) < self._most:
+                kind.examples.append((index, row, score))
+            elif (place := self._chance.randrange(kind.count)) < self._most:
+                kind.examples[place] = (index, row, score)
 
     def found(self) -> list[Failures]:
         """Every kind that concerned a question, its examples in the order of the file."""
-        for failures in self._found:
-            failures.examples.sort(key=lambda example: example[0])
-        return [failures for failures in self._found if failures.asked]
-
-
-Shown = tuple[int, Prediction, RowScore]
-"""An answer that is shown: its place in the file, itself and what it scored."""
+        for kind in self._found:
+            kind.examples.sort(key=lambda example: example[0])
+        return [kind for kind in self._found if kind.asked]
 
 
 @dataclass
@@ -230,22 +214,29 @@ def measure(
     scores = score_predictions(
         read_predictions(answers), thresholds=item.thresholds, surface=item.surface, samples=samples
     )
-    rows, records = RowScores(scores), open_records(questions)
-    places = {name: rows.places(name) for name in ("best", "middle", "worst")}
-    wanted = {place for found in places.values() for place in found}
-    result = SetResult(item, scores, images, rows.dice[~np.isnan(rows.dice)])
+    columns, records = row_scores(scores), open_records(questions)
+    places = _pictured_places(scores, columns["dice"])
+    result = SetResult(item, scores, images, columns["dice"][~np.isnan(columns["dice"])])
     result.blind = blind_scores(item, islice(records, limit), images, scores)
     counter, pictured, expected = FailureCounter(), {}, []
+    wanted = {place for found in places.values() for place in found}
     router: dict[str, tuple[np.ndarray, int]] = {}
     for place, row in enumerate(read_predictions(answers)):
-        score = replace(rows.of(place), predicted_iou=predicted_iou(row))
+        values = {name: None if math.isnan(column[place]) else float(column[place]) for name, column in columns.items()}
+        right = None if values["right"] is None else bool(values["right"])
+        score = RowScore(right, values["recall"], values["dice"], values["iou"], predicted_iou(row))
         if score.predicted_iou is not None and score.iou is not None and len(row.masks) == len(row.gt_masks or ()):
             expected.append((score.predicted_iou, score.iou))
         counter.add(place, row, score)
         if place in wanted:
             pictured[place] = (place, row, score)
         if row.router:
-            _add_router(router, str(row.metadata.get("task", "vqa")), row.router)
+            experts = max(map(len, row.router))  # layers with fewer experts than others get empty ones
+            shares = np.array([[*layer, *[0.0] * (experts - len(layer))] for layer in row.router])
+            task = str(row.metadata.get("task", "vqa"))
+            total, count = router.get(task, (np.zeros_like(shares), 0))
+            if total.shape == shares.shape:
+                router[task] = (total + shares, count + 1)
     result.failures = counter.found()
     result.predicted_iou, result.real_iou = np.array(expected, dtype=np.float64).reshape(-1, 2).T
     result.pictured = {name: [pictured[place] for place in found] for name, found in places.items() if found}
@@ -259,22 +250,11 @@ def measure(
         at = f"mDice{mark(item.thresholds[0])}"
         result.blind = {**result.blind, **{(by, group, at): dice for (by, group), dice in best.items()}}
         curve = score_predictions(read_predictions(answers), thresholds=CURVE, samples=0)
+        names = [f"mDice{mark(threshold)}" for threshold in CURVE]
         groups = {"": curve.overall, **curve.by("structure")}
-        result.curve = {name: found for name, m in groups.items() if (found := _curve(m))}
-    return result, row_lines(item.name, answers, rows)
-
-
-def _curve(measures: Measures) -> list[float]:
-    return [measures[name].value for threshold in CURVE if (name := f"mDice{mark(threshold)}") in measures]
-
-
-def _add_router(router: dict[str, tuple[np.ndarray, int]], task: str, layers: list[list[float]]) -> None:
-    """Layers with fewer experts than others get empty ones, so that all answers have one shape."""
-    experts = max(len(layer) for layer in layers)
-    shares = np.array([[*layer, *[0.0] * (experts - len(layer))] for layer in layers])
-    total, count = router.get(task, (np.zeros_like(shares), 0))
-    if total.shape == shares.shape:
-        router[task] = (total + shares, count + 1)
+        found = {group: [m[name].value for name in names if name in m] for group, m in groups.items()}
+        result.curve = {group: values for group, values in found.items() if values}
+    return result, _row_lines(item.name, answers, columns)
 
 
 def predicted_iou(row: Prediction) -> float | None:
@@ -283,75 +263,55 @@ def predicted_iou(row: Prediction) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def row_scores(scores: Scores) -> dict[str, np.ndarray]:
+    """What every answer scored: float64 [N] in [0, 1], larger is better, NaN where one does not apply.
+
+    By name: ``right`` of closed questions; ``exact``, ``recall`` and ``f1`` of open ones; ``dice`` and ``iou`` of
+    present targets at the first threshold; ``clean``: absent targets without a mask.
+    """
+    at = mark(scores.settings.thresholds[0])
+    column = {name: scores.data[:, index] for index, name in enumerate(scores.columns)}
+    count = column["mask"]
+
+    def mean_over_masks(name: str) -> np.ndarray:
+        return np.divide(column[f"{name}{at}"], count, out=np.full(len(count), np.nan), where=count > 0)
+
+    return {
+        "right": np.where(column["closed"] > 0, column["closed_hit"], np.nan),
+        **{name: np.where(column["open"] > 0, column[name], np.nan) for name in ("exact", "recall", "f1")},
+        **{name: mean_over_masks(name) for name in ("dice", "iou")},
+        "clean": np.where(column["absent"] > 0, 1 - column[f"false_mask{at}"], np.nan),
+    }
+
+
+def _pictured_places(scores: Scores, dice: np.ndarray) -> dict[str, list[int]]:
+    """Places of the best, middle and worst answers with a mask, no two of a kind about one image."""
+    columns = [scores.data[:, scores.columns.index(name)] for name in ("seg", "error")]
+    masked = np.flatnonzero(~np.isnan(dice) & (columns[0] > 0) & (columns[1] == 0))
+    ranked = masked[np.argsort(-dice[masked], kind="stable")]
+    if len(ranked) < 3 * PICTURED:  # too few to rank: all of them, once
+        return {"best": ranked.tolist()}
+    from_middle = np.argsort(np.abs(np.arange(len(ranked)) - len(ranked) // 2), kind="stable")
+    found = {}
+    for name, order in (("best", ranked), ("middle", ranked[from_middle]), ("worst", ranked[::-1])):
+        chosen: dict[int, int] = {}
+        for place in order.tolist():
+            if len(chosen) < PICTURED:
+                chosen.setdefault(int(scores.images[place]), place)
+        found[name] = sorted(chosen.values(), key=lambda place: -dice[place])
+    return found
+
+
 def plain_cell(text: str) -> str:
     """Text for a spreadsheet, which would otherwise run what begins like a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
-class RowScores:
-    """What every answer scored, read from the columns of ``Scores``; masks at its first threshold."""
-
-    def __init__(self, scores: Scores) -> None:
-        self._scores = scores
-        at = mark(scores.settings.thresholds[0])
-        column = {name: scores.data[:, index] for index, name in enumerate(scores.columns)}
-        self.closed = np.where(column["closed"] > 0, column["closed_hit"], np.nan)
-        opened = column["open"] > 0
-        self.exact, self.recall, self.f1 = (
-            np.where(opened, column[name], np.nan) for name in ("exact", "recall", "f1")
-        )
-        count = column["mask"]
-        self.dice, self.iou = (
-            np.divide(column[f"{name}{at}"], count, out=np.full(len(count), np.nan), where=count > 0)
-            for name in ("dice", "iou")
-        )
-        self._drawn = (column["seg"] > 0) & (column["error"] == 0)
-        self.clean = np.where(column["absent"] > 0, 1 - column[f"false_mask{at}"], np.nan)
-
-    def column(self, what: str) -> np.ndarray:
-        """Scores of all answers, float64 [N] in [0, 1], larger is better, NaN where one does not apply.
-
-        Args:
-            what: ``right`` (closed questions), ``exact`` (open ones), ``dice`` (present targets) or ``clean`` (absent
-                targets left unpainted).
-        """
-        return {"right": self.closed, "exact": self.exact, "dice": self.dice, "clean": self.clean}[what]
-
-    def of(self, place: int) -> RowScore:
-        """Scores of one answer."""
-        closed = self.closed[place]
-        return RowScore(
-            None if math.isnan(closed) else bool(closed),
-            *(
-                None if math.isnan(column[place]) else float(column[place])
-                for column in (self.recall, self.dice, self.iou)
-            ),
-        )
-
-    def places(self, which: str) -> list[int]:
-        """Places of the best, middle or worst answers with a mask, no two about one image."""
-        drawn = np.flatnonzero(~np.isnan(self.dice) & self._drawn)
-        ranked = drawn[np.argsort(-self.dice[drawn], kind="stable")]
-        if len(ranked) < 3 * PICTURED:  # too few to rank: all of them, once
-            return [int(place) for place in ranked[: 3 * PICTURED]] if which == "best" else []
-        if which == "middle":
-            begin = len(ranked) // 2
-            order = ranked[np.argsort(np.abs(np.arange(len(ranked)) - begin), kind="stable")]
-        else:
-            order = ranked if which == "best" else ranked[::-1]
-        chosen: dict[int, int] = {}
-        for place in order.tolist():
-            chosen.setdefault(int(self._scores.images[place]), place)
-            if len(chosen) == PICTURED:
-                break
-        return sorted(chosen.values(), key=lambda place: -self.dice[place])
-
-
-def row_lines(name: str, answers: Path, rows: RowScores) -> Iterator[list[object]]:
+def _row_lines(name: str, answers: Path, columns: Mapping[str, np.ndarray]) -> Iterator[list[object]]:
     """Lines of ``rows.csv``, see ``ROW_COLUMNS``."""
     for place, row in enumerate(read_predictions(answers)):
         known = (plain_cell(str(row.metadata.get(key, ""))) for key in ("task", "kind", "modality", "structure"))
-        scores = (rows.closed, rows.exact, rows.recall, rows.f1, rows.dice, rows.iou)
+        scores = (columns[what][place] for what in ("right", "exact", "recall", "f1", "dice", "iou"))
         yield [
             name,
             plain_cell(str(row.question_id)),
@@ -359,7 +319,7 @@ def row_lines(name: str, answers: Path, rows: RowScores) -> Iterator[list[object
             *known,
             plain_cell(row.answer_type),
             row.finish,
-            *("" if math.isnan(column[place]) else f"{column[place]:.4f}" for column in scores),
+            *("" if math.isnan(score) else f"{score:.4f}" for score in scores),
             len(row.masks),
             "" if row.gt_masks is None else len(row.gt_masks),
             "" if (mean := predicted_iou(row)) is None else f"{mean:.4f}",
@@ -418,13 +378,14 @@ def _mask_table(part: SetResult, by: str) -> Table:
     names = [titles[name] for name in shown]
     columns = [by.capitalize(), "n", *names[:1], *(baseline.name for baseline in part.baselines), *names[1:]]
     settings = part.scores.settings
-    how = "; ".join(f"{baseline.name}: {baseline.how}" for baseline in part.baselines)
     note = (
         f"Masks cut at {part.item.thresholds[0]:g}; a target without a mask counts 0. Refused: present targets without "
-        f"a mask. NSD within {settings.tolerance_mm:g} mm, {settings.tolerance_px:g} px without a known spacing. {how}"
+        f"a mask. NSD within {settings.tolerance_mm:g} mm, {settings.tolerance_px:g} px without a known spacing."
     )
+    if how := "; ".join(f"{baseline.name}: {baseline.how}" for baseline in part.baselines):
+        note += f" {how}."
     title = "Masks by target" if by == "structure" else f"Masks by {by}"
-    return Table(title, f"{note}." if by == "structure" else "", columns, rows if shown else [])
+    return Table(title, note if by == "structure" else "", columns, rows if shown else [])
 
 
 def _patients(part: SetResult) -> Table:

@@ -1,7 +1,8 @@
-"""Run over one data file: inference, resuming, merging of several processes, report."""
+"""Run over one data file: inference, resuming, merging the parts of several processes, report."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 import time
@@ -19,32 +20,18 @@ from model.checkpoint.directories import checkpoint_name
 from model.data.builders.jobs import whole_file
 from model.data.records import Records, open_records
 from model.errors import MedPLIBError
-from model.eval.asking import Asker, Prepared, check_options, file_digest, fingerprint, open_engine
+from model.eval.inference import Prepared, answer_questions, check_options, open_engine
 from model.eval.metrics.published import PublishedText, format_table
 from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
-from model.eval.pictures import write_comparison
 from model.eval.predictions import Key, Prediction, PredictionWriter, read_predictions
-from model.eval.processes import (
-    Journal,
-    Place,
-    choose_device,
-    chunk,
-    join_journals,
-    journal_path,
-    other_parts,
-    part_path,
-    read_journal,
-    remove,
-    share_cores,
-    wait_for_parts,
-)
 from model.eval.questions import Question, Reference, Turns, questions_of, references_of
+from model.eval.shards import Journal, Rank, choose_device, chunk, fingerprint, journal_path, read_journal, remove
 from model.inference.engine import Engine
+from model.visualize import write_comparison
 
 logger = logging.getLogger(__name__)
 
-_EVERY = 30.0  # seconds between lines of a log
 _SEEN_FIRST = 8  # records looked at before anything is loaded
 
 Opener = Callable[[InferenceOptions, torch.device], Engine]
@@ -59,67 +46,75 @@ class Outcome:
     errors: int  # of these, questions that could not be answered
     first_error: str | None  # the sentence of the first one; None where there is none
     seconds: float  # that answering took, over all sittings and, of several processes, of the slowest
-    complete: bool = True  # the file holds the whole run
     was_finished: bool = False  # nothing was left to do
 
 
-def run_inference(options: InferenceOptions, place: Place | None = None, opener: Opener = open_engine) -> Outcome:
-    """Answer every question of a data file; goes on where an earlier run of the same settings was stopped.
+def run_inference(options: InferenceOptions, rank: Rank | None = None, opener: Opener = open_engine) -> Outcome:
+    """Answer every question of a data file; resumes where an earlier run of the same settings was stopped.
 
     Args:
         options: what is asked and how.
-        place: of this process among those of the launch; what the environment says where None.
+        rank: of this process; what the environment says where None. Rank 0 waits for the others and merges their parts.
         opener: loads the engine, once something is left to be asked.
 
     Raises:
         MedPLIBError: the options do not fit the checkpoint, the data or the answers that are there.
     """
-    place = place or Place.from_environment()
+    rank = rank or Rank.from_environment()
     records = open_records(options.data)
-    total = min(len(records), options.limit or len(records))
-    numbers = chunk(total, options.num_chunks, options.chunk_index)
+    numbers = chunk(min(len(records), options.limit or len(records)), options.num_chunks, options.chunk_index)
     check_options(options)
     _look_ahead(records, numbers, options)
-    device = choose_device(options.device, place)
-    settings = run_settings(options, len(records), device, place)
-    finished = None if options.overwrite else _finished_already(options.answers, settings)
-    if finished is not None:
-        return finished
-    share_cores(place)
-    _clear_way(options, place)
-    part = _Part(options, place, records, numbers[place.rank :: place.world_size], settings)
-    outcome = part.work(device, opener)
-    if place.world_size == 1 or not place.is_first:
+    device = choose_device(options.device, rank)
+    settings = _settings(options, len(records), device, rank)
+    answers, journal = options.answers, None if options.overwrite else read_journal(options.answers)
+    if journal is not None and journal.finished:
+        if not answers.is_file():
+            raise MedPLIBError(f"{answers} is gone, but {journal_path(answers)} is there; start anew with --overwrite")
+        # how many processes a finished run had does not matter any more
+        journal.refuse_unless_same({**settings, "processes": journal.settings.get("processes")}, answers)
+        return _outcome(answers, journal, was_finished=True)
+    rank.connect()
+    _check_leftovers(options, rank, journal)
+    shard = numbers[rank.rank :: rank.world_size]
+    outcome = _answer_shard(options, rank, records, shard, settings, device, opener)
+    rank.wait()
+    if rank.world_size == 1 or rank.rank:
         return outcome
-    return _join(options, place, records, numbers, settings)
+    parts = rank.part_paths(answers)
+    journals = [read_journal(part) for part in parts]
+    for number, found in enumerate(journals):
+        if found is None or not found.finished:
+            raise MedPLIBError(
+                f"process {number} of {rank.world_size} ended before its questions did; see its error message, and "
+                "run the same command again to go on"
+            )
+    merge_parts(answers, parts, records, numbers, options.turns)
+    return _outcome(answers, merge_journals(answers, parts, [j for j in journals if j is not None], settings))
 
 
-def run_settings(options: InferenceOptions, records: int, device: torch.device, place: Place) -> dict[str, Any]:
+def _settings(options: InferenceOptions, records: int, device: torch.device, rank: Rank) -> dict[str, Any]:
     """Everything the answers depend on, JSON-ready; a run goes on only with the same."""
-    precision = options.precision or ("fp32" if device.type == "cpu" else "as stored")
+    with options.data.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    plain = ("answer_type", "template", "turns", "max_new_tokens", "max_length", "temperature", "top_p")
     return {
         "model": {"name": checkpoint_name(options.model), "digest": fingerprint(options.model)},
         "vision_tower": fingerprint(options.vision_tower) if options.vision_tower else None,
         "sam": fingerprint(options.sam) if options.sam else None,
-        "data": {"name": options.data.name, "sha256": file_digest(options.data), "records": records},
+        "data": {"name": options.data.name, "sha256": digest, "records": records},
         "images": str(options.images.resolve()),
-        "answer_type": options.answer_type,
-        "template": options.template,
-        "turns": options.turns,
-        "max_new_tokens": options.max_new_tokens,
-        "max_length": options.max_length,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
+        **{name: getattr(options, name) for name in plain},
         "seed": options.seed if options.temperature else None,
         "thresholds": list(options.thresholds),
         "always_mask": options.always_mask,
         "no_mask_below": options.no_mask_below,
         "regions": options.regions is not False,
         "router": options.router,
-        "precision": precision,
+        "precision": options.precision or ("fp32" if device.type == "cpu" else "as stored"),
         "limit": options.limit,
         "chunk": {"index": options.chunk_index, "of": options.num_chunks},
-        "processes": place.world_size,
+        "processes": rank.world_size,
     }
 
 
@@ -147,156 +142,119 @@ def _questions(records: Records, number: int, options: InferenceOptions) -> list
     return questions_of(record, number, options.images, options.answer_type, options.turns)
 
 
-def _finished_already(answers: Path, settings: dict[str, Any]) -> Outcome | None:
-    """The outcome of a finished run of the same settings; how many processes it had does not matter any more."""
-    journal = read_journal(answers)
-    if journal is None or not journal.finished:
-        return None
-    if not answers.is_file():
-        raise MedPLIBError(f"{answers} is gone, but {journal_path(answers)} is there; start anew with --overwrite")
-    journal.refuse_unless_same({**settings, "processes": journal.settings.get("processes")}, answers)
-    return _outcome(answers, journal, was_finished=True)
-
-
-def _clear_way(options: InferenceOptions, place: Place) -> None:
+def _check_leftovers(options: InferenceOptions, rank: Rank, journal: Journal | None) -> None:
     """Remove what an earlier run left, where that is asked for; otherwise refuse what is not this run's."""
-    answers = options.answers
-    others = other_parts(answers, place.world_size)
+    others = rank.other_parts(options.answers)
     if options.overwrite:
-        if place.is_first:
-            for path in [*others, *([answers] if place.world_size > 1 else [])]:
-                remove(path)
-            journal_path(answers).unlink(missing_ok=True)
-        return
-    if others:
+        for path in [*others, *([options.answers] if rank.world_size > 1 else [])] if rank.rank == 0 else ():
+            remove(path)
+    elif others:
         raise MedPLIBError(
             f"{others[0]} was left by a run with another number of processes; go on with as many, "
             "or start anew with --overwrite"
         )
-    journal = read_journal(answers)
-    if place.world_size > 1 and journal is not None:
+    elif rank.world_size > 1 and journal is not None:
         raise MedPLIBError(
-            f"{answers} was begun by one process and is not finished; go on with one, or start anew with --overwrite"
+            f"{options.answers} was begun by one process and is not finished; go on with one, or start anew with "
+            "--overwrite"
         )
 
 
-class _Part:
-    """This process's share of a run: its file, what is in it already, and the rest of its questions."""
+def _answer_shard(
+    options: InferenceOptions,
+    rank: Rank,
+    records: Records,
+    shard: range,
+    settings: dict[str, Any],
+    device: torch.device,
+    opener: Opener,
+) -> Outcome:
+    """Answer what is not answered yet of this process's share of the records."""
+    begun, path = time.monotonic(), rank.part_path(options.answers)
+    earlier = None if options.overwrite else read_journal(path)
+    if options.overwrite:
+        journal_path(path).unlink(missing_ok=True)
+    if earlier is not None:
+        earlier.refuse_unless_same(settings, path)
+    elif not options.overwrite and path.exists() and path.stat().st_size:
+        raise MedPLIBError(
+            f"{path} is there already and no run's journal beside it; name another file, or start anew with --overwrite"
+        )
+    about = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "batch_size": options.batch_size,
+    }
+    journal = Journal(settings, about=about, seconds=earlier.seconds if earlier else 0.0)
+    errors: list[str] = []
 
-    def __init__(
-        self, options: InferenceOptions, place: Place, records: Records, numbers: range, settings: dict[str, Any]
-    ) -> None:
-        self.options, self.place, self.records, self.numbers, self.settings = options, place, records, numbers, settings
-        self.path = part_path(options.answers, place)
-        self.errors = self.rows = 0
-        self.first_error: str | None = None
-        self.seconds_before = 0.0
-
-    def work(self, device: torch.device, opener: Opener) -> Outcome:
-        """Answer what is not answered yet."""
-        begun = time.monotonic()
-        with self._open() as writer:
-            journal = self._journal(device)
-            journal.write(self.path)
-            begin, skipped = self._check_rows()
-            if writer.rows:
-                logger.info("%s: going on after %d answers", self.path, writer.rows)
-            if begin < len(self.numbers):
-                self._ask(writer, begin, skipped, device, opener)
-            seconds = round(self.seconds_before + time.monotonic() - begun, 3)
-            finished = replace(journal, state="finished", rows=self.rows, errors=self.errors, seconds=seconds)
-            finished.write(self.path)
-        complete = self.place.world_size == 1
-        return Outcome(self.path, self.rows, self.errors, self.first_error, seconds, complete)
-
-    def _open(self) -> PredictionWriter:
-        """The writer of this part; an earlier run's rows are kept if they are of the same settings."""
-        if self.options.overwrite:
-            writer = PredictionWriter(self.path, "overwrite")
-            journal_path(self.path).unlink(missing_ok=True)
-            return writer
-        journal = read_journal(self.path)
-        if journal is not None:
-            journal.refuse_unless_same(self.settings, self.path)
-            self.seconds_before = journal.seconds
-        elif self.path.exists() and self.path.stat().st_size:
-            raise MedPLIBError(
-                f"{self.path} is there already and no run's journal beside it; name another file, "
-                "or start anew with --overwrite"
-            )
-        return PredictionWriter(self.path, "resume")
-
-    def _journal(self, device: torch.device) -> Journal:
-        about = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "batch_size": self.options.batch_size,
-        }
-        return Journal(self.settings, about=about, launch=self.place.launch, seconds=self.seconds_before)
-
-    def _check_rows(self) -> tuple[int, int]:
-        """Hold the rows that are there against the questions.
-
-        Returns:
-            Place among this part's records where to go on, and how many questions of that record are answered.
-        """
-        rows = read_predictions(self.path)
-        for at, number in enumerate(self.numbers):
-            for turn, key in enumerate(rows_of(self.records, number, self.options.turns)):
-                row = next(rows, None)
-                if row is None:
-                    return at, turn
-                if row.key != key:
-                    raise MedPLIBError(
-                        f"{self.path} answers {row.key[0]} where {key[0]} is asked; it is of another run: name "
-                        "another file, or start anew with --overwrite"
-                    )
-                self._count(row)
-        if next(rows, None) is not None:
-            raise MedPLIBError(f"{self.path} holds more answers than there are questions; start anew with --overwrite")
-        return len(self.numbers), 0
-
-    def _count(self, row: Prediction) -> None:
-        self.rows += 1
+    def note(row: Prediction) -> None:
         if row.failed:
-            self.errors += 1
-            self.first_error = self.first_error or row.error
+            errors.append(row.error or "")
 
-    def _ask(self, writer: PredictionWriter, begin: int, skipped: int, device: torch.device, opener: Opener) -> None:
-        left = self.numbers[begin:]
+    with PredictionWriter(path, "overwrite" if options.overwrite else "resume") as writer:
+        journal.write(path)
+        begin, skipped = _check_rows(path, records, shard, options.turns, note)
+        if writer.rows:
+            logger.info("%s: going on after %d answers", path, writer.rows)
+        left = shard[begin:]
+        if left:
+            what = "answering" if rank.world_size == 1 else f"answering (1 of {rank.world_size})"
+            often = sys.stderr.isatty()  # a log takes a line every half minute
+            every, hidden = 0.1 if often else 30.0, rank.rank > 0
+            engine = opener(options, device)
+            bar = tqdm(total=len(left), unit="record", desc=what, mininterval=every, leave=not often, disable=hidden)
 
-        def questions() -> Iterator[Question]:
-            for number in left:
-                found = _questions(self.records, number, self.options)
-                yield from found[skipped if number == left[0] else 0 :]
+            def questions() -> Iterator[Question]:
+                for number in left:
+                    yield from _questions(records, number, options)[skipped if number == left[0] else 0 :]
 
-        what = "answering" if self.place.world_size == 1 else f"answering (1 of {self.place.world_size})"
-        engine = opener(self.options, device)
-        often, first = sys.stderr.isatty(), self.place.is_first  # a log takes a line every half minute
-        every = 0.1 if often else 30.0
-        bar = tqdm(total=len(left), unit="record", desc=what, mininterval=every, leave=not often, disable=not first)
-        with bar:
-
-            def settle(item: Prepared, row: Prediction) -> None:
+            def report(item: Prepared, row: Prediction) -> None:
                 writer.write(row)
-                self._count(row)
-                if self.options.pictures is not None and item.image is not None:
-                    write_comparison(self.options.pictures, item.question.number, item.image.data.pixels, row)
+                note(row)
+                if options.pictures is not None and item.image is not None:
+                    write_comparison(options.pictures, item.question.number, item.image.data.pixels, row)
                 bar.update((item.question.number - left[0]) // left.step + 1 - bar.n)
 
-            Asker(engine, self.options, checkpoint_name(self.options.model)).answer(questions(), settle)
+            with bar:
+                answer_questions(engine, options, checkpoint_name(options.model), questions(), report)
+        seconds = round(journal.seconds + time.monotonic() - begun, 3)
+        replace(journal, state="finished", rows=writer.rows, errors=len(errors), seconds=seconds).write(path)
+    return Outcome(path, writer.rows, len(errors), errors[0] if errors else None, seconds)
 
 
-def _join(
-    options: InferenceOptions, place: Place, records: Records, numbers: range, settings: dict[str, Any]
-) -> Outcome:
-    """Wait for the other processes, then make one file of all parts in the order of the data file."""
-    journals = wait_for_parts(options.answers, place)
-    parts = [part_path(options.answers, replace(place, rank=rank)) for rank in range(place.world_size)]
-    join_parts(options.answers, parts, records, numbers, options.turns)
-    whole = join_journals(options.answers, parts, journals, settings)
-    return _outcome(options.answers, whole)
+def _check_rows(
+    path: Path, records: Records, shard: range, turns: Turns, note: Callable[[Prediction], None]
+) -> tuple[int, int]:
+    """Check the rows that are there against the questions; ``note`` gets each.
+
+    Returns:
+        Place in the shard where to go on, and how many questions of that record are answered.
+    """
+    rows = read_predictions(path)
+    for at, number in enumerate(shard):
+        for turn, key in enumerate(_keys(records, number, turns)):
+            row = next(rows, None)
+            if row is None:
+                return at, turn
+            if row.key != key:
+                raise MedPLIBError(
+                    f"{path} answers {row.key[0]} where {key[0]} is asked; it is of another run: name "
+                    "another file, or start anew with --overwrite"
+                )
+            note(row)
+    if next(rows, None) is not None:
+        raise MedPLIBError(f"{path} holds more answers than there are questions; start anew with --overwrite")
+    return len(shard), 0
+
+
+def _keys(records: Records, number: int, turns: Turns) -> list[Key]:
+    """Keys of the rows of one record, in their order; one row stands for a record that cannot be parsed."""
+    try:
+        return [reference.key for reference in references_of(records[number], number, turns)]
+    except MedPLIBError:
+        return [(str(number), 0)]
 
 
 def _outcome(answers: Path, journal: Journal, *, was_finished: bool = False) -> Outcome:
@@ -308,23 +266,8 @@ def _outcome(answers: Path, journal: Journal, *, was_finished: bool = False) -> 
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(records: Records, number: int, turns: Turns) -> list[Key]:
-    """Keys of the rows of one record, in their order; one row stands for a record that cannot be parsed."""
-    try:
-        return [reference.key for reference in references_of(records[number], number, turns)]
-    except MedPLIBError:
-        return [(str(number), 0)]
-
-
-def join_parts(answers: Path, parts: Sequence[Path], records: Records, numbers: range, turns: Turns) -> None:
-    """Join the parts of processes that took every ``len(parts)``-th record each.
-
-    Args:
-        answers: written whole or not at all.
-        parts: by rank.
-        records: the data file.
-        numbers: records that were asked.
-        turns: which of their questions.
+def merge_parts(answers: Path, parts: Sequence[Path], records: Records, numbers: range, turns: Turns) -> None:
+    """Merge the parts, by rank, of processes that took every ``len(parts)``-th record each; whole or not at all.
 
     Raises:
         MedPLIBError: a part holds more or fewer rows than its questions.
@@ -335,7 +278,7 @@ def join_parts(answers: Path, parts: Sequence[Path], records: Records, numbers: 
             streams = [stack.enter_context(part.open("rb")) for part in parts]
             for at, number in enumerate(numbers):
                 stream = streams[at % len(parts)]
-                for _ in rows_of(records, number, turns):
+                for _ in _keys(records, number, turns):
                     line = stream.readline()
                     if not line.endswith(b"\n"):
                         raise MedPLIBError(f"{stream.name} ends before its questions do; run the same command again")
@@ -353,6 +296,19 @@ def write_lines(target: Path, lines: Iterable[bytes]) -> int:
         return sum(stream.write(line) > 0 for line in lines)
 
 
+def merge_journals(
+    answers: Path, parts: Sequence[Path], journals: Sequence[Journal], settings: dict[str, Any]
+) -> Journal:
+    """Write the journal of answers that were merged from parts, and remove the parts."""
+    rows, errors = (sum(getattr(journal, name) for journal in journals) for name in ("rows", "errors"))
+    seconds = max(journal.seconds for journal in journals)
+    whole = replace(journals[0], settings=settings, rows=rows, errors=errors, seconds=seconds)
+    whole.write(answers)
+    for part in parts:
+        remove(part)
+    return whole
+
+
 # --- reporting --------------------------------------------------------------------------------------------------------
 
 
@@ -364,20 +320,20 @@ def summary_lines(outcome: Outcome, options: InferenceOptions) -> Iterator[str]:
         rate = f", {outcome.rows / outcome.seconds:.2f} a second" if outcome.seconds else ""
         yield f"wrote {outcome.rows} answers to {outcome.answers} in {outcome.seconds:.1f} s{rate}"
     if options.answer_scores:
-        yield from answer_scores(outcome.answers)
+        yield answer_scores(outcome.answers)
     if options.segmentation_scores:
         yield from segmentation_scores(outcome.answers, options.thresholds)
     if outcome.errors:
         yield f"{outcome.errors} of them could not be given, the first because {outcome.first_error}"
 
 
-def answer_scores(answers: Path) -> Iterator[str]:
+def answer_scores(answers: Path) -> str:
     """The published table of answer scores; ``cal_metric`` has the standard ones."""
     text = PublishedText()
     for prediction in read_predictions(answers):
         if prediction.gt_masks is None:
             text.add(prediction)
-    yield format_table(text.table()) if text.open + text.closed else "no question asks for more than masks"
+    return format_table(text.table()) if text.open + text.closed else "no question asks for more than masks"
 
 
 def segmentation_scores(answers: Path, thresholds: Sequence[float] = ()) -> Iterator[str]:

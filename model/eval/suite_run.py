@@ -11,21 +11,19 @@ import torch
 
 from model.checkpoint.directories import checkpoint_name
 from model.checkpoint.pretrained import open_checkpoint
-from model.drawing.pages import count
-from model.eval.asking import open_engine
+from model.eval.inference import open_engine
 from model.eval.metrics.scores import Measure, aligned, number, span
 from model.eval.options import InferenceOptions
-from model.eval.processes import Place, read_journal
+from model.eval.pages import count
 from model.eval.report import ROWS_FILE, version, write_csv, write_report
 from model.eval.results import ROW_COLUMNS, Cell, SuiteResult, detail_tables, measure, metric_title
 from model.eval.run import Opener, Outcome, run_inference
+from model.eval.shards import Rank, read_journal
 from model.eval.suite import CURVE, DataSet, Suite, write_questions
 from model.inference.engine import Engine
 
 PREDICTIONS, QUESTIONS = "predictions", "questions"
 """Folders of a suite's run: answers and what was asked, a file for each set."""
-
-_TEMPLATES = {"training": None, "published": "v1"}
 
 
 @dataclass(frozen=True)
@@ -57,86 +55,66 @@ class SuiteOutcome:
     first_error: str | None = None  # the sentence of the first one; None where there is none
 
 
-def run_suite(options: SuiteOptions, place: Place | None = None, opener: Opener = open_engine) -> SuiteOutcome:
+def run_suite(options: SuiteOptions, rank: Rank | None = None, opener: Opener = open_engine) -> SuiteOutcome:
     """Ask, score and report; under a launcher every process asks its share and the first one reports.
 
     Args:
         options: what is asked of which model.
-        place: of this process among those of the launch; what the environment says where None.
+        rank: of this process; what the environment says where None.
         opener: loads an engine; sets with the same prompt share one.
 
     Raises:
         MedPLIBError: data is missing (found before anything is loaded), or the options do not fit the checkpoint or
             the answers that are there.
     """
-    place = place or Place.from_environment()
+    rank = rank or Rank.from_environment()
     for item in options.suite.sets:
         item.files()
     opened = open_checkpoint(options.model, vision_tower=options.vision_tower, sam=options.sam)
-    shared = _SharedEngine(opener)
+    kept: dict[str | None, Engine] = {}
+
+    def shared(inference: InferenceOptions, device: torch.device) -> Engine:
+        if inference.template not in kept:
+            kept.clear()  # its memory is given back before the next one is loaded
+            kept[inference.template] = opener(inference, device)
+        return kept[inference.template]
+
     asked = []
     for item in options.suite.sets:
         questions, images = write_questions(item, options.out / QUESTIONS)
-        inference = _inference(options, item, questions, images, router=opened.config.moe.enabled)
-        asked.append((item, inference, run_inference(inference, place, shared)))
-    if not place.is_first:
+        inference = InferenceOptions(
+            model=options.model,
+            data=questions,
+            images=images,
+            answers=options.out / PREDICTIONS / f"{item.name}.jsonl",
+            vision_tower=options.vision_tower,
+            sam=options.sam,
+            template="v1" if item.prompt == "published" else None,
+            max_new_tokens=item.max_new_tokens,
+            thresholds=tuple(dict.fromkeys((*item.thresholds, *(CURVE if item.detailed else ())))),
+            always_mask=item.always_mask,
+            router=opened.config.moe.enabled,
+            precision=options.precision,
+            device=options.device,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            overwrite=options.overwrite,
+        )
+        asked.append((item, inference, run_inference(inference, rank, shared)))
+    if rank.rank:
         return SuiteOutcome()
-    return _report(options, asked)
-
-
-def _inference(
-    options: SuiteOptions, item: DataSet, questions: Path, images: Path, *, router: bool
-) -> InferenceOptions:
-    return InferenceOptions(
-        model=options.model,
-        data=questions,
-        images=images,
-        answers=options.out / PREDICTIONS / f"{item.name}.jsonl",
-        vision_tower=options.vision_tower,
-        sam=options.sam,
-        template=_TEMPLATES[item.prompt],
-        max_new_tokens=item.max_new_tokens,
-        thresholds=tuple(dict.fromkeys((*item.thresholds, *(CURVE if item.detailed else ())))),
-        always_mask=item.always_mask,
-        router=router,
-        precision=options.precision,
-        device=options.device,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        overwrite=options.overwrite,
-    )
-
-
-class _SharedEngine:
-    """Opens an engine when the first set needs one and keeps it while sets differ in nothing that it depends on."""
-
-    def __init__(self, opener: Opener) -> None:
-        self._opener = opener
-        self._kept: tuple[tuple[object, ...], Engine] | None = None
-
-    def __call__(self, options: InferenceOptions, device: torch.device) -> Engine:
-        key = (options.model, options.template, options.precision, options.batch_size, device)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = None  # its memory is given back before the next one is loaded
-            self._kept = (key, self._opener(options, device))
-        return self._kept[1]
-
-
-def _report(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, Outcome]]) -> SuiteOutcome:
     results, lines = [], []
     for item, inference, outcome in asked:
         part, rows = measure(item, outcome.answers, inference.data, inference.images, limit=options.limit)
         results.append(replace(part, seconds=outcome.seconds))
         lines.append(rows)
-    suite = options.suite
-    result = SuiteResult(suite.title, suite.about, checkpoint_name(options.model), _facts(options, asked), results)
-    result.command = options.command
+    suite, facts = options.suite, _facts(options, asked)
+    result = SuiteResult(suite.title, suite.about, checkpoint_name(options.model), facts, results, options.command)
     files = write_report(result, options.out)
     files.append(write_csv(options.out / ROWS_FILE, list(ROW_COLUMNS), (line for rows in lines for line in rows)))
-    errors = [outcome for _, _, outcome in asked if outcome.errors]
-    return SuiteOutcome(
-        tuple(files), result, sum(outcome.errors for outcome in errors), errors[0].first_error if errors else None
-    )
+    failed = [outcome for _, _, outcome in asked if outcome.errors]
+    errors = sum(outcome.errors for outcome in failed)
+    return SuiteOutcome(tuple(files), result, errors, failed[0].first_error if failed else None)
 
 
 def _facts(options: SuiteOptions, asked: list[tuple[DataSet, InferenceOptions, Outcome]]) -> dict[str, str]:

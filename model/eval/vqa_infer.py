@@ -50,9 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="refuse a checkpoint without a region adapter; --no-… asks region questions without showing the region, "
         "as the published VQA loop does; regions are shown where neither is given",
     )
-    add(
-        "--sam_img_size", dest="sam_size", type=int, metavar="PIXELS", help="refuse a checkpoint with another SAM input"
-    )
+    add("--sam_img_size", dest="sam_size", type=int, metavar="PIXELS", help="refuse another SAM input")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="as stored when absent, fp32 on a CPU")
     add = parser.add_argument_group("questions").add_argument
     add("--val_data_path", dest="data", type=Path, required=True, metavar="FILE", help="JSON, JSONL or Parquet")
@@ -65,15 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="questions of a conversation that are asked, earlier ones shown with their reference answers (all)",
     )
     add("--num-chunks", "--num_chunks", type=int, default=1, metavar="N", help="cut the records into N")
-    add(
-        "--chunk-idx",
-        "--chunk_idx",
-        dest="chunk_index",
-        type=int,
-        default=0,
-        metavar="I",
-        help="and ask part I, from 0",
-    )
+    add("--chunk-idx", "--chunk_idx", dest="chunk_index", type=int, default=0, metavar="I", help="ask part I, from 0")
     add("--limit", type=int, metavar="N", help="only the first N records")
     add = parser.add_argument_group("what is written and reported").add_argument
     add(
@@ -82,15 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
         dest="answers",
         type=Path,
         metavar="FILE",
-        help="where the rows go (runs/infer/CHECKPOINT/DATA.jsonl)",
+        help="default: runs/infer/CHECKPOINT/DATA.jsonl",
     )
     add("--eval_vqa", dest="answer_scores", action="store_true", help="print the published table of answer scores too")
-    add(
-        "--eval_seg",
-        dest="segmentation_scores",
-        action="store_true",
-        help="print mIoU and mDice too, overall and per modality",
-    )
+    add("--eval_seg", dest="segmentation_scores", action="store_true", help="print mIoU and mDice too")
     add(
         "--thresholds",
         type=float,
@@ -113,9 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start anew where the answers file is there")
     add = parser.add_argument_group("how answers are drawn").add_argument
     add("--conv_type", dest="template", metavar="NAME", help="conversation template; v1 is the published evaluation's")
-    add(
-        "--model_max_length", dest="max_length", type=int, metavar="TOKENS", help="of prompt, image and answer together"
-    )
+    add("--model_max_length", dest="max_length", type=int, metavar="TOKENS", help="of prompt, image and answer")
     add("--max_new_tokens", type=int, default=1024, metavar="TOKENS", help="of an answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--top_p", type=float, metavar="P", help="nucleus, with a temperature above 0 (1)")
@@ -141,27 +124,6 @@ def parse_flags(arguments: Sequence[str] | None = None) -> tuple[InferenceOption
         SystemExit: a flag is unknown or malformed, as argparse does it.
     """
     flags = build_parser().parse_args(arguments)
-    _refuse(flags)
-    from model.checkpoint.directories import resolve
-
-    # chunks are runs of their own, so each has its own file
-    part = f".chunk-{flags.chunk_index}-of-{flags.num_chunks}" if flags.num_chunks > 1 else ""
-    if flags.answers is None:
-        from model.eval.asking import run_folder
-
-        flags.answers = run_folder("infer", flags.model) / f"{flags.data.stem}{part}.jsonl"
-    beside = flags.answers.with_name(f"{flags.answers.stem}.pictures")
-    flags.pictures = (flags.vis_save_path or beside) if flags.vis_mask else None
-    flags.model, flags.vision_tower = resolve(flags.model), flags.vision_tower and resolve(flags.vision_tower)
-    flags.top_p = 1.0 if flags.top_p is None else flags.top_p
-    flags.thresholds = tuple(flags.thresholds)
-    flags.device = "cpu" if flags.cpu_only else flags.device
-    options = InferenceOptions(**{item.name: getattr(flags, item.name) for item in fields(InferenceOptions)})
-    return options, flags.local_rank
-
-
-def _refuse(flags: argparse.Namespace) -> None:
-    """What is published and cannot be done here."""
     if flags.num_beams != 1:
         raise MedPLIBError(f"--num_beams is {flags.num_beams}, but answers are decoded without a beam search; give 1")
     if flags.icl_enable or flags.icl_mask_mode:
@@ -175,46 +137,53 @@ def _refuse(flags: argparse.Namespace) -> None:
         raise MedPLIBError("--vis_save_path names a folder for pictures; give --vis_mask too")
     if flags.cpu_only and flags.device not in ("auto", "cpu"):
         raise MedPLIBError(f"--cpu_only and --device {flags.device} contradict each other; give one of them")
+    from model.checkpoint.directories import resolve
+
+    # chunks are runs of their own, so each has its own file
+    part = f".chunk-{flags.chunk_index}-of-{flags.num_chunks}" if flags.num_chunks > 1 else ""
+    if flags.answers is None:
+        from model.eval.shards import run_folder
+
+        flags.answers = run_folder("infer", flags.model) / f"{flags.data.stem}{part}.jsonl"
+    beside = flags.answers.with_name(f"{flags.answers.stem}.pictures")
+    flags.pictures = (flags.vis_save_path or beside) if flags.vis_mask else None
+    flags.model, flags.vision_tower = resolve(flags.model), flags.vision_tower and resolve(flags.vision_tower)
+    flags.top_p = 1.0 if flags.top_p is None else flags.top_p
+    flags.thresholds = tuple(flags.thresholds)
+    flags.device = "cpu" if flags.cpu_only else flags.device
+    options = InferenceOptions(**{item.name: getattr(flags, item.name) for item in fields(InferenceOptions)})
+    return options, flags.local_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     escape_unprintable()
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    who = f"vqa_infer (process {os.environ.get('RANK')})" if several else "vqa_infer"
     try:
-        return _run(arguments)
+        options, local_rank = parse_flags(arguments)  # before anything that takes long to import
+
+        from model.eval.run import run_inference, summary_lines
+        from model.eval.shards import Rank
+
+        rank = Rank.from_environment(local_rank)
+        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+        logging.getLogger("model.eval").setLevel(logging.WARNING if rank.rank else logging.INFO)
+        outcome = run_inference(options, rank)
+        if rank.rank:  # the first one reports; a launcher would end the others at the sight of a failure
+            return 0
+        sys.stdout.writelines(f"{line}\n" for line in summary_lines(outcome, options))
+        return FAILED_QUESTIONS if outcome.errors else 0
     except MedPLIBError as error:
-        sys.stderr.write(f"vqa_infer{_who()}: {error}\n")
+        sys.stderr.write(f"{who}: {error}\n")
         return 2
     except OSError as error:  # a disk that filled up on the way
         where = f"{shown(error.filename, quoted=False)}: " if error.filename else ""
-        sys.stderr.write(f"vqa_infer{_who()}: {where}{error.strerror or error}; mend that and go on\n")
+        sys.stderr.write(f"{who}: {where}{error.strerror or error}; mend that and go on\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("vqa_infer: stopped; run the same command again to go on\n")
         return 130
-
-
-def _run(arguments: Sequence[str] | None) -> int:
-    options, local_rank = parse_flags(arguments)  # before anything that takes long to import
-
-    from model.eval.processes import Place
-    from model.eval.run import run_inference, summary_lines
-
-    place = Place.from_environment(local_rank)
-    # what the first process does is summary_lines; the others only warn
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("model.eval").setLevel(logging.INFO if place.is_first else logging.WARNING)
-    outcome = run_inference(options, place)
-    if not place.is_first:  # the first one reports; a launcher would end the others at the sight of a failure
-        return 0
-    for line in summary_lines(outcome, options):
-        sys.stdout.write(f"{line}\n")
-    return FAILED_QUESTIONS if outcome.errors else 0
-
-
-def _who() -> str:
-    """Which process speaks, where there are several."""
-    return f" (process {os.environ.get('RANK')})" if int(os.environ.get("WORLD_SIZE") or 1) > 1 else ""
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask, dropped_note
 from model.inference.engine import Engine, Request
 from model.inference.images import PreparedImage
-from model.inference.overlay import mask_line, write_pictures
 from model.inference.regions import Region, place_region, region_to_mask
 from model.processing.special_tokens import REGION_MARKER, as_typed
+from model.visualize import mask_line, write_pictures
 
 HELP = """\
 Type a question, or one of these:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from model.eval.predictions import Prediction
+from model.eval.predictions import Prediction, PredictionWriter
 from model.processing.masks import encode_rle
 
 VOID = {"meta", "img", "br", "wbr"}
@@ -66,6 +68,14 @@ def rows() -> list[Prediction]:
     return [
         replace(r, router=shares[n % 2]) if n < 6 else r for n, r in enumerate([*closed, *opened, *masks, *absent])
     ] + [failed]
+
+
+def save(path: Path, answers: Iterable[Prediction]) -> Path:
+    """Write a predictions file."""
+    with PredictionWriter(path, "overwrite") as writer:
+        for answer in answers:
+            writer.write(answer)
+    return path
 
 
 class Outline(HTMLParser):

@@ -73,14 +73,6 @@ def test_both_kinds_of_scores_and_the_json(tmp_path: Path, capsys: pytest.Captur
     assert printed.endswith("5 rows, 1 of them without an answer, which counts as wrong\n")
 
 
-def test_masks_as_written_are_scored_where_there_are_no_thresholds(tmp_path: Path) -> None:
-    row = mask_row(0)
-    del row["masks_at"]
-    pred, out = written(tmp_path / "p.jsonl", [row]), tmp_path / "scores.json"
-    assert cal_metric.main(["--pred", str(pred), "--json", str(out), "--samples", "0"]) == 0
-    assert json.loads(out.read_text())["standard"]["overall"]["mIoU"]["value"] == 0.5
-
-
 def test_rows_of_other_writers_have_no_image_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"question_id": n, "gt": "yes", "text": text, "answer_type": "closed"} for n, text in enumerate(("Yes.", "no"))
@@ -115,7 +107,7 @@ def test_forms_of_run_lengths_are_read_or_refused_by_name(
 ) -> None:
     known = {"masks": [{"rle": form}], "gt_masks": [{"size": [4, 6], "counts": [4, 4, 16]}]}
     pred = written(tmp_path / "p.jsonl", [text_row(0, "<SEG>", "<SEG>", **known)])
-    assert cal_metric.main(["--pred", str(pred), "--samples", "0"]) == (2 if said else 0)
+    assert cal_metric.main(["--pred", str(pred), "--samples", "0"]) == (2 if said else 0)  # masks as written
     printed = capsys.readouterr()
     assert said in printed.err and printed.err.count("\n") == bool(said)
     assert said or "mDice              1.0000" in printed.out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from model.eval import join_chunks
-from model.eval.processes import Journal
+from model.eval.shards import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "model" / "eval" / "infer_parallel_medplib.sh"

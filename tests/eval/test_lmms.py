@@ -1,11 +1,19 @@
-"""MedPLIB in lmms-eval, around the model: the command, its settings, the tasks' documents and their scores."""
+"""MedPLIB in lmms-eval: the command, settings, documents, scores, likelihoods, the model, and runs of the harness.
+
+Where the harness is not installed, its base class and its result types are replaced by stand-ins of the same shape.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,89 +22,71 @@ import torch
 import yaml
 from PIL import Image
 
-import model.eval.lmms as package
 from model.data.image_io import read_image, read_mask
 from model.errors import MedPLIBError
-from model.eval.lmms import adapter, phantoms
-from model.eval.lmms.__main__ import lmms_eval_arguments, main
-from model.eval.lmms.adapter import (
+from model.eval import lmms
+from model.eval.lmms import (
     ModelArguments,
+    PointedRegion,
     Visuals,
-    answer_in_order,
+    lmms_eval_arguments,
     own_device,
-    own_seed,
     read_generation,
     read_model_arguments,
     read_visuals,
+    score_continuations,
+    text_with_masks,
 )
-from model.eval.lmms.phantoms import PointedRegion, text_with_masks
 from model.eval.metrics.scores import score_predictions
 from model.eval.questions import Question, questions_of
 from model.inference.answer import Answer, Mask
-from model.inference.engine import Engine, Request
-from tests.eval.phantom_questions import NANO, answers_to, as_document, held_out_questions, of_task, request_of
+from model.inference.engine import Engine
+from model.modeling.configuration import IGNORE_INDEX
+from model.processing.conversation import Turn
+from model.processing.special_tokens import EOS_TOKEN, IMAGE_TOKEN
+from tests.eval.phantom_questions import NANO, answers_to, as_document, of_task, request_of
+from tests.tiny import tiny_checkpoint
 
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.from_pretrained(NANO)
-
-
-@pytest.fixture(scope="module")
-def questions() -> list[Question]:
-    return held_out_questions()
+INSTALLED = find_spec("lmms_eval") is not None
+needs_harness = pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed")
 
 
 # --- without the harness --------------------------------------------------------------------------------------------
 
 
-def test_without_the_harness_use_is_refused_in_a_sentence(
+def test_use_without_the_right_harness_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(package, "find_spec", lambda name: None)
-    for use in (package.manifest, lambda: adapter.MedPLIB(pretrained=str(NANO))):
+    monkeypatch.setattr(lmms, "find_spec", lambda name: None)
+    for use in (lmms.manifest, lambda: lmms.MedPLIB(pretrained=str(NANO))):
         with pytest.raises(MedPLIBError, match="lmms-eval is not installed"):
             use()
-    assert main(["--tasks", "medplib_phantoms"]) == 2
+    assert lmms.main(["--tasks", "medplib_phantoms"]) == 2
     assert capsys.readouterr().err.startswith("error: lmms-eval is not installed")
-
-
-def test_another_series_of_the_harness_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package, "find_spec", lambda name: object())
+    monkeypatch.setattr(lmms, "find_spec", lambda name: object())
     for found, fits in (("0.7", True), ("0.7.3", True), ("0.6.1", False), ("0.70", False), ("1.0", False)):
-        monkeypatch.setattr(package, "version", lambda name, found=found: found)
+        monkeypatch.setattr(lmms, "version", lambda name, found=found: found)
         if fits:
-            package.require_lmms_eval()
+            lmms.require_lmms_eval()
         else:
             with pytest.raises(MedPLIBError, match=f"version {found}, MedPLIB speaks 0.7"):
-                package.require_lmms_eval()
+                lmms.require_lmms_eval()
 
 
 def test_command_puts_model_and_tasks_in(tmp_path: Path) -> None:
     command, data = lmms_eval_arguments(["--tasks", "t", f"--data={tmp_path}", "--limit", "3"])
-    assert command == ["--tasks", "t", "--limit", "3", "--model", "medplib", "--include_path", str(package.TASKS)]
+    assert command == ["--tasks", "t", "--limit", "3", "--model", "medplib", "--include_path", str(lmms.TASKS)]
     assert data == str(tmp_path)
-    assert lmms_eval_arguments(["--model=dummy"]) == (["--model=dummy", "--include_path", str(package.TASKS)], None)
+    assert lmms_eval_arguments(["--model=dummy"]) == (["--model=dummy", "--include_path", str(lmms.TASKS)], None)
     for wrong in (["--data", str(tmp_path / "absent")], ["--data"], ["--include_path", "x"]):
         with pytest.raises(MedPLIBError):
             lmms_eval_arguments(wrong)
 
 
 def test_model_arguments_are_all_used() -> None:
-    read = read_model_arguments(
-        {
-            "pretrained": "runs/7",
-            "device": "cpu",
-            "dtype": "bfloat16",
-            "slots": 3,
-            "batch_size": 1,
-            "max_batch_size": None,
-            "max_length": 500,
-            "threshold": 0.1,
-            "seed": 7,
-            "max_new_tokens": 9,
-        }
-    )
+    given = {"pretrained": "runs/7", "device": "cpu", "dtype": "bfloat16", "slots": 3, "batch_size": 1, "seed": 7}
+    given |= {"max_batch_size": None, "max_length": 500, "threshold": 0.1, "max_new_tokens": 9}
+    read = read_model_arguments(given)
     assert read.loading == {"device": "cpu", "dtype": torch.bfloat16}
     assert (read.engine.slots, read.engine.max_length) == (3, 500)
     assert (read.pretrained, read.threshold, read.seed, read.max_new_tokens) == ("runs/7", 0.1, 7, 9)
@@ -177,11 +167,6 @@ def test_what_cannot_be_done_is_refused(values: dict[str, Any]) -> None:
         read_generation(values, ModelArguments("x"))
 
 
-def test_seeds_differ_between_requests_and_not_between_runs() -> None:
-    seeds = {own_seed(base, request) for base in (0, 1) for request in ("a 0", "a 1", "b 0")}
-    assert len(seeds) == 6 and own_seed(0, "a 0") == own_seed(0, "a 0")
-
-
 def test_visuals_are_one_image_and_its_regions() -> None:
     image = Image.new("RGB", (4, 4))
     assert read_visuals(None) == read_visuals([]) == Visuals(None)
@@ -194,23 +179,6 @@ def test_visuals_are_one_image_and_its_regions() -> None:
 # --- answers --------------------------------------------------------------------------------------------------------
 
 
-def test_answers_come_in_order_and_failures_in_their_place(engine: Engine, questions: list[Question]) -> None:
-    asked = questions[::20]
-
-    def missing() -> Request:
-        raise FileNotFoundError("gone.png")
-
-    makers: list[Callable[[], Request]] = [lambda q=question: request_of(q) for question in asked]
-    makers.insert(2, missing)
-    makers.insert(4, lambda: Request("nowhere.png", "What is this?"))
-    outcomes = answer_in_order(engine, makers)
-    failed = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, MedPLIBError)]
-    assert failed == [2, 4]
-    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
-    alone = [engine.ask(request_of(question)) for question in asked]
-    assert [answer.text for answer in answers] == [answer.text for answer in alone]
-
-
 def test_masks_survive_as_text(questions: list[Question]) -> None:
     document = as_document(of_task(questions, "grounding")[0])
     shape = read_image(document["image"]).size
@@ -218,7 +186,7 @@ def test_masks_survive_as_text(questions: list[Question]) -> None:
     arrays[0][3:9, 4:22] = True
     masks = [Mask.from_array(array, label, 0.5) for array, label in zip(arrays, ('a</mask>"<', ""), strict=True)]
     text = text_with_masks(Answer("The liver is <SEG> and <SEG>.", masks))
-    found = phantoms.prediction_of(document, f"  {text}\n")
+    found = lmms.prediction_of(document, f"  {text}\n")
     assert found.text == "The liver is <SEG> and <SEG>."
     assert found.masks == [mask.to_dict() for mask in masks]
 
@@ -229,8 +197,8 @@ def test_masks_survive_as_text(questions: list[Question]) -> None:
 )
 def test_what_is_no_mask_is_no_mask(questions: list[Question], answer: str) -> None:
     document = as_document(of_task(questions, "grounding")[0])
-    assert phantoms.prediction_of(document, f"<SEG><mask>{answer}</mask>").masks == []
-    assert phantoms.score_masks(document, [f"<SEG><mask>{answer}</mask>"])["mDice"]["score"] == 0.0
+    assert lmms.prediction_of(document, f"<SEG><mask>{answer}</mask>").masks == []
+    assert lmms.score_masks(document, [f"<SEG><mask>{answer}</mask>"])["mDice"]["score"] == 0.0
 
 
 def test_boxes_of_other_models_count_as_masks(questions: list[Question]) -> None:
@@ -239,32 +207,28 @@ def test_boxes_of_other_models_count_as_masks(questions: list[Question]) -> None
     wanted = read_mask(path)
     rows, columns = np.nonzero(wanted)
     box = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
-    items = phantoms.score_masks(document, [f'```json\n[{{"bbox_2d": {box}, "label": "it"}}]\n```'])
-    assert items[phantoms.BOX_METRIC]["score"] == 1.0
+    items = lmms.score_masks(document, [f'```json\n[{{"bbox_2d": {box}, "label": "it"}}]\n```'])
+    assert items[lmms.BOX_METRIC]["score"] == 1.0
     inside = wanted.sum() / ((box[2] - box[0]) * (box[3] - box[1]))
     assert items["mIoU"]["score"] == pytest.approx(inside)
-    nothing = phantoms.score_masks(document, ["[9999, 9999, 10000, 10000] and (5, 5, 1, 1)"])
-    assert nothing["mIoU"]["score"] == nothing[phantoms.BOX_METRIC]["score"] == 0.0
+    nothing = lmms.score_masks(document, ["[9999, 9999, 10000, 10000] and (5, 5, 1, 1)"])
+    assert nothing["mIoU"]["score"] == nothing[lmms.BOX_METRIC]["score"] == 0.0
 
 
 def test_scores_equal_those_of_the_project(engine: Engine, questions: list[Question]) -> None:
-    for task, names in (
-        ("vqa", phantoms.TEXT_METRICS),
-        ("region", phantoms.TEXT_METRICS),
-        ("grounding", phantoms.MASK_METRICS),
-    ):
+    for task, names in (("vqa", lmms.TEXT_METRICS), ("region", lmms.TEXT_METRICS), ("grounding", lmms.MASK_METRICS)):
         asked = of_task(questions, task)[::4]
         answers = answers_to(engine, asked)
         rows = [as_document(question) for question in asked]
-        score = phantoms.score_masks if task == "grounding" else phantoms.score_text
+        score = lmms.score_masks if task == "grounding" else lmms.score_text
         found: dict[str, list[Any]] = {}
         for row, answer in zip(rows, answers, strict=True):
             for name, item in score(row, [text_with_masks(answer)]).items():
                 found.setdefault(name, []).append(json.loads(json.dumps(item)))
         texts = [text_with_masks(answer) for answer in answers]
-        overall = score_predictions(map(phantoms.prediction_of, rows, texts), samples=0).overall
+        overall = score_predictions(map(lmms.prediction_of, rows, texts), samples=0).overall
         expected = {name: measure.value for name, measure in overall.items() if name in names and measure.count}
-        assert expected and {name: phantoms.total(items) for name, items in found.items() if name in names} == expected
+        assert expected and {name: lmms.total(items) for name, items in found.items() if name in names} == expected
 
 
 # --- documents ------------------------------------------------------------------------------------------------------
@@ -272,16 +236,16 @@ def test_scores_equal_those_of_the_project(engine: Engine, questions: list[Quest
 
 def test_regions_are_pointed_at_for_us_and_drawn_for_others(questions: list[Question]) -> None:
     document = as_document(of_task(questions, "region")[0])
-    assert phantoms.visuals(document, {"native": True}) == [document["image"], PointedRegion(document["regions"][0])]
-    assert "<region></region>" in phantoms.asked(document, {"native": True})
-    (drawn,) = phantoms.visuals(document)
+    assert lmms.visuals(document, {"native": True}) == [document["image"], PointedRegion(document["regions"][0])]
+    assert "<region></region>" in lmms.asked(document, {"native": True})
+    (drawn,) = lmms.visuals(document)
     plain, region = read_image(document["image"]).pixels, read_mask(document["regions"][0])
     changed = (np.asarray(drawn) != plain).any(axis=-1)
     assert changed.any() and set(map(tuple, np.asarray(drawn)[changed])) == {(0, 255, 0)}
     rows, columns = np.nonzero(changed)
     inside_rows, inside_columns = np.nonzero(region)
     assert abs(rows.min() - inside_rows.min()) <= 2 and abs(columns.max() - inside_columns.max()) <= 2
-    asked = phantoms.asked(document, {"pre_prompt": "Look. ", "post_prompt": " ({width}x{height})"})
+    asked = lmms.asked(document, {"pre_prompt": "Look. ", "post_prompt": " ({width}x{height})"})
     assert asked.startswith("Look. ") and "outlined in green" in asked
     assert asked.endswith(f"({plain.shape[1]}x{plain.shape[0]})")
 
@@ -290,7 +254,7 @@ def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
     record = {"id": "a", "image": "gone.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}] * 2}
     (question, *_) = questions_of(record, 3, tmp_path)
     with pytest.raises(MedPLIBError, match=r"record 3 \(a\).*gone\.png"):
-        phantoms.document_of(question, tmp_path / "x.json")
+        lmms.document_of(question, tmp_path / "x.json")
 
 
 def read_task(path: Path) -> dict[str, Any]:
@@ -303,7 +267,7 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def test_task_files_name_functions_and_metrics_that_are_there() -> None:
-    tasks = {path.stem: read_task(path) for path in package.TASKS.glob("*.yaml")}
+    tasks = {path.stem: read_task(path) for path in lmms.TASKS.glob("*.yaml")}
     parts = tasks.pop("medplib_phantoms")["task"]
     assert set(parts) < set(tasks)
     for name, task in tasks.items():
@@ -317,8 +281,306 @@ def test_task_files_name_functions_and_metrics_that_are_there() -> None:
             assert callable(getattr(importlib.import_module(module), attribute))
         listed = [metric["metric"] for metric in task["metric_list"]]
         if task.get("process_results", "").endswith("score_text"):
-            assert tuple(listed) == phantoms.TEXT_METRICS
+            assert tuple(listed) == lmms.TEXT_METRICS
         elif task.get("process_results", "").endswith("score_masks"):
-            assert tuple(listed) == (*phantoms.MASK_METRICS, phantoms.BOX_METRIC)
+            assert tuple(listed) == (*lmms.MASK_METRICS, lmms.BOX_METRIC)
     for name in parts:
-        assert tasks[name]["lmms_eval_specific_kwargs"][package.MODEL_NAME] == {"native": True}
+        assert tasks[name]["lmms_eval_specific_kwargs"][lmms.MODEL_NAME] == {"native": True}
+
+
+# --- likelihoods ----------------------------------------------------------------------------------------------------
+
+
+def teacher_forced(engine: Engine, visuals: Visuals, context: str, continuation: str) -> tuple[float, bool]:
+    """The plain way: one pass of the whole network over prompt and answer."""
+    images = [engine.prepare(visuals.image).data.pixels] if visuals.image is not None else []
+    regions = [read_mask(path) for path in visuals.regions]
+    turns = [Turn("human", f"{IMAGE_TOKEN}\n{context}" if images else context), Turn("gpt", continuation)]
+    sample = engine.processor.encode(turns, images, regions)
+    batch = engine.processor.collate([sample])
+    labels = batch.pop("labels")
+    keep = ("input_ids", "attention_mask", "pixel_values", "region_masks", "region_image")
+    with torch.inference_mode():
+        output = engine.model(**{name: batch[name] for name in keep})
+    logits = output.logits[0].float()
+    answer = [int(token) for token in labels[0] if token != IGNORE_INDEX]
+    assert answer[-1] == engine.processor.tokenizer.convert_tokens_to_ids(EOS_TOKEN)
+    answer = answer[:-1]
+    begin = len(logits) - len(answer) - 2  # the position that predicts the first of them; one </s> is at the end
+    predicted = logits[begin : begin + len(answer)]
+    chosen = predicted.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+    return float(chosen.double().sum()), bool((predicted.argmax(-1) == torch.tensor(answer)).all())
+
+
+def test_likelihoods_are_those_of_the_whole_pass(engine: Engine, questions: list[Question]) -> None:
+    region = of_task(questions, "region")[0]
+    vqa = of_task(questions, "vqa")[1]
+    for question in (vqa, region):  # shown alone, and with a region
+        visuals = Visuals(str(question.image), tuple(map(str, question.regions)))
+        texts = [" Yes", "No", " The large vertebra, I think.", "Yes"]
+        found = score_continuations(engine, visuals, question.reference.prompt, texts)
+        for text, one in zip(texts, found, strict=True):
+            expected, greedy = teacher_forced(engine, visuals, question.reference.prompt, text.strip())
+            assert one.log_probability == pytest.approx(expected, abs=1e-3)
+            assert one.greedy == greedy
+        assert found[0].log_probability == found[3].log_probability
+        assert found[2].tokens > found[0].tokens
+
+
+def test_the_greedy_answer_is_called_greedy(engine: Engine, questions: list[Question]) -> None:
+    for question in of_task(questions, "vqa")[:4]:
+        answer = engine.ask(request_of(question)).text
+        found = score_continuations(engine, Visuals(str(question.image)), question.reference.prompt, [answer, "Zebra"])
+        assert [one.greedy for one in found] == [True, False]
+        assert found[0].log_probability > found[1].log_probability
+
+
+def test_text_alone_and_no_answer_have_likelihoods(engine: Engine) -> None:
+    visuals = Visuals(None)
+    one, empty = score_continuations(engine, visuals, "Hello?", ["Yes", ""])
+    assert one.log_probability == pytest.approx(teacher_forced(engine, visuals, "Hello?", "Yes")[0], abs=1e-3)
+    assert (empty.log_probability, empty.greedy, empty.tokens) == (0.0, True, 0)
+    (alone,) = score_continuations(engine, visuals, "Hello?", [""])
+    assert alone == empty
+
+
+def test_too_long_an_answer_is_refused(engine: Engine) -> None:
+    with pytest.raises(MedPLIBError, match="tokens"):
+        score_continuations(engine, Visuals(None), "Hello?", ["yes " * 3000])
+
+
+def test_experts_that_drop_tokens_score_token_by_token(tmp_path: Path) -> None:
+    """What is read together fills the experts; an answer is spoken token by token, alone, and so it is scored."""
+    moe = {"layers": (0, 1), "num_experts": (2, 2), "drop_in_evaluation": True, "eval_capacity_factor": 0.5}
+    engine = Engine.from_pretrained(tiny_checkpoint(tmp_path, experts=0, moe={**moe, "min_capacity": 1}))
+    image = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    texts = ["no kidney is in the left region", "yes", "there is a tumour"]
+    together = score_continuations(engine, Visuals(image), "What is this?", texts)
+    for text, one in zip(texts, together, strict=True):
+        assert score_continuations(engine, Visuals(image), "What is this?", [text]) == [one]
+    assert abs(together[0].log_probability - teacher_forced(engine, Visuals(image), "What is this?", texts[0])[0]) > 0.1
+
+
+# --- the adapter ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Result:
+    text: Any
+    token_counts: Any = None
+
+
+@dataclass
+class _Counts:
+    output_tokens: int | None = None
+
+
+class _Model:
+    def __init__(self) -> None:
+        self._rank, self._world_size, self.task_dict = 0, 1, {}
+
+    def clean(self) -> None:
+        pass
+
+
+def stand_ins() -> dict[str, ModuleType]:
+    """Modules with what the adapter takes from lmms-eval 0.7."""
+    contents: dict[str, dict[str, Any]] = {
+        "lmms_eval": {"__path__": []},
+        "lmms_eval.api": {"__path__": []},
+        "lmms_eval.api.instance": {"GenerationResult": _Result, "TokenCounts": _Counts},
+    }
+    modules = {}
+    for name, values in contents.items():
+        modules[name] = ModuleType(name)
+        modules[name].__spec__ = ModuleSpec(name, None)
+        modules[name].__dict__.update(values)
+    return modules
+
+
+@pytest.fixture(scope="module")
+def medplib() -> Iterator[Any]:
+    """The nano as a model of the harness, or of its stand-ins."""
+    patch, kind = pytest.MonkeyPatch(), lmms.MedPLIB
+    if not INSTALLED:
+        kind = type("MedPLIB", (lmms.MedPLIB, _Model), {})
+        for name, module in stand_ins().items():
+            patch.setitem(sys.modules, name, module)
+    yield kind(pretrained=str(NANO), device="cpu", batch_size=1, max_batch_size=None)
+    patch.undo()
+
+
+@dataclass
+class Asked:
+    """A request as the harness makes it."""
+
+    args: tuple[Any, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def ask(lm: Any, rows: list[dict[str, Any]], native: bool = True, **generation: Any) -> list[Asked]:
+    lm.task_dict["t"] = {"test": rows}
+    chosen = {"native": native}
+    return [
+        Asked((lmms.asked(row, chosen), generation, lambda row: lmms.visuals(row, chosen), number, "t", "test"))
+        for number, row in enumerate(rows)
+    ]
+
+
+def test_adapter_answers_as_the_engine_does(medplib: Any, engine: Engine, questions: list[Question]) -> None:
+    asked = questions[::12]
+    requests = ask(medplib, [as_document(question) for question in asked], until=[])
+    requests.insert(1, Asked(requests[0].args, {"__padding_only__": True}))
+    assert (medplib.device.type, medplib.batch_size) == ("cpu", 8)
+    with pytest.raises(MedPLIBError, match="apply_chat_template"):
+        _ = medplib.chat_template
+    results = medplib.generate_until(requests)
+    assert results.pop(1).text == ""
+    alone = answers_to(engine, asked)
+    assert [result.text for result in results] == [answer.text for answer in alone]
+    assert [result.token_counts.output_tokens for result in results] == [answer.new_tokens for answer in alone]
+
+
+def test_stop_texts_length_and_masks_are_honoured(medplib: Any, questions: list[Question]) -> None:
+    rows = [as_document(next(q for q in of_task(questions, "grounding") if len(q.masks or ()) == 1))]
+    (whole,) = medplib.generate_until(ask(medplib, rows, masks="rle"))
+    assert whole.text.count("<SEG>") == whole.text.count("<mask>") == 1
+    (plain,) = medplib.generate_until(ask(medplib, rows))
+    assert plain.text == whole.text.split("<mask>")[0]
+    word = plain.text.split()[1]
+    (stopped,) = medplib.generate_until(ask(medplib, rows, until=[word]))
+    assert stopped.text == plain.text.split(word)[0].strip()
+    (short,) = medplib.generate_until(ask(medplib, rows, max_new_tokens=2))
+    assert short.token_counts.output_tokens == 2
+
+
+def test_repeated_requests_are_drawn_anew_and_repeatably(medplib: Any, questions: list[Question]) -> None:
+    rows = [as_document(next(q for q in questions if q.metadata["kind"] == "list"))]
+    (request,) = ask(medplib, rows, do_sample=True, temperature=2.0, max_new_tokens=12)
+    first = [result.text for result in medplib.generate_until([request] * 4)]
+    assert len(set(first)) > 1
+    assert [result.text for result in medplib.generate_until([request] * 4)] == first
+
+
+def test_unanswerable_requests_are_told_and_count_as_wrong(
+    medplib: Any, questions: list[Question], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [as_document(question) for question in questions[:3]]
+    rows[1] = {**rows[1], "image": "gone.png"}
+    texts = [result.text for result in medplib.generate_until(ask(medplib, rows, odd_setting=1))]
+    assert [bool(text) for text in texts] == [True, False, True]
+    assert "gone.png" in caplog.text and "1 of 3 questions" in caplog.text and "odd_setting" in caplog.text
+    with pytest.raises(MedPLIBError, match="none of the 1 questions"):
+        medplib.generate_until(ask(medplib, rows[1:2]))
+    textual = [Asked(("Hi", {}, lambda row: None, 0, "t", "test"))]
+    with pytest.raises(MedPLIBError, match="no image"):
+        medplib.generate_until(textual)
+    with pytest.raises(MedPLIBError, match="generate_until"):
+        medplib.generate_until_multi_round(textual)
+    assert medplib.generate_until([]) == []
+
+
+def test_choices_get_losses_and_targets_log_probabilities(
+    medplib: Any, engine: Engine, questions: list[Question]
+) -> None:
+    question = of_task(questions, "vqa")[1]
+    row = as_document(question)
+    (request,) = ask(medplib, [row])
+    context, _, *rest = request.args
+    answers: list[Any] = [" Yes", " No", lambda row: row["answer"]]
+    requests = [Asked((context, answer, *rest)) for answer in answers]
+    requests.insert(1, Asked(requests[0].args, {"__padding_only__": True}))
+    results = [result.text for result in medplib.loglikelihood(requests)]
+    visuals = Visuals(str(question.image))
+    expected = score_continuations(engine, visuals, row["question"], ["Yes", "No", row["answer"]])
+    signs = (-1, -1, 1)
+    assert [results[0], *results[2:]] == [
+        (pytest.approx(sign * one.log_probability, abs=1e-3), one.greedy)
+        for sign, one in zip(signs, expected, strict=True)
+    ]
+    best = min(range(2), key=lambda place: (results[0], results[2])[place][0])
+    assert (" Yes", " No")[best].strip() == engine.ask(request_of(question)).text
+    with pytest.raises(MedPLIBError, match=r"t test 0 cannot be scored"):
+        medplib.loglikelihood(ask_broken(medplib, row))
+
+
+def ask_broken(lm: Any, row: dict[str, Any]) -> list[Asked]:
+    (request,) = ask(lm, [{**row, "image": "gone.png"}])
+    return [Asked((request.args[0], " Yes", *request.args[2:]))]
+
+
+# --- the harness itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Run tasks through the harness's own evaluation, offline."""
+    patch = pytest.MonkeyPatch()
+    patch.delenv("MEDPLIB_DATA", raising=False)
+    patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))
+    patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.models import MODEL_REGISTRY_V2
+    from lmms_eval.tasks import TaskManager
+
+    MODEL_REGISTRY_V2.register_manifest(lmms.manifest(), overwrite=True)
+
+    def run(model: Any, tasks: list[str], name: str = "medplib", **options: Any) -> dict[str, Any]:
+        manager = TaskManager(include_path=[str(lmms.TASKS)], include_defaults=False, model_name=name)
+        return simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, **options)
+
+    yield run
+    patch.undo()
+
+
+@needs_harness
+def test_the_harness_gives_the_projects_scores(
+    evaluate: Callable[..., dict[str, Any]], engine: Engine, questions: list[Question]
+) -> None:
+    tasks = ["medplib_phantoms", "medplib_phantoms_choice"]
+    run = evaluate("medplib", tasks, model_args=f"pretrained={NANO},slots=4", device="cpu")
+    for task in ("vqa", "region", "grounding"):
+        asked = of_task(questions, task)
+        texts = [text_with_masks(answer) for answer in answers_to(engine, asked)]
+        rows = [lmms.prediction_of(as_document(question), text) for question, text in zip(asked, texts, strict=True)]
+        expected = {name: one.value for name, one in score_predictions(rows, samples=0).overall.items()}
+        found = run["results"][f"medplib_phantoms_{task}"]
+        names = lmms.MASK_METRICS if task == "grounding" else lmms.TEXT_METRICS
+        assert {name: found[f"{name},none"] for name in names if f"{name},none" in found} == pytest.approx(
+            {name: expected[name] for name in names if name in expected}
+        )
+        assert run["n-samples"][f"medplib_phantoms_{task}"]["effective"] == len(asked)
+    closed = run["results"]["medplib_phantoms_vqa"]["closed_accuracy,none"]
+    assert run["results"]["medplib_phantoms_choice"]["acc,none"] == pytest.approx(closed, abs=0.1)
+
+
+@needs_harness
+def test_any_other_model_can_be_asked(evaluate: Callable[..., dict[str, Any]]) -> None:
+    from lmms_eval.api.model import lmms as Base
+
+    seen: list[tuple[str, Any]] = []
+
+    class Boxer(Base):
+        """Sees the whole picture as every structure, and says yes to everything else."""
+
+        def generate_until(self, requests: Any) -> list[str]:
+            answers = []
+            for request in requests:
+                context, _, doc_to_visual, number, task, split = request.args
+                (image,) = doc_to_visual(self.task_dict[task][split][number])
+                seen.append((context, image))
+                answers.append(f"[0, 0, {image.width}, {image.height}]" if "bounding box" in context else "Yes.")
+            return answers
+
+        def loglikelihood(self, requests: Any) -> Any:
+            raise NotImplementedError
+
+        def generate_until_multi_round(self, requests: Any) -> Any:
+            raise NotImplementedError
+
+    run = evaluate(Boxer(), ["medplib_phantoms"], name="boxer")
+    assert all(isinstance(image, Image.Image) and "<region>" not in context for context, image in seen)
+    grounding = run["results"]["medplib_phantoms_grounding"]
+    assert 0 < grounding["mIoU,none"] <= grounding["box_mIoU,none"] < 1
+    assert grounding["false_mask_rate,none"] == 1.0
+    assert 0 < run["results"]["medplib_phantoms_vqa"]["closed_accuracy,none"] < 1

@@ -78,12 +78,6 @@ def test_text_scores() -> None:
     assert "mDice" not in found.overall
 
 
-def test_bleu_has_no_penalty_for_long_answers() -> None:
-    found = score_predictions([asked(0, "a b c d", "a b c d e f g h")])
-    assert values(found)["BLEU-1"] == pytest.approx(4 / 8)
-    assert values(found)["BLEU-4"] == pytest.approx((4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25)
-
-
 def test_bleu_is_of_references_that_are_long_enough() -> None:
     """A right answer in two words has no four words in a row, and says nothing about answers that have."""
     short = [asked(0, "left lung", "left lung"), asked(1, "CT", "CT"), asked(2, "liver and spleen", "liver and spleen")]
@@ -96,15 +90,16 @@ def test_bleu_is_of_references_that_are_long_enough() -> None:
     (line,) = (line for line in found.table().splitlines() if line.startswith("BLEU-4"))
     assert line.split()[:3] == ["BLEU-4", "–", "0"]
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["overall"]["BLEU-4"]["value"] is None
-    long = asked(3, "a b c d", "a b c d e f g h")
+    long = asked(3, "a b c d", "a b c d e f g h")  # no penalty for a long answer
     both, alone = score_predictions([*short, long]), score_predictions([long])
-    assert values(both)["BLEU-4"] == pytest.approx(values(alone)["BLEU-4"])
+    assert values(both)["BLEU-4"] == values(alone)["BLEU-4"] == pytest.approx((4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25)
+    assert values(alone)["BLEU-1"] == pytest.approx(4 / 8)
     assert counts(both)["BLEU-4"] == 1
     closed = [asked(0, "Yes", "Yes", "closed"), grounded(1, [rle(0)], [rle(0)])]
     assert not [name for name in score_predictions(closed).overall if name.startswith("BLEU")]
 
 
-def test_a_row_without_an_answer_is_wrong_even_where_nothing_was_wanted() -> None:
+def test_a_row_without_an_answer_is_wrong() -> None:
     rows = [failed(asked(0, "", "")), failed(asked(1, "yes", "Yes", "closed")), asked(2, "liver", "liver")]
     found = score_predictions(rows)
     assert values(found)["open_exact_match"] == 0.5
@@ -112,11 +107,6 @@ def test_a_row_without_an_answer_is_wrong_even_where_nothing_was_wanted() -> Non
     assert values(found)["closed_accuracy"] == 0
     assert values(found)["error_rate"] == pytest.approx(2 / 3)
     assert found.to_dict()["errors"] == 2
-
-
-def test_texts_of_grounding_rows_are_not_scored_as_answers() -> None:
-    found = score_predictions([grounded(0, [rle(1)], [rle(1)])])
-    assert "open_exact_match" not in found.overall
 
 
 def test_masks_nobody_asked_for() -> None:
@@ -135,6 +125,7 @@ def test_macro_and_micro() -> None:
     # IoU 2/4 and 1/9, Dice 4/6 and 2/10
     rows = [grounded(0, [rle(0, 1, 2)], [rle(1, 2, 3)]), grounded(1, [rle(*range(9))], [rle(0)])]
     found = score_predictions(rows)
+    assert "open_exact_match" not in found.overall  # texts of grounding rows are not scored as answers
     assert values(found)["mIoU"] == pytest.approx((2 / 4 + 1 / 9) / 2)
     assert values(found)["mDice"] == pytest.approx((4 / 6 + 2 / 10) / 2)
     assert values(found)["micro_IoU"] == pytest.approx(3 / 13)
@@ -144,7 +135,7 @@ def test_macro_and_micro() -> None:
     assert counts(found)["mDice"] == counts(found)["gIoU"] == 2
 
 
-def test_masks_are_paired_in_order_and_once_more_as_they_fit_best() -> None:
+def test_masks_are_paired_in_order_and_by_best_matching() -> None:
     left, right = rle(0, 1), rle(8, 9)
     swapped = score_predictions([grounded(0, [left, right], [right, left])])
     assert values(swapped)["mIoU"] == values(swapped)["micro_IoU"] == 0
@@ -210,7 +201,7 @@ def test_refused_targets_and_errors() -> None:
     assert values(found)["error_rate"] == 0.5
 
 
-def test_grounding_without_reference_masks_is_counted_and_not_scored() -> None:
+def test_grounding_without_reference_masks_is_not_scored() -> None:
     found = score_predictions([grounded(0, None, [rle(1)]), grounded(1, [rle(1)], [rle(1)])])
     assert found.to_dict()["grounding_rows_without_reference_masks"] == 1
     assert counts(found)["mDice"] == counts(found)["gIoU"] == 1
@@ -229,22 +220,15 @@ def test_each_threshold_is_a_column_of_its_own() -> None:
     assert {at: masks.miou for at, masks in found.published_masks.items()} == {0.1: 0.25, 0.5: 0.5}
 
 
-def test_a_threshold_that_is_not_there_is_refused() -> None:
+def test_masks_that_cannot_be_scored_are_refused() -> None:
     row = grounded(7, [rle(0, 1)], [rle(0)], masks_at={"0.1": [rle(0)]})
     with pytest.raises(MedPLIBError, match=r"question 7: .* at threshold 0.5 \(given: 0.1\)"):
         score_predictions([row], thresholds=(0.1, 0.5))
-
-
-@pytest.mark.parametrize("masks_at", [{"x": []}, {"2": []}, {"0.5": 3}, {"0.5": None}, {"0.5": {}}])
-def test_masks_that_are_no_lists_by_threshold_are_refused(masks_at: dict[str, Any]) -> None:
-    with pytest.raises(MedPLIBError, match="question 7: masks_at holds"):
-        score_predictions([grounded(7, [rle(0)], [rle(0)], masks_at=masks_at)], thresholds=(0.5,))
-
-
-def test_masks_of_another_size_and_damaged_ones_are_told_with_their_question() -> None:
-    other = encode_rle(np.ones((5, 5), dtype=bool))
+    for masks_at in ({"x": []}, {"2": []}, {"0.5": 3}, {"0.5": None}, {"0.5": {}}):
+        with pytest.raises(MedPLIBError, match="question 7: masks_at holds"):
+            score_predictions([replace(row, masks_at=masks_at)], thresholds=(0.5,))
     with pytest.raises(MedPLIBError, match="question 3: masks of one question are 4×10 and 5×5"):
-        score_predictions([grounded(3, [rle(0)], [other])])
+        score_predictions([grounded(3, [rle(0)], [encode_rle(np.ones((5, 5), dtype=bool))])])
     with pytest.raises(MedPLIBError, match=r"question 4: .* damaged"):
         score_predictions([grounded(4, [rle(0)], [{"size": [4, 10], "counts": "1"}])])
 
@@ -312,15 +296,15 @@ def test_tables_and_json() -> None:
     assert told["published_grounding"]["as written"]["mIoU"] == 1
 
 
-def coins(number: int, right: list[bool], images: list[int]) -> Scores:
+def coins(seed: int, right: list[bool], images: list[int]) -> Scores:
     rows = [
         asked(index, "yes", "yes" if hit else "no", "closed", image_path=f"{image}.png")
         for index, (hit, image) in enumerate(zip(right, images, strict=True))
     ]
-    return score_predictions(rows, seed=number)
+    return score_predictions(rows, seed=seed)
 
 
-def test_intervals_have_the_width_of_the_binomial_and_are_repeatable() -> None:
+def test_intervals_have_the_width_of_the_binomial() -> None:
     rng = np.random.default_rng(0)
     right = (rng.random(400) < 0.3).tolist()
     measure = coins(0, right, list(range(400))).overall["closed_accuracy"]
@@ -357,28 +341,19 @@ def test_a_mean_over_groups_resamples_each_group_alone() -> None:
 def test_one_image_has_no_interval() -> None:
     rows = [asked(number, "yes", "yes", "closed", image_path="one.png") for number in range(5)]
     measure = score_predictions(rows).overall["closed_accuracy"]
-    assert measure.value == 1
-    assert measure.to_dict()["low"] is None
+    assert (measure.value, measure.to_dict()["low"]) == (1, None)
     assert math.isnan(score_predictions(grouped_rows(), samples=0).overall["closed_accuracy"].low)
-
-
-def test_one_image_with_a_target_among_others_has_no_interval_either() -> None:
-    rows = [grounded(0, [rle(0, 1)], [rle(0)]), grounded(1, [], []), grounded(2, [], [rle(0)])]
-    found = score_predictions(rows)
+    # neither has the one image with a target among others
+    found = score_predictions([grounded(0, [rle(0, 1)], [rle(0)]), grounded(1, [], []), grounded(2, [], [rle(0)])])
     assert math.isnan(found.overall["mDice"].low)
     assert found.overall["gIoU"].low < found.overall["gIoU"].high
     assert math.isnan(compare(found, found).overall["mDice"].p_value)
     assert compare(found, found).overall["gIoU"].p_value == 1
 
 
-def test_no_rows() -> None:
-    found = score_predictions([])
-    assert found.overall == {}
-    assert found.to_dict()["rows"] == 0
-
-
-def test_a_question_given_twice_is_refused_but_numbers_may_repeat() -> None:
+def test_a_question_given_twice_is_refused() -> None:
     row = asked(3, "yes", "yes")
+    assert (score_predictions([]).overall, score_predictions([]).to_dict()["rows"]) == ({}, 0)
     with pytest.raises(MedPLIBError, match=r"2 predictions are of .* already: 3 \(row 2\), 3 \(row 3\); give each"):
         score_predictions([row, row, replace(row, text="no")])
     other = replace(row, image_path="other.png")
@@ -386,7 +361,7 @@ def test_a_question_given_twice_is_refused_but_numbers_may_repeat() -> None:
     assert score_predictions([row, replace(row, metadata={"turn": 1})]).keys[1] == ("3", 1, 0)
 
 
-def test_published_modality_is_the_records_own_before_the_file_names() -> None:
+def test_published_modality_is_the_records_own() -> None:
     rows = [
         replace(grounded(number, [rle(0)], [rle(0)]), image_path=name, metadata={"task": "grounding", **known})
         for number, (name, known) in enumerate(
@@ -408,23 +383,16 @@ def test_published_modality_is_the_records_own_before_the_file_names() -> None:
 
 
 def answers(hits: list[bool], images: list[int] | None = None) -> Scores:
-    images = images or list(range(len(hits)))
     rows = [
-        asked(
-            index,
-            "yes",
-            "yes" if hit else "no",
-            "closed",
-            image_path=f"{image}.png",
-            metadata={"kind": "ab"[index % 2]},
-        )
-        for index, (hit, image) in enumerate(zip(hits, images, strict=True))
+        asked(n, "yes", "yes" if hit else "no", "closed", image_path=f"{image}.png", metadata={"kind": "ab"[n % 2]})
+        for n, (hit, image) in enumerate(zip(hits, images or range(len(hits)), strict=True))
     ]
     return score_predictions(rows)
 
 
-def test_a_run_equals_itself() -> None:
-    found = compare(answers([True, False, True]), answers([True, False, True])).overall["closed_accuracy"]
+def test_a_run_equals_itself_whatever_the_order_of_its_rows() -> None:
+    rows = [asked(number, "yes", "yes" if number < 3 else "no", "closed") for number in range(5)]
+    found = compare(score_predictions(rows), score_predictions(rows[::-1])).overall["closed_accuracy"]
     assert (found.difference, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
@@ -454,22 +422,13 @@ def test_p_value_of_an_exact_case() -> None:
 def test_p_values_of_runs_that_differ_by_chance_are_even() -> None:
     rng = np.random.default_rng(1)
     found = [
-        compare(
-            *(answers((rng.random(60) < 0.5).tolist()) for _ in range(2)),
-            permutations=200,
-        )
+        compare(*(answers((rng.random(60) < 0.5).tolist()) for _ in range(2)), permutations=200)
         .overall["closed_accuracy"]
         .p_value
         for _ in range(60)
     ]
     assert 0.35 < np.mean(found) < 0.7
     assert np.mean(np.array(found) < 0.05) < 0.15
-
-
-def test_rows_are_paired_by_question_whatever_their_order() -> None:
-    rows = [asked(number, "yes", "yes" if number < 3 else "no", "closed") for number in range(5)]
-    found = compare(score_predictions(rows), score_predictions(rows[::-1])).overall["closed_accuracy"]
-    assert (found.difference, found.low, found.high) == (0, 0, 0)
 
 
 def test_groups_of_a_comparison_and_its_table() -> None:
@@ -482,7 +441,7 @@ def test_groups_of_a_comparison_and_its_table() -> None:
     assert told["by"]["kind"]["b"]["closed_accuracy"]["difference"] == 1
 
 
-def test_runs_with_other_thresholds_are_compared_where_they_agree() -> None:
+def test_runs_are_compared_at_shared_thresholds() -> None:
     row = grounded(0, [rle(0, 1)], [rle(0)], masks_at={"0.1": [rle(0)], "0.5": [rle(0)]})
     rows = [row, replace(row, question_id=1, image_path="other.png")]
     both, one = (score_predictions(rows, thresholds=at) for at in ((0.1, 0.5), (0.5,)))

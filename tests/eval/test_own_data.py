@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,13 @@ from model.cli import main
 from model.errors import MedPLIBError
 from model.eval.baselines import mask_baselines
 from model.eval.metrics.scores import score_predictions
-from model.eval.own_data import data_name, own_run_folder, own_suite
-from model.eval.predictions import Prediction, PredictionWriter
-from model.eval.processes import Journal
+from model.eval.predictions import Prediction
 from model.eval.questions import questions_of
 from model.eval.results import detail_tables, measure
-from model.eval.suite import CURVE, is_suite
-from tests.conftest import ROOT
-from tests.eval.drawn import SIDE, painted, row, square
-
-NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
-RECORDS: list[dict[str, Any]] = json.loads((SAMPLE / "held_out.json").read_text())
+from model.eval.shards import Journal, fingerprint
+from model.eval.suite import CURVE, data_name, is_suite, own_run_folder, own_suite
+from tests.eval.drawn import SIDE, painted, row, save, square
+from tests.eval.phantom_questions import NANO, RECORDS, SAMPLE
 
 
 def built(folder: Path, splits: dict[str, list[dict[str, Any]]], root: Path = SAMPLE) -> Path:
@@ -44,13 +39,6 @@ def built(folder: Path, splits: dict[str, list[dict[str, Any]]], root: Path = SA
 def of_task(task: str, number: int) -> list[dict[str, Any]]:
     found = [record for record in RECORDS if record["task"] == task]
     return [{**record, "patient": f"p{index // 2}"} for index, record in enumerate(found[:number])]
-
-
-def save(path: Path, rows: Sequence[Prediction]) -> Path:
-    with PredictionWriter(path, "overwrite") as writer:
-        for one in rows:
-            writer.write(one)
-    return path
 
 
 def refusal(data: Path, **values: Any) -> str:
@@ -102,8 +90,6 @@ def test_a_stopped_run_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
     fresh = own_run_folder(NANO, data_name(tmp_path / "mine.json"))
     assert fresh.parent == Path("runs/eval/medplib-nano")
     assert fresh.name.startswith("mine-20")
-    from model.eval.asking import fingerprint
-
     earlier = fresh.with_name("mine-2020-01-01")
     Journal({"model": {"digest": fingerprint(NANO)}}).write(earlier / "predictions" / "mine.jsonl")
     assert own_run_folder(NANO, "mine") == earlier
@@ -184,7 +170,7 @@ def test_blob_of_other_patients_and_prior_of_the_training_masks(tmp_path: Path):
     assert prior.dice[("modality", "mr")] == 0  # it was not trained on
 
 
-def test_tables_tell_false_masks_by_reason_and_questions_with_their_floor(tmp_path: Path):
+def test_tables_of_false_masks_by_reason_and_of_questions(tmp_path: Path):
     Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(tmp_path / "x.png")
     absent = [painted(n, 30 if n < 2 else None, absent=True) for n in range(4)]
     absent = [of_patient(one, f"p{n}", **({"absent_kind": "modality"} if n else {})) for n, one in enumerate(absent)]

@@ -42,7 +42,7 @@ def write(path: Path, predictions: list[Prediction], **options: object) -> None:
             writer.write(item)
 
 
-def test_published_rows_are_read_and_written_with_their_keys_first():
+def test_published_rows_keep_their_keys_first():
     read = Prediction.from_row(PUBLISHED)
     assert (read.masks, read.gt_masks, read.finish, read.error, read.key) == ([], None, "end", None, ("3", 0))
     assert list(read.to_row())[:9] == list(PUBLISHED)
@@ -85,21 +85,16 @@ def test_a_file_has_one_writer(tmp_path: Path):
 @pytest.mark.parametrize("torn", [b'{"question_id": "q2", "te', b'{"complete": "but without its end"}', b"x" * 200_000])
 def test_a_torn_last_line_is_cut(tmp_path: Path, torn: bytes):
     path = tmp_path / "rows.jsonl"
-    write(path, [prediction(0), prediction(1)])
+    path.write_bytes(torn)  # of nothing else, it becomes empty
+    with PredictionWriter(path, "resume") as writer:
+        assert (writer.rows, path.read_bytes()) == (0, b"")
+    write(path, [prediction(0), prediction(1)], existing="overwrite")
     path.write_bytes(path.read_bytes() + torn)
     with PredictionWriter(path, "resume") as writer:
         assert writer.rows == 2
         writer.write(prediction(2))
         assert writer.rows == 3
     assert [row.question_id for row in read_predictions(path)] == ["q0", "q1", "q2"]
-
-
-def test_a_file_of_nothing_but_a_torn_line_becomes_empty(tmp_path: Path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"question')
-    with PredictionWriter(path, "resume") as writer:
-        assert writer.rows == 0
-    assert path.read_bytes() == b""
 
 
 def test_numbers_that_are_not_finite_are_null_with_their_names(tmp_path: Path):
@@ -197,11 +192,8 @@ def test_predictions_meet_their_questions_in_any_order(caplog: pytest.LogCapture
         assert warning in caplog.text and bool(warning) == bool(caplog.text)
     assert next(match_references(ANSWERED, RECORDS))[1].prompt == "What?"
     assert len(list(match_references(ANSWERED[:2], RECORDS, turns="first"))) == 2
-
-
-def test_records_without_ids_go_by_number():
     bare = [{name: value for name, value in record.items() if name != "id"} for record in RECORDS[:1]]
-    assert len(list(match_references([prediction(0, question_id=0, gt="CT")], bare))) == 1
+    assert len(list(match_references([prediction(0, question_id=0, gt="CT")], bare))) == 1  # by number
 
 
 @pytest.mark.parametrize(

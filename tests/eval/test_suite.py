@@ -18,23 +18,18 @@ from model.data.builders.questions import blind_baseline
 from model.data.records import open_records
 from model.errors import MedPLIBError
 from model.eval import suite_run
-from model.eval.asking import fingerprint, open_engine, run_folder
 from model.eval.metrics.definitions import metrics_for
 from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.predictions import read_predictions
-from model.eval.processes import Journal, Place
+from model.eval.shards import Journal, Rank, fingerprint, run_folder
 from model.eval.suite import DataSet, Suite, available_suites, load_suite, write_questions
 from model.eval.suite_run import SuiteOptions, SuiteOutcome, run_suite
 from model.inference.engine import Engine
-from tests.conftest import ROOT
+from tests.eval.phantom_questions import NANO, RECORDS, SAMPLE
 
-NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
-RECORDS: list[dict[str, Any]] = json.loads((SAMPLE / "held_out.json").read_text())
 TASKS = ("vqa", "region", "grounding")
 ASKED = [record for task in TASKS for record in [r for r in RECORDS if r["task"] == task][:4]]
-
-torch.set_num_threads(1)
 
 SET: dict[str, Any] = {
     "name": "first",
@@ -69,6 +64,7 @@ def refusal(path: Path | str, **environment: str) -> str:
 
 @pytest.mark.parametrize("name", available_suites())
 def test_suites_of_the_project_say_everything(name: str):
+    assert available_suites() == ["mecovqa", "omnimedvqa", "phantoms", "vqa_sets", "zero_shot_grounding"]
     suite = load_suite(name, environment={})
     assert suite.title
     for item in suite.sets:
@@ -76,10 +72,6 @@ def test_suites_of_the_project_say_everything(name: str):
             assert getattr(item, told).strip()
         assert {*item.headlines} <= {metric.name for metric in metrics_for(item.thresholds, item.surface)}
         assert all(0 < known.value < 1 for known in item.known)
-
-
-def test_the_project_has_its_suites():
-    assert available_suites() == ["mecovqa", "omnimedvqa", "phantoms", "vqa_sets", "zero_shot_grounding"]
 
 
 @pytest.mark.parametrize("name", [name for name in available_suites() if name != "phantoms"])
@@ -177,23 +169,17 @@ def asked_of(folder: Path, layout: str, name: str, content: Any) -> list[dict[st
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_slake_is_asked_in_english(tmp_path: Path):
+def test_layouts_of_public_sets_become_records(tmp_path: Path):
     row = {"qid": 7, "img_name": "xmlab1/source.jpg", "question": "Is it CT?", "answer": "Yes", "q_lang": "en"}
     row |= {"answer_type": "CLOSED", "content_type": "Modality", "modality": "MRI"}
-    (record,) = asked_of(tmp_path, "slake", "test.json", [row, {**row, "q_lang": "zh", "qid": 8}])
+    (record,) = asked_of(tmp_path, "slake", "test.json", [row, {**row, "q_lang": "zh", "qid": 8}])  # English alone
     assert record["conversations"][0]["value"] == "<image>\nIs it CT?"
     assert (record["id"], record["image"], record["answer_type"]) == ("slake-7", "xmlab1/source.jpg", "closed")
     assert (record["kind"], record["modality"]) == ("Modality", "mr")
-
-
-def test_vqa_rad_is_asked_its_test_half(tmp_path: Path):
     row = {"qid": 1, "image_name": "synpic1.jpg", "question": "Where?", "answer": 3, "answer_type": "OPEN "}
     row |= {"phrase_type": "test_freeform", "question_type": "POS"}
-    (record,) = asked_of(tmp_path, "vqa_rad", "public.json", [row, {**row, "phrase_type": "freeform"}])
+    (record,) = asked_of(tmp_path, "vqa_rad", "public.json", [row, {**row, "phrase_type": "freeform"}])  # the test half
     assert (record["conversations"][1]["value"], record["answer_type"], record["kind"]) == ("3", "open", "POS")
-
-
-def test_omnimedvqa_shows_its_options(tmp_path: Path):
     row = {"question_id": "A_1", "question": "Which?", "gt_answer": "CT", "image_path": "Images/a.png"}
     row |= {"option_A": "CT", "option_B": "MR", "modality_type": "X-Ray", "dataset": "A", "question_type": "Modality"}
     (record,) = asked_of(tmp_path, "omnimedvqa", "A.json", [row])
@@ -237,13 +223,6 @@ def test_records_of_several_files_keep_apart(tmp_path: Path):
 # --- a whole run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    folder = SAMPLE
-    options = InferenceOptions(model=NANO, data=folder / "held_out.json", images=folder, answers=folder / "no.jsonl")
-    return open_engine(options, torch.device("cpu"))
-
-
 @pytest.fixture
 def opened(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[InferenceOptions]:
     """Runs take an engine that is there already; every time that one is opened is noted."""
@@ -276,7 +255,7 @@ def run(suite_file: Path, opened: list[InferenceOptions], tmp_path: Path) -> Run
     def start(**changes: Any) -> SuiteOutcome:
         suite = load_suite(suite_file, environment={})
         options = SuiteOptions(NANO, suite, str(suite_file), tmp_path / "out", device="cpu")
-        return run_suite(replace(options, **changes), Place(), suite_run.open_engine)
+        return run_suite(replace(options, **changes), Rank(), suite_run.open_engine)
 
     return start
 
@@ -311,13 +290,10 @@ def test_blind_baselines_are_those_of_the_builder(run: Run, tmp_path: Path):
     assert result.sets[0].blind["", "", "closed_accuracy"] == pytest.approx(sum(closed) / len(closed))
     assert 0 <= result.sets[0].blind["", "", "mDice@0.5"] < 0.8
     assert not result.sets[1].blind
-
-
-def test_blind_baselines_are_of_the_questions_that_were_asked(run: Run):
-    result = run(limit=2).result
-    assert result is not None
-    assert {by for by, _, _ in result.sets[0].blind} == {"", "kind", "task"}
-    assert {kind for by, kind, _ in result.sets[0].blind if by == "kind"} == {record["kind"] for record in ASKED[:2]}
+    limited = run(limit=2, overwrite=True).result  # the baselines are of the questions that were asked
+    assert limited is not None
+    assert {by for by, _, _ in limited.sets[0].blind} == {"", "kind", "task"}
+    assert {kind for by, kind, _ in limited.sets[0].blind if by == "kind"} == {record["kind"] for record in ASKED[:2]}
 
 
 def test_a_set_may_be_asked_as_published(run: Run, opened: list[InferenceOptions], tmp_path: Path):
@@ -356,7 +332,7 @@ def _answer(line: bytes) -> tuple[Any, ...]:
     return row["question_id"], row["text"], json.dumps(row["masks_at"])
 
 
-def test_answers_of_other_settings_are_refused_and_overwritten_when_asked(run: Run, tmp_path: Path):
+def test_answers_of_other_settings_are_refused_or_overwritten(run: Run, tmp_path: Path):
     run(limit=2)
     assert len(list(read_predictions(tmp_path / "out" / "predictions" / "first.jsonl"))) == 2
     with pytest.raises(MedPLIBError, match="limit was 2, now None"):
@@ -366,11 +342,11 @@ def test_answers_of_other_settings_are_refused_and_overwritten_when_asked(run: R
     assert [part.questions for part in result.sets] == [len(ASKED), 3]
 
 
-def test_a_set_that_the_checkpoint_cannot_be_asked_is_told_before_answers(tmp_path: Path):
+def test_a_missing_checkpoint_is_refused_before_any_answer(tmp_path: Path):
     item = DataSet(**{**SET, "records": (SAMPLE / "held_out.json",), "images": SAMPLE})
     options = SuiteOptions(tmp_path / "nowhere", Suite("s", (item,)), "s", tmp_path / "out", device="cpu")
     with pytest.raises(MedPLIBError, match="nowhere"):
-        run_suite(options, Place())
+        run_suite(options, Rank())
     assert not (tmp_path / "out").exists()
 
 
@@ -400,7 +376,7 @@ def test_the_command_runs_a_suite(
     assert "is not a directory here" in capsys.readouterr().err
 
 
-def test_results_are_named_after_their_run_and_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_results_of_two_checkpoints_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/a", "runs/b", "elsewhere/a"):
         Path(name, "merged").mkdir(parents=True)

@@ -10,40 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from model.errors import MedPLIBError
 from model.eval import vqa_infer
-from model.eval.asking import check_config, open_engine
+from model.eval.inference import check_config, open_engine
+from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.predictions import Prediction, match_references, read_predictions
-from model.eval.processes import Place, chunk, journal_path, part_path, read_journal
 from model.eval.run import Outcome, run_inference
+from model.eval.shards import Rank, chunk, journal_path, read_journal
 from model.eval.vqa_infer import parse_flags
-from model.inference.engine import Engine
+from model.inference.engine import Engine, Request
+from model.inference.generation import GenerationSettings
 from model.processing.masks import decode_rle
+from tests.eval.phantom_questions import NANO, RECORDS, SAMPLE, without_timing
 from tests.tiny import tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
-NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
-RECORDS: list[dict[str, Any]] = json.loads((SAMPLE / "held_out.json").read_text())
 VQA, GROUNDING = RECORDS[0], next(record for record in RECORDS if "<mask>" in str(record["conversations"]))
 REGION = next(record for record in RECORDS if "<region>" in str(record["conversations"]))
+ABSENT = next(r for r in RECORDS if r["task"] == "grounding" and "<mask>" not in str(r["conversations"]))
 MIXED = [*RECORDS[:5], REGION, *RECORDS[86:92]]
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return open_engine(options(tmp_path_factory.mktemp("engine"), MIXED), torch.device("cpu"))
 
 
 @pytest.fixture
 def run(engine: Engine) -> Callable[..., Outcome]:
     """Runs with an engine that is there already."""
-    return lambda chosen, place=None: run_inference(chosen, place or Place(), opener=lambda *_: engine)
+    return lambda chosen, place=None: run_inference(chosen, place or Rank(), opener=lambda *_: engine)
 
 
 def options(folder: Path, records: list[Any], **changes: Any) -> InferenceOptions:
@@ -58,12 +51,6 @@ def two_questions(name: str | int, second: str) -> dict[str, Any]:
     return {**VQA, "id": name, "conversations": [*VQA["conversations"], *turns]}
 
 
-def without_timing(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert all(row.pop("timing") for row in rows if row["finish"] != "error")
-    return rows
-
-
 def rows_of(outcome: Outcome) -> list[Prediction]:
     return list(read_predictions(outcome.answers))
 
@@ -74,7 +61,7 @@ def rows_of(outcome: Outcome) -> list[Prediction]:
 def test_every_question_has_its_row_in_order(run: Any, tmp_path: Path):
     outcome = run(options(tmp_path, MIXED, thresholds=(0.1, 0.5), router=True))
     rows = rows_of(outcome)
-    assert (outcome.rows, outcome.errors, outcome.complete) == (len(MIXED), 0, True)
+    assert (outcome.rows, outcome.errors) == (len(MIXED), 0)
     assert [row.question_id for row in rows] == [record["id"] for record in MIXED]
     assert len(list(match_references(rows, MIXED))) == len(MIXED)
     for row, record in zip(rows, MIXED, strict=True):
@@ -113,11 +100,6 @@ def test_every_question_of_a_conversation_is_asked(run: Any, tmp_path: Path):
     assert [row.text for row in rows_of(run(first))] == [rows[0].text]
 
 
-def test_a_label_may_be_given_to_all_rows(run: Any, tmp_path: Path):
-    rows = rows_of(run(options(tmp_path, MIXED[:2], answer_type="open")))
-    assert {row.answer_type for row in rows} == {"open"}
-
-
 def test_sampled_answers_do_not_depend_on_their_company(run: Any, tmp_path: Path):
     asked = options(tmp_path, MIXED, temperature=1.5, batch_size=3)
     run(asked)
@@ -135,12 +117,6 @@ def test_pictures_are_written_for_rows_with_masks(run: Any, tmp_path: Path):
     assert picture.name == f"000001_0_{Path(GROUNDING['image']).name}"
     width, height = Image.open(picture).size
     assert width > 2.9 * height
-
-
-def test_json_lines_are_read_too(run: Any, tmp_path: Path):
-    asked = options(tmp_path, [])
-    asked.data.write_text("".join(json.dumps(record) + "\n" for record in MIXED[:3]))
-    assert run(asked).rows == 3
 
 
 # --- stopping and going on ------------------------------------------------------------------------------------------
@@ -167,7 +143,7 @@ def test_a_stopped_run_goes_on(engine: Engine, run: Any, tmp_path: Path, monkeyp
     asked = options(tmp_path, MIXED)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         stop_after(patched, 5)
-        run_inference(asked, Place(), opener=open_engine)  # an engine of its own, for it is left in the middle
+        run_inference(asked, Rank(), opener=open_engine)  # an engine of its own, for it is left in the middle
     torn = asked.answers.read_bytes() + b'{"question_id": "phan'
     asked.answers.write_bytes(torn)
     outcome = run(asked)
@@ -185,7 +161,7 @@ def test_a_finished_run_is_not_asked_again(tmp_path: Path, run: Any):
     def fail(*_: Any) -> Engine:
         raise AssertionError("nothing is left to be asked")
 
-    again = run_inference(asked, Place(), opener=fail)
+    again = run_inference(asked, Rank(), opener=fail)
     assert (again.was_finished, again.rows) == (True, 2)
     assert asked.answers.read_bytes() == before
     assert not run(replace(asked, overwrite=True)).was_finished
@@ -230,14 +206,14 @@ def test_rows_of_other_questions_are_noticed(run: Any, tmp_path: Path):
 
 def test_parts_are_joined_in_order(run: Any, tmp_path: Path):
     asked = options(tmp_path, [*MIXED[:2], two_questions("two", "Does this image show a kidney?"), *MIXED[2:6]])
-    places = [Place(rank, 3, rank, 3, launch="one") for rank in range(3)]
+    places = [Rank(rank, 3, rank, 3) for rank in range(3)]
     for place in (places[1], places[2]):
         part = run(asked, place)
-        assert (part.complete, part.answers) == (False, part_path(asked.answers, place))
+        assert part.answers == place.part_path(asked.answers)
     outcome = run(asked, places[0])
     single = replace(asked, answers=tmp_path / "single.jsonl")
     run(single)
-    assert (outcome.rows, outcome.complete) == (8, True)
+    assert (outcome.rows, outcome.answers) == (8, asked.answers)
     assert without_timing(asked.answers) == without_timing(single.answers)
     assert not list(tmp_path.glob("*part*"))
     assert run(asked).was_finished  # by how many processes does not matter any more
@@ -245,7 +221,7 @@ def test_parts_are_joined_in_order(run: Any, tmp_path: Path):
 
 def test_parts_of_another_number_of_processes_are_refused(run: Any, tmp_path: Path):
     asked = options(tmp_path, MIXED[:3])
-    run(asked, Place(1, 2, 1, 2, launch="one"))
+    run(asked, Rank(1, 2, 1, 2))
     with pytest.raises(MedPLIBError, match="another number of processes"):
         run(asked)
     assert run(replace(asked, overwrite=True)).rows == 3
@@ -254,13 +230,29 @@ def test_parts_of_another_number_of_processes_are_refused(run: Any, tmp_path: Pa
 
 def test_a_process_that_is_gone_is_not_waited_for(run: Any, tmp_path: Path):
     asked = options(tmp_path, MIXED[:3])
-    run(asked, Place(1, 2, 1, 2, launch="one"))
-    part = part_path(asked.answers, Place(1, 2))
+    run(asked, Rank(1, 2, 1, 2))
+    part = Rank(1, 2).part_path(asked.answers)
     journal = read_journal(part)
     assert journal is not None
-    replace(journal, state="running", begun="long ago").write(part)
+    replace(journal, state="running").write(part)
     with pytest.raises(MedPLIBError, match="process 1 of 2 ended before its questions did"):
-        run(asked, Place(0, 2, 0, 2, launch="one"))
+        run(asked, Rank(0, 2, 0, 2))
+
+
+def test_a_launch_that_contradicts_itself_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for name in ("MASTER_ADDR", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for rank, size, expected in (("2", "2", "ranks are counted from 0"), ("x", "2", "must be whole numbers")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(MedPLIBError, match=expected):
+            Rank.from_environment()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(MedPLIBError, match="MASTER_ADDR and MASTER_PORT are not set"):
+        Rank.from_environment()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert Rank.from_environment(local_rank=1) == Rank(1, 2, 1, 2)
 
 
 def test_chunks_are_neighbours(run: Any, tmp_path: Path):
@@ -316,32 +308,70 @@ def test_bad_records_become_rows_and_are_counted(run: Any, tmp_path: Path):
 
 
 def test_a_record_that_is_no_json_becomes_a_row(run: Any, tmp_path: Path):
-    asked = options(tmp_path, [])
+    asked = options(tmp_path, [], answer_type="open")
     lines = [json.dumps(MIXED[0]), '{"id": broken}', json.dumps(MIXED[1])]
     asked.data.write_text("\n".join(lines) + "\n")
     rows = rows_of(run(asked))
     assert [row.failed for row in rows] == [False, True, False]
-    assert rows[1].question_id == 1
-    assert "line 2" in str(rows[1].error)
-    assert "vqa-01" in str(rows[2].question_id)
+    assert (rows[1].question_id, "line 2" in str(rows[1].error)) == (1, True)
+    assert [rows[0].answer_type, rows[2].answer_type, rows[2].question_id] == ["open", "open", MIXED[1]["id"]]
 
 
-def test_an_empty_reference_mask_stays_empty(run: Any, tmp_path: Path):
+def test_reference_masks_may_be_empty_or_absent(run: Any, tmp_path: Path):
     folder = tmp_path / "images"
     shutil.copytree(SAMPLE, folder)
-    size = Image.open(SAMPLE / GROUNDING["image"]).size
-    Image.new("L", size, 0).save(folder / "none.png")
+    Image.new("L", Image.open(SAMPLE / GROUNDING["image"]).size, 0).save(folder / "none.png")
     answer = {"from": "gpt", "value": "It is <SEG>.<mask>none.png</mask>"}
-    record = {**GROUNDING, "conversations": [GROUNDING["conversations"][0], answer]}
-    (row,) = rows_of(run(options(tmp_path, [record], images=folder)))
-    assert row.gt_masks is not None
-    assert not decode_rle(row.gt_masks[0]).any()
+    empty = {**GROUNDING, "conversations": [GROUNDING["conversations"][0], answer]}
+    rows = rows_of(run(options(tmp_path, [empty, ABSENT], images=folder)))
+    assert not decode_rle((rows[0].gt_masks or [])[0]).any()
+    assert rows[1].gt_masks == []
 
 
-def test_what_is_absent_has_no_reference_mask(run: Any, tmp_path: Path):
-    absent = next(r for r in RECORDS if r["task"] == "grounding" and "<mask>" not in str(r["conversations"]))
-    (row,) = rows_of(run(options(tmp_path, [absent])))
-    assert row.gt_masks == []
+# --- a mask for each grounding question -----------------------------------------------------------------------------
+
+
+def test_always_mask_decodes_grounding_questions_alone(run: Any, tmp_path: Path):
+    asked = options(tmp_path, [VQA, REGION, GROUNDING, ABSENT], thresholds=(0.5,))
+    plain = rows_of(run(asked))
+    with pytest.raises(MedPLIBError, match="always_mask was False, now True"):
+        run(replace(asked, always_mask=True))
+    always = rows_of(run(replace(asked, always_mask=True, overwrite=True)))
+    assert [row.text for row in always] == [row.text for row in plain]
+    assert [len(row.masks) for row in plain] == [0, 0, 1, 0]
+    assert [len(row.masks) for row in always] == [0, 0, 1, 1]
+    assert plain[2].masks == always[2].masks
+    (mask,) = always[3].masks
+    assert (mask["spoken"], mask["label"] in always[3].prompt.lower()) == (False, True)
+    assert always[3].masks_at == {"0.5": [mask["rle"]]}
+    scores = score_predictions(always, samples=0)
+    assert scores.overall["false_SEG_rate"].value == 0  # the answer has no <SEG>
+    assert scores.overall["false_mask_rate"].value == float(mask["area_px"] > 0)
+
+
+def request(**more: Any) -> Request:
+    question = GROUNDING["conversations"][0]["value"].removeprefix("<image>\n")
+    return Request(SAMPLE / GROUNDING["image"], question, **more)
+
+
+def test_no_mask_is_decoded_for_a_cancelled_request(engine: Engine):
+    texts: list[str] = []
+    ticket = engine.submit(request(always_mask=True), texts.append)
+    while not texts:
+        engine.step()
+    ticket.cancel()
+    while engine.step():
+        pass
+    answer = ticket.result(0)
+    assert (answer.finish, answer.masks) == ("cancelled", [])
+
+
+def test_a_mask_whose_place_is_cut_off_counts_as_not_asked(engine: Engine):
+    (whole,) = engine.ask(request()).masks
+    stop = GenerationSettings(stop=("<SEG>",))
+    assert engine.ask(request(settings=stop)).masks == []
+    (mask,) = engine.ask(request(settings=stop, always_mask=True)).masks
+    assert (mask.spoken, mask.label) == (False, whole.label)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -398,9 +428,7 @@ def test_options_that_do_not_fit_the_checkpoint_are_refused(
     assert not (tmp_path / "answers.jsonl").exists()
 
 
-def test_parts_that_a_native_checkpoint_holds_are_noted_and_a_run_folder_is_taken(
-    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_parts_of_a_native_checkpoint_are_noted(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "merged").symlink_to(NANO)
     parts = {"vision_tower": Path("openai/clip-vit-large-patch14-336"), "sam": Path("absent.pth")}
@@ -489,7 +517,6 @@ def test_flags_that_cannot_apply_are_refused(
 def test_the_command_tells_scores_and_failures(
     engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("model.eval.run.open_engine", lambda *_: engine)
     monkeypatch.setattr("model.eval.run.run_inference.__defaults__", (None, lambda *_: engine))
     flags = command(tmp_path, "--eval_seg", "--eval_vqa", "--cpu_only")
     assert vqa_infer.main(flags) == 0
@@ -508,6 +535,7 @@ def test_the_command_tells_scores_and_failures(
 
 
 def test_chunks_have_files_of_their_own_by_default(tmp_path: Path):
+    assert [parse_flags(command(tmp_path, *more))[0].always_mask for more in ((), ("--always_mask",))] == [False, True]
     flags = [flag for flag in command(tmp_path) if not flag.startswith("--answers-file")]
     assert parse_flags(flags)[0].answers == Path("runs/infer/medplib-nano/data.jsonl")
     chunked, _ = parse_flags([*flags, "--num-chunks=3", "--chunk-idx=1"])

@@ -9,17 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from model.eval import vqa_infer
 from model.eval.options import InferenceOptions
-from model.eval.processes import Place
 from model.eval.run import Outcome, run_inference
+from model.eval.shards import Rank
+from tests.conftest import ROOT
+from tests.eval.phantom_questions import NANO, SAMPLE, without_timing
 
-ROOT = Path(__file__).resolve().parents[2]
-NANO, SAMPLE = ROOT / "assets" / "medplib-nano", ROOT / "data" / "sample"
 SCRIPT = "model/eval/vqa_infer.py"
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH")
 
@@ -34,14 +33,7 @@ def flags(answers: Path, data: Path) -> list[str]:
 
 
 def here(answers: Path, data: Path) -> Outcome:
-    return run_inference(InferenceOptions(NANO, data, SAMPLE, answers, device="cpu"), Place())
-
-
-def without_timing(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        del row["timing"]
-    return rows
+    return run_inference(InferenceOptions(NANO, data, SAMPLE, answers, device="cpu"), Rank())
 
 
 @pytest.mark.slow

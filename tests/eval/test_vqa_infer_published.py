@@ -14,8 +14,8 @@ from PIL import Image
 from model.eval.metrics.scores import score_predictions
 from model.eval.options import InferenceOptions
 from model.eval.predictions import Prediction, read_predictions
-from model.eval.processes import Place
 from model.eval.run import run_inference, segmentation_scores
+from model.eval.shards import Rank
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def answered(golden: Path, images: Path, answers: Path, data: str, **changes: An
         device="cpu",
         **changes,
     )
-    run_inference(options, Place())
+    run_inference(options, Rank())
     return list(read_predictions(answers))
 
 

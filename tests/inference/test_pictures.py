@@ -12,8 +12,8 @@ from PIL import Image
 from model.data.image_io import ImageData
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask
-from model.inference.overlay import draw_overlay, write_pictures
 from model.inference.predictor import PreparedImage
+from model.visualize import draw_overlay, write_pictures
 
 
 def prepared(height: int = 40, width: int = 30) -> PreparedImage:

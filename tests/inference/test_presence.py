@@ -16,9 +16,9 @@ from model import MedPLIBError
 from model.checkpoint import load
 from model.cli import main as medplib
 from model.inference.calibrate_presence import collect_rows, main
-from model.inference.overlay import mask_line
 from model.inference.predictor import Predictor
 from model.inference.presence import FEATURES, PRESENCE_FILE, PresenceClassifier, mask_features
+from model.visualize import mask_line
 from tests.tiny import tiny_checkpoint
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"

@@ -7,8 +7,8 @@ import pytest
 
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
-from model.inference.overlay import PALETTE
 from model.serve.web.pictures import colour, overlay, read_masks
+from model.visualize import PALETTE
 
 GREY = np.full((60, 80, 3), 100, dtype=np.uint8)
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.errors import MedPLIBError
-from model.eval.metrics.bootstrap import bootstrap_sums, cluster_sums, flipped_sums, interval
-from model.eval.metrics.definitions import Metric
+from model.eval.metrics.definitions import Metric, bootstrap_sums, cluster_sums, flipped_sums, interval
 from model.eval.metrics.scores import RowKey, Scores, aligned, number, span, spread
 from model.eval.predictions import named
 
@@ -48,20 +47,16 @@ class Comparison:
 
     Attributes:
         metrics: those that both runs have.
+        overall: differences over all rows.
     """
 
     def __init__(self, first: Scores, second: Scores, order: np.ndarray, permutations: int) -> None:
-        self.first, self.second = first, second
-        self.permutations = permutations
+        self.first, self.second, self.permutations = first, second, permutations
         self._order = order
         shared = {metric.name for metric in second.metrics}
         self.metrics: tuple[Metric, ...] = tuple(m for m in first.metrics if m.name in shared)
-        self._found: dict[str | None, dict[str, Differences]] = {}
-
-    @property
-    def overall(self) -> Differences:
-        """Differences over all rows."""
-        return self._cached(None)["all"]
+        self._found: dict[str, dict[str, Differences]] = {}
+        self.overall = self._compare(np.arange(len(first.keys)))
 
     def by(self, dimension: str) -> dict[str, Differences]:
         """Differences for each group of a dimension, as the first run names the groups.
@@ -69,50 +64,41 @@ class Comparison:
         Raises:
             MedPLIBError: there is no such dimension.
         """
-        return self._cached(dimension)
+        if dimension not in self._found:
+            groups = self.first.rows_by(dimension)
+            self._found[dimension] = {name: self._compare(rows) for name, rows in groups.items()}
+        return self._found[dimension]
 
     def table(self, by: str | None = None, only: Sequence[str] = ()) -> str:
         """The differences as text, overall or for each group; ``only`` names the metrics that are shown."""
         lines = [[by or "", "metric", "first", "second", "difference", "95 % interval", "p", "n"]]
-        for group, found in self._cached(by).items():
+        for group, found in self.by(by).items() if by else (("", self.overall),):
             for metric in self.metrics:
                 if metric.name in found and (metric.name in only if only else by is None or metric.headline):
-                    lines.append([group if by else "", metric.name, *_cells(found[metric.name])])
-        lines = lines if by else [line[1:] for line in lines]
-        return aligned(lines, left=(0, 1, 5) if by else (0, 4))
+                    d = found[metric.name]
+                    p_value = "" if math.isnan(d.p_value) else f"{d.p_value:.4f}"
+                    values = [number(d.first), number(d.second), f"{d.difference:+.4f}", span(d.low, d.high), p_value]
+                    lines.append([group, metric.name, *values, str(d.count)])
+        return aligned(lines if by else [line[1:] for line in lines], left=(0, 1, 5) if by else (0, 4))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready mapping of all differences."""
+
+        def plain(found: Differences) -> dict[str, Any]:
+            return {name: difference.to_dict() for name, difference in found.items()}
+
         return {
             "rows": len(self.first.keys),
             "bootstrap_samples": self.first.samples,
             "permutations": self.permutations,
             "seed": self.first.seed,
-            "overall": {name: found.to_dict() for name, found in self.overall.items()},
+            "overall": plain(self.overall),
             "by": {
-                dimension: {
-                    group: {name: found.to_dict() for name, found in differences.items()}
-                    for group, differences in self.by(dimension).items()
-                }
-                for dimension in self.first.dimensions
+                name: {group: plain(found) for group, found in self.by(name).items()} for name in self.first.dimensions
             },
         }
 
-    def _cached(self, dimension: str | None) -> dict[str, Differences]:
-        if dimension not in self._found:
-            self._found[dimension] = self._differences(dimension)
-        return self._found[dimension]
-
-    def _differences(self, dimension: str | None) -> dict[str, Differences]:
-        if dimension is None:
-            return {"all": self._compare_rows(np.arange(len(self.first.keys)))}
-        if dimension not in self.first.groups:
-            raise MedPLIBError(f"there is no dimension {dimension!r:.80}; choose of {', '.join(self.first.groups)}")
-        codes, names = self.first.groups[dimension]
-        numbered = sorted(enumerate(names), key=lambda pair: pair[1])
-        return {name: self._compare_rows(np.flatnonzero(codes == code)) for code, name in numbered}
-
-    def _compare_rows(self, rows: np.ndarray) -> Differences:
+    def _compare(self, rows: np.ndarray) -> Differences:
         runs = (self.first, self.second)
         data = (self.first.data[rows], self.second.data[self._order[rows]])
         values = [self._values(run, part.sum(axis=0)) for run, part in zip(runs, data, strict=True)]
@@ -132,10 +118,10 @@ class Comparison:
             first, second = float(values[0][index]), float(values[1][index])
             if math.isnan(first) or math.isnan(second):
                 continue
-            ends = interval(drawn[index])
             kept = np.abs(flipped[index][~np.isnan(flipped[index])])
             further = np.count_nonzero(kept >= abs(second - first) - _SLACK)
             p_value = (1 + further) / (1 + kept.size) if kept.size else math.nan
+            ends = interval(drawn[index])
             found[metric.name] = Difference(first, second, second - first, *ends, p_value, int(counts(metric.count)))
         return found
 
@@ -145,11 +131,9 @@ class Comparison:
         places = [[run.columns.index(name) for name in shared] for run in (self.first, self.second)]
         parts = [part[:, place] for part, place in zip(clusters, places, strict=True)]
         moved = flipped_sums(parts[0], parts[1], self.permutations, (self.first.seed, 1))
-        whole = []
-        for part, place, sums in zip(clusters, places, moved, strict=True):
-            row = np.repeat(part.sum(axis=0)[None], self.permutations, axis=0)
-            row[:, place] = sums
-            whole.append(row)
+        whole = [np.repeat(part.sum(axis=0)[None], self.permutations, axis=0) for part in clusters]
+        for sums, place, exchanged in zip(whole, places, moved, strict=True):
+            sums[:, place] = exchanged
         return whole
 
     def _values(self, run: Scores, sums: np.ndarray) -> np.ndarray:
@@ -171,9 +155,22 @@ def compare(first: Scores, second: Scores, *, permutations: int = 2000) -> Compa
     """
     if not first.keys or not second.keys:
         raise MedPLIBError("a run without predictions cannot be compared; give two runs over the same questions")
-    _check_settings(first, second)
+    for name in ("tolerance_mm", "tolerance_px") if first.settings.surface and second.settings.surface else ():
+        values = [getattr(run.settings, name) for run in (first, second)]
+        if values[0] != values[1]:
+            raise MedPLIBError(f"the runs were scored with a {name} of {values[0]} and {values[1]}; use the same")
+    if not {*first.settings.thresholds} & {*second.settings.thresholds}:
+        raise MedPLIBError("the runs were scored at different thresholds; score both at the same")
     places = {key: index for index, key in enumerate(second.keys)}
-    _check_keys(first, second, places)
+    known = set(first.keys)
+    kinds = {
+        "only in the first": [_key_text(key) for key in first.keys if key not in places],
+        "only in the second": [_key_text(key) for key in second.keys if key not in known],
+    }
+    if gaps := [f"{len(keys)} {kind} ({named(keys)})" for kind, keys in kinds.items() if keys]:
+        raise MedPLIBError(
+            f"the runs do not answer the same questions: {'; '.join(gaps)}; finish or repeat one of them"
+        )
     order = np.array([places[key] for key in first.keys])
     differing = np.flatnonzero(first.references != second.references[order])
     if differing.size:
@@ -185,40 +182,5 @@ def compare(first: Scores, second: Scores, *, permutations: int = 2000) -> Compa
     return Comparison(first, second, order, permutations)
 
 
-def _check_settings(first: Scores, second: Scores) -> None:
-    names = ("tolerance_mm", "tolerance_px") if first.settings.surface and second.settings.surface else ()
-    for name in names:
-        values = [getattr(run.settings, name) for run in (first, second)]
-        if values[0] != values[1]:
-            raise MedPLIBError(f"the runs were scored with a {name} of {values[0]} and {values[1]}; use the same")
-    thresholds = [{*run.settings.thresholds} for run in (first, second)]
-    if not thresholds[0] & thresholds[1]:
-        raise MedPLIBError("the runs were scored at different thresholds; score both at the same")
-
-
-def _check_keys(first: Scores, second: Scores, places: dict[RowKey, int]) -> None:
-    known = set(first.keys)
-    kinds = {
-        "only in the first": [key for key in first.keys if key not in places],
-        "only in the second": [key for key in second.keys if key not in known],
-    }
-    gaps = [f"{len(keys)} {kind} ({named([*map(_key_text, keys)])})" for kind, keys in kinds.items() if keys]
-    if gaps:
-        raise MedPLIBError(
-            f"the runs do not answer the same questions: {'; '.join(gaps)}; finish or repeat one of them"
-        )
-
-
 def _key_text(key: RowKey) -> str:
     return " ".join([key[0], *([f"turn {key[1]}"] if key[1] else []), *([f"(number {key[2] + 1})"] if key[2] else [])])
-
-
-def _cells(found: Difference) -> list[str]:
-    return [
-        number(found.first),
-        number(found.second),
-        f"{found.difference:+.4f}",
-        span(found.low, found.high),
-        "" if math.isnan(found.p_value) else f"{found.p_value:.4f}",
-        str(found.count),
-    ]

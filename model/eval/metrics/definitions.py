@@ -1,17 +1,13 @@
-"""The standard metrics: what each is computed from, what it means and which way is better.
-
-Every metric is a function of sums over rows, so that one resampled sum gives one resampled value.
-"""
+"""The standard metrics as functions of sums over rows, and the resampling of these sums by image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from model.eval.metrics.text import BLEU_ORDERS
+from model.eval.metrics.rows import BLEU_ORDERS, mark
 
 Sums = Callable[[str], np.ndarray]
 """Gives the sum of a column over rows, for one or for many resamplings at once."""
@@ -58,11 +54,6 @@ class Metric:
     # column of the rows that it could be taken over; where it is taken over none of these, tables show –. As
     # ``count`` where empty.
     among: str = ""
-
-
-def mark(threshold: float | None) -> str:
-    """What stands behind the names of a threshold's columns and metrics; nothing for masks as they were written."""
-    return "" if threshold is None else f"@{threshold:g}"
 
 
 def metrics_for(thresholds: Sequence[float | None] = (None,), surface: bool = False) -> tuple[Metric, ...]:
@@ -133,18 +124,16 @@ _ERRORS = "error_rate | error | row | row | hl | rows that could not be answered
 
 def _ratios(table: str, at: str = "") -> list[Metric]:
     found = []
-    for line in table.strip().splitlines():
-        if line.strip():
-            *columns, flags, meaning = (cell.strip() for cell in line.split("|"))
-            name, above, below, count = (column.replace("@", at) for column in columns)
-            unit = next((unit for unit in ("mm", "px") if unit in flags), "")
-            compute = partial(_ratio, above, below)
-            found.append(Metric(name, meaning, compute, count, "l" not in flags, unit, "h" in flags))
+    for line in filter(str.strip, table.splitlines()):
+        *columns, flags, meaning = (cell.strip() for cell in line.split("|"))
+        name, above, below, count = (column.replace("@", at) for column in columns)
+        unit = next((unit for unit in ("mm", "px") if unit in flags), "")
+
+        def compute(sums: Sums, above: str = above, below: str = below) -> np.ndarray:
+            return _divide(sums(above), sums(below))
+
+        found.append(Metric(name, meaning, compute, count, "l" not in flags, unit, "h" in flags))
     return found
-
-
-def _ratio(above: str, below: str, sums: Sums) -> np.ndarray:
-    return _divide(sums(above), sums(below))
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -154,13 +143,10 @@ def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 def _bleu(order: int) -> Metric:
     def compute(sums: Sums) -> np.ndarray:
-        said, wanted = sums(f"said_{order}"), sums(f"wanted_{order}")
+        given, wanted = sums(f"given_{order}"), sums(f"wanted_{order}")
         with np.errstate(divide="ignore", invalid="ignore"):
-            logs = [
-                np.log(_divide(sums(f"match_{order}_{n}"), sums(f"ngram_{order}_{n}"))) for n in BLEU_ORDERS[:order]
-            ]
-            penalty = np.minimum(0.0, 1 - wanted / said)
-            value = np.exp(np.mean(logs, axis=0) + penalty)
+            precisions = [_divide(sums(f"match_{order}_{n}"), sums(f"ngram_{order}_{n}")) for n in BLEU_ORDERS[:order]]
+            value = np.exp(np.mean(np.log(precisions), axis=0) + np.minimum(0.0, 1 - wanted / given))
         return np.where(sums(f"bleu_{order}") > 0, np.nan_to_num(value), np.nan)
 
     orders = "order 1" if order == 1 else f"orders 1 to {order}, of references with {order} words or more"
@@ -169,7 +155,54 @@ def _bleu(order: int) -> Metric:
 
 
 def _micro_dice(at: str) -> Callable[[Sums], np.ndarray]:
-    def compute(sums: Sums) -> np.ndarray:
-        return _divide(2 * sums(f"inter{at}"), sums(f"union{at}") + sums(f"inter{at}"))
+    return lambda sums: _divide(2 * sums(f"inter{at}"), sums(f"union{at}") + sums(f"inter{at}"))
 
-    return compute
+
+# --- resampling -----------------------------------------------------------------------------------------------------
+
+_DRAWS_AT_ONCE = 1 << 22  # bounds memory whatever the number of rows
+
+
+def cluster_sums(data: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Sums [K, C] of the rows [N, C] of each cluster, one row for each number in ``clusters`` [N], ascending."""
+    found, codes = np.unique(clusters, return_inverse=True)
+    sums = np.zeros((len(found), data.shape[1]))
+    np.add.at(sums, codes, data)
+    return sums
+
+
+def bootstrap_sums(sums: np.ndarray, samples: int, seed: Sequence[int]) -> np.ndarray:
+    """Column sums [samples, C] of resamplings that draw K of the K ≥ 1 clusters ``sums`` [K, C] with replacement.
+
+    The same seed draws the same clusters whatever the columns.
+    """
+    rng, count = np.random.default_rng(seed), len(sums)
+    found = [sums[:0]]
+    for size in _blocks(samples, count):
+        drawn = rng.integers(0, count, size=(size, count)) + np.arange(size)[:, None] * count
+        times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+        found.append(times.astype(np.float64) @ sums)
+    return np.concatenate(found)
+
+
+def flipped_sums(first: np.ndarray, second: np.ndarray, samples: int, seed: Sequence[int]) -> list[np.ndarray]:
+    """Column sums [samples, C] of two paired runs [K, C] after a fair coin exchanged each cluster or not."""
+    rng = np.random.default_rng(seed)
+    sizes = _blocks(samples, len(first))
+    coins = (rng.integers(0, 2, size=(size, len(first)), dtype=np.int8).astype(np.float64) for size in sizes)
+    moved = np.concatenate([first[:0], *(drawn @ (second - first) for drawn in coins)])
+    return [first.sum(axis=0) + moved, second.sum(axis=0) - moved]
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of replicates [B]; NaNs, where a resampling had nothing to measure, are left out."""
+    kept = values[~np.isnan(values)]
+    if not kept.size:
+        return float("nan"), float("nan")
+    low, high = np.percentile(kept, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
+
+
+def _blocks(samples: int, clusters: int) -> list[int]:
+    step = max(1, _DRAWS_AT_ONCE // max(1, clusters))
+    return [min(step, samples - start) for start in range(0, samples, step)]

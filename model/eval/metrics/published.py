@@ -6,16 +6,16 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from model.eval.metrics.rows import is_closed
-from model.eval.metrics.text import ngram_matches
+from model.eval.metrics.rows import is_closed, ngram_matches
 from model.eval.predictions import Prediction
 
 BLEU_WEIGHTS = ((0.25, 0.25, 0.25, 0.25), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -24,19 +24,8 @@ BLEU_WEIGHTS = ((0.25, 0.25, 0.25, 0.25), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0
 WITHOUT_CANDIDATES = 11.0
 """“Open accuracy” of a run without candidates; times 100 in the table."""
 
-_SUMS = ("exact", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3")
-_TITLES = (
-    "exact match acc score",
-    "f1 score",
-    "precision",
-    "recall",
-    "bleu_score",
-    "bleu_score_1",
-    "bleu_score_2",
-    "bleu_score_3",
-)
-
-Progress = Callable[[int, int], None]
+_TITLES = {"exact": "exact match acc score", "f1": "f1 score", "precision": "precision", "recall": "recall"}
+_TITLES |= {f"bleu{order}": f"bleu_score{order}" for order in ("", "_1", "_2", "_3")}
 
 # Normalisation of the VQA challenge, oddities kept: a mark becomes a blank, but vanishes where a blank stands
 # beside any mark of its kind, and all marks vanish where the text has a comma between digits.
@@ -60,20 +49,13 @@ _ENDINGS = {
 }
 """Contracted ending → what it is found behind. Left out where the bare spelling is another word (“well”, “were”)."""
 
-_SINGLE = {"maam": "ma'am", "oclock": "o'clock", "twas": "'twas", "yall": "y'all", "somebody'd": "somebodyd"}
-
-
-def _misspelt(whole: str) -> Iterator[str]:
-    """The contraction without each one of its apostrophes in turn."""
-    return (whole[:place] + whole[place + 1 :] for place, letter in enumerate(whole) if letter == "'")
-
-
 _CONTRACTIONS = {
-    wrong: stem + ending
+    whole[:place] + whole[place + 1 :]: whole  # without each one of its apostrophes in turn
     for ending, stems in _ENDINGS.items()
-    for stem in stems.split()
-    for wrong in _misspelt(stem + ending)
-} | _SINGLE
+    for whole in (stem + ending for stem in stems.split())
+    for place, letter in enumerate(whole)
+    if letter == "'"
+} | {"maam": "ma'am", "oclock": "o'clock", "twas": "'twas", "yall": "y'all", "somebody'd": "somebodyd"}
 
 
 def published_words(text: str) -> list[str]:
@@ -92,12 +74,12 @@ def published_words(text: str) -> list[str]:
 
 def overlap_f1(answer: Sequence[str], reference: Sequence[str]) -> tuple[float, float, float]:
     """The published F1, precision and recall: a shared word counts as often as the *answer* has it."""
-    said, wanted = Counter(answer), Counter(reference)
-    right = sum(count for word, count in said.items() if word in wanted)
+    given, wanted = Counter(answer), Counter(reference)
+    right = sum(count for word, count in given.items() if word in wanted)
     if not right:
         return 0.0, 0.0, 0.0
     precision = right / len(answer)
-    recall = right / (right + sum(count for word, count in wanted.items() if word not in said))
+    recall = right / (right + sum(count for word, count in wanted.items() if word not in given))
     return 2 * precision * recall / (precision + recall), precision, recall
 
 
@@ -122,11 +104,11 @@ def sentence_bleus(answer: Sequence[str], reference: Sequence[str]) -> list[floa
 
 def published_row(answer: str, reference: str) -> dict[str, float]:
     """All published scores of one answer, in 0..1."""
-    said, wanted = published_words(answer), published_words(reference)
+    given, wanted = published_words(answer), published_words(reference)
     # “exact match”: distinct words of the reference found in the answer, over the answer's words
-    exact = len(set(wanted) & set(said)) / len(said) if said else 0.0
-    values = (exact, *overlap_f1(said, wanted), *sentence_bleus(said, wanted))
-    return dict(zip(_SUMS, values, strict=True))
+    exact = len(set(wanted) & set(given)) / len(given) if given else 0.0
+    values = (exact, *overlap_f1(given, wanted), *sentence_bleus(given, wanted))
+    return dict(zip(_TITLES, values, strict=True))
 
 
 @dataclass
@@ -138,7 +120,7 @@ class PublishedText:
     closed: int = 0  # closed questions so far
     closed_hits: int = 0  # closed answers with exactly the reference's words
     empty: int = 0  # open answers without a word
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_TITLES, 0.0))
     references: dict[str, None] = field(default_factory=dict)
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -157,40 +139,34 @@ class PublishedText:
             self.closed_hits += published_words(prediction.text) == published_words(prediction.gt)
             return
         self.open += 1
-        said = " ".join(published_words(prediction.text))
-        self.empty += not said
+        given = " ".join(published_words(prediction.text))
+        self.empty += not given
         for name, value in published_row(prediction.text, prediction.gt).items():
             self.sums[name] += value
         if self.choose_candidates:
-            self.answers[said, prediction.gt] += 1
+            self.answers[given, prediction.gt] += 1
 
-    def table(self, progress: Progress | None = None) -> dict[str, float]:
-        """The published table, in percent."""
-        values = {
-            title: 100 * self.sums[name] / self.open if self.open else 0.0
-            for title, name in zip(_TITLES, _SUMS, strict=True)
-        }
-        values["open accuracy"] = 100 * self.open_accuracy(progress)
+    def table(self, *, bar: bool = False) -> dict[str, float]:
+        """The published table, in percent; with a progress bar where candidates are compared."""
+        values = {title: 100 * self.sums[name] / self.open if self.open else 0.0 for name, title in _TITLES.items()}
+        values["open accuracy"] = 100 * self.open_accuracy(bar=bar)
         values["yes/no accuracy"] = 100 * self.closed_hits / self.closed if self.closed else 0.0
         return values
 
-    def open_accuracy(self, progress: Progress | None = None) -> float:
+    def open_accuracy(self, *, bar: bool = False) -> float:
         """Share of open answers that are most like their own reference among all references of the run."""
         if not self.open:
             return 0.0
-        return self.open_hits(progress) / self.open if self.choose_candidates else WITHOUT_CANDIDATES
-
-    def open_hits(self, progress: Progress | None = None) -> int:
-        """How many open answers are; see ``most_similar``. ``progress`` is called with (texts done, texts in all)."""
+        if not self.choose_candidates:
+            return WITHOUT_CANDIDATES
         candidates = list(self.references)
         normalised = [" ".join(published_words(text)) for text in candidates]
-        chosen: dict[str, str] = {}
-        texts = dict.fromkeys(said for said, _ in self.answers)
-        for done, said in enumerate(texts, start=1):
-            chosen[said] = candidates[most_similar(said, normalised)]
-            if progress is not None:
-                progress(done, len(texts))
-        return sum(count for (said, reference), count in self.answers.items() if chosen[said] == reference)
+        texts = dict.fromkeys(given for given, _ in self.answers)
+        shown = tqdm(texts, unit="answer", desc="open accuracy", leave=False, disable=None if bar else True)
+        chosen = {given: candidates[most_similar(given, normalised)] for given in shown}
+        return (
+            sum(count for (given, reference), count in self.answers.items() if chosen[given] == reference) / self.open
+        )
 
 
 def most_similar(text: str, candidates: Sequence[str]) -> int:
@@ -214,27 +190,13 @@ def most_similar(text: str, candidates: Sequence[str]) -> int:
 def format_table(values: dict[str, float]) -> str:
     """The table as published: six digits, aligned at the decimal point."""
     cells = [f"{value:g}" for value in values.values()]
-    behind = [_behind_point(cell) for cell in cells]
+    points = [cell.find("." if "." in cell else "e") for cell in cells]
+    behind = [len(cell) - point - 1 if point >= 0 else -1 for cell, point in zip(cells, points, strict=True)]
     cells = [cell + " " * (max(behind) - places) for cell, places in zip(cells, behind, strict=True)]
-    left = max(len("Metric") + 2, *map(len, values))
-    right = max(len("Performance") + 2, *map(len, cells))
-    lines = [
-        f"{'Metric':<{left}}  {'Performance':>{right}}",
-        f"{'-' * left}  {'-' * right}",
-        *(f"{title:<{left}}  {cell:>{right}}".rstrip() for title, cell in zip(values, cells, strict=True)),
-    ]
+    left, right = max(len("Metric") + 2, *map(len, values)), max(len("Performance") + 2, *map(len, cells))
+    lines = [f"{'Metric':<{left}}  {'Performance':>{right}}", f"{'-' * left}  {'-' * right}"]
+    lines += [f"{title:<{left}}  {cell:>{right}}".rstrip() for title, cell in zip(values, cells, strict=True)]
     return "\n".join(lines)
-
-
-def _behind_point(cell: str) -> int:
-    """Characters behind the point (or the e) of a number; −1 for a whole one, which ends before the point."""
-    place = cell.rfind(".") if "." in cell else cell.rfind("e")
-    return len(cell) - place - 1 if place >= 0 else -1
-
-
-def published_dice(iou: float) -> float:
-    """Dice from IoU."""
-    return 2 * iou / (1 + iou)
 
 
 @dataclass
@@ -266,12 +228,12 @@ class PublishedMasks:
     @property
     def mdice(self) -> float:
         """Mean Dice of all pairs; NaN without any."""
-        return _mean([published_dice(iou) for iou in self._all])
+        return _mean_dice(self._all)
 
     def by_modality(self) -> dict[str, dict[str, float]]:
         """Mean IoU and Dice of each modality, rounded to six places, in order of appearance."""
         return {
-            name: {"iou": round(_mean(values), 6), "dice": round(_mean([published_dice(iou) for iou in values]), 6)}
+            name: {"iou": round(_mean(values), 6), "dice": round(_mean_dice(values), 6)}
             for name, values in self.ious.items()
         }
 
@@ -286,3 +248,7 @@ class PublishedMasks:
 
 def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
+
+
+def _mean_dice(ious: list[float]) -> float:
+    return _mean([2 * iou / (1 + iou) for iou in ious])

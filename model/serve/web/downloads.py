@@ -18,9 +18,9 @@ from model.data.volumes import DicomVolume, Volume, VoxelVolume, Window
 from model.data.voxels import write_nifti
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
-from model.inference.overlay import ALPHA
 from model.serve.limits import safe_file_name
 from model.serve.web.pictures import colour, of_size, overlay
+from model.visualize import ALPHA
 
 Kind = Literal["png", "overlay", "rle", "nifti", "dicom-seg"]
 

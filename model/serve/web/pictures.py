@@ -11,7 +11,7 @@ import numpy as np
 
 from model.errors import MedPLIBError
 from model.inference.answer import Mask
-from model.inference.overlay import ALPHA, PALETTE, blend, draw_contour
+from model.visualize import ALPHA, PALETTE, blend, draw_contour
 
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 

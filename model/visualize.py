@@ -1,10 +1,11 @@
-"""Draw masks over an image: blended colors, contours and a legend; write PNG files."""
+"""Masks over images: overlays with a legend, outlines of predicted and reference masks, PNG files."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -13,14 +14,17 @@ from PIL import Image, ImageDraw, ImageFont
 from model.errors import MedPLIBError
 from model.inference.answer import Answer, Mask
 from model.inference.regions import Region, region_to_mask
-from model.processing.masks import bounding_box
+from model.processing.masks import bounding_box, decode_rle
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # they import torch
+    from model.eval.predictions import Prediction
     from model.inference.images import PreparedImage
 
 # Distinct for most colour-blind readers (Okabe–Ito), bright enough on dark medical images.
 PALETTE = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178))
 ALPHA = 0.4
+PICTURE_SIDE = 384
+"""Longer side of a picture in a report in pixels: twice what the page shows, so that it is sharp on fine screens."""
 _LEGIBLE, _LARGEST = 256, 4096  # pixels: shorter side for a legend to be read, longer side that enlarging may reach
 
 
@@ -131,3 +135,66 @@ def mask_line(mask: Mask) -> str:
         chance = "" if mask.presence is None else f", probability that it is in the image {mask.presence:.2f}"
         return f"{mask.label or 'mask'}: the mask is empty{chance}{warning}"
     return f"{mask.label or 'mask'}: score {mask.score:.2f}, {area}, box {list(mask.bbox)}{warning}"
+
+
+# --- outlines of predicted and reference masks ----------------------------------------------------------------------
+
+_DASH, _GAP = 7, 5  # pixels
+
+
+def outlined(
+    pixels: np.ndarray,
+    predicted: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray] = (),
+    regions: Sequence[np.ndarray] = (),
+    side: int = PICTURE_SIDE,
+) -> np.ndarray:
+    """An image uint8 [H, W, 3] with outlines, its longer side as given: predicted masks tinted with a whole line,
+    reference masks with a broken one, regions with a white one; bool [H, W] each, others are left out."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    canvas = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    kinds = [[mask for mask in masks if mask.shape == (height, width)] for masks in (predicted, reference, regions)]
+    for mask in kinds[0]:
+        blend(canvas, _resize(mask, size), PALETTE[0], 0.25)
+    for masks, color, dashed in zip(kinds, (*PALETTE[:2], (255, 255, 255)), (False, True, False), strict=True):
+        for mask in masks:
+            soft = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+            lines, _ = cv2.findContours((soft > 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+            for line in lines:
+                starts = range(0, len(line), _DASH + _GAP) if dashed else (0,)
+                pieces = [line[start : start + _DASH] if dashed else line for start in starts]
+                if not dashed:  # a dark rim for bright images; it would close the gaps of a broken line
+                    cv2.polylines(canvas, pieces, True, (0, 0, 0), 4, cv2.LINE_AA)
+                cv2.polylines(canvas, pieces, not dashed, color, 2, cv2.LINE_AA)
+    return canvas
+
+
+def decoded_masks(encodings: Iterable[Any]) -> list[np.ndarray]:
+    """Masks bool [H, W] of run lengths; damaged ones, which scoring reports, are left out."""
+    masks = []
+    for encoding in encodings:
+        try:
+            masks.append(decode_rle(encoding))
+        except (MedPLIBError, TypeError):
+            continue
+    return masks
+
+
+def write_comparison(folder: Path, number: int, pixels: np.ndarray, prediction: Prediction) -> Path | None:
+    """Write ``NUMBER_TURN_IMAGE.png`` of a row that has masks, or should have: image, reference and predicted outlines.
+
+    ``number`` is that of the record in its file and orders the pictures; ``pixels`` are uint8 [H, W, 3].
+    """
+    if prediction.failed or not (prediction.masks or prediction.gt_masks):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{number:06d}_{prediction.key[1]}_{Path(prediction.image_path).stem}.png"
+    predicted = decoded_masks(mask.get("rle") for mask in prediction.masks)
+    reference = decoded_masks(prediction.gt_masks or ())
+    side, none = max(PICTURE_SIDE, *pixels.shape[:2]), list[np.ndarray]()
+    pairs = ((none, none), (none, reference), (predicted, none))
+    panes = [outlined(pixels, ours, theirs, side=side) for ours, theirs in pairs]
+    Image.fromarray(np.concatenate(panes, axis=1)).save(path)
+    return path
