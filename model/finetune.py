@@ -167,7 +167,8 @@ def prepare(options: argparse.Namespace) -> Plan:
     own = _with_validation(_open_data(options.data, out / "data"), out / "data_split")
     if not own.splits.get("train") or not own.splits.get("validation"):
         raise MedPLIBError(
-            f"{options.data} has too few training records; give data with a train split of several cases"
+            f"{options.data} has too few patients to train on and to hold out; give data of several, or say which "
+            "images are of one patient by `medplib data build --patient-pattern`"
         )
     if options.terms:
         own = replace(own, terms=options.terms)

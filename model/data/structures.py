@@ -136,6 +136,11 @@ def read_label_nifti(path: Path, grid: Grid, names: Mapping[str, tuple[int, ...]
         drawing.names = (default,)
     elif not names and not present and default:
         drawing.names = (default,)
+    elif not names and len(present) > 1:
+        names, known = {f"class {value}": (value,) for value in sorted(present)}, present
+        drawing.names = tuple(names)
+        said = f"nothing names its {len(present)} label values; they are asked for as {', '.join(drawing.names[:3])} …"
+        drawing.notes.append(("legend_missing", said, "name them by --names CSV (value,name)"))
     if unnamed := sorted(present - known):
         listed = ", ".join(str(value) for value in unnamed[:10]) + (" …" if len(unnamed) > 10 else "")
         drawing.notes.append(("unnamed_values", f"nothing says what the label values {listed} are; they are left out",

@@ -417,6 +417,7 @@ def test_names_of_builders_win_over_folders(tmp_path: Path, monkeypatch: pytest.
         (["in", "--out", "out", "--modality", "photo"], "is unknown; give one of"),
         (["in", "--out", "full"], "is not empty and holds no build"),
         (["masks", "--out", "out"], "give --target NAME"),
+        (["masks/masks", "--out", "out"], "holds masks, as in a_mask.png, but no images"),
     ],
 )
 def test_wrong_input_ends_in_a_sentence(
@@ -426,7 +427,7 @@ def test_wrong_input_ends_in_a_sentence(
     own_table(tmp_path / "in", 4)
     picture(tmp_path / "full/a.png")
     picture(tmp_path / "masks/images/a.png")
-    mask_file(tmp_path / "masks/masks/a.png")
+    mask_file(tmp_path / "masks/masks/a_mask.png")
     assert main(["data", "build", *arguments]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -451,6 +452,8 @@ def test_a_name_inside_another_is_distinguished(present: str, absent: str, clear
         ("patient02_L_CC", "patient02"),
         ("P12-left-1", "p12"),
         ("case_03_slice_014", "case03"),
+        ("ISIC2018_Task1-2_Training_Input/ISIC_0000003", "ISIC2018_Task1-2_Training_Input/ISIC_0000003"),
+        ("train1/0007", "train1/0007"),
         ("patient1/study2/view1", "patient1"),
         ("Smith_John_2021-01-10", "Smith_John"),
         ("0012_20210110_2", "0012"),

@@ -189,6 +189,17 @@ def test_msd_takes_the_first_channel(tmp_path: Path) -> None:
     assert agree(cases, "edema") > 0
 
 
+def test_label_values_without_names_are_classes(tmp_path: Path) -> None:
+    both = ball().astype(np.uint8) + ball(radius=2).astype(np.uint8)
+    save(tmp_path / "images" / "x_t1.nii.gz", bright(ball()))
+    save(tmp_path / "labels" / "x.nii.gz", both)
+    (tmp_path / "LICENSE").write_text("CC BY 4.0\n")
+    source, cases = listed(tmp_path)
+    assert {target.name for case in cases for target in case.targets} == {"class 1", "class 2"}
+    assert "legend_missing" in [problem.kind for problem in source.problems]
+    assert source.terms == "CC BY 4.0"
+
+
 def test_flat_nnunet_pictures_stay_where_they_are(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -31,6 +31,7 @@ from model.data.builders.cases import (
     draw,
     exact_sizes,
     file_key,
+    image_files,
     named_patient,
     patient_of,
     without_suffix,
@@ -95,6 +96,8 @@ def layouts() -> list[tuple[str, Recognize]]:
 
 def recognize(root: Path, options: ReadOptions | None = None, kind: str = "") -> Source:
     """What lies at ``root``. Raises MedPLIBError: nothing is there, or no layout fits, or not the ``kind`` given."""
+    from model.data.builders.image_layouts import is_mask
+
     options = options or ReadOptions()
     readers = layouts()
     kinds = sorted(name for name, _ in readers)
@@ -107,6 +110,8 @@ def recognize(root: Path, options: ReadOptions | None = None, kind: str = "") ->
     for name, reader in readers:
         if kind in ("", name) and (source := reader(root, options)) is not None:
             return source
+    if not kind and root.is_dir() and (files := list(image_files(root, []))) and all(map(is_mask, files)):
+        raise MedPLIBError(f"{root} holds masks, as in {files[0]}, but no images; give the folder that holds both")
     raise MedPLIBError(
         f"{root} is not recognized as {kind or 'any of ' + ', '.join(kinds)}; give the folder that holds images with "
         "their masks or a table of them (docs/data.md shows each layout), or force one with --kind"
@@ -415,7 +420,7 @@ def _table(dataset: Mapping[str, Any], problems: Sequence[Problem]) -> Iterator[
         yield row + "  " + ", ".join(f"{kind} {share:.2f}" for kind, share in dataset["blind"][split].items())
     for split in DEFAULT_SPLITS:
         if split not in dataset["counts"]:
-            yield f"no {split} split: the source has no case of it"
+            yield f"no {split} split: no usable case is in it"
     for name, key in (("targets", "targets"), ("stated absent", "absent")):
         if dataset[key]:
             yield f"{name}: " + ", ".join(f"{target} {sum(found.values())}" for target, found in dataset[key].items())

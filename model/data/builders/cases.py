@@ -218,6 +218,8 @@ _DATE = re.compile(
     r"(?<!\d)(?:(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])"
     r"|(?:0[1-9]|[12]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\2(?:19|20)\d\d)(?!\d)"
 )
+# A folder of a split is no patient, as ISIC2018_Task1-2_Training_Input.
+_SPLIT_NAME = re.compile(r"(?<![^\W_\d])(?:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![^\W_\d])", re.IGNORECASE)
 _NO_PERSON = re.compile(r"[-_. ]*(?:image|img|dscn?|pic|photo|scan|ct|mr|us|xr)?[-_. ]*", re.I)  # before a date
 _VIEWS = re.compile(
     r"(?:[-_. ]+(?:l|r|lt|rt|left|right|od|os|cc|mlo|ml|lm|ap|pa|ll|lat|lateral|frontal|oblique|ax|axial|cor|coronal|"
@@ -254,7 +256,7 @@ def patient_of(key: str, pattern: re.Pattern[str] | None = None) -> str:
     if before:
         return key[: len(key) - len(name) + last]
     own = key[: len(key) - len(name)] + bare
-    while folder and not _NUMBER.search(folder.rpartition("/")[2]):
+    while folder and (not _NUMBER.search(name := folder.rpartition("/")[2]) or _SPLIT_NAME.search(name)):
         folder = folder.rpartition("/")[0]
     return folder or (own if _NUMBER.search(bare) else key)
 
@@ -315,6 +317,15 @@ def image_files(root: Path, problems: list[Problem]) -> Iterator[str]:
                 problems.append(Problem("odd_name", listed, "its name is not in UTF-8", "give it another name"))
             except OSError as error:
                 problems.append(Problem("unreadable_image", str(file), f"{error.strerror}", "mend or remove it"))
+
+
+def terms_of(root: Path) -> str:
+    """First line of a source's licence file; empty without one."""
+    for file in sorted(root.glob("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")):
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            return next((line.strip()[:200] for line in lines if line.strip()), "")
+    return ""
 
 
 def _is_bare_dicom(file: Path) -> bool:

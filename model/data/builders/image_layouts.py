@@ -28,6 +28,7 @@ from model.data.builders.cases import (
     named_patient,
     read_names,
     split_in,
+    terms_of,
     without_suffix,
 )
 from model.data.builders.sa_med2d_index import parse_image_name, parse_mask_name, read_class_names, spoken_name
@@ -224,6 +225,12 @@ class _Files:
     problems: list[Problem] = field(default_factory=list)
 
 
+def is_mask(relative: str) -> bool:
+    """Whether a path looks like a mask: in a folder of masks, or with such a word at an end of its name."""
+    *folders, name = Path(relative).parts
+    return any(map(_is_mask_folder, folders)) or bool(_ENDS_FOR_MASK.search(Path(name).stem))
+
+
 def recognize_masks(root: Path, options: ReadOptions) -> Source | None:
     """Images with masks: ``a_mask.png`` beside ``a.png``, ``masks/a.png``, ``liver/a.png`` beside ``images/a.png``."""
     if not root.is_dir():
@@ -245,7 +252,7 @@ def recognize_masks(root: Path, options: ReadOptions) -> Source | None:
     said = f"{len(found.images)} images and {len(found.masks)} {what} of {named}"
     said += f"; classes by folder: {', '.join(sorted(set(classes.values())))}" if classes else ""
     cases = partial(_masked_cases, root, options, found, reader, classes, len(problems))
-    return Source("masks", said, cases, problems, _terms(root))
+    return Source("masks", said, cases, problems, terms_of(root))
 
 
 def sort_files(root: Path, options: ReadOptions) -> _Files:
@@ -429,7 +436,7 @@ def recognize_classes(root: Path, options: ReadOptions) -> Source | None:
         for key, relative in images.items():
             yield _case(root, relative, options, (), classes[key])
 
-    return Source("classes", said, cases, problems, _terms(root))
+    return Source("classes", said, cases, problems, terms_of(root))
 
 
 # ---- SA-Med2D ------------------------------------------------------------------------------------------------------
@@ -457,7 +464,7 @@ def recognize_sa_med2d(root: Path, options: ReadOptions) -> Source | None:
         said,
         lambda: _sa_med2d_cases(root, options, names, masks, classes, problems),
         problems,
-        _terms(root),
+        terms_of(root),
     )
 
 
@@ -488,11 +495,3 @@ def _sa_med2d_cases(
             modality=modality_stated(options, image.modality, name),
             origin=str(root / "images" / name),
         )
-
-
-def _terms(root: Path) -> str:
-    for file in sorted(root.glob("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")):
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-            return next((line.strip()[:200] for line in lines if line.strip()), "")
-    return ""

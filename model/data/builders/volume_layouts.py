@@ -22,6 +22,7 @@ from model.data.builders.cases import (
     Target,
     file_key,
     read_names,
+    terms_of,
 )
 from model.data.builders.image_layouts import modality_stated
 from model.data.builders.table_layouts import read_rows
@@ -122,6 +123,7 @@ class Listing:
     root: Path
     options: ReadOptions
     names: tuple[str, ...] = ()
+    terms: str = ""
     items: list[Item] = field(default_factory=list)
     found: list[Problem] = field(default_factory=list)
 
@@ -150,7 +152,8 @@ class Listing:
             path += f"_{item.series[-8:]}" if images.count(item.image) > 1 else ""
             self.items[at] = replace(item, key=file_key(item.key if keys.count(item.key) == 1 else path))
         problems: list[Problem] = []
-        return Source(kind, self._summary(), partial(self._cases, problems), problems)
+        terms = self.terms or (terms_of(self.root) if self.root.is_dir() else "")
+        return Source(kind, self._summary(), partial(self._cases, problems), problems, terms)
 
     def _renamed(self, names: tuple[str, ...]) -> dict[str, str]:
         if self.options.target and len(names) == 1:
@@ -271,7 +274,7 @@ def recognize_dataset_json(kind: str, root: Path, options: ReadOptions) -> Sourc
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise MedPLIBError(f"{root / 'dataset.json'} cannot be followed ({error!r}); mend it") from error
     title = "nnU-Net" if kind == "nnunet" else "Medical Segmentation Decathlon"
-    listing = Listing(title, root, options, tuple(names))
+    listing = Listing(title, root, options, tuple(names), str(info.get("licence") or info.get("license") or ""))
     for images_in, labels_in, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
         if (root / images_in).is_dir() and not (root / labels_in).is_dir():
             listing.problem("no_labels", root / images_in, f"there is no {labels_in}", "add it")
