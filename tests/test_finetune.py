@@ -30,8 +30,11 @@ QUICK += ["validation.max_new_tokens=4", "saving.every=1", "data.max_length=512"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny mixture."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("base"))
+    """A tiny mixture that was trained on conversations."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "conversation_turns": 6}))
+    return folder
 
 
 def built(folder: Path, seed: int, split: str = "train", **more: Any) -> Path:
@@ -79,6 +82,11 @@ def test_print_recipe_is_the_recipe_that_ran(
     printed = load_recipe(tmp_path / "recipe.yaml")
     assert printed == load_recipe(run["run"] / "recipe.yaml") and printed.schedule.max_steps == 2
     assert yaml.safe_load(text)["model"]["base"] == str(run["base"])
+
+
+def test_a_model_of_single_questions_claims_no_conversations(run: dict[str, Path]) -> None:
+    config = json.loads((run["run"] / "merged" / "config.json").read_text())
+    assert config.get("conversation_turns", 1) == 1
 
 
 def test_masks_get_two_thirds_of_the_own_draws(run: dict[str, Path]) -> None:

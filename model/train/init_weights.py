@@ -55,8 +55,8 @@ def starting_network(recipe: Recipe) -> tuple[MedPLIBForCausalLM, MedPLIBProcess
     torch.manual_seed(recipe.seed)
     model, processor = _source(recipe)
     model.config.loss = LossConfig(**asdict(recipe.losses))
-    if recipe.data.conversation_turns > 1:  # else the network keeps what it was trained on before
-        model.config.conversation_turns = recipe.data.conversation_turns
+    # Whatever the base was trained on: a network that then sees single questions soon answers worse after others.
+    model.config.conversation_turns = recipe.data.conversation_turns
     processor.settings = replace(processor.settings, template=recipe.data.template, max_length=recipe.data.max_length)
     runs_on = "cuda" if recipe.engine.device != "cpu" and torch.cuda.is_available() else "cpu"
     choose_attention(model, recipe.engine.attention, runs_on)
