@@ -134,8 +134,8 @@ def test_named_paths_exist(page: Path) -> None:
     assert not missing, f"{page.name} names {', '.join(missing)}"
 
 
-def map_of_the_house() -> dict[str, str]:
-    """Paths of the README's map and what it says about each."""
+def readme_layout() -> dict[str, str]:
+    """Paths of the README's layout and what it says about each."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = fences_after(text, "## Repository layout")
     found, parents = {}, ["", "", ""]
@@ -155,13 +155,13 @@ def fences_after(text: str, heading: str) -> str:
     return match[2]
 
 
-def test_map_is_true_to_the_tree() -> None:
-    rooms = map_of_the_house()
-    assert not [path for path in rooms if not (ROOT / path).exists() and path not in MADE_BY_TRAINING]
+def test_readme_layout_matches_the_tree() -> None:
+    listed = readme_layout()
+    assert not [path for path in listed if not (ROOT / path).exists() and path not in MADE_BY_TRAINING]
     packages = {str(path.parent.relative_to(ROOT)) for path in (ROOT / "model").rglob("__init__.py")} - {"model"}
     settings = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").iterdir() if path.is_dir()}
-    absent = {room for room in packages | settings if room not in rooms}
-    assert not absent, f"the map lacks {', '.join(sorted(absent))}"
+    absent = (packages | settings) - listed.keys()
+    assert not absent, f"the layout lacks {', '.join(sorted(absent))}"
 
 
 @pages

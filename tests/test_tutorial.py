@@ -23,8 +23,8 @@ from tests.tiny import tiny_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("MEDPLIB_REAL", ROOT.parent / "shared" / "real")) / "volumes.tar"
 FOLDER = "volumes/hippocampus/"
-PATIENTS = ("hippocampus_001", "hippocampus_003", "hippocampus_004", "hippocampus_124", "hippocampus_169")
-QUICK = ["schedule.max_steps=2", "schedule.batch_size=2", "validation.samples=2", "validation.max_new_tokens=4"]
+PATIENTS = ("hippocampus_001", "hippocampus_003", "hippocampus_004", "hippocampus_124", "hippocampus_125")
+QUICK = ["schedule.max_steps=2", "schedule.batch_size=2", "validation.samples=12", "validation.max_new_tokens=4"]
 QUICK += ["saving.every=1", "data.max_length=512", "logging.tensorboard=false"]
 
 
@@ -70,6 +70,7 @@ def test_every_picture_it_shows_is_there() -> None:
     assert all((ROOT / "docs" / path).is_file() for path in shown)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is absent; MEDPLIB_REAL names the folder of the real sets")
 def test_its_commands_lead_from_the_archive_to_a_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
