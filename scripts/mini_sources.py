@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shutil
 import sys
-import tarfile
 from pathlib import Path
 
 SETS = (
@@ -50,8 +50,7 @@ def main() -> int:
         parser.error(f"{source} lacks {', '.join(missing)} (.tar); name the folder of the real sets by MEDPLIB_REAL")
     rows = []
     for name in SETS:
-        with tarfile.open(source / f"{name}.tar") as archive:
-            archive.extractall(options.out, filter="data")
+        shutil.unpack_archive(source / f"{name}.tar", options.out)
         rows += [{**row, "foreign": ";".join(FOREIGN[name])} for row in licensed_rows(options.out / name)]
     (options.out / "all").mkdir(exist_ok=True)
     write_rows(options.out / "all" / "meta.csv", rows)

@@ -160,7 +160,7 @@ def unpacked(commit: str, folder: Path) -> Path:
         command = ["git", "archive", commit, "model", "configs"]
         content = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
         with tarfile.open(fileobj=BytesIO(content)) as archive:
-            archive.extractall(target, filter="data")
+            archive.extractall(target)
     return target
 
 

@@ -344,7 +344,7 @@ def test_real_contours_agree_with_the_sets_own_masks(tmp_path: Path) -> None:
     with tarfile.open(REAL) as tar:
         for member in tar:
             if "dicom_STS_002/MR_T1" in member.name or "dicom_STS_002/PET" in member.name or "STS_002_" in member.name:
-                tar.extract(member, tmp_path, filter="data")
+                tar.extract(member, tmp_path)
     sts = tmp_path / "volumes" / "sts"
     for modality, voxels in (("PET", 555), ("MR_T1", 17090)):
         folder = sts / "dicom_STS_002" / modality
