@@ -13,7 +13,7 @@ SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}
 """Characters of scripts that are compared one by one: most of them set no blanks between words."""
 
 CLOSED_TYPES = frozenset(("closed", "yes/no"))
-"""Values of ``answer_type`` (lower case) that ask for ``closed_match``; all others ask for ``exact_match``."""
+"""Values of ``answer_type`` (lower case) that ask for ``closed_correct``; all others ask for ``exact_match``."""
 
 LETTERS = rf"(?:(?!{SPACELESS})\p{{L}}\p{{M}}*)+"
 """A run of letters of any other script, with the marks that belong to them."""
@@ -75,7 +75,7 @@ def exact_match(answer: str, reference: str) -> bool:
     return bare != (said, wanted) and _tokens(bare[0]) == _tokens(bare[1])
 
 
-def closed_match(answer: str, reference: str, options: Sequence[str] = ()) -> bool:
+def closed_correct(answer: str, reference: str, options: Sequence[str] = ()) -> bool:
     """Whether a closed question is answered right.
 
     - A reference that begins with yes or no (是, 否, 有, 无, はい, 예 …) needs the same verdict at the start of the

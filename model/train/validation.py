@@ -22,7 +22,7 @@ from model.inference.answer import Answer
 from model.inference.engine import Engine, EngineSettings, Request
 from model.inference.generation import GenerationSettings
 from model.modeling.configuration import MedPLIBConfig
-from model.processing.answers import CLOSED_TYPES, closed_match, exact_match, options_of
+from model.processing.answers import CLOSED_TYPES, closed_correct, exact_match, options_of
 from model.processing.conversation import TEMPLATES
 from model.processing.masks import decode_rle
 from model.processing.processor import MedPLIBProcessor
@@ -253,7 +253,7 @@ class Validator:
         """Names and values that an answer adds; one that could not be given, None, is wrong."""
         if question.task != "grounding":
             given = ("" if answer is None else answer.text), question.reference
-            same = closed_match(*given, options_of(question.text)) if question.closed else exact_match(*given)
+            same = closed_correct(*given, options_of(question.text)) if question.closed else exact_match(*given)
             right = float(same and answer is not None)
             yield "closed" if question.closed else "open", right
             if question.task == "region":

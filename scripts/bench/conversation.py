@@ -24,7 +24,7 @@ from model.data.dataset import LoadedSample, load_sample, usable_records
 from model.data.schema import Sample, parse_record
 from model.errors import MedPLIBError
 from model.inference.answer import Answer
-from model.processing.answers import CLOSED_TYPES, closed_match, exact_match, options_of
+from model.processing.answers import CLOSED_TYPES, closed_correct, exact_match, options_of
 from model.processing.special_tokens import IMAGE_TOKEN
 
 
@@ -44,7 +44,7 @@ def judge(answer: Answer, asked: LoadedSample) -> tuple[bool, float | None]:
         return not answer.masks, None
     question, reference = (turn.text for turn in sample.turns)
     if sample.answer_type in CLOSED_TYPES:
-        return closed_match(answer.text, reference, options_of(question)), None
+        return closed_correct(answer.text, reference, options_of(question)), None
     return exact_match(answer.text, reference), None
 
 

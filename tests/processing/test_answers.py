@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from model.processing.answers import closed_match, exact_match, options_of
+from model.processing.answers import closed_correct, exact_match, options_of
 
 EXACT = {
     "numbers and signs": [
@@ -277,7 +277,7 @@ def test_exact_match(answer: str, reference: str, same: bool) -> None:
 
 @pytest.mark.parametrize(("answer", "reference", "right"), _cases(CLOSED))
 def test_closed_match(answer: str, reference: str, right: bool) -> None:
-    assert closed_match(answer, reference) is right
+    assert closed_correct(answer, reference) is right
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_closed_match(answer: str, reference: str, right: bool) -> None:
     ],
 )
 def test_closed_match_with_options(answer: str, reference: str, options: tuple[str, ...], right: bool) -> None:
-    assert closed_match(answer, reference, options) is right
+    assert closed_correct(answer, reference, options) is right
 
 
 @pytest.mark.parametrize(
@@ -312,4 +312,4 @@ def test_closed_match_with_options(answer: str, reference: str, options: tuple[s
     ],
 )
 def test_closed_answers_with_the_options_of_the_question(answer: str, question: str, right: bool) -> None:
-    assert closed_match(answer, "B", options_of(question)) is right
+    assert closed_correct(answer, "B", options_of(question)) is right

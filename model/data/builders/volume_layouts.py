@@ -81,7 +81,9 @@ def read_slice(
     return ImageData(cut_along.slice(index, shown), cut_along.spacing_mm, "dicom" if path.is_dir() else "nifti")
 
 
-def read_mask(path: Path, series: str, labels: tuple[Labels, ...], name: str, axis: int, index: int) -> np.ndarray:
+def read_slice_mask(
+    path: Path, series: str, labels: tuple[Labels, ...], name: str, axis: int, index: int
+) -> np.ndarray:
     """One structure on one slice, bool [H, W] as shown."""
     shape = grid_of(path, series)[0].lps.shape
     return drawn(path, series, labels).structures[name].mask(shape, axis, index)
@@ -209,7 +211,7 @@ class Listing:
         spread = np.linspace(0, len(free) - 1, min(len(free), max(1, len(shown)))).round().astype(int)
         for index in sorted([*shown, *(free[at] for at in spread)]):
             present = [name for name in drawing.names if index in on.get(name, ())]
-            reads = {name: partial(read_mask, item.image, item.series, item.labels, name, layers.axis, index)
+            reads = {name: partial(read_slice_mask, item.image, item.series, item.labels, name, layers.axis, index)
                      for name in present}  # fmt: skip
             yield Case(
                 key=f"{item.key}_{layers.plane}_{index:04d}",

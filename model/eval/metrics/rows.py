@@ -20,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 
 from model.errors import MedPLIBError
 from model.eval.predictions import Prediction
-from model.processing.answers import CLOSED_TYPES, LETTERS, SPACELESS, closed_match, exact_match, options_of
+from model.processing.answers import CLOSED_TYPES, LETTERS, SPACELESS, closed_correct, exact_match, options_of
 from model.processing.masks import CocoRle, checked_rle
 from model.processing.special_tokens import SEG_TOKEN
 
@@ -73,7 +73,7 @@ def score_row(prediction: Prediction, settings: RowSettings) -> tuple[Row, dict[
     row: Row = {"row": 1, "error": float(prediction.failed)}
     task = task_of(prediction)
     if task != "grounding" and is_closed(prediction):
-        right = not prediction.failed and closed_match(prediction.text, prediction.gt, options_of(prediction.prompt))
+        right = not prediction.failed and closed_correct(prediction.text, prediction.gt, options_of(prediction.prompt))
         row |= {"closed": 1, "closed_hit": right}
     elif task != "grounding":
         row |= _open_row(prediction)
